@@ -1,0 +1,1 @@
+"""Distributed DCGAN training: shards, streams and one synchronised game on any number of ranks."""

@@ -1,0 +1,21 @@
+"""The errors a person sees as one line, and the exit status each one ends with."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+"""Stopped on request with a checkpoint saved (EX_TEMPFAIL): run the same command again."""
+
+
+class GanDistError(Exception):
+    """The work failed for a reason that one line can tell. Ends the command with status 1."""
+
+    exit_status = EXIT_FAILED
+
+
+class UserError(GanDistError):
+    """Bad usage, configuration or input: says what was expected, what was found, what to do. Status 2."""
+
+    exit_status = EXIT_USAGE

@@ -1,0 +1,1 @@
+"""The two players and what they play for."""
