@@ -1,1 +1,31 @@
-"""Distributed DCGAN training: shards, streams and one synchronised game on any number of ranks."""
+"""Distributed DCGAN training: shards, streams and one synchronised game on any number of ranks.
+
+The library: `prepare` sources into a dataset, `train` a run on it, `open_dataset`, `load_generator`. Each is imported
+at its first use, so that `import gan_dist` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gan_dist.data.prepare import prepare
+    from gan_dist.data.shards import open_dataset
+    from gan_dist.train.trainer import train
+    from gan_dist.watch.sample import load_generator
+
+__all__ = ["load_generator", "open_dataset", "prepare", "train"]
+_HOMES = {
+    "prepare": "gan_dist.data.prepare",
+    "train": "gan_dist.train.trainer",
+    "open_dataset": "gan_dist.data.shards",
+    "load_generator": "gan_dist.watch.sample",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gan_dist' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -90,12 +90,12 @@ class World:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise self._as_told_by(0, outcome[1])
         result: T = outcome[0]
         return result
 
     def together(self, work: Callable[[], T]) -> T:
-        """Returns this rank's `work()`; when it fails on any rank, raises on all, the failing rank's error first."""
+        """Returns this rank's `work()`; when it fails on any rank, every rank raises the first failing rank's error."""
         if self.control is None:
             return work()
         result: Any = None
@@ -105,12 +105,16 @@ class World:
         except (GanDistError, OSError) as error:
             failure = error
         failures = [(rank, error) for rank, error in enumerate(self.gather_objects(failure)) if error is not None]
-        if failure is not None:
-            raise failure
         if failures:
-            raise failures[0][1]
+            raise self._as_told_by(*failures[0])
         returned: T = result
         return returned
+
+    def _as_told_by(self, rank: int, error: GanDistError | OSError) -> GanDistError | OSError:
+        """Returns `error`, marked on all ranks but `rank` so that it is printed once."""
+        if isinstance(error, GanDistError):
+            error.told_elsewhere = rank != self.rank
+        return error
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""

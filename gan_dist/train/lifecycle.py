@@ -16,27 +16,11 @@ import torch
 
 from gan_dist.distributed import World
 from gan_dist.errors import GanDistError
+from gan_dist.stop import StopRequest
 
 WORD_LAG = 4
 """Steps a GPU may run ahead of the control word that the host reads (a CPU has nothing to run ahead)."""
 STOP_FILE_EVERY_S = 1.0
-
-
-class StopRequest:
-    """A wish to stop, voiced by a signal handler, a clock, a file or a caller; the trainer acts on it at a step's end.
-
-    Setting it is safe in a signal handler: it touches no lock, no file and no collective.
-    """
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    def ask(self, reason: str) -> None:
-        """Records the first reason; later ones change nothing."""
-        self.reason = self.reason or reason
-
-    def __bool__(self) -> bool:
-        return self.reason is not None
 
 
 @dataclass

@@ -1,0 +1,132 @@
+"""The command line. The only module that parses arguments, installs signal handlers, prints results and exits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gan_dist.errors import EXIT_STOPPED, GanDistError
+from gan_dist.stop import StopRequest
+
+app = typer.Typer(
+    name="gan-dist",
+    help="Paintings in, generated paintings out: one synchronised DCGAN game on any number of ranks.",
+    epilog="Exit status: 0 done; 1 failed; 2 bad usage, config or input; 75 stopped with a checkpoint: run it again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _gan_dist() -> None:
+    """Makes `gan-dist COMMAND` the shape of every call, however many commands there are."""
+
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Runs the command that the arguments name and exits with its status; a user's mistake is one line on stderr."""
+    try:
+        app()
+    except GanDistError as error:
+        if not error.told_elsewhere:
+            _complain(str(error))
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(line: str) -> None:
+    print(f"gan-dist: {line}", file=sys.stderr, flush=True)
+
+
+def listen_for_signals(stop: StopRequest) -> None:
+    """Turns Ctrl-C, SIGTERM and SIGUSR2 into a wish to stop; a second Ctrl-C ends at once."""
+
+    def on_signal(number: int, frame: object) -> None:
+        if number == signal.SIGINT and stop:
+            raise SystemExit(128 + number)
+        stop.ask(signal.Signals(number).name)
+
+    for name in ("SIGINT", "SIGTERM", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Keys to set.")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, for example configs/paintings64.yaml.")],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="The run's name under $GAN_DIST_RUNS. [default: CONFIG's]")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run's directory, instead of a name.")] = None,
+    from_run: Annotated[
+        str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start a new run from another's checkpoint.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="End the whole run at this step.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train a run, or continue it: the same command again goes on where it stopped.
+
+    Under torchrun each process joins the world: torchrun --nproc-per-node 4 -m gan_dist train CONFIG.
+    """
+    stop = StopRequest()
+    listen_for_signals(stop)
+    words = ["gan-dist", "train", config, *(overrides or [])]
+    if dry_run:
+        from gan_dist.config import load_config, to_yaml
+
+        out.print(to_yaml(load_config(config, overrides or [])), end="", markup=False)
+        return
+    from gan_dist.train.trainer import train as train_run
+
+    outcome = train_run(
+        config,
+        overrides or [],
+        name=name,
+        run_dir=run_dir,
+        from_run=from_run,
+        max_steps=max_steps,
+        stop=stop,
+        command=words,
+    )
+    if int(os.environ.get("RANK") or 0) == 0:
+        _tell(outcome)
+    if outcome.stopped:
+        raise typer.Exit(EXIT_STOPPED)
+
+
+def _tell(outcome: Any) -> None:
+    """Prints what a training command did and where things are."""
+    run = outcome.run_dir
+    if outcome.stopped:
+        out.print(
+            f"stopped by {outcome.stopped} at step {outcome.step} of {outcome.total_steps}, saved; "
+            "run the same command again to continue",
+            markup=False,
+        )
+    else:
+        out.print(
+            f"done: step {outcome.step}, {outcome.images_seen} images seen, "
+            f"{outcome.images_per_second:.1f} images/s over {outcome.seconds:.0f} s",
+            markup=False,
+        )
+    out.print(f"  samples      {run / 'samples'}", markup=False)
+    out.print(f"  checkpoints  {run / 'checkpoints'}", markup=False)
+    out.print(f"  TensorBoard  tensorboard --logdir {run / 'tensorboard'}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""The trainer: builds the players, resumes the run, and loops over synchronised steps until the game is over."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gan_dist.config import Config, load_config
+from gan_dist.data.order import Order, rank_slice
+from gan_dist.data.shards import Dataset, open_dataset
+from gan_dist.data.stream import Stream
+from gan_dist.distributed import World, join
+from gan_dist.errors import GanDistError, UserError
+from gan_dist.model.networks import Discriminator, Generator, initialise
+from gan_dist.stop import StopRequest
+from gan_dist.train.checkpoint import Saver, copy_to_host
+from gan_dist.train.lifecycle import ControlWord, Watchman, environment, out_of_memory
+from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
+from gan_dist.train.runner import make_runner
+from gan_dist.train.update import STATS, Update, draw_flips, draw_latents
+from gan_dist.watch.sample import generate, grid, save_png
+from gan_dist.watch.telemetry import Telemetry
+
+STOP_WORD = STATS.index("control/stop")
+SKIPPED_WORD = STATS.index("control/skipped")
+MAX_SKIPPED_IN_A_ROW = 20
+"""Non-finite updates in a row after which the game is lost: a bad batch passes in one, diverged weights never."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of `train` did and where it left things."""
+
+    run_dir: Path
+    step: int
+    total_steps: int
+    images_seen: int
+    stopped: str | None
+    """Why the run stopped before its end (run the same command again), or None when it is done."""
+    images_per_second: float
+    seconds: float
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    run_dir: str | Path | None = None,
+    from_run: str | None = None,
+    max_steps: int | None = None,
+    stop: StopRequest | None = None,
+    console: bool = True,
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Trains a run, or continues it, and returns what was done.
+
+    `config` is a YAML file, a plain mapping or a Config; `overrides` are `section.key=value` words. The run lies in
+    `run_dir`, or under $GAN_DIST_RUNS as `name` (default: the file's stem). `max_steps` ends the whole run there.
+    Another thread or a signal handler may end it early through `stop`. Under torchrun every rank calls this alike.
+    Raises UserError for bad input (nothing is then half-written) and GanDistError for failures of one line.
+    """
+    settings = load_config(config, overrides)
+    directory = choose_run_dir(config, name, run_dir)
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"--max-steps: expected 1 or more, found {max_steps}")
+    if settings.train.threads is not None:
+        torch.set_num_threads(settings.train.threads)
+    with join(
+        settings.train.device, settings.dist.backend, settings.dist.init_timeout_s, settings.dist.timeout_s
+    ) as world:
+        try:
+            dataset = world.together(lambda: _open_for(settings, world))
+            start = world.from_first(
+                lambda: prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
+            )
+            with Trainer(settings, world, dataset, directory, start, max_steps, stop, console) as trainer:
+                return trainer.run()
+        except (RuntimeError, MemoryError) as error:
+            if line := out_of_memory(error, settings.train.global_batch, world.size):
+                raise line from error
+            raise
+
+
+def _open_for(config: Config, world: World) -> Dataset:
+    """Returns the dataset, checked against what the run asks of it."""
+    if world.size > config.train.global_batch:
+        raise UserError(
+            f"{world.size} ranks, but train.global_batch is {config.train.global_batch}: each rank needs an image; "
+            "start fewer ranks or raise train.global_batch"
+        )
+    dataset = open_dataset(config.data.shards)
+    if dataset.resolution != config.model.resolution:
+        raise UserError(
+            f"model.resolution is {config.model.resolution}, but {config.data.shards} holds {dataset.resolution}x"
+            f"{dataset.resolution} images; set model.resolution={dataset.resolution} or prepare the set again"
+        )
+    return dataset
+
+
+def _precision(config: Config, device: torch.device) -> str:
+    """Returns the precision that `auto` means here: bf16 where a GPU has it natively, else fp32."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+class Trainer:
+    """One run on this rank: everything that is built once, and the loop. A context that leaves nothing running."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        dataset: Dataset,
+        run_dir: Path,
+        start: Start,
+        max_steps: int | None,
+        stop: StopRequest | None,
+        console: bool,
+    ) -> None:
+        self.config, self.world, self.dataset, self.run_dir = config, world, dataset, run_dir
+        self.stop = stop if stop is not None else StopRequest()
+        self.batch = config.train.global_batch
+        self.lo, self.hi = rank_slice(self.batch, world.rank, world.size)
+        self.precision = _precision(config, world.device)
+        self.step = self.images_seen = 0
+        images = math.ceil(config.train.epochs * dataset.num_samples)
+        self.total_steps = math.ceil(images / (config.optim.d_steps * self.batch))
+        self.end = min(self.total_steps, max_steps or self.total_steps)
+
+        self._build_players()
+        self.fixed_latents = torch.randn(
+            config.log.grid, config.model.latent_dim, generator=torch.Generator().manual_seed(config.seed)
+        )
+        if start.loaded is not None:
+            self.update.load_state_dict(start.loaded.state)
+            if not start.fresh:
+                self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
+        self._saved_step = -1 if start.fresh else self.step
+        self._skipped_in_a_row = 0
+
+        resolved = {
+            "device": world.device.type,
+            "precision": self.precision,
+            "runner": self.runner.name,
+            "threads": torch.get_num_threads(),
+        }
+        self.parent = start.parent
+        self.first = world.rank == 0
+        notes = [*start.notes, *([] if start.fresh else resolved_changes(run_dir, resolved))]
+        facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
+        world.from_first(lambda: write_start(run_dir, config, facts))
+        deadline = config.train.stop_after_minutes
+        self.watchman = Watchman(self.stop, run_dir, time.monotonic() + 60 * deadline if deadline else None)
+        self.saver = Saver(run_dir / "checkpoints", config.checkpoint.keep)
+        self.stream = Stream(
+            dataset,
+            Order(dataset.shard_sizes, config.seed, config.data.window_shards),
+            position=self.images_seen,
+            global_batch=self.batch,
+            rank=world.rank,
+            size=world.size,
+            device=world.device,
+            placement=config.data.placement,
+        )
+        self.telemetry = Telemetry(
+            run_dir, active=self.first, step=self.step, total_steps=self.end, console=console and self.first
+        )
+        self._announce(notes)
+
+    def _build_players(self) -> None:
+        """Makes both networks from the seed (on the CPU, so alike on every device), their update and its runner."""
+        model, config = self.config.model, self.config
+        source = torch.Generator().manual_seed(config.seed)
+        generator = Generator(model.resolution, model.latent_dim, model.g_channels)
+        discriminator = Discriminator(model.resolution, model.d_channels, model.leaky_slope)
+        for network in (generator, discriminator):
+            initialise(network, model.init_std, source)
+        self.update = Update(
+            generator,
+            discriminator,
+            world=self.world,
+            global_batch=self.batch,
+            loss=config.loss.name,
+            real_target=config.loss.real_target,
+            generator_target=config.loss.generator_target,
+            g_lr=config.optim.g_lr,
+            d_lr=config.optim.d_lr,
+            betas=config.optim.betas,
+            d_steps=config.optim.d_steps,
+            precision=self.precision,
+            sync_batchnorm=config.train.sync_batchnorm,
+        )
+        self.runner = make_runner(config.train.runner, self.update)
+
+    def _announce(self, notes: Sequence[str]) -> None:
+        """Says on the console, and in the run's history, what starts here and from where."""
+        verb = "continues" if self.step else "starts"
+        self.telemetry.say(
+            f"{self.run_dir.name} {verb} at step {self.step} of {self.end}: {self.dataset.num_samples} images, "
+            f"batch {self.batch} over {self.world.size} rank(s), {self.world.device.type}, {self.precision}, "
+            f"{self.runner.name} runner, samples in {self.stream.placement}"
+        )
+        for note in notes:
+            self.telemetry.say(f"note: {note}")
+        self.telemetry.event(
+            "start",
+            self.step,
+            world_size=self.world.size,
+            device=self.world.device.type,
+            parent=self.parent,
+            notes=notes,
+        )
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.stream.close()
+        self.saver.failure(wait=True)
+        self.telemetry.close()
+
+    def run(self) -> Outcome:
+        """Returns the outcome after the last step, or after the step at which a stop was agreed."""
+        began, first_step = time.monotonic(), self.step
+        if self._saved_step != self.step:
+            self._save(wait=True)
+        if self.step == 0:
+            self._draw_texts()
+            self._draw_samples()
+        stopped = self._loop() if self.step < self.end else None
+        seconds = time.monotonic() - began
+        # Rank 0 alone saves by the clock, so it alone knows whether this step is saved already.
+        if self.world.from_first(lambda: self._saved_step != self.step):
+            if stopped is None:
+                self._draw_samples()
+            self._save(wait=True)
+        elif failure := self.world.from_first(lambda: self.saver.failure(wait=True)):
+            raise self._unsaved(failure)
+        self.telemetry.event("stop" if stopped else "end", self.step, reason=stopped)
+        self.telemetry.flush()
+        if stopped and self.first:
+            self.watchman.forget_file()
+        images = (self.step - first_step) * self.config.optim.d_steps * self.batch
+        rate = images / seconds if seconds > 0 else 0.0
+        return Outcome(self.run_dir, self.step, self.end, self.images_seen, stopped, rate, seconds)
+
+    def _loop(self) -> str | None:
+        """Plays steps until the end (returns None) or until the ranks agree to stop (returns why)."""
+        config, device = self.config, self.world.device
+        words = ControlWord(device, config.dist.timeout_s)
+        if self.world.any(bool(self.stop)):
+            return self._why()
+        self._mark = (time.monotonic(), self.images_seen, self.stream.wait_seconds)
+        next_timed_save = self._next_timed_save()
+        while self.step < self.end:
+            reals, latents = self._draw()
+            if self.first:
+                self.watchman.look()
+            stats = self.runner.step(reals, latents, float(bool(self.stop)))
+            self.step += 1
+            epoch_before = self.images_seen // self.dataset.num_samples
+            self.images_seen += config.optim.d_steps * self.batch
+            word = words.push(stats)
+            self.telemetry.progress(self.step)
+            if self.step % config.log.scalars_every == 0 or self.step == self.end:
+                self._log(stats.tolist())
+            if self.step % config.log.samples_every == 0:
+                self._draw_samples()
+            epoch_ended = config.checkpoint.keep_epochs and self.images_seen // self.dataset.num_samples > epoch_before
+            every = config.checkpoint.every_steps
+            if epoch_ended or (every and self.step % every == 0) or time.monotonic() >= next_timed_save:
+                self._save(kept=epoch_ended)
+                next_timed_save = self._next_timed_save()
+            if word is not None and self._must_stop(word):
+                return self._why()
+        for word in words.drain():
+            self._must_stop(word)
+        return None
+
+    def _draw(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Returns this rank's slice of the next d_steps batches: uint8 images and latents, all keyed by position."""
+        reals, latents = [], []
+        for k in range(self.config.optim.d_steps):
+            position = self.images_seen + k * self.batch
+            draw = (self.config.seed, position, self.batch)
+            real = self.stream.next()
+            if self.config.data.x_flip:
+                flips = draw_flips(*draw, self.lo, self.hi, self.world.device)
+                real = torch.where(flips[:, None, None, None], real.flip(-1), real)
+            elif k + 1 < self.config.optim.d_steps:
+                real = real.clone()  # the stream reuses its buffer at the following call
+            reals.append(real)
+            latents.append(
+                draw_latents(
+                    *draw, self.config.model.latent_dim, self.lo, self.hi, self.world.device, self.update.latent_dtype
+                )
+            )
+        return reals, latents
+
+    def _must_stop(self, word: list[float]) -> bool:
+        """Returns whether a rank asked to stop in the step that `word` tells of; raises when the game is lost."""
+        if word[SKIPPED_WORD] > 0:
+            self._skipped_in_a_row += 1
+            self.telemetry.event("skipped", self.step, reason="non-finite gradients", in_a_row=self._skipped_in_a_row)
+        else:
+            self._skipped_in_a_row = 0
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise GanDistError(
+                f"the last {MAX_SKIPPED_IN_A_ROW} updates up to step {self.step} had non-finite gradients and were "
+                f"skipped; the last checkpoint is of step {self._saved_step}; lower optim.g_lr and optim.d_lr"
+            )
+        return word[STOP_WORD] > 0
+
+    def _why(self) -> str:
+        """Returns the reason for a stop as the console says it: this rank's own, or that another rank asked."""
+        reasons = [reason for reason in self.world.gather_objects(self.stop.reason) if reason]
+        return reasons[0] if reasons else "another rank asked to stop"
+
+    def _next_timed_save(self) -> float:
+        minutes = self.config.checkpoint.every_minutes
+        return time.monotonic() + 60 * minutes if minutes else math.inf
+
+    def _log(self, stats: list[float]) -> None:
+        """Writes the step's scalars: the reduced statistics, throughput since the last log, epoch and memory."""
+        now, (then, images, waited) = time.monotonic(), self._mark
+        seconds = max(now - then, 1e-9)
+        self._mark = (now, self.images_seen, self.stream.wait_seconds)
+        values = {tag: value for tag, value in zip(STATS, stats, strict=True) if not tag.startswith("control/")}
+        values["value/jsd_lower_bound"] = (values["value/minimax"] + math.log(4)) / 2
+        values["throughput/images_per_second"] = (self.images_seen - images) / seconds
+        values["throughput/data_wait_fraction"] = min(1.0, (self.stream.wait_seconds - waited) / seconds)
+        values["progress/epoch"] = self.images_seen / self.dataset.num_samples
+        if self.world.device.type == "cuda":
+            values["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.telemetry.scalars(self.step, self.images_seen, values)
+        if failure := self.saver.failure():
+            self.telemetry.say(f"WARNING: a checkpoint could not be saved: {failure}; training goes on")
+            self.telemetry.event("save_failed", self.step, reason=str(failure))
+
+    def _draw_samples(self) -> None:
+        """Draws the fixed latents' grid to samples/ and TensorBoard; on rank 0 alone, in eval mode."""
+        if self.first:
+            generator = self.update.generator
+            latents = self.fixed_latents.to(self.world.device, self.update.latent_dtype)
+            image = grid(generate(generator, latents))
+            save_png(image, self.run_dir / "samples" / f"step-{self.step:08d}.png")
+            self.telemetry.image("samples/fixed_latents", self.step, image)
+
+    def _draw_texts(self) -> None:
+        """Puts the texts and the grid of real images, which never change, into TensorBoard once."""
+        if self.first:
+            config = (self.run_dir / "config.yaml").read_text()
+            facts = (self.run_dir / "environment.json").read_text()
+            self.telemetry.text("config", self.step, f"```yaml\n{config}\n```")
+            self.telemetry.text("environment", self.step, f"```json\n{facts}\n```")
+            totals = "\n".join(f"{key}: {value}" for key, value in self.dataset.manifest.totals.items())
+            self.telemetry.text("dataset", self.step, f"```\n{self.config.data.shards}\n{totals}\n```")
+            order = Order(self.dataset.shard_sizes, self.config.seed, self.config.data.window_shards)
+            count = min(self.config.log.grid, self.dataset.num_samples)
+            image = grid(self.dataset.gather(order.indices(0, count)))
+            save_png(image, self.run_dir / "samples" / "real.png")
+            self.telemetry.image("samples/real", self.step, image)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "step": self.step,
+            "images_seen": self.images_seen,
+            **self.update.state_dict(),
+            "config": self.config.to_dict(),
+        }
+
+    def _save(self, *, kept: bool = False, wait: bool = False) -> None:
+        """Saves this step; in the background unless `wait`. Logs up to here are flushed before it becomes visible."""
+        if self.first:
+            self.telemetry.flush()
+            facts = {
+                "dataset": self.dataset.identity,
+                "parent": self.parent,
+                "kept": kept,
+                "torch": torch.__version__,
+                "world_size": self.world.size,
+            }
+            self.saver.start(copy_to_host(self._state()), facts)
+        self._saved_step = self.step
+        if wait and (failure := self.world.from_first(lambda: self.saver.failure(wait=True))):
+            raise self._unsaved(failure)
+
+    def _unsaved(self, failure: OSError) -> GanDistError:
+        return GanDistError(
+            f"the checkpoint of step {self.step} could not be saved in {self.saver.directory}: "
+            f"{os.strerror(failure.errno) if failure.errno else failure}; earlier ones are as they were"
+        )
