@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +63,110 @@ def listen_for_signals(stop: StopRequest) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("gan-dist-demo"),
+) -> None:
+    """Paint a small set, prepare it and train on it, on this machine, in about a minute; then show where to look."""
+    from gan_dist.demo import run_demo
+
+    stop = StopRequest()
+    listen_for_signals(stop)
+    outcome, lines = run_demo(directory, stop, out.print)
+    _tell(outcome)
+    for line in lines:
+        out.print(line, markup=False)
+    if outcome.stopped:
+        raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE... OUT", help="Folders, zips or tars of images; last, the dataset.")
+    ],
+    resolution: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 64,
+    resample: Annotated[str, typer.Option(help="lanczos, bicubic, bilinear or box.")] = "lanczos",
+    workers: Annotated[int | None, typer.Option(help="Images decoded at once. [default: this machine's CPUs]")] = None,
+    max_reject_fraction: Annotated[float, typer.Option(help="Fail when more than this share is rejected.")] = 0.05,
+    shard_samples: Annotated[int, typer.Option(help="Samples in a shard.")] = 4096,
+) -> None:
+    """Turn images into a dataset of WebDataset shards, once. Run it again to continue; every file is accounted for."""
+    from gan_dist.data.prepare import prepare as prepare_dataset
+
+    if len(sources) < 2:
+        raise UserError("expected SOURCE... OUT: one source or more, then the dataset's directory")
+    with _bar("preparing") as progress:
+        account = prepare_dataset(
+            sources[:-1],
+            sources[-1],
+            resolution=resolution,
+            resample=resample,
+            workers=workers,
+            max_reject_fraction=max_reject_fraction,
+            shard_samples=shard_samples,
+            progress=progress,
+        )
+    for line in account.lines():
+        out.print(line, markup=False)
+
+
+@app.command()
+def verify(dataset: Annotated[str, typer.Argument(help="A dataset that prepare wrote.")]) -> None:
+    """Re-read a whole dataset and name what is wrong with it."""
+    from gan_dist.data.verify import verify as verify_dataset
+
+    with _bar("verifying") as progress:
+        faults = verify_dataset(dataset, progress=progress)
+    for fault in faults:
+        out.print(str(fault), markup=False)
+    if faults:
+        raise typer.Exit(EXIT_FAILED)
+    out.print(f"{dataset}: sound", markup=False)
+
+
+@contextmanager
+def _bar(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (done, total) that moves a bar on a terminal, or prints a line each tenth in a log."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if not out.is_terminal:
+        told = -1
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            tenth = 10 * done // max(total, 1)
+            if tenth > told:
+                told = tenth
+                out.print(f"{verb}: {done} of {total}")
+
+        yield tell
+        return
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="A run: its directory, or its name under $GAN_DIST_RUNS.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint to draw from. [default: the newest]")] = None,
+    count: Annotated[int, typer.Option(help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option(help="Keys the latents.")] = 0,
+    image: Annotated[Path, typer.Option("--out", help="The grid to write.")] = Path("grid.png"),
+    interpolate: Annotated[bool, typer.Option("--interpolate", help="Rows that walk between two latents.")] = False,
+    individual: Annotated[Path | None, typer.Option(help="Also write each image into this directory.")] = None,
+) -> None:
+    """Draw images from a run's generator."""
+    from gan_dist.watch.sample import sample_run
+
+    for line in sample_run(
+        run, step=step, count=count, seed=seed, out=image, interpolate=interpolate, individual=individual
+    ):
+        out.print(line, markup=False)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Keys to set.")]

@@ -352,6 +352,14 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         raise _explain(error, origin) from None
 
 
+def preset(name: str) -> Config:
+    """Returns a configuration that comes with gan_dist: `demo` or `paintings64`."""
+    here = Path(__file__).parent
+    # In a wheel the presets lie inside the package; in a checkout, configs/ beside it is the one place to edit them.
+    homes = (here / "configs", here.parent / "configs")
+    return load_config(next((home / f"{name}.yaml" for home in homes if home.is_dir()), homes[0] / f"{name}.yaml"))
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested sections as one {"section.key": value}."""
     flat = {}

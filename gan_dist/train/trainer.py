@@ -301,7 +301,7 @@ class Trainer:
             reals.append(real)
             latents.append(
                 draw_latents(
-                    *draw, self.config.model.latent_dim, self.lo, self.hi, self.world.device, self.update.latent_dtype
+                    *draw, self.config.model.latent_dim, self.lo, self.hi, self.world.device, self.update.dtype
                 )
             )
         return reals, latents
@@ -349,8 +349,8 @@ class Trainer:
     def _draw_samples(self) -> None:
         """Draws the fixed latents' grid to samples/ and TensorBoard; on rank 0 alone, in eval mode."""
         if self.first:
-            generator = self.update.generator
-            latents = self.fixed_latents.to(self.world.device, self.update.latent_dtype)
+            generator = self.update.g.network
+            latents = self.fixed_latents.to(self.world.device, self.update.dtype)
             image = grid(generate(generator, latents))
             save_png(image, self.run_dir / "samples" / f"step-{self.step:08d}.png")
             self.telemetry.image("samples/fixed_latents", self.step, image)
