@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gan_dist.errors import EXIT_STOPPED, GanDistError
+from gan_dist.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError
 from gan_dist.stop import StopRequest
 
 app = typer.Typer(
