@@ -1,0 +1,128 @@
+"""Batch norm over the global batch: grouped, synchronised on any backend, one collective each way a layer pass.
+
+A *group* is a part of the batch that is normalised by its own statistics (Ioffe and Szegedy 2015, algorithm 1). D sees
+the real and the fake half in one pass as two groups, which equals two passes: concatenated without groups they would
+share statistics, which is another algorithm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gan_dist.distributed import World
+
+
+class BatchNorm(nn.Module):
+    """nn.BatchNorm2d with groups, and with the ranks' statistics merged once `synchronise` gave it their group.
+
+    Alone, and in eval mode, it is torch's native kernel. State names, momentum and eps are nn.BatchNorm2d's, so states
+    load both ways. Statistics are kept in the parameters' dtype (float32 under autocast).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps = eps
+        self.momentum = momentum
+        self.group: dist.ProcessGroup | None = None
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        """Returns `x` [groups * n, C, H, W] normalised, in its dtype; in train mode each group by its own statistics.
+
+        Running statistics move once a group, in order. With ranks, n is this rank's share and may differ between them.
+        """
+        if not self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps
+            )
+        self.num_batches_tracked.add_(groups)
+        if self.group is None:
+            parts = [
+                F.batch_norm(
+                    part, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+                )
+                for part in x.chunk(groups)
+            ]
+            return torch.cat(parts) if groups > 1 else parts[0]
+        y, mean, var_unbiased = _SynchronisedNorm.apply(x, self.weight, self.bias, groups, self.eps, self.group)
+        with torch.no_grad():
+            for g in range(groups):
+                self.running_mean.lerp_(mean[g], self.momentum)
+                self.running_var.lerp_(var_unbiased[g], self.momentum)
+        out: Tensor = y
+        return out
+
+
+class _SynchronisedNorm(torch.autograd.Function):
+    """Normalisation by the statistics of all ranks' shares, and its gradient with respect to this rank's.
+
+    Forward gathers (count, mean, M2) of every rank and merges them (Chan et al. 1979); backward sums sum(dy) and
+    sum(dy xhat) over the ranks. The gradients of weight and bias stay local: the flat buffer sums them like all others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = _by_group(x, groups, weight.dtype)
+        channels, size = x.shape[1], dist.get_world_size(group)
+        var, mean = torch.var_mean(parts, dim=(1, 3, 4), correction=0)
+        count = parts.numel() // (groups * channels)
+        local = torch.cat([mean, var * count, torch.full_like(mean[:, :1], count)], dim=1)
+        gathered = local.new_empty((size * groups, 2 * channels + 1))
+        dist.all_gather_into_tensor(gathered, local, group=group)
+        ranks = gathered.view(size, groups, 2 * channels + 1)
+        means, m2s, counts = ranks[..., :channels], ranks[..., channels:-1], ranks[..., -1:]
+        total = counts.sum(0)
+        mean = (means * counts).sum(0) / total
+        m2 = (m2s + counts * (means - mean).square()).sum(0)
+        invstd = torch.rsqrt(m2 / total + eps)
+        xhat_scale, shift = invstd * weight, bias - mean * invstd * weight
+        y = parts * _per_channel(xhat_scale) + _per_channel(shift)
+        ctx.save_for_backward(x, weight, mean, invstd, total)
+        ctx.groups, ctx.group = groups, group
+        var_unbiased = m2 / (total - 1)
+        ctx.mark_non_differentiable(mean, var_unbiased)
+        return y.flatten(0, 1).to(x.dtype), mean, var_unbiased
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, total = ctx.saved_tensors
+        dy = _by_group(grads[0], ctx.groups, weight.dtype)
+        centred = _by_group(x, ctx.groups, weight.dtype) - _per_channel(mean)
+        local = torch.stack([dy.sum((1, 3, 4)), (dy * centred).sum((1, 3, 4)) * invstd])
+        summed = local.clone()
+        dist.all_reduce(summed, group=ctx.group)
+        sum_dy, sum_dy_xhat = summed[0] / total, summed[1] / total
+        dx = (dy - _per_channel(sum_dy) - centred * _per_channel(invstd * sum_dy_xhat)) * _per_channel(invstd * weight)
+        return dx.flatten(0, 1).to(x.dtype), local[1].sum(0), local[0].sum(0), None, None, None
+
+
+def _by_group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Returns [groups * n, C, H, W] as [groups, n, C, H, W]."""
+    return x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).to(dtype)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    """Returns [groups, C] values, shaped to meet [groups, n, C, H, W]."""
+    return values[:, None, :, None, None]
+
+
+def synchronise(module: nn.Module, world: World) -> None:
+    """Makes every BatchNorm in `module` normalise over the ranks of `world`; alone, nothing changes."""
+    for part in module.modules():
+        if isinstance(part, BatchNorm):
+            part.group = world.group
