@@ -1,0 +1,62 @@
+"""Files that are complete or absent, with umask permissions; paths as people write them."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+from gan_dist.errors import UserError
+
+
+def is_address(text: str) -> bool:
+    """Returns whether `text` names something remote (`http://...`, `s3://...`, `pipe:...`), not a path."""
+    return text.startswith("pipe:") or "://" in text[:16]
+
+
+def expand(text: str | Path) -> Path:
+    """Returns `text` as an absolute path with `~` and `$VAR` expanded. Links are not followed.
+
+    Raises:
+        UserError: a variable in it is not set.
+    """
+    expanded = os.path.expandvars(Path(text).expanduser())
+    missing = re.search(r"\$\{?([A-Za-z_]\w*)", expanded)
+    if missing and not Path(expanded).exists():  # a file may well be called $HOMELESS
+        raise UserError(f"{text}: the environment variable {missing[1]} is not set: set it or write the path out")
+    return Path(os.path.abspath(expanded))  # noqa: PTH100 (resolve() would follow links)
+
+
+def temporary_name(path: Path) -> Path:
+    """Returns a name beside `path` that no other process on any machine uses; it ends in `.tmp`."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable, where the system can (not on Windows, nor on every network file system)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Writes `content` to `path`: durable and whole, or (killed, disk full) not there at all."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
