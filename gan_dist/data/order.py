@@ -1,0 +1,79 @@
+"""Which sample stands at which position of the training stream: a pure function of (dataset, seed, position).
+
+World size, batch size, placement, prefetching and restarts do not enter. Epoch e is one permutation of all N samples;
+epochs follow one another without a seam, so batches may cross them and none is ever short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def rank_slice(global_batch: int, rank: int, size: int) -> tuple[int, int]:
+    """Returns [lo, hi) of the global batch that belongs to `rank`: in rank order they cover it, sizes differ by one."""
+    return rank * global_batch // size, (rank + 1) * global_batch // size
+
+
+class Order:
+    """The order of all samples of a dataset, numbered through its shards in manifest order.
+
+    With `window_shards` K > 0 the shards are permuted, and samples are permuted within each K shards that follow one
+    another: at any moment only one window of shards is in use, and the next one is known. 0 permutes the whole set.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, window_shards: int = 0) -> None:
+        self.shard_sizes = tuple(shard_sizes)
+        self.num_samples = sum(self.shard_sizes)
+        self.seed = seed
+        self.window_shards = window_shards
+        if self.num_samples < 1:
+            raise ValueError("an order needs at least one sample")
+        # Batches walk through an epoch, and may cross into the next: two permutations are ever wanted at once.
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    def index(self, position: int) -> int:
+        """Returns the sample at `position` >= 0."""
+        epoch, place = divmod(position, self.num_samples)
+        return int(self._permutation(epoch)[place])
+
+    def indices(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Returns the samples at positions [start, stop), int64 [stop - start], across as many epochs as it takes."""
+        parts = []
+        while start < stop:
+            epoch, place = divmod(start, self.num_samples)
+            end = min(stop - start + place, self.num_samples)
+            parts.append(self._permutation(epoch)[place:end])
+            start += end - place
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def windows(self, epoch: int) -> list[list[int]]:
+        """Returns the shards of each window of `epoch`, in the order in which they are used."""
+        shards = self._shard_order(epoch)
+        width = self.window_shards or len(shards)
+        return [shards[i : i + width].tolist() for i in range(0, len(shards), width)]
+
+    def _shard_order(self, epoch: int) -> NDArray[np.int64]:
+        if not self.window_shards:
+            return np.arange(len(self.shard_sizes))
+        return np.argsort(self._noise(epoch, 1, len(self.shard_sizes)), kind="stable")
+
+    def _noise(self, epoch: int, purpose: int, count: int) -> NDArray[np.uint64]:
+        """Returns uint64 [count] noise keyed by (seed, epoch, purpose).
+
+        numpy promises the raw stream of a bit generator for good, though not what Generator.permutation makes of it.
+        """
+        key = np.array([self.seed & 0xFFFFFFFFFFFFFFFF, epoch], dtype=np.uint64)
+        noise: NDArray[np.uint64] = np.random.Philox(key=key, counter=[0, 0, 0, purpose]).random_raw(count)
+        return noise
+
+    def _permute(self, epoch: int) -> NDArray[np.int64]:
+        noise = self._noise(epoch, 0, self.num_samples)
+        if not self.window_shards:
+            return np.argsort(noise, kind="stable")
+        window_of_shard = np.empty(len(self.shard_sizes), np.int64)
+        window_of_shard[self._shard_order(epoch)] = np.arange(len(self.shard_sizes)) // self.window_shards
+        return np.lexsort((noise, np.repeat(window_of_shard, self.shard_sizes)))
