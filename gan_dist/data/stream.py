@@ -1,4 +1,4 @@
-"""Manifest + order -> batches on the device, prefetched by one thread into reused buffers. Ships uint8, never floats."""
+"""Manifest + order -> batches on the device: one thread prefetches into reused buffers. Ships uint8, never floats."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Stream:
         device: torch.device,
         placement: str = "auto",
     ) -> None:
-        """`position` is that of the first batch; each rank of `size` gets [lo, hi) of every `global_batch` positions."""
+        """`position` is that of the first batch; each rank gets its slice of every `global_batch` positions."""
         self.position = position
         self.wait_seconds = 0.0
         """Seconds that `next` had to wait for data, in all."""

@@ -15,7 +15,7 @@ import torch
 from gan_dist.config import Config, load_config
 from gan_dist.data.order import Order, rank_slice
 from gan_dist.data.shards import Dataset, open_dataset
-from gan_dist.data.stream import Stream
+from gan_dist.data.stream import Stream, gather
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.model.networks import Discriminator, Generator, initialise
@@ -366,7 +366,7 @@ class Trainer:
             self.telemetry.text("dataset", self.step, f"```\n{self.config.data.shards}\n{totals}\n```")
             order = Order(self.dataset.shard_sizes, self.config.seed, self.config.data.window_shards)
             count = min(self.config.log.grid, self.dataset.num_samples)
-            image = grid(self.dataset.gather(order.indices(0, count)))
+            image = grid(gather(self.dataset, order.indices(0, count)))
             save_png(image, self.run_dir / "samples" / "real.png")
             self.telemetry.image("samples/real", self.step, image)
 
