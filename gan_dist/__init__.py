@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gan_dist.data.prepare import prepare
     from gan_dist.data.shards import open_dataset
+    from gan_dist.train.rundir import load_generator
     from gan_dist.train.trainer import train
-    from gan_dist.watch.sample import load_generator
 
 __all__ = ["load_generator", "open_dataset", "prepare", "train"]
 _HOMES = {
     "prepare": "gan_dist.data.prepare",
     "train": "gan_dist.train.trainer",
     "open_dataset": "gan_dist.data.shards",
-    "load_generator": "gan_dist.watch.sample",
+    "load_generator": "gan_dist.train.rundir",
 }
 
 

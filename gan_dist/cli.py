@@ -161,12 +161,25 @@ def sample(
     individual: Annotated[Path | None, typer.Option(help="Also write each image into this directory.")] = None,
 ) -> None:
     """Draw images from a run's generator."""
-    from gan_dist.watch.sample import sample_run
+    from gan_dist.train.checkpoint import find
+    from gan_dist.train.rundir import run_path
+    from gan_dist.watch.sample import build_generator, draw
 
-    for line in sample_run(
-        run, step=step, count=count, seed=seed, out=image, interpolate=interpolate, individual=individual
-    ):
-        out.print(line, markup=False)
+    if count < 1:
+        raise UserError(f"--count: expected 1 or more, found {count}")
+    state = find(run_path(run), step).state
+    draw(
+        build_generator(state),
+        state["config"]["model"]["latent_dim"],
+        count=count,
+        seed=seed,
+        out=image,
+        walk=interpolate,
+        individual=individual,
+    )
+    out.print(f"{count} images of step {state['step']} in {image}", markup=False)
+    if individual is not None:
+        out.print(f"each alone in {individual}", markup=False)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Keys to set.")]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gan_dist.config import (
     FIXED_FROM,
     Config,
@@ -21,7 +23,9 @@ from gan_dist.config import (
     to_yaml,
 )
 from gan_dist.errors import UserError
+from gan_dist.model.networks import Generator
 from gan_dist.train.checkpoint import Loaded, find, load_newest, replace_atomically
+from gan_dist.watch.sample import build_generator
 
 
 def runs_home() -> Path:
@@ -151,6 +155,14 @@ def write_start(run_dir: Path, config: Config, facts: Mapping[str, Any]) -> None
 def read_config(run_dir: Path) -> Config:
     """Returns the configuration that a run directory holds."""
     return load_config(run_dir / "config.yaml")
+
+
+def load_generator(run: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> Generator:
+    """Returns a run's generator in eval mode, at `step` or its newest checkpoint; the averaged one where there is one.
+
+    Latents [B, Z] to images [B, 3, S, S] in [-1, 1]. Raises UserError when there is no such run or step.
+    """
+    return build_generator(find(run_path(run), step).state, device)
 
 
 def resolved_changes(run_dir: Path, resolved: Mapping[str, Any]) -> list[str]:
