@@ -99,7 +99,7 @@ class World:
         if self.control is None:
             return work()
         result: Any = None
-        failure: Exception | None = None
+        failure: GanDistError | OSError | None = None
         try:
             result = work()
         except (GanDistError, OSError) as error:

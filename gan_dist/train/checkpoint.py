@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,19 @@ def replace_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save(directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any], *, keep: int) -> Path:
+def save(
+    directory: Path,
+    state: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    keep: int,
+    guard: Callable[[], None] = lambda: None,
+) -> Path:
     """Returns the published checkpoint of `state` (which names its `step`), then prunes all but the newest `keep`.
 
     `facts` go into the manifest beside the hash; a true `kept` in them exempts the checkpoint from pruning for good.
-    Raises OSError when the disk refuses; every older checkpoint is then as it was.
+    `guard` is called last before publishing and may raise to forbid it. Raises OSError when the disk refuses; every
+    older checkpoint is then as it was.
     """
     final = directory / directory_name(state["step"])
     temporary = directory / f"{TEMPORARY}{final.name}-{uuid.uuid4().hex[:8]}"
@@ -94,6 +102,7 @@ def save(directory: Path, state: Mapping[str, Any], facts: Mapping[str, Any], *,
         write_durably(temporary / "state.pt", content)
         write_durably(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
         flush_directory(temporary)
+        guard()
         if final.exists():
             # Only one that was passed over as unsound can stand here: a sound one would have been resumed from.
             final.replace(directory / f"{TEMPORARY}unsound-{uuid.uuid4().hex[:8]}")
@@ -218,8 +227,10 @@ class Saver:
 
     directory: Path
     keep: int
+    guard: Callable[[], None] = lambda: None
+    """Raises a GanDistError where this trainer may no longer write."""
     _thread: threading.Thread | None = None
-    _failure: list[OSError] = field(default_factory=list)
+    _failure: list[OSError | GanDistError] = field(default_factory=list)
 
     def start(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Begins to save `state`, already copied to the host; waits first for a save that is still under way."""
@@ -227,8 +238,8 @@ class Saver:
 
         def work() -> None:
             try:
-                save(self.directory, state, facts, keep=self.keep)
-            except OSError as error:
+                save(self.directory, state, facts, keep=self.keep, guard=self.guard)
+            except (OSError, GanDistError) as error:
                 self._failure.append(error)
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
@@ -239,7 +250,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def failure(self, *, wait: bool = False) -> OSError | None:
+    def failure(self, *, wait: bool = False) -> OSError | GanDistError | None:
         """Returns and forgets why the last finished save failed, or None; `wait` lets one under way finish first."""
         if wait or (self._thread is not None and not self._thread.is_alive()):
             self._join()

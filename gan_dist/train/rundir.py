@@ -79,7 +79,11 @@ def prepare_start(
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file; expected a run directory, or nothing there yet")
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "config.yaml").is_file():
+    if (
+        run_dir.is_dir()
+        and any(not path.name.startswith((".", "lease")) for path in run_dir.iterdir())
+        and not (run_dir / "config.yaml").is_file()
+    ):
         raise UserError(f"{run_dir} is not empty and holds no run (no config.yaml); choose another --run-dir or --name")
     loaded = load_newest(run_dir / "checkpoints")
     notes: list[str] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from gan_dist.errors import GanDistError, UserError
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.stop import StopRequest
 from gan_dist.train.checkpoint import Saver, copy_to_host
+from gan_dist.train.lease import Lease
 from gan_dist.train.lifecycle import ControlWord, Watchman, environment, out_of_memory
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
 from gan_dist.train.runner import make_runner
-from gan_dist.train.update import STATS, Update, draw_flips, draw_latents
+from gan_dist.train.update import STATS, Precision, Update, draw_flips, draw_latents
 from gan_dist.watch.sample import generate, grid, save_png
 from gan_dist.watch.telemetry import Telemetry
 
@@ -78,10 +80,14 @@ def train(
     ) as world:
         try:
             dataset = world.together(lambda: _open_for(settings, world))
-            start = world.from_first(
-                lambda: prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
-            )
-            with Trainer(settings, world, dataset, directory, start, max_steps, stop, console) as trainer:
+
+            def check() -> Start:
+                return prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
+
+            with (
+                claim(directory, world, check, console) as (start, lease),
+                Trainer(settings, world, dataset, directory, start, lease, max_steps, stop, console) as trainer,
+            ):
                 return trainer.run()
         except (RuntimeError, MemoryError) as error:
             if line := out_of_memory(error, settings.train.global_batch, world.size):
@@ -105,7 +111,33 @@ def _open_for(config: Config, world: World) -> Dataset:
     return dataset
 
 
-def _precision(config: Config, device: torch.device) -> str:
+@contextmanager
+def claim(
+    run_dir: Path, world: World, check: Callable[[], Start], console: bool
+) -> Iterator[tuple[Start, Lease | None]]:
+    """Yields where the run starts, and on rank 0 the lease on its directory, which is given back on the way out.
+
+    `check` runs before anything is written, and again once the directory is ours: it may have moved in between.
+    """
+    held: list[Lease] = []
+
+    def take() -> Start:
+        check()
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.append(Lease.take(run_dir, print if console else lambda line: None))
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
+        return check()
+
+    try:
+        yield world.from_first(take), held[0] if held else None
+    finally:
+        for lease in held:
+            lease.release()
+
+
+def _precision(config: Config, device: torch.device) -> Precision:
     """Returns the precision that `auto` means here: bf16 where a GPU has it natively, else fp32."""
     if config.train.precision != "auto":
         return config.train.precision
@@ -122,6 +154,7 @@ class Trainer:
         dataset: Dataset,
         run_dir: Path,
         start: Start,
+        lease: Lease | None,
         max_steps: int | None,
         stop: StopRequest | None,
         console: bool,
@@ -161,6 +194,8 @@ class Trainer:
         deadline = config.train.stop_after_minutes
         self.watchman = Watchman(self.stop, run_dir, time.monotonic() + 60 * deadline if deadline else None)
         self.saver = Saver(run_dir / "checkpoints", config.checkpoint.keep)
+        if lease is not None:
+            self.saver.guard = lease.check
         self.stream = Stream(
             dataset,
             Order(dataset.shard_sizes, config.seed, config.data.window_shards),
@@ -343,6 +378,8 @@ class Trainer:
             values["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.telemetry.scalars(self.step, self.images_seen, values)
         if failure := self.saver.failure():
+            if isinstance(failure, GanDistError):
+                self.stop.ask(str(failure))  # not a disk's mood: the run is another trainer's now
             self.telemetry.say(f"WARNING: a checkpoint could not be saved: {failure}; training goes on")
             self.telemetry.event("save_failed", self.step, reason=str(failure))
 
@@ -395,7 +432,9 @@ class Trainer:
         if wait and (failure := self.world.from_first(lambda: self.saver.failure(wait=True))):
             raise self._unsaved(failure)
 
-    def _unsaved(self, failure: OSError) -> GanDistError:
+    def _unsaved(self, failure: OSError | GanDistError) -> GanDistError:
+        if isinstance(failure, GanDistError):
+            return failure
         return GanDistError(
             f"the checkpoint of step {self.step} could not be saved in {self.saver.directory}: "
             f"{os.strerror(failure.errno) if failure.errno else failure}; earlier ones are as they were"
