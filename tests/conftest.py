@@ -1,14 +1,19 @@
-"""What every test shares: GPU tests wait for a GPU, and in CI nothing else is skipped."""
+"""What every test shares: a painted dataset; GPU tests wait for a GPU, and in CI nothing else is skipped."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Small networks on few cores: more threads would only wait for one another, and ranks have one thread each anyway.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 MAY_SKIP_IN_CI = re.compile(r"needs a CUDA device|needs torch")
 """What .ci/run cannot install. Programs (SLURM, a browser, ...) it can, so a test that lacks one there has failed."""
@@ -39,3 +44,23 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, Any, Any]:
     return _no_skips((yield))
+
+
+@pytest.fixture(scope="session")
+def paintings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 70 small paintings in several sizes and formats, 4 of them broken."""
+    from gan_dist.data.synthetic import paint_folder
+
+    folder = tmp_path_factory.mktemp("paintings")
+    paint_folder(folder, 70, broken=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(paintings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paintings at 32x32, in five shards of unequal sizes. Read only: tests that damage it copy it first."""
+    from gan_dist.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("dataset") / "shards"
+    prepare([paintings], out, resolution=32, shard_samples=16, max_reject_fraction=0.5)
+    return out
