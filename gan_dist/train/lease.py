@@ -14,13 +14,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from gan_dist.distributed import World
 from gan_dist.errors import GanDistError, UserError
 
+T = TypeVar("T")
 TERM_S = float(os.environ.get("GAN_DIST_LEASE_TERM_S") or 60)
 """Seconds without a renewal after which a lease is stale; a holder renews it four times in that time."""
 LAUNCH_ID = "GAN_DIST_LAUNCH_ID"
@@ -190,3 +193,29 @@ def _create(path: Path, mine: Holder, replacing: Holder | None) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def claim(
+    run_dir: Path, world: World, check: Callable[[], T], say: Callable[[str], None]
+) -> Iterator[tuple[T, Lease | None]]:
+    """Yields what `check` returns on rank 0, and there the lease on the run directory, given back on the way out.
+
+    `check` runs before anything is written, and again once the directory is ours: it may have moved in between.
+    """
+    held: list[Lease] = []
+
+    def take() -> T:
+        check()
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.append(Lease.take(run_dir, say))
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
+        return check()
+
+    try:
+        yield world.from_first(take), held[0] if held else None
+    finally:
+        for lease in held:
+            lease.release()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from gan_dist.errors import GanDistError, UserError
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.stop import StopRequest
 from gan_dist.train.checkpoint import Saver, copy_to_host
-from gan_dist.train.lease import Lease
+from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Watchman, environment, out_of_memory
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
 from gan_dist.train.runner import make_runner
@@ -85,7 +84,7 @@ def train(
                 return prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
 
             with (
-                claim(directory, world, check, console) as (start, lease),
+                claim(directory, world, check, print if console else lambda line: None) as (start, lease),
                 Trainer(settings, world, dataset, directory, start, lease, max_steps, stop, console) as trainer,
             ):
                 return trainer.run()
@@ -109,32 +108,6 @@ def _open_for(config: Config, world: World) -> Dataset:
             f"{dataset.resolution} images; set model.resolution={dataset.resolution} or prepare the set again"
         )
     return dataset
-
-
-@contextmanager
-def claim(
-    run_dir: Path, world: World, check: Callable[[], Start], console: bool
-) -> Iterator[tuple[Start, Lease | None]]:
-    """Yields where the run starts, and on rank 0 the lease on its directory, which is given back on the way out.
-
-    `check` runs before anything is written, and again once the directory is ours: it may have moved in between.
-    """
-    held: list[Lease] = []
-
-    def take() -> Start:
-        check()
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            held.append(Lease.take(run_dir, print if console else lambda line: None))
-        except OSError as error:
-            raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
-        return check()
-
-    try:
-        yield world.from_first(take), held[0] if held else None
-    finally:
-        for lease in held:
-            lease.release()
 
 
 def _precision(config: Config, device: torch.device) -> Precision:

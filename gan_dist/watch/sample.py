@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from gan_dist.model.networks import Generator
@@ -46,7 +46,7 @@ def save_png(image: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        temporary.write_bytes(encode_png(image).numpy().tobytes())
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
