@@ -151,6 +151,7 @@ class Trainer:
             if not start.fresh:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
         self._saved_step = -1 if start.fresh else self.step
+        self._drawn_step = -1
         self._skipped_in_a_row = 0
 
         resolved = {
@@ -358,7 +359,8 @@ class Trainer:
 
     def _draw_samples(self) -> None:
         """Draws the fixed latents' grid to samples/ and TensorBoard; on rank 0 alone, in eval mode."""
-        if self.first:
+        if self.first and self._drawn_step != self.step:
+            self._drawn_step = self.step
             generator = self.update.g.network
             latents = self.fixed_latents.to(self.world.device, self.update.dtype)
             image = grid(generate(generator, latents))

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -71,7 +70,7 @@ class RunConsole:
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""
-        self._console.print(escape(line) if self._bar is not None else line, markup=self._bar is not None)
+        self._console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:
         """Takes the bar down."""
