@@ -1,0 +1,315 @@
+"""Sources -> a dataset: planned, decoded in parallel, written shard by shard, restartable, accounted for."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from gan_dist.data.account import Account, TooManyRejects
+from gan_dist.data.files import expand, publish
+from gan_dist.data.images import RESAMPLE, Recipe
+from gan_dist.data.locks import Locks
+from gan_dist.data.plan import FOLDER, Options, Plan, make_plan, settle
+from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardInfo, ShardWriter, shard_name
+from gan_dist.data.sheet import contact_sheet
+from gan_dist.data.workers import Done, make_jobs, run_jobs
+from gan_dist.errors import GanDistError, UserError
+
+REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timings.json", "contact_sheet.png"
+_PLAN_LOCK, _FINISH_LOCK = 2**30, 2**30 + 1
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Progress = Callable[[int, int], None]
+Part = dict[str, Any]
+
+
+def prepare(
+    sources: Sequence[str | Path] | str | Path,
+    out: str | Path,
+    *,
+    resolution: int = 64,
+    resample: str = "lanczos",
+    replacements: str | Path | None = None,
+    labels: str | None = None,
+    workers: int | None = None,
+    task: tuple[int, int] | None = None,
+    dedupe: bool = False,
+    max_reject_fraction: float = 0.05,
+    shard_samples: int = 4096,
+    min_side: int = 1,
+    keep_truncated: bool = False,
+    full_decode: bool = False,
+    progress: Progress | None = None,
+) -> Account:
+    """Returns the account of preparing `sources` (folders, zips, tars) into the dataset `out`.
+
+    Run again after an interruption, it continues; run again on a finished dataset, it rewrites shards that are missing
+    or damaged, and nothing else. `task` (i, n) does every n-th shard from i on; whichever task ends last writes the
+    manifest. `workers`: processes (default: a CPU each; 0: in this process). `progress`: called with entries done and
+    entries in all. The other options are DESIGN's of `gan-dist prepare`.
+
+    Raises:
+        UserError: bad options, sources or `out`, or not one readable image. Nothing is left half-written.
+        TooManyRejects: more than `max_reject_fraction` rejected; all is written but the manifest.
+        GanDistError: a source changed, the disk is full, another process is at work on the same shards.
+    """
+    began = perf_counter()
+    options = _options(
+        Recipe(resolution, resample, min_side, keep_truncated, full_decode),
+        Options(replacements=str(replacements) if replacements else None, labels=labels, dedupe=dedupe),
+        shard_samples,
+        task,
+    )
+    processes = _workers(workers)
+    target = expand(out)
+    if isinstance(sources, str | Path):
+        sources = [sources]
+    paths = [expand(source) for source in sources]
+    if not paths:
+        raise UserError("no source given: expected folders, zips or tars")
+    created = not target.exists()
+    _check_target(target)
+    plan = make_plan(paths, options, target)
+    try:
+        with _plain_failures(target):
+            settle(plan, target)
+            run = _Run(plan, target, progress)
+            try:
+                with run.locks.hold(_PLAN_LOCK):
+                    settle(plan, target)
+                first, step = task or (0, 1)
+                run.work(range(first, plan.num_shards, step), processes)
+                account = run.account(perf_counter() - began)
+                if account.complete:
+                    run.finish(account, max_reject_fraction)
+            finally:
+                run.locks.close()
+    except _NothingLeft as nothing:
+        shutil.rmtree(target if created else target / FOLDER, ignore_errors=True)
+        raise UserError(str(nothing)) from None
+    return account
+
+
+class _NothingLeft(Exception):
+    """Every image was rejected."""
+
+
+def _options(image: Recipe, options: Options, shard_samples: int, task: tuple[int, int] | None) -> Options:
+    if not 1 <= image.resolution <= 4096:
+        raise UserError(f"resolution {image.resolution}: expected 1 to 4096")
+    if image.resample not in RESAMPLE:
+        raise UserError(f"resample {image.resample!r}: expected one of {', '.join(RESAMPLE)}")
+    if shard_samples < 1:
+        raise UserError(f"shard_samples {shard_samples}: expected at least 1")
+    if task is not None and not 0 <= task[0] < task[1]:
+        raise UserError(f"task {task[0]}/{task[1]}: expected i/n with 0 <= i < n")
+    return Options(image, options.replacements, options.labels, options.dedupe, shard_samples)
+
+
+def _workers(workers: int | None) -> int:
+    if workers is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers < 0:
+        raise UserError(f"workers {workers}: expected 0 or more")
+    return workers
+
+
+def _check_target(out: Path) -> None:
+    """Raises UserError when `out` cannot become a dataset, before anything slow begins."""
+    here = out
+    while not here.exists() and here != here.parent:
+        here = here.parent
+    if not here.is_dir():
+        raise UserError(f"cannot write to OUT {out}: {here} is a file, not a folder")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to OUT {out}: no permission to write in {here}")
+
+
+@contextmanager
+def _plain_failures(out: Path) -> Iterator[None]:
+    """Turns a full disk and its like into one line."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{out}: {error.strerror or error}"
+        if error.errno in _NO_SPACE:
+            raise GanDistError(f"no space left for {what}: make space and run the same command again") from None
+        raise GanDistError(f"cannot write into {what}: run the same command again once that is mended") from None
+
+
+class _Run:
+    """One run over the shards of a plan."""
+
+    def __init__(self, plan: Plan, out: Path, progress: Progress | None) -> None:
+        self.plan, self.out = plan, out
+        self.locks = Locks(out / FOLDER / "lock")
+        self._progress = progress or (lambda done, total: None)
+        self._stages: dict[str, float] = {}
+        self._entries = self._bytes = self._peak = self._workers = self._last = 0
+
+    def work(self, mine: Sequence[int], workers: int) -> None:
+        """Writes those of the shards `mine` that are not there whole.
+
+        Raises:
+            GanDistError: another process is writing one of them.
+        """
+        if taken := [shard for shard in mine if not self.locks.take(shard)]:
+            raise GanDistError(
+                f"another gan-dist prepare is writing {len(taken)} of the shards in {self.out}: wait until it has ended"
+            )
+        with ThreadPoolExecutor(min(8, max(1, workers))) as pool:
+            whole = list(pool.map(self._is_whole, mine))
+        todo = [shard for shard, is_whole in zip(mine, whole, strict=True) if not is_whole]
+        total = sum(len(self.plan.keys(shard)) for shard in mine)
+        done = total - sum(len(self.plan.keys(shard)) for shard in todo)
+        self._progress(done, total)
+        jobs = [make_jobs([self.plan.entries[key] for key in self.plan.keys(shard)]) for shard in todo]
+        self._workers = workers
+        flat = [job for of_shard in jobs for job in of_shard]
+        with closing(run_jobs(flat, self.plan.sources, self.plan.image, workers)) as finished:
+            for shard, of_shard in zip(todo, jobs, strict=True):
+                (self.out / FOLDER / f"{shard_name(shard)}.json").unlink(missing_ok=True)
+                self._clear(shard)
+                with ShardWriter(self.out, shard, self.plan.image.resolution) as writer:
+                    part: Part = {"plan": self.plan.digest, "rejects": [], "ids": Counter(), "flags": Counter()}
+                    keys = iter(self.plan.keys(shard))
+                    for _ in of_shard:
+                        self._write(next(finished), keys, writer, part)
+                        self._progress(done := done + self._last, total)
+                    began = perf_counter()
+                    info = writer.commit()
+                part["shard"] = asdict(info) if info else None
+                publish(self.out / FOLDER / f"{shard_name(shard)}.json", json.dumps(part).encode())
+                self._add_time("write", perf_counter() - began)
+
+    def _clear(self, shard: int) -> None:
+        """Removes what a killed run left of a shard."""
+        for left in self.out.glob(f"{Path(shard_name(shard)).stem}.*.tmp"):
+            left.unlink(missing_ok=True)
+
+    def _write(self, done: Done, keys: Iterator[int], writer: ShardWriter, part: Part) -> None:
+        began = perf_counter()
+        plan = self.plan
+        for outcome in done.outcomes:
+            key = next(keys)
+            entry, label = plan.entries[key], plan.ids[key]
+            if outcome.reason:
+                told = plan.describe(entry) | {"reason": outcome.reason, "detail": outcome.detail}
+                part["rejects"].append({"key": key} | told)
+            else:
+                record = plan.describe(entry) | outcome.record | ({} if label is None else {"label": label})
+                writer.add(key, outcome.pixels, record)
+                part["ids"][-1 if label is None else label] += 1
+                part["flags"].update(outcome.record.get("flags", ()))
+            self._bytes += entry.packed or entry.size
+        self._last = len(done.outcomes)
+        self._entries += self._last
+        self._peak = max(self._peak, done.peak)
+        for stage, seconds in {**done.seconds, "write": perf_counter() - began}.items():
+            self._add_time(stage, seconds)
+
+    def _add_time(self, stage: str, seconds: float) -> None:
+        self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+
+    def _part(self, shard: int) -> Part | None:
+        """Returns what a finished shard left in writing, if it belongs to this plan."""
+        try:
+            part: Part = json.loads((self.out / FOLDER / f"{shard_name(shard)}.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return part if part.get("plan") == self.plan.digest else None
+
+    def _is_whole(self, shard: int) -> bool:
+        part = self._part(shard)
+        if part is None:
+            return False
+        if part["shard"] is None:
+            return True
+        info = ShardInfo(**part["shard"])
+        for name, digest in ((info.file, info.sha256), (info.sidecar, info.sidecar_sha256)):
+            try:
+                with (self.out / name).open("rb") as stream:
+                    if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                        return False
+            except OSError:
+                return False
+        return True
+
+    def account(self, seconds: float) -> Account:
+        """Returns the account of all shards that are done, whoever did them."""
+        plan = self.plan
+        parts = [(shard, part) for shard in range(plan.num_shards) if (part := self._part(shard))]
+        ids = sum((Counter({int(i): n for i, n in part["ids"].items()}) for _, part in parts), Counter())
+        rejected = Counter(reject["reason"] for _, part in parts for reject in part["rejects"])
+        flags: Counter[str] = sum((Counter(part["flags"]) for _, part in parts), Counter())
+        bytes_done = sum(
+            plan.entries[key].packed or plan.entries[key].size for shard, _ in parts for key in plan.keys(shard)
+        )
+        return Account(
+            out=str(self.out),
+            seen=plan.counts["seen"],
+            written=ids.total(),
+            rejected=dict(sorted(rejected.items())),
+            replaced=plan.counts["replaced"],
+            skipped=plan.counts["skipped"],
+            duplicates=len(plan.duplicates),
+            classes={name: ids[i] for i, name in enumerate(plan.classes)},
+            unlabelled=ids[-1] if plan.classes else 0,
+            ambiguous=plan.counts["labels"].get("ambiguous", 0),
+            flags=dict(sorted(flags.items())),
+            shards=plan.num_shards,
+            shards_done=len(parts),
+            source_bytes=bytes_done,
+            notes=list(plan.notes),
+            entries=self._entries,
+            read_bytes=self._bytes,
+            seconds=seconds,
+            workers=self._workers,
+            stages=dict(self._stages),
+            peak_worker_bytes=self._peak,
+        )
+
+    def finish(self, account: Account, max_reject_fraction: float) -> None:
+        """Writes the lists, the contact sheet and, last, the manifest."""
+        with self.locks.hold(_FINISH_LOCK):
+            parts = [part for shard in range(self.plan.num_shards) if (part := self._part(shard))]
+            rejects = [reject for part in parts for reject in part["rejects"]]
+            if not account.written:
+                first = rejects[0]
+                reasons = ", ".join(f"{count} {reason}" for reason, count in account.rejected.items())
+                raise _NothingLeft(
+                    f"none of {len(rejects):,} images could be used: {reasons}"
+                    f" (first: {first['source']}/{first['path']!r}: {first['reason']} {first['detail']})"
+                )
+            publish(self.out / REJECTS, _lines(rejects))
+            if self.plan.recipe["dedupe"]:
+                publish(self.out / DUPLICATES, _lines(self.plan.duplicates))
+            if account.entries or not (self.out / TIMINGS).exists():
+                publish(self.out / TIMINGS, json.dumps(account.timings(), indent=1).encode() + b"\n")
+            if account.reject_fraction > max_reject_fraction:
+                (self.out / MANIFEST).unlink(missing_ok=True)
+                raise TooManyRejects(
+                    f"{account.reject_fraction:.1%} of the images were rejected, {max_reject_fraction:.1%} is allowed: "
+                    f"see {self.out / REJECTS}; the same command with a higher --max-reject-fraction ends at once",
+                    account,
+                )
+            shards = tuple(ShardInfo(**part["shard"]) for part in parts if part["shard"])
+            resolution = self.plan.image.resolution
+            manifest = Manifest(FORMAT, resolution, self.plan.recipe, self.plan.classes, account.totals(), shards)
+            publish(self.out / SHEET, contact_sheet(self.out, manifest, seed=self.plan.digest))
+            publish(self.out / MANIFEST, manifest.to_bytes())
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
