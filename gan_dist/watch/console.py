@@ -1,13 +1,35 @@
-"""The console of a run: a live bar on a terminal, one greppable line a log interval anywhere else."""
+"""The console of a run: a live panel on a terminal, one greppable line a log interval anywhere else."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+FIGURES = {
+    "epoch": ("progress/epoch", ".2f"),
+    "images/s": ("throughput/images_per_second", ".1f"),
+    "loss_d": ("loss/discriminator", ".3f"),
+    "loss_g": ("loss/generator", ".3f"),
+    "d_real": ("probability/real", ".3f"),
+    "d_fake": ("probability/fake", ".3f"),
+    "wait": ("throughput/data_wait_fraction", ".3f"),
+    "gib": ("memory/device_gib", ".1f"),
+    "skipped": ("updates/skipped", ".0f"),
+}
+"""The words that the console, a log and `status` use for a run's figures: word -> (tag, format)."""
+
+PINNED = 4
+"""Warnings that stay in sight; older ones have scrolled by above the panel."""
 
 
 def duration(seconds: float) -> str:
@@ -22,78 +44,142 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
-class RunConsole:
-    """Shows a run's progress from `step` to `total` on `console` (standard output)."""
+def figures(values: Mapping[str, float | None]) -> dict[str, str]:
+    """Returns the words for the values that are there, for example {"epoch": "0.25", "loss_d": "0.512"}."""
+    found = {}
+    for word, (tag, form) in FIGURES.items():
+        if (value := values.get(tag)) is not None and not (word == "skipped" and value == 0):
+            found[word] = format(value, form)
+    return found
 
-    def __init__(self, step: int, total: int, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
-        self._total = total
-        self._mark = (time.monotonic(), step)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[words]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                expand=True,
-                refresh_per_second=4,
-            )
-            self._task = self._bar.add_task("train", total=total, completed=step, words="")
-            self._bar.start()
 
-    def progress(self, step: int) -> None:
-        """Moves the bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+def line_of(step: int, total: int, values: Mapping[str, float | None], left: float | None = None) -> str:
+    """Returns one line of key=value words: what a log shows each interval, and what `status` says of a run."""
+    words = [f"step={step}/{total}", *(f"{word}={text}" for word, text in figures(values).items())]
+    return " ".join([*words, *([f"left={duration(left)}"] if left is not None else [])])
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the step's figures: beside the bar, or as a line of key=value words."""
-        short = {
-            "epoch": f"{values.get('progress/epoch', 0):.2f}",
-            "images/s": f"{values.get('throughput/images_per_second', 0):.0f}",
-            "loss_d": f"{values.get('loss/discriminator', 0):.3f}",
-            "loss_g": f"{values.get('loss/generator', 0):.3f}",
-        }
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, words=" ".join(f"{k} {v}" for k, v in short.items()))
-            return
-        now, (then, before) = time.monotonic(), self._mark
-        self._mark = (now, step)
-        left = (now - then) / max(1, step - before) * (self._total - step)
-        words = " ".join(f"{key}={value}" for key, value in short.items())
-        probabilities = f"d_real={values.get('probability/real', 0):.3f} d_fake={values.get('probability/fake', 0):.3f}"
-        self.say(f"step={step}/{self._total} {words} {probabilities} left={duration(left)}")
 
-    def say(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
-        self._console.print(line, markup=False, highlight=False)
+class Voice(Protocol):
+    """What a run may say to a person."""
 
-    def close(self) -> None:
-        """Takes the bar down."""
-        if self._bar is not None:
-            self._bar.stop()
+    def progress(self, step: int) -> None: ...
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    def sample(self, path: Path) -> None: ...
+    def say(self, line: str) -> None: ...
+    def warn(self, line: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class Silence:
     """The console of every rank but the first, and of a library call that asked for quiet."""
 
     def progress(self, step: int) -> None:
-        """Nothing."""
+        """Nothing, as for all the others."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    def sample(self, path: Path) -> None: ...
+    def say(self, line: str) -> None: ...
+    def warn(self, line: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class RunConsole:
+    """Shows a run's progress from `step` to `total` on `console` (standard output).
+
+    verbosity: -1 says only warnings; 0 one line (or the panel) each log interval; 1 adds every tag that was logged.
+    """
+
+    def __init__(self, name: str, step: int, total: int, console: Console | None = None, verbosity: int = 0) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._name, self._step, self._total, self._verbosity = name, step, total, verbosity
+        self._began = self._mark = (time.monotonic(), step)
+        self._steps_per_second: float | None = None
+        self._values: dict[str, float] = {}
+        self._sample: Path | None = None
+        self._warnings: list[str] = []
+        self._live: Live | None = None
+        if verbosity >= 0 and self._console.is_terminal and not self._console.is_dumb_terminal:
+            # Twice a second: each refresh takes milliseconds of the core that also feeds the device.
+            self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2)
+            self._live.start()
+
+    def progress(self, step: int) -> None:
+        """Moves the bar."""
+        self._step = step
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Shows the step's figures: in the panel, or as a line of key=value words."""
+        self._step, self._values = step, dict(values)
+        now, (then, before) = time.monotonic(), self._mark
+        self._mark = (now, step)
+        if step > before and now > then:
+            rate = (step - before) / (now - then)
+            # A moving average: one slow interval (a checkpoint, samples) should not swing the time left.
+            old = self._steps_per_second
+            self._steps_per_second = rate if old is None else 0.7 * old + 0.3 * rate
+        if self._live is None and self._verbosity >= 0:
+            line = line_of(step, self._total, values, self._left())
+            if self._verbosity > 0:
+                shown = {tag for tag, _ in FIGURES.values()}
+                line += "".join(f" {tag}={value:.5g}" for tag, value in values.items() if tag not in shown)
+            self._print(line)
+
+    def sample(self, path: Path) -> None:
+        """Names the newest samples."""
+        self._sample = path
 
     def say(self, line: str) -> None:
-        """Nothing."""
+        """Prints a line, above the panel where there is one."""
+        if self._verbosity >= 0:
+            self._print(line)
+
+    def warn(self, line: str) -> None:
+        """Prints a warning, and keeps the newest few in sight."""
+        self._warnings = [*self._warnings, line][-PINNED:]
+        self._print(f"WARNING: {line}")
 
     def close(self) -> None:
-        """Nothing."""
+        """Takes the panel down, its last state left standing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
+    def _print(self, line: str) -> None:
+        self._console.print(escape(line), highlight=False, soft_wrap=True)
 
-def make_console(active: bool, step: int, total: int) -> Any:
-    """Returns the console of a run, or silence."""
-    return RunConsole(step, total) if active else Silence()
+    def _left(self) -> float | None:
+        """Returns the seconds until the end at the present rate, or None while no rate is known."""
+        if self._steps_per_second is None:
+            return None
+        return (self._total - self._step) / self._steps_per_second
+
+    def _panel(self) -> RenderableType:
+        left = self._left()
+        done = self._step / max(1, self._total)
+        head = Table.grid(expand=True, padding=(0, 1))
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        head.add_row(
+            f"step {self._step}/{self._total}",
+            ProgressBar(total=max(1, self._total), completed=self._step),
+            f"{done:.0%}, {duration(left)} left" if left is not None else f"{done:.0%}",
+        )
+        words = figures(self._values)
+        words["elapsed"] = duration(time.monotonic() - self._began[0])
+        columns = max(1, min(len(words), (self._console.width - 4) // 18))
+        cells = [Text.assemble((f"{word} ", "dim"), (text, "bold")) for word, text in words.items()]
+        body = Table.grid(expand=True, padding=(0, 2))
+        for _ in range(columns):
+            body.add_column(ratio=1, no_wrap=True)
+        for start in range(0, len(cells), columns):
+            body.add_row(*cells[start : start + columns])
+        parts: list[RenderableType] = [head, body]
+        if self._verbosity > 0:
+            shown = {tag for tag, _ in FIGURES.values()}
+            rest = [f"{tag} {value:.5g}" for tag, value in self._values.items() if tag not in shown]
+            parts.append(Text("  ".join(rest), style="dim"))
+        if self._sample is not None:
+            parts.append(Text.assemble(("newest samples ", "dim"), str(self._sample), overflow="fold"))
+        parts += [Text(f"! {line}", style="yellow", overflow="fold") for line in self._warnings]
+        return Panel(Group(*parts), title=escape(self._name), title_align="left", border_style="dim")

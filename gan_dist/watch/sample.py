@@ -1,24 +1,25 @@
-"""A generator -> images: grids, single pictures, walks between latents."""
+"""A generator -> images: grids, single pictures, walks between latents, an animation of a run's own grids."""
 
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.utils import make_grid
 
+from gan_dist.errors import UserError
 from gan_dist.model.networks import Generator
+from gan_dist.watch.pictures import grid, save_gif, save_png, to_uint8
+from gan_dist.watch.record import read_run
 
+__all__ = ["animate", "build_generator", "draw", "draw_latents", "generate", "grid", "interpolate", "save_png"]
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Returns images in [-1, 1] as uint8 on the CPU: -1 becomes 0 and 1 becomes 255, as the stream's inverse."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+MAX_FRAMES = 120
+"""Frames of an animation: of a longer run every second, third, ... grid is shown, first and last always."""
 
 
 def generate(generator: torch.nn.Module, latents: Tensor, batch: int = 256) -> Tensor:
@@ -33,23 +34,6 @@ def generate(generator: torch.nn.Module, latents: Tensor, batch: int = 256) -> T
             return torch.cat([to_uint8(generator(wanted[start : start + batch])) for start in starts])
     finally:
         generator.train(training)
-
-
-def grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Returns uint8 images [N, 3, S, S] laid out as one picture, uint8 [3, H, W]; as square as can be by default."""
-    laid: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
-    return laid
-
-
-def save_png(image: Tensor, path: Path) -> None:
-    """Writes `image`, uint8 [3, H, W], to `path`: whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
@@ -73,8 +57,20 @@ def build_generator(state: Mapping[str, Any], device: torch.device | str = "cpu"
     return generator.to(device).eval()
 
 
+def draw_latents(latent_dim: int, count: int, seed: int, walk: bool = False) -> Tensor:
+    """Returns latents [count, latent_dim] keyed by `seed`; with `walk`, each row of a square grid goes from one to
+    another."""
+    source = torch.Generator().manual_seed(seed)
+    if not walk:
+        return torch.randn(count, latent_dim, generator=source)
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    ends = torch.randn(2 * rows, latent_dim, generator=source)
+    return torch.cat([interpolate(ends[2 * row], ends[2 * row + 1], columns) for row in range(rows)])[:count]
+
+
 def draw(
-    generator: Generator,
+    generator: torch.nn.Module,
     latent_dim: int,
     *,
     count: int,
@@ -87,18 +83,45 @@ def draw(
 
     Latents are keyed by `seed`. With `walk` each row of the grid goes from one latent to another.
     """
-    source = torch.Generator().manual_seed(seed)
-    columns = math.ceil(math.sqrt(count))
-    if walk:
-        rows = math.ceil(count / columns)
-        ends = torch.randn(2 * rows, latent_dim, generator=source)
-        walks = [interpolate(ends[2 * row], ends[2 * row + 1], columns) for row in range(rows)]
-        latents = torch.cat(walks)[:count]
-    else:
-        latents = torch.randn(count, latent_dim, generator=source)
-    images = generate(generator, latents)
-    save_png(grid(images, columns), out)
+    images = generate(generator, draw_latents(latent_dim, count, seed, walk))
+    save_png(grid(images), out)
     if individual is not None:
         for number, image in enumerate(images):
             save_png(image, individual / f"sample-{number:05d}.png")
     return images
+
+
+def animate(run: str | Path, out: Path, *, seconds: float = 8.0, max_frames: int = MAX_FRAMES) -> int:
+    """Returns the number of frames of the GIF written to `out`: the run's fixed latents, from first grid to last.
+
+    It takes `seconds` and then rests on the last grid; a mark below tells how far training is. Made from the pictures
+    in samples/, so checkpoints need not be kept. Raises UserError when there is no such run, or it has no grids yet.
+    """
+    samples = read_run(run).samples
+    if not samples:
+        raise UserError(f"{run} has no grids in samples/ yet; they come every log.samples_every steps")
+    stride = math.ceil(len(samples) / max(2, max_frames))
+    chosen = [*samples[:-1:stride], samples[-1]]
+    frames = []
+    size = None
+    for step, path in chosen:
+        with Image.open(path) as picture:
+            frame = picture.convert("RGB")
+        size = size or frame.size
+        frames.append(_marked(frame.resize(size), step, chosen[-1][0]))
+    save_gif(frames, out, max(0.02, seconds / len(frames)), 2.0)
+    return len(frames)
+
+
+def _marked(frame: Image.Image, step: int, last: int) -> Image.Image:
+    """Returns `frame` above a bar whose length is how far `step` is towards `last`, and the step in figures."""
+    marked = Image.new("RGB", (frame.width, frame.height + 18), "white")
+    marked.paste(frame, (0, 0))
+    pen = ImageDraw.Draw(marked)
+    label = f"step {step:,}"
+    room = max(0, frame.width - 12 - round(pen.textlength(f"step {last:,}")) - 6)
+    top = frame.height + 7
+    pen.rectangle((4, top, 4 + room, top + 3), fill=(222, 222, 222))
+    pen.rectangle((4, top, 4 + round(room * step / max(1, last)), top + 3), fill=(40, 90, 170))
+    pen.text((frame.width - 4, frame.height + 9), label, fill=(60, 60, 60), anchor="rm")
+    return marked

@@ -13,7 +13,8 @@ import gan_dist
 from gan_dist.errors import UserError
 from gan_dist.model.networks import Generator, initialise
 from gan_dist.train.trainer import train
-from gan_dist.watch.sample import draw, generate, grid, interpolate, save_png, to_uint8
+from gan_dist.watch.pictures import grid, save_png, to_uint8
+from gan_dist.watch.sample import draw, generate, interpolate
 from tests.train.test_trainer import small
 
 

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gan_dist.train.trainer import train
 from gan_dist.watch.console import RunConsole, duration
-from gan_dist.watch.telemetry import Telemetry, read_metrics
+from gan_dist.watch.record import read_metrics
+from gan_dist.watch.telemetry import Telemetry
 from tests.train.test_trainer import small
 
 CPU_TAGS = {
@@ -106,17 +107,17 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_a_log_gets_plain_lines_and_a_terminal_a_bar() -> None:
     values = {"throughput/images_per_second": 123.4, "loss/discriminator": 1.25, "progress/epoch": 0.5}
     plain = io.StringIO()
-    console = RunConsole(0, 100, Console(file=plain, force_terminal=False, soft_wrap=True, width=60))
+    console = RunConsole("run", 0, 100, Console(file=plain, force_terminal=False, soft_wrap=True, width=60))
     for step in (1, 2):
         console.progress(step)
     console.scalars(2, values)
     console.say("[/a] line with brackets")
     console.close()
     lines = plain.getvalue().splitlines()
-    assert lines[0].startswith("step=2/100 epoch=0.50 images/s=123 loss_d=1.250")
+    assert lines[0].startswith("step=2/100 epoch=0.50 images/s=123.4 loss_d=1.250")
     assert lines[1] == "[/a] line with brackets" and "\x1b" not in plain.getvalue()
     terminal = io.StringIO()
-    console = RunConsole(0, 100, Console(file=terminal, force_terminal=True, width=60))
+    console = RunConsole("run", 0, 100, Console(file=terminal, force_terminal=True, width=60))
     console.scalars(2, values)
     console.say("[/a] line with brackets")
     console.close()

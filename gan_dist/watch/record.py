@@ -1,0 +1,168 @@
+"""A run read back from its directory: what it was told to do, what happened, and what it drew."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gan_dist.data.files import expand
+from gan_dist.errors import UserError
+from gan_dist.watch.console import line_of
+
+LIVE_WITHIN_S = 600
+"""A run that was neither ended nor stopped counts as in progress while its files are younger than this."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl, metrics and events in order; a line that a kill cut short is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                lines.append(line)
+    return lines
+
+
+def when(seconds: float) -> str:
+    """Returns a time as `2026-11-23 14:03 UTC`."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def details(event: Mapping[str, Any]) -> str:
+    """Returns what an event says beside its name, step and time, as words."""
+    words = []
+    for key, value in event.items():
+        if key in ("event", "step", "time") or value in (None, "", [], False):
+            continue
+        text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+        words.append(text if key in ("reason", "notes") else f"{key.replace('_', ' ')} {text}")
+    return ", ".join(words)
+
+
+def history_table(events: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a run's events as a Markdown table: when, at which step, what, and why."""
+    rows = ["| when | step | what | |", "|---|---|---|---|"]
+    for event in events:
+        told = details(event).replace("|", "\\|")
+        rows.append(f"| {when(event.get('time', 0))} | {event.get('step', 0)} | {event['event']} | {told} |")
+    return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run directory tells; whatever is missing there is empty here."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    points: tuple[dict[str, Any], ...]
+    """The metric lines, by step."""
+    events: tuple[dict[str, Any], ...]
+    samples: tuple[tuple[int, Path], ...]
+    """(step, picture) of each grid of the fixed latents."""
+    real: Path | None
+    checkpoints: tuple[int, ...]
+    """Steps of the checkpoints that stand there, in order."""
+    dataset: dict[str, Any] = field(default_factory=dict)
+    """The dataset's card; empty when neither the run nor the dataset itself tells."""
+    touched: float = 0.0
+    """When the run last wrote a line, in seconds since 1970."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def step(self) -> int:
+        """The newest step that left a trace: a metric line, an event or a checkpoint."""
+        traces = [line.get("step", 0) for line in (*self.points, *self.events)]
+        return max([*traces, *self.checkpoints], default=0)
+
+    @property
+    def total(self) -> int:
+        """The step at which the run ends, as its last start announced it; the newest step where none did."""
+        totals = [event["total_steps"] for event in self.events if event.get("total_steps")]
+        return max(int(totals[-1]), self.step) if totals else self.step
+
+    @property
+    def state(self) -> str:
+        """done, stopped, running, interrupted (no last word, and silent for long) or empty."""
+        last = next((e["event"] for e in reversed(self.events) if e["event"] in ("start", "stop", "end")), None)
+        if last is None and not self.points:
+            return "empty"
+        if last in ("end", "stop"):
+            return "done" if last == "end" else "stopped"
+        return "running" if time.time() - self.touched < LIVE_WITHIN_S else "interrupted"
+
+    @property
+    def why(self) -> str:
+        """The reason of the last stop, or nothing."""
+        words = [e for e in self.events if e["event"] in ("start", "stop", "end")]
+        return str(words[-1].get("reason") or "") if words else ""
+
+
+def status_line(path: str | Path) -> str:
+    """Returns a run in one line, in the console's words: its state, then step=... loss_d=... of its newest point."""
+    run = read_run(path)
+    newest = run.points[-1] if run.points else {}
+    words = line_of(newest.get("step", run.step), run.total, newest)
+    return f"{run.name} {run.state} {words}" + (f" ({run.why})" if run.why else "")
+
+
+def read_run(path: str | Path) -> Run:
+    """Returns what the run directory `path` tells, in progress, finished or crashed as it may be.
+
+    Raises UserError when there is no such directory, or when it holds no run.
+    """
+    root = expand(path)
+    if not root.is_dir():
+        raise UserError(f"no run at {root}; expected a run directory or a name under $GAN_DIST_RUNS (default ./runs)")
+    if not (root / "config.yaml").is_file():
+        raise UserError(f"{root} holds no run (no config.yaml); expected a directory that `gan-dist train` made")
+    lines = read_metrics(root / "metrics.jsonl")
+    points = sorted((line for line in lines if "event" not in line and "step" in line), key=lambda line: line["step"])
+    samples = sorted((step_of(file), file) for file in (root / "samples").glob("step-*.png") if step_of(file) >= 0)
+    checkpoints = sorted(
+        step_of(folder) for folder in (root / "checkpoints").glob("step-*") if (folder / "manifest.json").is_file()
+    )
+    real = root / "samples" / "real.png"
+    config = _mapping(root / "config.yaml")
+    written = [file.stat().st_mtime for file in (root / "metrics.jsonl", root / "environment.json") if file.exists()]
+    return Run(
+        path=root,
+        config=config,
+        environment=_mapping(root / "environment.json"),
+        points=tuple(points),
+        events=tuple(line for line in lines if "event" in line),
+        samples=tuple(samples),
+        real=real if real.is_file() else None,
+        checkpoints=tuple(step for step in checkpoints if step >= 0),
+        dataset=_mapping(root / "dataset.json"),
+        touched=max(written, default=0.0),
+    )
+
+
+def step_of(path: Path) -> int:
+    """Returns the step in a name like step-00000200.png, or -1 where there is none."""
+    found = re.fullmatch(r"step-(\d+)(\.png)?", path.name)
+    return int(found[1]) if found else -1
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Returns a YAML or JSON file's mapping; an empty one for a file that is missing or says something else."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
