@@ -22,6 +22,7 @@ from PIL import features
 from gan_dist.data.files import expand, publish
 from gan_dist.data.images import BACKGROUND, Recipe
 from gan_dist.data.labels import label
+from gan_dist.data.locks import Locks
 from gan_dist.data.reading import Reader, SourceChanged
 from gan_dist.data.rejects import Rejected
 from gan_dist.data.sources import Entry, Listing, Source, list_source, open_source
@@ -40,6 +41,12 @@ class Options:
     labels: str | None = None
     dedupe: bool = False
     shard_samples: int = 4096
+
+    def given(self) -> dict[str, Any]:
+        """Returns all that differs from the defaults, named as `prepare` and the command line name it."""
+        here = {name: value for name, value in vars(self).items() if name != "image"} | vars(self.image)
+        usual = vars(Options()) | vars(Recipe())
+        return {name: value for name, value in here.items() if value != usual[name]}
 
 
 @dataclass
@@ -77,17 +84,20 @@ class Plan:
         return told
 
 
-def make_plan(paths: Sequence[Path], options: Options, out: Path) -> Plan:
-    """Returns the plan for the sources at `paths`.
+def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) -> Plan:
+    """Returns the plan for the sources `found`, each a path and a name.
 
     Raises:
         UserError: a source that is missing, damaged or without images; labels that do not fit.
     """
-    extra = [expand(options.replacements)] if options.replacements else []
+    if options.replacements:
+        extra = expand(options.replacements)
+        found = [*found, (extra, extra.name)]
+    uses: Counter[str] = Counter()
     sources: list[Source] = []
-    for path in [*paths, *extra]:
-        uses = Counter(Path(source.path).name for source in sources)[path.name]
-        sources.append(open_source(path, f"{path.name}#{uses + 1}" if uses else path.name))
+    for path, name in found:
+        uses[name] += 1
+        sources.append(open_source(path, f"{name}#{uses[name]}" if uses[name] > 1 else name))
     for source in sources:
         if source.kind == "folder" and (out == Path(source.path) or out in Path(source.path).parents):
             raise UserError(f"source {source.path} lies in OUT ({out}): choose another folder for the dataset")
@@ -213,24 +223,37 @@ def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry
     return [entry for index, entry in enumerate(entries) if index not in same], left_out
 
 
-def settle(plan: Plan, out: Path) -> None:
-    """Writes the plan into `out`, or checks that it is the one already there.
+def claim(out: Path) -> Locks:
+    """Returns the locks of `out`, having made the folder when it was not there.
 
     Raises:
-        UserError: `out` cannot be written, holds other files, or holds another recipe's dataset.
-        GanDistError: a source changed since the dataset was begun.
+        UserError: `out` cannot be written, or holds other files.
     """
     folder = out / FOLDER
     try:
         if out.is_dir() and not folder.exists() and any(out.iterdir()):
             raise UserError(f"{out} holds other files: OUT must be a new or empty folder, or one that prepare began")
-        if (folder / "plan.json").exists():
-            _compare(plan, json.loads((folder / "plan.json").read_bytes()), folder, out)
-            return
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        what = error.strerror if isinstance(error, OSError) else f"{folder / 'plan.json'} is damaged"
-        raise UserError(f"cannot write to OUT {out}: {what}") from None
+        return Locks(folder / "lock")
+    except OSError as error:
+        raise UserError(f"cannot write to OUT {out}: {error.strerror}") from None
+
+
+def settle(plan: Plan, out: Path) -> None:
+    """Writes the plan into `out`, or checks that it is the one already there.
+
+    Raises:
+        UserError: `out` holds another recipe's dataset.
+        GanDistError: a source changed since the dataset was begun.
+    """
+    folder = out / FOLDER
+    if (folder / "plan.json").exists():
+        try:
+            found = json.loads((folder / "plan.json").read_bytes())
+            _compare(plan, found, folder, out)
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise UserError(f"{folder} is damaged ({error}): remove {out} and prepare again") from None
+        return
     lines = (json.dumps([*entry.place, entry.size, entry.stamp]) for entry in plan.entries)
     publish(folder / "entries.jsonl.gz", gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
     told = {"digest": plan.digest, "recipe": plan.recipe, "counts": plan.counts, "classes": plan.classes}

@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -20,14 +20,17 @@ from gan_dist.data.account import Account, TooManyRejects
 from gan_dist.data.files import expand, publish
 from gan_dist.data.images import RESAMPLE, Recipe
 from gan_dist.data.locks import Locks
-from gan_dist.data.plan import FOLDER, Options, Plan, make_plan, settle
-from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardInfo, ShardWriter, shard_name
+from gan_dist.data.plan import FOLDER, Options, Plan, claim, make_plan, settle
+from gan_dist.data.remote import needs_staging, source_name, spread, stage
+from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardInfo, ShardWriter, read_manifest, shard_name
 from gan_dist.data.sheet import contact_sheet
+from gan_dist.data.verify import remember, remembered, verify
 from gan_dist.data.workers import Done, make_jobs, run_jobs
 from gan_dist.errors import GanDistError, UserError
 
 REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timings.json", "contact_sheet.png"
-_PLAN_LOCK, _FINISH_LOCK = 2**30, 2**30 + 1
+STAGED = "staged"
+_PLAN_LOCK, _FINISH_LOCK, _STAGE_LOCK = 2**30, 2**30 + 1, 2**30 + 2
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[int, int], None]
@@ -52,7 +55,10 @@ def prepare(
     full_decode: bool = False,
     progress: Progress | None = None,
 ) -> Account:
-    """Returns the account of preparing `sources` (folders, zips, tars) into the dataset `out`.
+    """Returns the account of preparing `sources` into the dataset `out`.
+
+    A source is a folder, a zip, a tar (a WebDataset shard is one), a brace pattern of such, or an address of a tar that
+    webdataset's gopen understands (`http://`, `gs://`, `pipe:`, ...).
 
     Run again after an interruption, it continues; run again on a finished dataset, it rewrites shards that are missing
     or damaged, and nothing else. `task` (i, n) does every n-th shard from i on; whichever task ends last writes the
@@ -67,38 +73,68 @@ def prepare(
     began = perf_counter()
     options = _options(
         Recipe(resolution, resample, min_side, keep_truncated, full_decode),
-        Options(replacements=str(replacements) if replacements else None, labels=labels, dedupe=dedupe),
+        Options(
+            replacements=str(expand(replacements)) if replacements else None,
+            labels=_absolute(labels),
+            dedupe=dedupe,
+        ),
         shard_samples,
         task,
     )
     processes = _workers(workers)
     target = expand(out)
-    if isinstance(sources, str | Path):
-        sources = [sources]
-    paths = [expand(source) for source in sources]
-    if not paths:
+    texts = spread([sources] if isinstance(sources, str | Path) else sources)
+    if not texts:
         raise UserError("no source given: expected folders, zips or tars")
     created = not target.exists()
     _check_target(target)
-    plan = make_plan(paths, options, target)
+    if any(map(needs_staging, texts)) and (account := _finished(target, texts, options, max_reject_fraction)):
+        return account
     try:
-        with _plain_failures(target):
-            settle(plan, target)
-            run = _Run(plan, target, progress)
-            try:
-                with run.locks.hold(_PLAN_LOCK):
-                    settle(plan, target)
-                first, step = task or (0, 1)
-                run.work(range(first, plan.num_shards, step), processes)
-                account = run.account(perf_counter() - began)
-                if account.complete:
-                    run.finish(account, max_reject_fraction)
-            finally:
-                run.locks.close()
+        with _plain_failures(target), ExitStack() as held:
+            locks = held.enter_context(closing(claim(target))) if any(map(needs_staging, texts)) else None
+            paths = _local(texts, target, locks)
+            plan = make_plan(paths, options, target)
+            locks = locks or held.enter_context(closing(claim(target)))
+            with locks.hold(_PLAN_LOCK):
+                settle(plan, target)
+                remember(target, texts, {**options.given(), "max_reject_fraction": max_reject_fraction})
+            run = _Run(plan, target, locks, progress)
+            first, step = task or (0, 1)
+            run.work(range(first, plan.num_shards, step), processes)
+            account = run.account(perf_counter() - began)
+            if account.complete:
+                run.finish(account, max_reject_fraction)
+    except UserError:
+        if created and not (target / FOLDER / "plan.json").exists():
+            shutil.rmtree(target, ignore_errors=True)
+        raise
     except _NothingLeft as nothing:
         shutil.rmtree(target if created else target / FOLDER, ignore_errors=True)
         raise UserError(str(nothing)) from None
     return account
+
+
+def _local(texts: Sequence[str], out: Path, locks: Locks | None) -> list[tuple[Path, str]]:
+    """Returns path and name of each source, having fetched those that need it: by one process, the others wait."""
+    found = []
+    for text in texts:
+        path = Path(text)
+        if locks and needs_staging(text):
+            with locks.hold(_STAGE_LOCK):
+                path = stage(text, out / FOLDER / STAGED)
+        found.append((path, source_name(text)))
+    return found
+
+
+def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_fraction: float) -> Account | None:
+    """Returns the account of a dataset that is whole, so that nothing need be fetched again to find that out."""
+    given = {**options.given(), "max_reject_fraction": max_reject_fraction}
+    if not (out / MANIFEST).exists() or remembered(out) != (list(texts), given) or verify(out):
+        return None
+    manifest = read_manifest(out)
+    shards = len(manifest.shards)
+    return Account(str(out), **manifest.totals, shards=shards, shards_done=shards)
 
 
 class _NothingLeft(Exception):
@@ -115,6 +151,14 @@ def _options(image: Recipe, options: Options, shard_samples: int, task: tuple[in
     if task is not None and not 0 <= task[0] < task[1]:
         raise UserError(f"task {task[0]}/{task[1]}: expected i/n with 0 <= i < n")
     return Options(image, options.replacements, options.labels, options.dedupe, shard_samples)
+
+
+def _absolute(labels: str | None) -> str | None:
+    """Returns the label option with the path of its table absolute."""
+    if labels and labels.count(":") >= 2:
+        table, *last = labels.rsplit(":", 2)
+        return ":".join([str(expand(table)), *last])
+    return labels
 
 
 def _workers(workers: int | None) -> int:
@@ -151,9 +195,8 @@ def _plain_failures(out: Path) -> Iterator[None]:
 class _Run:
     """One run over the shards of a plan."""
 
-    def __init__(self, plan: Plan, out: Path, progress: Progress | None) -> None:
-        self.plan, self.out = plan, out
-        self.locks = Locks(out / FOLDER / "lock")
+    def __init__(self, plan: Plan, out: Path, locks: Locks, progress: Progress | None) -> None:
+        self.plan, self.out, self.locks = plan, out, locks
         self._progress = progress or (lambda done, total: None)
         self._stages: dict[str, float] = {}
         self._entries = self._bytes = self._peak = self._workers = self._last = 0
@@ -216,8 +259,8 @@ class _Run:
         self._last = len(done.outcomes)
         self._entries += self._last
         self._peak = max(self._peak, done.peak)
-        for stage, seconds in {**done.seconds, "write": perf_counter() - began}.items():
-            self._add_time(stage, seconds)
+        for name, seconds in {**done.seconds, "write": perf_counter() - began}.items():
+            self._add_time(name, seconds)
 
     def _add_time(self, stage: str, seconds: float) -> None:
         self._stages[stage] = self._stages.get(stage, 0.0) + seconds
@@ -309,6 +352,7 @@ class _Run:
             manifest = Manifest(FORMAT, resolution, self.plan.recipe, self.plan.classes, account.totals(), shards)
             publish(self.out / SHEET, contact_sheet(self.out, manifest, seed=self.plan.digest))
             publish(self.out / MANIFEST, manifest.to_bytes())
+            shutil.rmtree(self.out / FOLDER / STAGED, ignore_errors=True)
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> bytes:

@@ -40,8 +40,8 @@ def fill(folder: Path, count: int = 10, broken: int = 0) -> Path:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Returns every file of a dataset but the timings."""
-    files = (path for path in out.rglob("*") if path.is_file() and path.name != "timings.json")
+    """Returns every file of a dataset but the timings and the command."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name not in ("timings.json", "command.json"))
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
