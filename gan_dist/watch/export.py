@@ -88,8 +88,8 @@ def _card(file: str, generator: Generator, facts: Mapping[str, Any], digest: str
             "",
             f"A DCGAN generator (Radford et al. 2016): latents of {generator.latent_dim} numbers from N(0, 1) to RGB "
             f"images of {generator.resolution}x{generator.resolution} pixels in [-1, 1]. {count:,} parameters, "
-            "float32, batch norm with running statistics. It repeats the biases of the images it learned from, and what it "
-            "draws is no work of the artists it learned from.",
+            "float32, batch norm with running statistics. It repeats the biases of the images it learned from, and "
+            "what it draws is no work of the artists who made those.",
             "",
             "## Where it comes from",
             "",
