@@ -143,7 +143,7 @@ def test_killed_and_run_again_it_continues_bit_exactly(dataset: Path, tmp_path: 
     killed = cli("train", config, "--run-dir", str(tmp_path / "killed"), "--max-steps", "40")
     wait_for_step(tmp_path / "killed", 9)
     killed.kill()
-    killed.wait()
+    killed.communicate()
     assert find(tmp_path / "killed").step < 40
     for run in ("killed", "whole"):
         process = cli("train", config, "--run-dir", str(tmp_path / run), "--max-steps", "40")
