@@ -62,7 +62,7 @@ class BatchNorm(nn.Module):
             for g in range(groups):
                 self.running_mean.lerp_(mean[g], self.momentum)
                 self.running_var.lerp_(var_unbiased[g], self.momentum)
-        out: Tensor = y
+        out: Tensor = y.to(x.dtype)
         return out
 
 
@@ -77,7 +77,7 @@ class _SynchronisedNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = _by_group(x, groups, weight.dtype)
+        parts = _by_group(x.to(weight.dtype), groups)
         channels, size = x.shape[1], dist.get_world_size(group)
         var, mean = torch.var_mean(parts, dim=(1, 3, 4), correction=0)
         count = parts.numel() // (groups * channels)
@@ -90,35 +90,37 @@ class _SynchronisedNorm(torch.autograd.Function):
         mean = (means * counts).sum(0) / total
         m2 = (m2s + counts * (means - mean).square()).sum(0)
         invstd = torch.rsqrt(m2 / total + eps)
-        xhat_scale, shift = invstd * weight, bias - mean * invstd * weight
-        y = parts * _per_channel(xhat_scale) + _per_channel(shift)
+        var_unbiased = m2 / (total - 1)
         ctx.save_for_backward(x, weight, mean, invstd, total)
         ctx.groups, ctx.group = groups, group
-        var_unbiased = m2 / (total - 1)
         ctx.mark_non_differentiable(mean, var_unbiased)
-        return y.flatten(0, 1).to(x.dtype), mean, var_unbiased
+        scale = invstd * weight
+        # In the weight's dtype, and the caller casts: where x has that dtype already, a closing `.to(x.dtype)` changes
+        # nothing, and torch 2.11 compiles a Function that ends so to wrong gradients, silently.
+        return torch.addcmul(_spread(bias - mean * scale, x), x.to(weight.dtype), _spread(scale, x)), mean, var_unbiased
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, total = ctx.saved_tensors
-        dy = _by_group(grads[0], ctx.groups, weight.dtype)
-        centred = _by_group(x, ctx.groups, weight.dtype) - _per_channel(mean)
-        local = torch.stack([dy.sum((1, 3, 4)), (dy * centred).sum((1, 3, 4)) * invstd])
+        dy = grads[0]
+        xhat = (x.to(weight.dtype) - _spread(mean, x)) * _spread(invstd, x)
+        sums = [_by_group(values, ctx.groups).sum((1, 3, 4)) for values in (dy, dy * xhat)]
+        local = torch.stack(sums)
         summed = local.clone()
         dist.all_reduce(summed, group=ctx.group)
-        sum_dy, sum_dy_xhat = summed[0] / total, summed[1] / total
-        dx = (dy - _per_channel(sum_dy) - centred * _per_channel(invstd * sum_dy_xhat)) * _per_channel(invstd * weight)
-        return dx.flatten(0, 1).to(x.dtype), local[1].sum(0), local[0].sum(0), None, None, None
+        mean_dy, mean_dy_xhat = summed[0] / total, summed[1] / total
+        dx = (dy - _spread(mean_dy, x) - xhat * _spread(mean_dy_xhat, x)) * _spread(invstd * weight, x)
+        return dx.to(x.dtype), local[1].sum(0), local[0].sum(0), None, None, None
 
 
-def _by_group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+def _by_group(x: Tensor, groups: int) -> Tensor:
     """Returns [groups * n, C, H, W] as [groups, n, C, H, W]."""
-    return x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).to(dtype)
+    return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
 
 
-def _per_channel(values: Tensor) -> Tensor:
-    """Returns [groups, C] values, shaped to meet [groups, n, C, H, W]."""
-    return values[:, None, :, None, None]
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """Returns [groups, C] values as [groups * n, C, 1, 1], to meet `x` [groups * n, C, H, W]."""
+    return values.repeat_interleave(x.shape[0] // values.shape[0], 0)[:, :, None, None]
 
 
 def synchronise(module: nn.Module, world: World) -> None:

@@ -6,6 +6,7 @@ affair: nothing here waits for the device or decides by a value on it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -148,6 +149,15 @@ class Update:
     def _autocast(self) -> Iterator[None]:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
+
+    def digest(self) -> str:
+        """Returns the sha256 of the whole state: equal on ranks that play the same game."""
+        digest = hashlib.sha256()
+        for player in (self.g, self.d):
+            moments = [value for state in player.optimizer.state.values() for value in state.values()]
+            for tensor in (*player.network.state_dict().values(), *moments):
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns {generator, discriminator, optimizer_g, optimizer_d}: copies, in torch's default layout."""
