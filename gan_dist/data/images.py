@@ -33,6 +33,9 @@ BACKGROUND = (255, 255, 255)
 MEMORY_LIMIT = 800 * 2**20
 """Bytes that one image may cost: its encoded data, its decoded pixels and the decoder's own buffers together."""
 
+STRIP_PIXELS = 2**22
+"""Pictures above this are converted in strips, so that they are never held twice."""
+
 # Bytes a pixel that a decoder needs with what Pillow then holds (4, or 1 for gray), rounded up. JPEG has its own rule.
 _BYTES_PER_PIXEL = {"PNG": 4, "TIFF": 8, "WEBP": 12, "AVIF": 16, "JPEG2000": 24, "GIF": 8}
 _OTHER_BYTES_PER_PIXEL = 8
@@ -301,7 +304,7 @@ def _reduced(image: Image.Image, mode: str, convert: Converter, factor: int) -> 
     if factor == 1:
         return convert(image)
     width, height = image.size
-    rows = max(1, 2**22 // (width * factor)) * factor
+    rows = max(1, STRIP_PIXELS // (width * factor)) * factor
     if image.mode == mode == "RGB" or rows >= height:
         return convert(image).reduce(factor)
     out = Image.new(mode, (-(-width // factor), -(-height // factor)))

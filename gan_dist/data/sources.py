@@ -125,7 +125,7 @@ def list_source(source: Source, number: int, exclude: Path | None = None) -> Lis
 def skip_kind(path: str, sniff: IO[bytes] | None = None) -> str | None:
     """Returns under which kind a file of this name is skipped, or None when it claims to be an image. A name without an
     ending is judged by the first bytes of `sniff`."""
-    parts = PurePosixPath(path).parts
+    parts = PurePosixPath(path.replace("\\", "/")).parts  # some zips come from Windows
     name = parts[-1] if parts else path
     if "__MACOSX" in parts:
         return "__MACOSX"

@@ -36,6 +36,7 @@ TIME_LIMIT_S = 300.0
 DATA_LIMIT = 1000 * 2**20
 """Bytes of private memory that a worker may allocate (where the system can limit it): beyond, decoding fails."""
 _BUFFERED_BYTES = 256 * 2**20
+WORKER_CODE = "from gan_dist.data.workers import serve; serve()"
 
 
 @dataclass(slots=True)
@@ -122,7 +123,7 @@ class _Worker:
     """A worker process with the two ends of its pipes."""
 
     def __init__(self, sources: Sequence[Source], recipe: Recipe) -> None:
-        code = f"import sys; sys.path[:] = {sys.path!r}; from gan_dist.data.workers import serve; serve()"
+        code = f"import sys; sys.path[:] = {sys.path!r}; {WORKER_CODE}"
         threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | threads

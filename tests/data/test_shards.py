@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from webdataset.writer import TarWriter
 
 from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardWriter, open_dataset, read_manifest
 from gan_dist.errors import UserError
@@ -70,6 +72,15 @@ def test_stock_webdataset_reads_every_sample(tmp_path: Path) -> None:
     gc.collect()
     assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(8)]
     assert np.array_equal(np.stack([sample["npy"] for sample in samples]), images)
+
+
+def test_the_bytes_are_those_of_webdatasets_own_writer(tmp_path: Path) -> None:
+    images = write_dataset(tmp_path / "set")
+    stream = io.BytesIO()
+    with TarWriter(stream, user="", group="", mtime=0, compress=False) as writer:
+        for key, image in enumerate(images[:5]):
+            writer.write({"__key__": f"{key:09d}", "npy": image})
+    assert stream.getvalue() == (tmp_path / "set/shard-00000.tar").read_bytes()
 
 
 def test_leaving_without_a_commit_leaves_nothing(tmp_path: Path) -> None:
