@@ -46,7 +46,10 @@ def details(event: Mapping[str, Any]) -> str:
         if key in ("event", "step", "time") or value in (None, "", [], False):
             continue
         text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
-        words.append(text if key in ("reason", "notes") else f"{key.replace('_', ' ')} {text}")
+        if key == "world_size":
+            text = "1 rank" if value == 1 else f"{value} ranks"
+        plain = key in ("reason", "notes", "world_size", "host")
+        words.append(text if plain else f"{key.replace('_', ' ')} {text}")
     return ", ".join(words)
 
 

@@ -1,0 +1,170 @@
+"""Curves as HTML and SVG that need no library, scale with the page and keep their letters readable on a phone."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_POINTS = 300
+"""Points of a curve on the page; longer ones are averaged in as many buckets, which no screen can tell apart."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: what it is called, and its points (x, y) by x. A y of None or not finite leaves a gap."""
+
+    name: str
+    points: Sequence[tuple[float, float | None]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves that share their axes.
+
+    low, high: bounds of y that are always shown, whatever the data; line: (y, name) of a reference line; log: a
+    logarithmic y, for positive data; marks: x of restarts.
+    """
+
+    title: str
+    series: Sequence[Series]
+    note: str = ""
+    low: float | None = None
+    high: float | None = None
+    line: tuple[float, str] | None = None
+    log: bool = False
+    marks: Sequence[float] = ()
+    x_name: str = "step"
+
+
+def finite(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:
+    """Returns the points that have a finite y."""
+    return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+
+
+def bucketed(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
+    """Returns at most `limit` points: means over runs of neighbours, the last one always its own."""
+    size = math.ceil(len(points) / max(1, limit - 1))
+    if size <= 1:
+        return list(points)
+    body = points[:-1]
+    chunks = [body[i : i + size] for i in range(0, len(body), size)]
+    means = [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
+    return [*means, points[-1]]
+
+
+def smoothed(points: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
+    """Returns the exponential moving average of y, corrected for its start (Kingma and Ba 2015, section 3)."""
+    total = norm = 0.0
+    out = []
+    for x, y in points:
+        total, norm = weight * total + (1 - weight) * y, weight * norm + (1 - weight)
+        out.append((x, total / norm))
+    return out
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Returns round numbers from `low` to `high`, about `count` of them: steps of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Returns logarithms of round numbers from 10**low to 10**high: powers of ten, and 2 and 5 times them if those are
+    few."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    tens = [float(power) for power in powers if low <= power <= high]
+    if len(tens) > 2:
+        return tens[:: math.ceil(len(tens) / 5)]
+    return sorted(power + math.log10(factor) for power in powers for factor in (1, 2, 5))
+
+
+def short(value: float) -> str:
+    """Returns a number as an axis shows it: 0.25, 12, 3.5k, 1.2M, 2e-05."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:.0e}" if 0 < size < 1e-3 else f"{value:.4g}"
+
+
+def render(chart: Chart) -> str:
+    """Returns the chart as an HTML figure; where there is no finite point, as one that says so."""
+    lines = [(series.name, finite(series.points)) for series in chart.series]
+    if chart.log:
+        lines = [(name, [(x, math.log10(y)) for x, y in points if y > 0]) for name, points in lines]
+    lines = [(name, points) for name, points in lines if points]
+    head = f"<figcaption><b>{html.escape(chart.title)}</b>{_legend(chart, lines)}</figcaption>"
+    if not lines:
+        return f'<figure class="chart">{head}<p class="none">Nothing logged yet.</p></figure>'
+    xs = [x for _, points in lines for x, _ in points]
+    left, right = min(0.0, *xs), max(xs) if max(xs) > min(0.0, *xs) else max(xs) + 1
+    bottom, top = _bounds(chart, [y for _, points in lines for _, y in points])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return 1000 * (x - left) / (right - left), 1000 * (top - y) / (top - bottom)
+
+    drawn = []
+    levels = [y for y in (log_ticks if chart.log else ticks)(bottom, top) if bottom <= y <= top]
+    drawn += [f'<path class="level" d="M0 {place(0, y)[1]:.1f}H1000"/>' for y in levels]
+    drawn += [f'<path class="mark" d="M{place(x, 0)[0]:.1f} 0V1000"/>' for x in chart.marks if left < x <= right]
+    if chart.line is not None:
+        drawn.append(f'<path class="line" d="M0 {place(0, chart.line[0])[1]:.1f}H1000"/>')
+    hover = []
+    for number, (name, points) in enumerate(lines):
+        raw = bucketed(points)
+        calm = smoothed(raw, 0.85) if len(raw) > 40 else raw
+        if calm is not raw:
+            drawn.append(f'<path class="raw s{number % 6}" d="{_path([place(*p) for p in raw])}"/>')
+        drawn.append(f'<path class="curve s{number % 6}" d="{_path([place(*p) for p in calm])}"/>')
+        shown = [(x, 10**y if chart.log else y) for x, y in raw]
+        hover.append({"name": name, "points": [[round(x, 2), float(f"{y:.4g}")] for x, y in shown]})
+    y_labels = "".join(
+        f'<span style="top:{place(0, y)[1] / 10:.2f}%">{short(10**y if chart.log else y)}</span>' for y in levels
+    )
+    x_labels = "".join(
+        f'<span style="left:{place(x, 0)[0] / 10:.2f}%">{short(x)}</span>' for x in ticks(left, right, 5)
+    )
+    data = html.escape(json.dumps({"left": left, "right": right, "x": chart.x_name, "series": hover}), quote=True)
+    note = f'<p class="note">{html.escape(chart.note)}</p>' if chart.note else ""
+    return (
+        f'<figure class="chart">{head}<div class="frame"><div class="ys">{y_labels}</div>'
+        f'<div class="plot" data-chart="{data}" tabindex="0" aria-label="{html.escape(chart.title, quote=True)}">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(drawn)}</svg>'
+        f'<div class="hair" hidden></div><div class="tip" hidden></div></div>'
+        f'<div class="xs">{x_labels}</div></div>{note}</figure>'
+    )
+
+
+def _legend(chart: Chart, lines: Sequence[tuple[str, object]]) -> str:
+    names = [f'<i class="s{number % 6}"></i>{html.escape(name)}' for number, (name, _) in enumerate(lines)]
+    if chart.line is not None:
+        names.append(f'<i class="line"></i>{html.escape(chart.line[1])}')
+    return '<span class="legend">' + "".join(f"<span>{name}</span>" for name in names) + "</span>"
+
+
+def _bounds(chart: Chart, ys: Sequence[float]) -> tuple[float, float]:
+    """Returns the lowest and highest y shown: the data's, what the chart asks for, and a little air."""
+    # A spike at the start would flatten all that follows: of many points the outermost hundredth may leave the frame.
+    ordered = sorted(ys)
+    cut = len(ordered) // 100
+    low, high = ordered[cut], ordered[-1 - cut]
+    wanted = [bound for bound in (chart.low, chart.high, chart.line[0] if chart.line else None) if bound is not None]
+    low, high = min([low, *wanted]), max([high, *wanted])
+    air = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
+    bottom = low if chart.low is not None and low == chart.low else low - air
+    return bottom, high if chart.high is not None and high == chart.high else high + air
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    if len(places) == 1:  # a stroke of no length still shows its round cap
+        places = [places[0], places[0]]
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
