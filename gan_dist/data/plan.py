@@ -177,11 +177,14 @@ def _replace(listings: Sequence[Listing], skipped: Counter[str]) -> tuple[list[E
         names.setdefault(PurePosixPath(entry.path).name, []).append(index)
     uses = Counter(PurePosixPath(entry.path).name for entry in replacements.entries)
     replaced: set[int] = set()
-    for entry in replacements.entries:
+    for entry in sorted(replacements.entries, key=lambda entry: entry.path not in paths):  # whole paths come first
         name = PurePosixPath(entry.path).name
-        found = paths.get(entry.path) or (names.get(name, []) if uses[name] == 1 else [])
-        if len(found) != 1 or found[0] in replaced:
-            skipped["ambiguous replacement" if found else "replacement of nothing"] += 1
+        found = paths.get(entry.path) or names.get(name, [])
+        if not found:
+            skipped["replacement of nothing"] += 1
+            continue
+        if len(found) > 1 or found[0] in replaced or (entry.path not in paths and uses[name] > 1):
+            skipped["ambiguous replacement"] += 1
             continue
         entries[found[0]] = replace(entry, stands_for=entries[found[0]].place)
         replaced.add(found[0])
