@@ -21,9 +21,9 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
-def grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Returns uint8 images [N, 3, S, S] laid out as one picture, uint8 [3, H, W]; as square as can be by default."""
-    laid: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
+def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
+    """Returns uint8 images [N, 3, h, w] laid out as one picture, uint8 [3, H, W]; as square as can be by default."""
+    laid: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=padding, pad_value=255)
     return laid
 
 
