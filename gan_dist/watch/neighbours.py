@@ -62,7 +62,7 @@ def find_neighbours(samples: Tensor, dataset: Dataset) -> Neighbours:
     for shard in range(len(dataset.shard_sizes)):
         for part in torch.split(dataset.shard_view(shard), CHUNK):
             real = part.flatten(1).float()
-            # |a - b|^2 = |a|^2 - 2ab + |b|^2 as a matrix product; float32 finds the nearest, redone below for its distance.
+            # |a|^2 - 2ab + |b|^2 is a matrix product; what float32 loses in it is made good below, for the nearest.
             squares = queries.square().sum(1)[:, None] - 2 * queries @ real.T + real.square().sum(1)
             inside = (own >= start) & (own < start + len(real))
             squares[len(samples) + inside.nonzero().flatten(), own[inside] - start] = torch.inf

@@ -30,7 +30,8 @@ def update_ratio(optimizer: torch.optim.Adam) -> Tensor:
     if not updates:
         return torch.zeros(())
     norms = [torch.linalg.vector_norm(torch.stack(each)) for each in (updates, weights)]
-    return (norms[0] / norms[1].clamp(min=1e-12)).float()
+    ratio: Tensor = norms[0] / norms[1].clamp(min=1e-12)
+    return ratio.float()
 
 
 def code_version() -> str | None:
