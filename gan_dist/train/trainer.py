@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gan_dist.config import Config, load_config
+from gan_dist.config import Config, load_config, to_yaml
 from gan_dist.data.order import Order, rank_slice
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import Stream, gather
@@ -26,7 +26,7 @@ from gan_dist.train.lifecycle import ControlWord, Watchman, environment, out_of_
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
 from gan_dist.train.runner import make_runner
 from gan_dist.train.update import STATS, Precision, Update, draw_flips, draw_latents
-from gan_dist.watch.sample import generate, grid, save_png
+from gan_dist.watch.gallery import Gallery
 from gan_dist.watch.telemetry import Telemetry
 
 STOP_WORD = STATS.index("control/stop")
@@ -152,7 +152,7 @@ class Trainer:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
         self._saved_step = -1 if start.fresh else self.step
         self._drawn_step = -1
-        self._skipped_in_a_row = 0
+        self._skipped = self._skipped_in_a_row = 0
 
         resolved = {
             "device": world.device.type,
@@ -163,8 +163,8 @@ class Trainer:
         self.parent = start.parent
         self.first = world.rank == 0
         notes = [*start.notes, *([] if start.fresh else resolved_changes(run_dir, resolved))]
-        facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
-        world.from_first(lambda: write_start(run_dir, config, facts))
+        self.facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
+        world.from_first(lambda: write_start(run_dir, config, self.facts))
         deadline = config.train.stop_after_minutes
         self.watchman = Watchman(self.stop, run_dir, time.monotonic() + 60 * deadline if deadline else None)
         self.saver = Saver(run_dir / "checkpoints", config.checkpoint.keep)
@@ -183,6 +183,7 @@ class Trainer:
         self.telemetry = Telemetry(
             run_dir, active=self.first, step=self.step, total_steps=self.end, console=console and self.first
         )
+        self.gallery = Gallery(run_dir, self.telemetry, self.update.g.network, self.fixed_latents)
         self._announce(notes)
 
     def _build_players(self) -> None:
@@ -242,8 +243,8 @@ class Trainer:
         began, first_step = time.monotonic(), self.step
         if self._saved_step != self.step:
             self._save(wait=True)
+        self._introduce()
         if self.step == 0:
-            self._draw_texts()
             self._draw_samples()
         stopped = self._loop() if self.step < self.end else None
         seconds = time.monotonic() - began
@@ -268,7 +269,7 @@ class Trainer:
         words = ControlWord(device, config.dist.timeout_s)
         if self.world.any(bool(self.stop)):
             return self._why()
-        self._mark = (time.monotonic(), self.images_seen, self.stream.wait_seconds)
+        self._mark = (time.monotonic(), self.step, self.images_seen, self.stream.wait_seconds)
         next_timed_save = self._next_timed_save()
         while self.step < self.end:
             reals, latents = self._draw()
@@ -318,8 +319,9 @@ class Trainer:
     def _must_stop(self, word: list[float]) -> bool:
         """Returns whether a rank asked to stop in the step that `word` tells of; raises when the game is lost."""
         if word[SKIPPED_WORD] > 0:
+            self._skipped += int(word[SKIPPED_WORD])
             self._skipped_in_a_row += 1
-            self.telemetry.event("skipped", self.step, reason="non-finite gradients", in_a_row=self._skipped_in_a_row)
+            self.telemetry.warn(f"step {self.step}: an update was skipped, its gradients were not finite", self.step)
         else:
             self._skipped_in_a_row = 0
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -340,13 +342,17 @@ class Trainer:
 
     def _log(self, stats: list[float]) -> None:
         """Writes the step's scalars: the reduced statistics, throughput since the last log, epoch and memory."""
-        now, (then, images, waited) = time.monotonic(), self._mark
+        now, (then, step, images, waited) = time.monotonic(), self._mark
         seconds = max(now - then, 1e-9)
-        self._mark = (now, self.images_seen, self.stream.wait_seconds)
+        self._mark = (now, self.step, self.images_seen, self.stream.wait_seconds)
         values = {tag: value for tag, value in zip(STATS, stats, strict=True) if not tag.startswith("control/")}
         values["value/jsd_lower_bound"] = (values["value/minimax"] + math.log(4)) / 2
         values["throughput/images_per_second"] = (self.images_seen - images) / seconds
         values["throughput/data_wait_fraction"] = min(1.0, (self.stream.wait_seconds - waited) / seconds)
+        values["throughput/step_seconds"] = seconds / max(1, self.step - step)
+        values["learning_rate/discriminator"] = self.config.optim.d_lr
+        values["learning_rate/generator"] = self.config.optim.g_lr
+        values["updates/skipped"] = self._skipped
         values["progress/epoch"] = self.images_seen / self.dataset.num_samples
         if self.world.device.type == "cuda":
             values["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -354,33 +360,20 @@ class Trainer:
         if failure := self.saver.failure():
             if isinstance(failure, GanDistError):
                 self.stop.ask(str(failure))  # not a disk's mood: the run is another trainer's now
-            self.telemetry.say(f"WARNING: a checkpoint could not be saved: {failure}; training goes on")
-            self.telemetry.event("save_failed", self.step, reason=str(failure))
+            self.telemetry.warn(f"a checkpoint could not be saved: {failure}; training goes on", self.step)
 
     def _draw_samples(self) -> None:
-        """Draws the fixed latents' grid to samples/ and TensorBoard; on rank 0 alone, in eval mode."""
+        """Draws the fixed latents' grid of this step, once; on rank 0 alone, in eval mode."""
         if self.first and self._drawn_step != self.step:
             self._drawn_step = self.step
-            generator = self.update.g.network
-            latents = self.fixed_latents.to(self.world.device, self.update.dtype)
-            image = grid(generate(generator, latents))
-            save_png(image, self.run_dir / "samples" / f"step-{self.step:08d}.png")
-            self.telemetry.image("samples/fixed_latents", self.step, image)
+            self.gallery.draw(self.step)
 
-    def _draw_texts(self) -> None:
-        """Puts the texts and the grid of real images, which never change, into TensorBoard once."""
+    def _introduce(self) -> None:
+        """Tells TensorBoard what is trained on what and where: texts, and the grid of real images."""
         if self.first:
-            config = (self.run_dir / "config.yaml").read_text()
-            facts = (self.run_dir / "environment.json").read_text()
-            self.telemetry.text("config", self.step, f"```yaml\n{config}\n```")
-            self.telemetry.text("environment", self.step, f"```json\n{facts}\n```")
-            totals = "\n".join(f"{key}: {value}" for key, value in self.dataset.manifest.totals.items())
-            self.telemetry.text("dataset", self.step, f"```\n{self.config.data.shards}\n{totals}\n```")
             order = Order(self.dataset.shard_sizes, self.config.seed, self.config.data.window_shards)
-            count = min(self.config.log.grid, self.dataset.num_samples)
-            image = grid(gather(self.dataset, order.indices(0, count)))
-            save_png(image, self.run_dir / "samples" / "real.png")
-            self.telemetry.image("samples/real", self.step, image)
+            reals = gather(self.dataset, order.indices(0, min(self.config.log.grid, self.dataset.num_samples)))
+            self.gallery.introduce(self.step, self.dataset, reals, to_yaml(self.config), self.facts)
 
     def _state(self) -> dict[str, Any]:
         return {
