@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, JpegImagePlugin
 
 from gan_dist.data.rejects import Rejected
@@ -42,7 +43,7 @@ def _tone_map(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     if image.mode.startswith("I;16"):
         white = 65535.0
     else:
-        top = float(np.nanmax(np.nan_to_num(np.asarray(image), posinf=0, neginf=0)))
+        top = max(_maximum(strip) for strip in _strips(image))
         steps = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         white = next((step for step in steps if top <= step), top)
 
@@ -52,6 +53,18 @@ def _tone_map(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
         return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
     return convert
+
+
+def _strips(image: Image.Image, pixels: int = 2**20) -> Iterator[NDArray[np.float32]]:
+    width, height = image.size
+    rows = max(1, pixels // width)
+    for top in range(0, height, rows):
+        yield np.asarray(image.crop((0, top, width, min(top + rows, height)))).astype(np.float32)
+
+
+def _maximum(values: NDArray[np.float32]) -> float:
+    """Returns the largest finite value, at least 0."""
+    return float(np.max(values, initial=0.0, where=np.isfinite(values)))
 
 
 def _lab_to_rgb(part: Image.Image) -> Image.Image:

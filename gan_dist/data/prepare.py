@@ -81,7 +81,9 @@ def prepare(
         shard_samples,
         task,
     )
-    processes = _workers(workers)
+    processes = default_workers() if workers is None else workers
+    if processes < 0:
+        raise UserError(f"workers {workers}: expected 0 or more")
     target = expand(out)
     texts = spread([sources] if isinstance(sources, str | Path) else sources)
     if not texts:
@@ -161,12 +163,9 @@ def _absolute(labels: str | None) -> str | None:
     return labels
 
 
-def _workers(workers: int | None) -> int:
-    if workers is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers < 0:
-        raise UserError(f"workers {workers}: expected 0 or more")
-    return workers
+def default_workers() -> int:
+    """Returns the CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_target(out: Path) -> None:
