@@ -1,0 +1,138 @@
+"""Our step beside the usual DCGAN tutorial's, interleaved in one process: python -m tests.bench.compare_step
+
+The peer is the step as tutorials write it: Sequential networks with sigmoid, three separate D passes, BCELoss, Adam,
+float32, torch's default layout, `.item()` on what is printed. Both play batch 128 of 64x64 on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gan_dist.distributed import World
+from gan_dist.train.bench_step import build, machine_limits, work
+from gan_dist.train.runner import make_runner, resolve_precision
+
+
+def tutorial_step(batch: int, device: torch.device) -> Callable[[], object]:
+    """Returns the peer's step: one call is one D and one G update."""
+    up: list[nn.Module] = []
+    for i, (wide, narrow) in enumerate(itertools.pairwise([100, 512, 256, 128, 64, 3])):
+        up.append(nn.ConvTranspose2d(wide, narrow, 4, 1 if i == 0 else 2, 0 if i == 0 else 1, bias=False))
+        up += [nn.BatchNorm2d(narrow), nn.ReLU(True)] if i < 4 else [nn.Tanh()]
+    down: list[nn.Module] = []
+    for i, (narrow, wide) in enumerate(itertools.pairwise([3, 64, 128, 256, 512, 1])):
+        down.append(nn.Conv2d(narrow, wide, 4, 2 if i < 4 else 1, 1 if i < 4 else 0, bias=False))
+        down += [nn.BatchNorm2d(wide)] if 0 < i < 4 else []
+        down.append(nn.LeakyReLU(0.2, inplace=True) if i < 4 else nn.Sigmoid())
+    generator, discriminator = nn.Sequential(*up).to(device), nn.Sequential(*down).to(device)
+    for module in (*generator, *discriminator):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    criterion = nn.BCELoss()
+    real = torch.rand(batch, 3, 64, 64, device=device) * 2 - 1
+
+    def step() -> object:
+        discriminator.zero_grad()
+        label = torch.full((batch,), 1.0, device=device)
+        output = discriminator(real).view(-1)
+        loss_real = criterion(output, label)
+        loss_real.backward()
+        d_x = output.mean().item()
+        fake = generator(torch.randn(batch, 100, 1, 1, device=device))
+        label.fill_(0.0)
+        output = discriminator(fake.detach()).view(-1)
+        loss_fake = criterion(output, label)
+        loss_fake.backward()
+        d_g_z1 = output.mean().item()
+        optimizer_d.step()
+        generator.zero_grad()
+        label.fill_(1.0)
+        output = discriminator(fake).view(-1)
+        loss_g = criterion(output, label)
+        loss_g.backward()
+        d_g_z2 = output.mean().item()
+        optimizer_g.step()
+        return d_x, d_g_z1, d_g_z2
+
+    return step
+
+
+def our_step(batch: int, device: torch.device, runner: str, precision: str) -> Callable[[], object]:
+    """Returns our step on the same shapes."""
+    shape = {"resolution": 64, "latent_dim": 100, "channels": 64}
+    update, reals, latents = build(World(device=device), batch, precision, shape)
+    running = make_runner(runner, update)
+    return lambda: running.step(reals, latents)
+
+
+def compare(batch: int, device: torch.device, runners: list[str], precision: str, rounds: int) -> dict[str, Any]:
+    """Returns medians of interleaved rounds: the peer's and each runner's images/s and the ratios."""
+    chosen, why = resolve_precision(precision, device)
+    shape = {"resolution": 64, "latent_dim": 100, "channels": 64}
+    gflop, _ = work(*build(World(device=device), batch, chosen, shape))
+    limits = machine_limits(device, chosen)
+    steps = {"tutorial": tutorial_step(batch, device)}
+    steps |= {runner: our_step(batch, device, runner, chosen) for runner in runners}
+    calls = 20 if device.type == "cuda" else 1
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if index >= 2:
+                seconds[name].append((time.perf_counter() - start) / calls)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    return {
+        "batch": batch,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": chosen,
+        "precision_reason": why,
+        "images_per_second": {name: round(batch / median, 1) for name, median in medians.items()},
+        "spread": {n: [round(batch / max(f), 1), round(batch / min(f), 1)] for n, f in seconds.items()},
+        "times_the_tutorial": {n: round(medians["tutorial"] / m, 2) for n, m in medians.items() if n != "tutorial"},
+        # What a step without anything but its multiplications at the measured matmul rate would be.
+        "ceiling_times_the_tutorial": round(medians["tutorial"] * limits["matmul_gflop_per_second"] / gflop, 2),
+        "matmul_share": {n: round(gflop / m / limits["matmul_gflop_per_second"], 2) for n, m in medians.items()},
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--runners", default="eager,compiled", help="ours, separated by commas")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--at-least", type=float, default=None, help="exit with 1 when the best ratio is lower")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    found = compare(args.batch, torch.device(args.device), args.runners.split(","), args.precision, args.rounds)
+    print(json.dumps(found, indent=2))
+    if args.at_least and max(found["times_the_tutorial"].values()) < args.at_least:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
