@@ -16,6 +16,8 @@ from gan_dist.data.files import expand
 from gan_dist.errors import UserError
 from gan_dist.watch.console import line_of
 
+TEXTS = "texts"
+"""The event that notes at which step TensorBoard got texts; of no interest to people."""
 LIVE_WITHIN_S = 600
 """A run that was neither ended nor stopped counts as in progress while its files are younger than this."""
 
@@ -53,10 +55,15 @@ def details(event: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def history_table(events: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a run's events as a Markdown table: when, at which step, what, and why."""
+def happenings(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the events among the lines of a metrics.jsonl that tell a person something."""
+    return [line for line in lines if "event" in line and line["event"] != TEXTS]
+
+
+def history_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Returns the events among `lines` as a Markdown table: when, at which step, what, and why."""
     rows = ["| when | step | what | |", "|---|---|---|---|"]
-    for event in events:
+    for event in happenings(lines):
         told = details(event).replace("|", "\\|")
         rows.append(f"| {when(event.get('time', 0))} | {event.get('step', 0)} | {event['event']} | {told} |")
     return "\n".join(rows)
@@ -147,7 +154,7 @@ def read_run(path: str | Path) -> Run:
         config=config,
         environment=_mapping(root / "environment.json"),
         points=tuple(points),
-        events=tuple(line for line in lines if "event" in line),
+        events=tuple(happenings(lines)),
         samples=tuple(samples),
         real=real if real.is_file() else None,
         checkpoints=tuple(step for step in checkpoints if step >= 0),

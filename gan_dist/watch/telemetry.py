@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gan_dist.watch.console import RunConsole, Silence, Voice
 from gan_dist.watch.pictures import png_bytes, write_atomically
-from gan_dist.watch.record import history_table, read_metrics
+from gan_dist.watch.record import TEXTS, history_table, read_metrics
 
 EQUILIBRIUM = -math.log(4)
 """V(D, G) where D cannot tell: log 1/2 + log 1/2 (Goodfellow 2014, theorem 1)."""
@@ -78,15 +78,19 @@ class Telemetry:
         self._path = run_dir / "metrics.jsonl"
         rewind(self._path, step)
         self._metrics = self._path.open("a", encoding="utf-8")
-        self._resumed = step
         self._held: dict[str, str] = {}  # texts that wait for a step of their own
+        earlier = [line["step"] for line in read_metrics(self._path) if line.get("event") == TEXTS]
+        self._texts_until = max(earlier, default=-1)  # newest step at which an earlier attempt left texts
+        self._texts_noted = -1
+        self._changed = False  # whether something happened that TensorBoard's history does not have yet
         self._told: dict[str, int] = {}  # tag -> newest step written
         folder = run_dir / "tensorboard"
-        fresh = put_in_order(folder) == 0 or step == 0
+        fresh = put_in_order(folder) == 0
         # A new run has drawn nothing yet, and a run resumed at step 0 draws its first pictures again.
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
         if fresh:
             self._board.add_custom_scalars(LAYOUT)
+            self._board.flush()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self._pictures: list[Future[None]] = []
         if console:
@@ -101,12 +105,7 @@ class Telemetry:
         if self._active:
             plain = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
             self._write({"step": step, "images_seen": images_seen, **plain})
-            if self._held:
-                for tag, text in {**self._held, "history": self._history()}.items():
-                    self._on_board(
-                        tag, step, partial(SummaryWriter.add_text, tag=tag, text_string=text, global_step=step)
-                    )
-                self._held = {}
+            self._tell_held(step)
             constant = {"value/equilibrium": EQUILIBRIUM} if "value/minimax" in values else {}
             for tag, value in {**values, **constant}.items():
                 self._on_board(
@@ -124,22 +123,21 @@ class Telemetry:
             self._pictures.append(self._encoder.submit(self._draw, tag, step, image, path))
 
     def text(self, tag: str, step: int, text: str) -> None:
-        """Writes a text (Markdown) to TensorBoard.
+        """Writes a text (Markdown) to TensorBoard: at once in a new run, with the next point in one that goes on.
 
-        One that is told at the step a run resumed from goes out with the next point: that step has its text already.
+        An attempt's texts stand at a step that no earlier attempt gave texts: not every reader purges those.
         """
         if self._active:
-            if step == self._resumed > 0:
-                self._held[tag] = text
-            else:
-                self._on_board(tag, step, lambda board: board.add_text(tag, text, step))
+            self._held[tag] = text
+            if step == 0:
+                self._tell_held(0)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Writes a line of the run's history: a start, a stop, a skip, ..."""
         if self._active:
             self._write({"event": name, "step": step, "time": round(time.time(), 3), **fields})
             self._guard(self._metrics.flush)
-            self._held["history"] = ""
+            self._changed = True
 
     def say(self, line: str) -> None:
         """Prints a line on the console."""
@@ -166,17 +164,27 @@ class Telemetry:
         if self._active:
             self._finish_pictures()
             self._encoder.shutdown()
+            self._tell_held(max(self._told.values(), default=0))
             self._guard(self._metrics.close)
-            if self._board is not None:
-                last = max(self._told.values(), default=-1)
-                if "history" in self._held and last > self._resumed:
-                    self._on_board("history", last, lambda board: board.add_text("history", self._history(), last))
             if self._board is not None:
                 self._guard(self._board.close)
             self._active = False
 
-    def _history(self) -> str:
-        return history_table([line for line in read_metrics(self._path) if "event" in line])
+    def _tell_held(self, step: int) -> None:
+        """Writes the texts that wait, and the history if it has changed, at `step`, where that is free of texts."""
+        if step <= self._texts_until or not (self._held or self._changed):
+            return
+        texts = dict(self._held)
+        if step > 0 and step > self._told.get("history", -1):
+            texts["history"] = history_table(read_metrics(self._path))
+            self._changed = False
+        self._held = {}
+        if texts and step != self._texts_noted:
+            self._texts_noted = step
+            self._write({"event": TEXTS, "step": step, "time": round(time.time(), 3)})
+            self._guard(self._metrics.flush)
+        for tag, text in texts.items():
+            self._on_board(tag, step, partial(SummaryWriter.add_text, tag=tag, text_string=text, global_step=step))
 
     def _on_board(self, tag: str, step: int, write: Callable[[SummaryWriter], object]) -> None:
         """Writes to TensorBoard, unless `tag` already has this step: a step stands once."""
