@@ -268,8 +268,9 @@ def _shrink(opened: _Opened, recipe: Recipe) -> Image.Image:
             width, height = height, width
     target = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
     resized = picture.resize(target, RESAMPLE[recipe.resample], box)
-    left, top = round((target[0] - size) / 2.0), round((target[1] - size) / 2.0)
-    resized = resized.crop((left, top, left + size, top + size))
+    if target != (size, size):
+        left, top = round((target[0] - size) / 2.0), round((target[1] - size) / 2.0)
+        resized = resized.crop((left, top, left + size, top + size))
     if resized.mode == "RGBa":
         paper = Image.new("RGBA", resized.size, (*BACKGROUND, 255))
         paper.alpha_composite(resized.convert("RGBA"))

@@ -134,6 +134,10 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     }
     counts = {"seen": seen, "replaced": replaced, "skipped": dict(sorted(skipped.items())), "labels": labels.counts}
     notes = [note for listing in listings for note in listing.notes]
+    if nested := skipped["nested archive"]:
+        notes.append(
+            f"{nested:,} archives inside the sources were not opened: give them as sources to have their images"
+        )
     plan = Plan(
         sources,
         entries,
