@@ -245,10 +245,11 @@ def train(
     stop = StopRequest()
     listen_for_signals(stop)
     words = ["gan-dist", "train", config, *(overrides or [])]
-    if dry_run:
-        from gan_dist.config import load_config, to_yaml
+    from gan_dist.config import load_config, to_yaml
 
-        out.print(to_yaml(load_config(config, overrides or [])), end="", markup=False)
+    settings = load_config(config, overrides or [])  # a slip in it is told before torch has loaded
+    if dry_run:
+        out.print(to_yaml(settings), end="", markup=False)
         return
     from gan_dist.train.trainer import train as train_run
 

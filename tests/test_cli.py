@@ -92,9 +92,9 @@ def test_mistakes_of_preparation(paintings: Path, dataset: Path, tmp_path: Path)
     assert "file" in refused("prepare", paintings, tmp_path / "file" / "out")
     assert "--task" in refused("prepare", paintings, out, "--task", "3/3")
     assert not out.exists()
-    before = {path: path.read_bytes() for path in dataset.iterdir()}
+    before = {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
     assert "resolution" in refused("prepare", paintings, dataset, "--resolution", 64, "--shard-samples", 16)
-    assert {path: path.read_bytes() for path in dataset.iterdir()} == before
+    assert {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()} == before
 
 
 def test_mistakes_of_training(dataset: Path, tmp_path: Path) -> None:
@@ -106,6 +106,10 @@ def test_mistakes_of_training(dataset: Path, tmp_path: Path) -> None:
     assert "no dataset" in (line := refused("train", config, "data.shards=nowhere", cwd=tmp_path)) or "nowhere" in line
     assert "no run at" in refused("sample", "nobody", cwd=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.yaml"]
+
+
+def test_a_run_directory_with_another_configuration_is_refused(dataset: Path, tmp_path: Path) -> None:
+    config = config_file(dataset, tmp_path)
     assert run("train", config, "--max-steps", "1", "--run-dir", tmp_path / "run").returncode == 0
     line = refused("train", config, "optim.d_steps=2", "--run-dir", tmp_path / "run")
     assert "optim.d_steps was 1, now 2" in line and "to start it as a new run: gan-dist train" in line

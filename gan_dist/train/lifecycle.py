@@ -17,10 +17,13 @@ import torch
 from gan_dist.distributed import World
 from gan_dist.errors import GanDistError
 from gan_dist.stop import StopRequest
+from gan_dist.train.update import STATS
 
 WORD_LAG = 4
 """Steps a GPU may run ahead of the control word that the host reads (a CPU has nothing to run ahead)."""
 STOP_FILE_EVERY_S = 1.0
+MAX_SKIPPED_IN_A_ROW = 20
+_STOP, _SKIPPED = STATS.index("control/stop"), STATS.index("control/skipped")
 
 
 @dataclass
@@ -89,6 +92,43 @@ class ControlWord:
                 time.sleep(0)
         self._free.append(host)
         return list(host.tolist())
+
+
+def ask(*, stop: bool, save: bool) -> float:
+    """Returns a rank's part of the control word: 1 asks for a stop, one half (rank 0 alone) for a checkpoint.
+
+    Summed over the ranks, whole numbers count the wishes to stop and a half that is left is the wish to save.
+    """
+    return float(stop) + 0.5 * float(save)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the ranks decided together with a step."""
+
+    stop: bool = False
+    save: bool = False
+    skipped: bool = False
+
+
+class Referee:
+    """Reads control words, alike on every rank, and counts the updates that were skipped as non-finite."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def hear(self, word: list[float]) -> Decision:
+        """Returns what the word of a step's statistics says."""
+        skipped, asked = round(word[_SKIPPED]), word[_STOP]
+        self.skipped += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        return Decision(stop=asked >= 1, save=asked % 1 > 0, skipped=skipped > 0)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the weights have diverged: a bad batch passes in one step, they never do."""
+        return self.in_a_row >= MAX_SKIPPED_IN_A_ROW
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -22,17 +22,12 @@ from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.stop import StopRequest
 from gan_dist.train.checkpoint import Saver, copy_to_host
 from gan_dist.train.lease import Lease, claim
-from gan_dist.train.lifecycle import ControlWord, Watchman, environment, out_of_memory
+from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
-from gan_dist.train.runner import make_runner
-from gan_dist.train.update import STATS, Precision, Update, draw_flips, draw_latents
+from gan_dist.train.runner import agree, make_runner, resolve_precision
+from gan_dist.train.update import STATS, Update, draw_flips, draw_latents
 from gan_dist.watch.gallery import Gallery
 from gan_dist.watch.telemetry import Telemetry
-
-STOP_WORD = STATS.index("control/stop")
-SKIPPED_WORD = STATS.index("control/skipped")
-MAX_SKIPPED_IN_A_ROW = 20
-"""Non-finite updates in a row after which the game is lost: a bad batch passes in one, diverged weights never."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +105,6 @@ def _open_for(config: Config, world: World) -> Dataset:
     return dataset
 
 
-def _precision(config: Config, device: torch.device) -> Precision:
-    """Returns the precision that `auto` means here: bf16 where a GPU has it natively, else fp32."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-
-
 class Trainer:
     """One run on this rank: everything that is built once, and the loop. A context that leaves nothing running."""
 
@@ -136,7 +124,7 @@ class Trainer:
         self.stop = stop if stop is not None else StopRequest()
         self.batch = config.train.global_batch
         self.lo, self.hi = rank_slice(self.batch, world.rank, world.size)
-        self.precision = _precision(config, world.device)
+        self.precision, self._why_precision = resolve_precision(config.train.precision, world.device)
         self.step = self.images_seen = 0
         images = math.ceil(config.train.epochs * dataset.num_samples)
         self.total_steps = math.ceil(images / (config.optim.d_steps * self.batch))
@@ -152,7 +140,7 @@ class Trainer:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
         self._saved_step = -1 if start.fresh else self.step
         self._drawn_step = -1
-        self._skipped = self._skipped_in_a_row = 0
+        self.referee = Referee()
 
         resolved = {
             "device": world.device.type,
@@ -216,9 +204,10 @@ class Trainer:
         verb = "continues" if self.step else "starts"
         self.telemetry.say(
             f"{self.run_dir.name} {verb} at step {self.step} of {self.end}: {self.dataset.num_samples} images, "
-            f"batch {self.batch} over {self.world.size} rank(s), {self.world.device.type}, {self.precision}, "
-            f"{self.runner.name} runner, samples in {self.stream.placement}"
+            f"batch {self.batch} over {self.world.size} rank(s) on {self.world.device.type}"
         )
+        self.telemetry.say(f"precision {self.precision}: {self._why_precision}")
+        self.telemetry.say(f"runner {self.runner.name}: {self.runner.reason}; samples in {self.stream.placement}")
         for note in notes:
             self.telemetry.say(f"note: {note}")
         self.telemetry.event(
@@ -248,8 +237,7 @@ class Trainer:
             self._draw_samples()
         stopped = self._loop() if self.step < self.end else None
         seconds = time.monotonic() - began
-        # Rank 0 alone saves by the clock, so it alone knows whether this step is saved already.
-        if self.world.from_first(lambda: self._saved_step != self.step):
+        if self._saved_step != self.step:
             if stopped is None:
                 self._draw_samples()
             self._save(wait=True)
@@ -270,16 +258,20 @@ class Trainer:
         if self.world.any(bool(self.stop)):
             return self._why()
         self._mark = (time.monotonic(), self.step, self.images_seen, self.stream.wait_seconds)
-        next_timed_save = self._next_timed_save()
+        save_at = self._next_timed_save()
         while self.step < self.end:
             reals, latents = self._draw()
             if self.first:
                 self.watchman.look()
-            stats = self.runner.step(reals, latents, float(bool(self.stop)))
+            save_wanted = self.first and time.monotonic() >= save_at
+            stats = self.runner.step(reals, latents, ask(stop=bool(self.stop), save=save_wanted))
+            if save_wanted:
+                save_at = self._next_timed_save()
             self.step += 1
             epoch_before = self.images_seen // self.dataset.num_samples
             self.images_seen += config.optim.d_steps * self.batch
             word = words.push(stats)
+            decision = self._hear(word) if word is not None else Decision()
             self.telemetry.progress(self.step)
             if self.step % config.log.scalars_every == 0 or self.step == self.end:
                 self._log(stats.tolist())
@@ -287,13 +279,12 @@ class Trainer:
                 self._draw_samples()
             epoch_ended = config.checkpoint.keep_epochs and self.images_seen // self.dataset.num_samples > epoch_before
             every = config.checkpoint.every_steps
-            if epoch_ended or (every and self.step % every == 0) or time.monotonic() >= next_timed_save:
-                self._save(kept=epoch_ended)
-                next_timed_save = self._next_timed_save()
-            if word is not None and self._must_stop(word):
+            if decision.stop:
                 return self._why()
+            if epoch_ended or (every and self.step % every == 0) or decision.save:
+                self._save(kept=epoch_ended)
         for word in words.drain():
-            self._must_stop(word)
+            self._hear(word)
         return None
 
     def _draw(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -316,20 +307,17 @@ class Trainer:
             )
         return reals, latents
 
-    def _must_stop(self, word: list[float]) -> bool:
-        """Returns whether a rank asked to stop in the step that `word` tells of; raises when the game is lost."""
-        if word[SKIPPED_WORD] > 0:
-            self._skipped += int(word[SKIPPED_WORD])
-            self._skipped_in_a_row += 1
+    def _hear(self, word: list[float]) -> Decision:
+        """Returns what the ranks decided with the step that `word` tells of; raises when the game is lost."""
+        decision = self.referee.hear(word)
+        if decision.skipped:
             self.telemetry.warn(f"step {self.step}: an update was skipped, its gradients were not finite", self.step)
-        else:
-            self._skipped_in_a_row = 0
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if self.referee.lost:
             raise GanDistError(
-                f"the last {MAX_SKIPPED_IN_A_ROW} updates up to step {self.step} had non-finite gradients and were "
-                f"skipped; the last checkpoint is of step {self._saved_step}; lower optim.g_lr and optim.d_lr"
+                f"the last {self.referee.in_a_row} steps up to {self.step} had non-finite gradients and were skipped; "
+                f"the last checkpoint is of step {self._saved_step}; lower optim.g_lr and optim.d_lr"
             )
-        return word[STOP_WORD] > 0
+        return decision
 
     def _why(self) -> str:
         """Returns the reason for a stop as the console says it: this rank's own, or that another rank asked."""
@@ -352,7 +340,7 @@ class Trainer:
         values["throughput/step_seconds"] = seconds / max(1, self.step - step)
         values["learning_rate/discriminator"] = self.config.optim.d_lr
         values["learning_rate/generator"] = self.config.optim.g_lr
-        values["updates/skipped"] = self._skipped
+        values["updates/skipped"] = self.referee.skipped
         values["progress/epoch"] = self.images_seen / self.dataset.num_samples
         if self.world.device.type == "cuda":
             values["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -385,7 +373,12 @@ class Trainer:
         }
 
     def _save(self, *, kept: bool = False, wait: bool = False) -> None:
-        """Saves this step; in the background unless `wait`. Logs up to here are flushed before it becomes visible."""
+        """Saves this step; in the background unless `wait`. Logs up to here are flushed before it becomes visible.
+
+        Every rank calls it: a state that is not the same on all of them is never saved.
+        """
+        if self.world.size > 1:
+            agree(self.update)
         if self.first:
             self.telemetry.flush()
             facts = {

@@ -71,6 +71,7 @@ class Update:
         self.world = world
         self.global_batch = global_batch
         self.d_steps = d_steps
+        self.sync_batchnorm = sync_batchnorm
         self.precision = precision
         self.loss = loss
         self.real_target = real_target
@@ -151,11 +152,15 @@ class Update:
             yield
 
     def digest(self) -> str:
-        """Returns the sha256 of the whole state: equal on ranks that play the same game."""
+        """Returns the sha256 of the whole state, equal on ranks that play the same game.
+
+        Without synchronised batch norm each rank has running statistics of its own, which are then left out.
+        """
         digest = hashlib.sha256()
         for player in (self.g, self.d):
             moments = [value for state in player.optimizer.state.values() for value in state.values()]
-            for tensor in (*player.network.state_dict().values(), *moments):
+            buffers = player.network.buffers() if self.sync_batchnorm else ()
+            for tensor in (*player.parameters, *buffers, *moments):
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
