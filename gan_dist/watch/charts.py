@@ -83,7 +83,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     tens = [float(power) for power in powers if low <= power <= high]
     if len(tens) > 2:
         return tens[:: math.ceil(len(tens) / 5)]
-    return sorted(power + math.log10(factor) for power in powers for factor in (1, 2, 5))
+    all_three = [power + math.log10(factor) for power in powers for factor in (1, 2, 5)]
+    return [tick for tick in all_three if low <= tick <= high]
 
 
 def short(value: float) -> str:

@@ -64,9 +64,11 @@ def film(samples: Sequence[tuple[int, Path]], budget: int) -> list[Frame]:
 
 
 def still(path: Path, budget: int) -> str | None:
-    """Returns one picture in at most `budget` bytes, as good as that allows; None where none can be read."""
+    """Returns one picture in `budget` bytes, as good as that allows, or as small as can be; None where none can be
+    read."""
+    src = None
     for widest, quality in ((2100, 92), (1400, 88), (1060, 82), (800, 70), (480, 50)):
         src = data_address(path, widest, quality)
         if src is None or len(src) <= budget:
-            return src
-    return None
+            break
+    return src
