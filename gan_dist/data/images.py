@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -171,7 +172,14 @@ def _plugins() -> list[tuple[str, Callable[..., Image.Image], Callable[[bytes], 
 
 def recognised(prefix: bytes) -> bool:
     """Returns whether bytes that begin like this (16 suffice) are of an image format."""
-    return any(accept(prefix) for _, _, accept in _plugins())
+    return any(_accepts(accept, prefix) for _, _, accept in _plugins())
+
+
+def _accepts(accept: Callable[[bytes], bool | str], prefix: bytes) -> bool | str:
+    try:
+        return accept(prefix)
+    except (IndexError, struct.error):  # fewer bytes than it looks at
+        return False
 
 
 def _open(data: bytes) -> Image.Image:
@@ -179,7 +187,7 @@ def _open(data: bytes) -> Image.Image:
     by a limit that is global to the process."""
     prefix = data[:16]
     for name, factory, accept in _plugins():
-        verdict = accept(prefix)
+        verdict = _accepts(accept, prefix)
         if isinstance(verdict, str):  # recognised, but this Pillow was built without its codec
             raise Rejected("unsupported", f"{name}: {verdict}")
         if verdict:

@@ -74,6 +74,8 @@ def _read_file(path: Path, entry: Entry) -> bytes:
 
 def _read_member(stream: IO[bytes], entry: Entry) -> bytes:
     """Reads a zip member by its place, not by zipfile: workers need no central directory, and lies are told apart."""
+    if entry.offset < 0:
+        raise Rejected("bad_archive", "the directory points before the archive")
     stream.seek(entry.offset)
     header = stream.read(30)
     if header[:4] != b"PK\3\4" or len(header) < 30:

@@ -7,7 +7,6 @@ import os
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -140,7 +139,7 @@ def skip_kind(path: str, sniff: IO[bytes] | None = None) -> str | None:
         return "nested archive"
     if ending and len(ending) <= 6:
         return f"not an image: {ending}"
-    with contextlib.suppress(OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, EOFError):
+    with contextlib.suppress(Exception):  # a broken member's bytes: whatever zipfile and its decompressors raise
         if sniff is not None and recognised(sniff.read(16)):
             return None
     return "not an image"
@@ -205,14 +204,14 @@ def _list_zip(source: Source, number: int, listing: Listing) -> None:
     try:
         with zipfile.ZipFile(source.path) as archive:
             for info in archive.infolist():
-                if info.is_dir():
+                if info.filename and info.is_dir():
                     continue
                 mode = info.external_attr >> 16
                 encrypted = bool(info.flag_bits & 1)
                 kind = skip_kind(info.filename)
                 if kind == "not an image" and not encrypted:
                     with (
-                        contextlib.suppress(zipfile.BadZipFile, NotImplementedError, OSError),
+                        contextlib.suppress(Exception),
                         archive.open(info) as it,
                     ):
                         kind = skip_kind(info.filename, it)
@@ -233,8 +232,8 @@ def _list_zip(source: Source, number: int, listing: Listing) -> None:
                         "encrypted" if encrypted else "",
                     )
                 )
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        raise UserError(f"source {source.path} is a damaged zip ({error}): fetch it again") from None
+    except Exception as error:  # on hostile bytes zipfile raises struct.error, UnicodeDecodeError, IndexError, ...
+        raise UserError(f"source {source.path} is a damaged zip ({_words(error)}): fetch it again") from None
 
 
 def _list_tar(source: Source, number: int, listing: Listing) -> None:
@@ -266,9 +265,9 @@ def _list_tar(source: Source, number: int, listing: Listing) -> None:
                 listing.entries.append(entry)
             raw.seek(end)
             rest = raw.read(1024)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except Exception as error:
         raise UserError(
-            f"source {source.path} is a tar that is damaged or cut short ({error}): fetch it again"
+            f"source {source.path} is a tar that is damaged or cut short ({_words(error)}): fetch it again"
         ) from None
     if end > size or rest.strip(b"\0"):
         # tarfile takes a broken header for the end: everything after it would be lost without a word
@@ -280,6 +279,10 @@ def _list_tar(source: Source, number: int, listing: Listing) -> None:
         for kind in kinds:
             listing.skipped[kind.replace("not an image", "beside an image") if key in images else kind] += 1
     listing.classes = {entry.path: keys[_key(entry.path)] for entry in listing.entries if keys.get(_key(entry.path))}
+
+
+def _words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _key(path: str) -> str:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -72,7 +73,8 @@ def work(entries: Sequence[Entry], reader: Reader, recipe: Recipe) -> Done:
             done.seconds["read"] += perf_counter() - began
             began = perf_counter()
             made = square(data, recipe)
-        except Rejected as rejected:
+        except (Rejected, MemoryError) as error:
+            rejected = error if isinstance(error, Rejected) else Rejected("too_large", "not enough memory")
             done.seconds["decode"] += perf_counter() - began
             done.outcomes.append(Outcome(reason=rejected.reason, detail=rejected.detail))
             continue
@@ -98,7 +100,8 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is in the outcome
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for stream in (1, 2):  # libtiff and libjpeg talk there about every broken file; what matters is in the outcome
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -111,9 +114,11 @@ def serve() -> None:
         while True:
             entries = pickle.load(sys.stdin.buffer)
             try:
-                answer: Done | SourceChanged = work(entries, reader, recipe)
+                answer: Done | GanDistError = work(entries, reader, recipe)
             except SourceChanged as changed:
                 answer = changed
+            except Exception:
+                answer = GanDistError(f"a worker failed, which is a mistake in gan_dist: {traceback.format_exc()}")
             pickle.dump(answer, out, protocol=5)
             out.flush()
     os._exit(0)  # the parent is gone or done: no flushing into a broken pipe
@@ -133,7 +138,7 @@ class _Worker:
         self._setup = (list(sources), recipe)
         self._greeted = False
 
-    def ask(self, entries: Sequence[Entry]) -> Done | SourceChanged:
+    def ask(self, entries: Sequence[Entry]) -> Done | GanDistError:
         """Returns the worker's answer.
 
         Raises:
@@ -148,7 +153,7 @@ class _Worker:
                 self._greeted = True
             pickle.dump(list(entries), stdin, protocol=5)
             stdin.flush()
-            answer: Done | SourceChanged = pickle.load(stdout)
+            answer: Done | GanDistError = pickle.load(stdout)
             return answer
         finally:
             self.busy_since = None
@@ -303,7 +308,7 @@ class _Pool:
                     reason = "timed_out" if worker.timed_out else "decoder_crashed"
                     return Done([Outcome(reason=reason, detail=f"worker status {worker.process.returncode}")], {})
                 continue
-            if isinstance(answer, SourceChanged):
+            if isinstance(answer, GanDistError):
                 raise answer
             return answer
         raise AssertionError("unreachable")

@@ -277,6 +277,7 @@ def test_truncated_files_are_kept_on_request_and_flagged() -> None:
 
 
 SEEDS = [GOOD, GOOD_PNG, cmyk_jpeg(ORANGE, 2), *(encode(texture((60, 40)), f) for f in ("GIF", "WEBP", "TIFF", "BMP"))]
+SEEDS += [encode(texture((50, 40)), format) for format in ("JPEG2000", "AVIF", "ICO", "PPM", "TGA", "DDS", "QOI")]
 SEEDS += [encode(texture((90, 70)), "JPEG", progressive=True), encode(texture((60, 40)).quantize(16))]
 
 
