@@ -3,9 +3,10 @@
 `python -m tests.bench.compare_prepare [--textures FOLDER] [--rounds 7] [--json]`
 
 On pictures of 2000x1500 made on the spot (baseline JPEGs of about 835 KB, and the same as progressive and CMYK JPEGs
-and PNGs), one core, both ways interleaved picture by picture, medians. Then the whole of `prepare` with one and two
-workers, interleaved too. `--textures`: a folder of real photographs or paintings to take the texture from (default:
-procedural paintings with grain).
+and PNGs), one core, CPU seconds, both ways interleaved picture by picture, medians. Then `bench prepare` with one and
+two workers, wall time, interleaved too, beside what two independent processes that only decode gain over one at the
+same moment: on a busy machine that is the limit. `--textures`: a folder of real photographs or paintings to take the
+texture from (default: procedural paintings).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import io
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -25,8 +28,8 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
+from gan_dist.data.bench_prepare import bench_prepare
 from gan_dist.data.images import Recipe, square
-from gan_dist.data.prepare import prepare
 from gan_dist.data.synthetic import paint
 
 SIZE = (2000, 1500)
@@ -93,9 +96,9 @@ def compare_one_core(pictures: dict[str, list[bytes]], rounds: int) -> dict[str,
         for kind, files in pictures.items():
             for number, data in enumerate(files):
                 for way in (*ways, *(["floor"] if kind != "png" else [])):
-                    began = perf_counter()
+                    began = process_time()  # CPU seconds: what a core does, whoever else shares the machine
                     floor(data) if way == "floor" else ways[way](data)
-                    times.setdefault((way, kind, number), []).append(perf_counter() - began)
+                    times.setdefault((way, kind, number), []).append(process_time() - began)
     result: dict[str, Any] = {}
     for name, kinds in {**{kind: [kind] for kind in KINDS}, "all": list(KINDS)}.items():
         spent = {
@@ -117,7 +120,8 @@ def compare_one_core(pictures: dict[str, list[bytes]], rounds: int) -> dict[str,
 
 
 def compare_workers(pictures: dict[str, list[bytes]], rounds: int) -> dict[str, Any]:
-    """Returns the images/s of `prepare`, start and all, with one and two workers, and the median of their ratio."""
+    """Returns the images/s of reading, decoding and writing with one and two workers (wall time, once they have
+    started), and the median of their ratio."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "in")
         source.mkdir()
@@ -126,17 +130,39 @@ def compare_workers(pictures: dict[str, list[bytes]], rounds: int) -> dict[str, 
                 for number, data in enumerate(pictures[kind]):
                     (source / f"{copy}-{kind}-{number}.jpg").write_bytes(data)
         rates: dict[int, list[float]] = {1: [], 2: []}
+        alone: list[float] = []
         for turn in range(rounds):
+            alone.append(_independent(source, 2) / _independent(source, 1))
             for workers in (1, 2) if turn % 2 == 0 else (2, 1):
-                account = prepare(source, Path(folder, f"out-{turn}-{workers}"), workers=workers)
-                rates[workers].append(account.images_per_second)
+                rates[workers].append(bench_prepare(source, workers=workers)["images_per_second"])
     return {
-        "images": account.written,
         "one_worker": round(statistics.median(rates[1]), 1),
         "two_workers": round(statistics.median(rates[2]), 1),
         "ratio": round(statistics.median(two / one for one, two in zip(rates[1], rates[2], strict=True)), 2),
         "ratios": [round(two / one, 2) for one, two in zip(rates[1], rates[2], strict=True)],
+        "independent_processes": round(statistics.median(alone), 2),
     }
+
+
+_DECODE = """
+import sys, time
+from pathlib import Path
+from gan_dist.data.images import Recipe, square
+files = [path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())[:20]]
+square(files[0], Recipe())
+end, count = time.monotonic() + 4, 0
+while time.monotonic() < end:
+    square(files[count % len(files)], Recipe())
+    count += 1
+print(count)
+"""
+
+
+def _independent(source: Path, processes: int) -> float:
+    """Returns the pictures that `processes` decode in a few seconds without having anything to do with one another."""
+    command = [sys.executable, "-c", _DECODE, str(source)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    return sum(float(process.communicate()[0]) for process in running)
 
 
 def main() -> None:
