@@ -45,7 +45,7 @@ def details(event: Mapping[str, Any]) -> str:
     """Returns what an event says beside its name, step and time, as words."""
     words = []
     for key, value in event.items():
-        if key in ("event", "step", "time") or value in (None, "", [], False):
+        if key in ("event", "step", "time", "total_steps") or value in (None, "", [], False):
             continue
         text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
         if key == "world_size":

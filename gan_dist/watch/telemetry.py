@@ -76,6 +76,7 @@ class Telemetry:
         if not active:
             return
         self._path = run_dir / "metrics.jsonl"
+        self._total = total_steps
         rewind(self._path, step)
         self._metrics = self._path.open("a", encoding="utf-8")
         self._held: dict[str, str] = {}  # texts that wait for a step of their own
@@ -133,8 +134,10 @@ class Telemetry:
                 self._tell_held(0)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
-        """Writes a line of the run's history: a start, a stop, a skip, ..."""
+        """Writes a line of the run's history: a start, a stop, a skip, ...; a start also says where the run ends."""
         if self._active:
+            if name == "start":
+                fields.setdefault("total_steps", self._total)
             self._write({"event": name, "step": step, "time": round(time.time(), 3), **fields})
             self._guard(self._metrics.flush)
             self._changed = True

@@ -46,7 +46,7 @@ class Game:
         telemetry = Telemetry(self.run_dir, active=True, step=start, total_steps=self.total, console=False, **self.told)
         gallery = Gallery(self.run_dir, telemetry, self.update.g.network, torch.randn(9, LATENT))
         reals = gather(self.dataset, torch.arange(9).numpy())
-        telemetry.event("start", start, world_size=1, device="cpu", total_steps=self.total)
+        telemetry.event("start", start, world_size=1, device="cpu")
         gallery.introduce(start, self.dataset, reals, "seed: 0", {"host": "here"})
         if start == 0:
             gallery.draw(0)

@@ -128,3 +128,47 @@ def test_a_log_gets_plain_lines_and_a_terminal_a_bar() -> None:
 @pytest.mark.parametrize(("seconds", "words"), [(0, "0s"), (59.6, "1m00s"), (3700, "1h01m"), (200_000, "2d07h")])
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_numbers_that_are_none_stay_json(tmp_path: Path) -> None:
+    told = Telemetry(tmp_path, active=True, step=0, total_steps=9, console=False)
+    told.scalars(1, 1, {"loss/generator": math.nan, "loss/discriminator": math.inf})
+    told.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["loss/generator"] is None
+
+
+def test_a_step_of_a_tag_stands_once(tmp_path: Path) -> None:
+    told = tell(tmp_path, 0, range(1, 3))
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    for _ in range(2):
+        told.image("samples/real", 2, picture, tmp_path / "real.png")
+    told.scalars(2, 20, point(2))
+    told.close()
+    told.close()
+    reader = board(tmp_path)
+    assert [event.step for event in reader.Images("samples/real")] == [2]
+    assert [event.step for event in reader.Scalars("loss/discriminator")] == [1, 2]
+    assert (tmp_path / "real.png").read_bytes() == reader.Images("samples/real")[0].encoded_image_string
+
+
+def test_a_disk_that_refuses_pictures_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = Telemetry(tmp_path, active=True, step=0, total_steps=9)
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    told.image("samples/real", 1, torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "samples" / "a.png")
+    told.scalars(1, 1, point(1))
+    told.flush()
+    told.close()
+    assert "WARNING: a file of the run cannot be written" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_warnings_become_history(tmp_path: Path) -> None:
+    told = tell(tmp_path, 0, range(1, 2))
+    told.warn("something odd", 1)
+    told.scalars(2, 20, point(2))
+    told.close()
+    events = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "warning"]
+    assert [(event["step"], event["reason"]) for event in events] == [(1, "something odd")]
+    (text,) = board(tmp_path).Tensors("history/text_summary")
+    assert "something odd" in text.tensor_proto.string_val[0].decode()
