@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from gan_dist.cli_bench import bench
 from gan_dist.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError
 from gan_dist.stop import StopRequest
 
@@ -25,6 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -52,6 +58,11 @@ def _complain(line: str) -> None:
     print(f"gan-dist: {line}", file=sys.stderr, flush=True)
 
 
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        out.print(line, markup=False)
+
+
 def listen_for_signals(stop: StopRequest) -> None:
     """Turns Ctrl-C, SIGTERM and SIGUSR2 into a wish to stop; a second Ctrl-C ends at once."""
 
@@ -76,8 +87,7 @@ def demo(
     listen_for_signals(stop)
     outcome, lines = run_demo(directory, stop, out.print)
     _tell(outcome)
-    for line in lines:
-        out.print(line, markup=False)
+    _print(lines)
     if outcome.stopped:
         raise typer.Exit(EXIT_STOPPED)
 
@@ -140,8 +150,7 @@ def prepare(
         account = error.account
         raise
     finally:
-        for line in account.lines() if account else []:
-            out.print(line, markup=False)
+        _print(account.lines() if account else [])
 
 
 def _task(text: str | None) -> tuple[int, int] | None:
@@ -161,8 +170,7 @@ def verify(dataset: Annotated[str, typer.Argument(help="A dataset that prepare w
 
     with _bar("verifying") as progress:
         faults = verify_dataset(dataset, progress=progress)
-    for fault in faults:
-        out.print(str(fault), markup=False)
+    _print(map(str, faults))
     if faults:
         raise typer.Exit(EXIT_FAILED)
     out.print(f"{dataset}: sound", markup=False)
@@ -193,34 +201,67 @@ def _bar(verb: str) -> Iterator[Callable[[int, int], None]]:
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="A run: its directory, or its name under $GAN_DIST_RUNS.")],
+    run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or a file of generator weights.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint to draw from. [default: the newest]")] = None,
     count: Annotated[int, typer.Option(help="How many images.")] = 64,
     seed: Annotated[int, typer.Option(help="Keys the latents.")] = 0,
     image: Annotated[Path, typer.Option("--out", help="The grid to write.")] = Path("grid.png"),
     interpolate: Annotated[bool, typer.Option("--interpolate", help="Rows that walk between two latents.")] = False,
     individual: Annotated[Path | None, typer.Option(help="Also write each image into this directory.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Also write the generator, with a card, as .safetensors.")] = None,
+    animation: Annotated[Path | None, typer.Option(help="Also write the run's grids as a GIF.")] = None,
+    neighbours: Annotated[Path | None, typer.Option(help="Also show each image beside its nearest real one.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where --neighbours looks. [default: the run's]")] = None,
 ) -> None:
-    """Draw images from a run's generator."""
-    from gan_dist.train.checkpoint import find
-    from gan_dist.train.rundir import run_path
-    from gan_dist.watch.sample import build_generator, draw
+    """Draw images from a run's generator, or from another program's."""
+    from gan_dist.sampling import sample_run
 
-    if count < 1:
-        raise UserError(f"--count: expected 1 or more, found {count}")
-    state = find(run_path(run), step).state
-    draw(
-        build_generator(state),
-        state["config"]["model"]["latent_dim"],
+    lines = sample_run(
+        run,
+        step=step,
         count=count,
         seed=seed,
         out=image,
-        walk=interpolate,
+        interpolate=interpolate,
         individual=individual,
+        export=export,
+        animation=animation,
+        neighbours=neighbours,
+        dataset=dataset,
     )
-    out.print(f"{count} images of step {state['step']} in {image}", markup=False)
-    if individual is not None:
-        out.print(f"each alone in {individual}", markup=False)
+    _print(lines)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run, or several side by side.")],
+    page: Annotated[
+        Path | None, typer.Option("--out", help="The page. [default: RUN/report.html; several: report.html]")
+    ] = None,
+) -> None:
+    """Make one self-contained page of a run: pictures, curves, data, configuration, history."""
+    from gan_dist.config import preset
+    from gan_dist.train.rundir import run_path
+    from gan_dist.watch.report import make_report
+
+    presets = {name: preset(name).to_dict() for name in ("paintings64", "demo")}
+    out.print(str(make_report([run_path(run) for run in runs], page, presets)), markup=False)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """Say what this machine and environment can do, and what is wrong with them."""
+    from gan_dist.doctor import diagnose, healthy
+
+    findings = diagnose()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        _print(f"{f.state:<8} {f.topic:<9} {f.found}" + (f"; {f.advice}" if f.advice else "") for f in findings)
+    if not healthy(findings):
+        raise typer.Exit(EXIT_FAILED)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Keys to set.")]

@@ -39,6 +39,11 @@ class World:
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
 
+    @property
+    def host(self) -> str:
+        """This machine's name."""
+        return socket.gethostname()
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns `tensor`, summed over the ranks in place."""
         if self.group is not None:

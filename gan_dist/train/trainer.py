@@ -23,6 +23,7 @@ from gan_dist.stop import StopRequest
 from gan_dist.train.checkpoint import Saver, copy_to_host
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
+from gan_dist.train.postmortem import watched
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
 from gan_dist.train.runner import agree, make_runner, resolve_precision
 from gan_dist.train.update import STATS, Update, draw_flips, draw_latents
@@ -79,6 +80,7 @@ def train(
                 return prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
 
             with (
+                watched(world, directory),
                 claim(directory, world, check, print if console else lambda line: None) as (start, lease),
                 Trainer(settings, world, dataset, directory, start, lease, max_steps, stop, console) as trainer,
             ):
@@ -138,6 +140,8 @@ class Trainer:
             self.update.load_state_dict(start.loaded.state)
             if not start.fresh:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
+            if world.size > 1:
+                agree(self.update)
         self._saved_step = -1 if start.fresh else self.step
         self._drawn_step = -1
         self.referee = Referee()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gan_dist.watch.console import duration
+from gan_dist.watch.curves import median, seconds_trained
 from gan_dist.watch.record import Run, details, when
 
 TITLES = {
@@ -86,6 +88,24 @@ def commands(run: Run) -> list[tuple[str, str]]:
         )
     offered.append(("Look closer", f"tensorboard --logdir {shlex.quote(str(run.path / 'tensorboard'))}"))
     return offered
+
+
+def closing_lines(run: Run) -> list[str]:
+    """Returns what to say when a command on a run ends: what was done, how fast, where things are, what to do next."""
+    newest = run.points[-1] if run.points else {}
+    seen, rate = newest.get("images_seen", 0), median(run, "throughput/images_per_second")
+    speed = f", {rate:,.1f} images/s (median), {duration(seconds_trained(run))} of training" if rate else ""
+    why = f" by {run.why}" if run.state == "stopped" and run.why else ""
+    places = [("report", run.path / "report.html"), ("checkpoints", run.path / "checkpoints")]
+    if run.samples:
+        places.insert(0, ("newest samples", run.samples[-1][1]))
+    rows = [(what, str(path)) for what, path in places if path.exists()]
+    rows += [(what.lower(), words) for what, words in commands(run)]
+    width = max(len(what) for what, _ in rows)
+    return [
+        f"{run.state}{why}: step {run.step:,} of {run.total:,}, {seen:,} images seen{speed}",
+        *(f"  {what:<{width}}  {words}" for what, words in rows),
+    ]
 
 
 def _as_typed(words: Sequence[object]) -> str:

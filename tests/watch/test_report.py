@@ -18,6 +18,7 @@ from gan_dist.errors import UserError
 from gan_dist.watch import films
 from gan_dist.watch.charts import Chart, Series, bucketed, log_ticks, render, short, smoothed, ticks
 from gan_dist.watch.films import film
+from gan_dist.watch.history import closing_lines
 from gan_dist.watch.pictures import save_png
 from gan_dist.watch.record import read_run, status_line
 from gan_dist.watch.report import make_report
@@ -160,6 +161,18 @@ def test_states_and_their_line(run: Path, dataset: Path, tmp_path: Path) -> None
     assert "Not heard of since" in make_report(game.run_dir).read_text()
     game.play(4, 5, last_word="stop")
     assert status_line(game.run_dir).endswith("(SIGTERM)") and " stopped " in status_line(game.run_dir)
+
+
+def test_the_last_lines_of_a_command(run: Path, dataset: Path, tmp_path: Path) -> None:
+    lines = closing_lines(read_run(run))
+    assert lines[0].startswith("done: step 12 of 12, 48 images seen, 100.0 images/s")
+    assert any("newest samples" in line and "step-00000012.png" in line for line in lines)
+    assert any("gan-dist sample" in line for line in lines) and not any("continue it" in line for line in lines)
+    game = Game(tmp_path / "stopped", open_dataset(dataset))
+    game.play(0, 2, last_word="stop")
+    stopped = closing_lines(read_run(game.run_dir))
+    assert stopped[0].startswith("stopped by SIGTERM: step 2 of 12")
+    assert any("continue it" in line and "gan-dist train x" in line for line in stopped)
 
 
 def test_a_page_stays_small_whatever_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""`gan-dist bench`: this machine's figures beside its physical limits. The commands; rooms do their own measuring."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(help="Measure this machine beside its physical limits.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _figures(figures: Mapping[str, Any], as_json: bool, indent: str = "") -> None:
+    """Prints what a benchmark measured: a JSON object, or a line a figure."""
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}")
+            _figures(value, False, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for row in value:
+                print(f"{indent}{name}: " + " ".join(f"{k}={_short(v)}" for k, v in row.items()))
+        else:
+            print(f"{indent}{name:<24} {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+@bench.command("prepare")
+def bench_prepare(
+    source: Annotated[str, typer.Argument(help="Images: a folder, a zip or a tar.")],
+    resolution: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 64,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode. [default: one a CPU]")] = None,
+    samples: Annotated[int, typer.Option(help="Images to measure with, spread over the source.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Images a second of preparation, and where its time goes. Nothing is kept."""
+    from gan_dist.data.bench_prepare import bench_prepare as measure
+
+    _figures(measure(source, resolution=resolution, workers=workers, samples=samples), as_json)
+
+
+@bench.command("step")
+def bench_step(
+    batch: Annotated[list[int] | None, typer.Option(help="Global batch; may be given again.")] = None,
+    runner: Annotated[list[str] | None, typer.Option(help="eager, compiled, captured or auto; again for more.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, bf16, tf32, fp32 or fp64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each for.")] = 5.0,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Measure a range of batches.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Images a second of the whole update; under torchrun, how it scales over the ranks."""
+    from gan_dist.distributed import join
+    from gan_dist.train.bench_step import SWEEP
+    from gan_dist.train.bench_step import bench_step as measure
+
+    batches = batch or (list(SWEEP) if sweep else [128])
+    with join(device) as world:
+        first = world.rank == 0
+        figures = measure(
+            world,
+            batches=batches,
+            runners=runner or ["auto"],
+            precision=precision,
+            resolution=resolution,
+            seconds=seconds,
+            say=(lambda line: print(line, file=sys.stderr)) if first else (lambda line: None),
+        )
+        if first:
+            _figures(figures, as_json)
