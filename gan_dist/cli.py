@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -86,7 +86,7 @@ def demo(
     stop = StopRequest()
     listen_for_signals(stop)
     outcome, lines = run_demo(directory, stop, out.print)
-    _tell(outcome)
+    _tell(outcome.run_dir)
     _print(lines)
     if outcome.stopped:
         raise typer.Exit(EXIT_STOPPED)
@@ -240,12 +240,11 @@ def report(
     ] = None,
 ) -> None:
     """Make one self-contained page of a run: pictures, curves, data, configuration, history."""
-    from gan_dist.config import preset
+    from gan_dist.config import presets
     from gan_dist.train.rundir import run_path
     from gan_dist.watch.report import make_report
 
-    presets = {name: preset(name).to_dict() for name in ("paintings64", "demo")}
-    out.print(str(make_report([run_path(run) for run in runs], page, presets)), markup=False)
+    out.print(str(make_report([run_path(run) for run in runs], page, presets())), markup=False)
 
 
 @app.command()
@@ -278,6 +277,8 @@ def train(
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="End the whole run at this step.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every figure that is logged.")] = False,
 ) -> None:
     """Train a run, or continue it: the same command again goes on where it stopped.
 
@@ -302,32 +303,21 @@ def train(
         from_run=from_run,
         max_steps=max_steps,
         stop=stop,
+        verbosity=int(verbose) - int(quiet),
         command=words,
     )
-    if int(os.environ.get("RANK") or 0) == 0:
-        _tell(outcome)
+    if int(os.environ.get("RANK") or 0) == 0 and not quiet:
+        _tell(outcome.run_dir)
     if outcome.stopped:
         raise typer.Exit(EXIT_STOPPED)
 
 
-def _tell(outcome: Any) -> None:
-    """Prints what a training command did and where things are."""
-    run = outcome.run_dir
-    if outcome.stopped:
-        out.print(
-            f"stopped by {outcome.stopped} at step {outcome.step} of {outcome.total_steps}, saved; "
-            "run the same command again to continue",
-            markup=False,
-        )
-    else:
-        out.print(
-            f"done: step {outcome.step}, {outcome.images_seen} images seen, "
-            f"{outcome.images_per_second:.1f} images/s over {outcome.seconds:.0f} s",
-            markup=False,
-        )
-    out.print(f"  samples      {run / 'samples'}", markup=False)
-    out.print(f"  checkpoints  {run / 'checkpoints'}", markup=False)
-    out.print(f"  TensorBoard  tensorboard --logdir {run / 'tensorboard'}", markup=False)
+def _tell(run_dir: Path) -> None:
+    """Prints what a training command did, where things are and what to do next."""
+    from gan_dist.watch.history import closing_lines
+    from gan_dist.watch.record import read_run
+
+    _print(closing_lines(read_run(run_dir)))
 
 
 if __name__ == "__main__":

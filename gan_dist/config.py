@@ -360,6 +360,11 @@ def preset(name: str) -> Config:
     return load_config(next((home / f"{name}.yaml" for home in homes if home.is_dir()), homes[0] / f"{name}.yaml"))
 
 
+def presets() -> dict[str, dict[str, Any]]:
+    """Returns the configurations that come with gan_dist by name, as plain nested values."""
+    return {name: preset(name).to_dict() for name in ("paintings64", "demo")}
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested sections as one {"section.key": value}."""
     flat = {}

@@ -18,6 +18,7 @@ from gan_dist.distributed import World
 from gan_dist.errors import GanDistError
 from gan_dist.stop import StopRequest
 from gan_dist.train.update import STATS
+from gan_dist.watch.vitals import code_version
 
 WORD_LAG = 4
 """Steps a GPU may run ahead of the control word that the host reads (a CPU has nothing to run ahead)."""
@@ -137,6 +138,7 @@ def environment(world: World) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        "gan_dist": code_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _processor(),

@@ -12,22 +12,24 @@ from typing import Any
 
 import torch
 
-from gan_dist.config import Config, load_config, to_yaml
+from gan_dist.config import Config, load_config, presets, to_yaml
 from gan_dist.data.order import Order, rank_slice
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import Stream, gather
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
-from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.stop import StopRequest
+from gan_dist.train.build import build_update
 from gan_dist.train.checkpoint import Saver, copy_to_host
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
 from gan_dist.train.postmortem import watched
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
 from gan_dist.train.runner import agree, make_runner, resolve_precision
-from gan_dist.train.update import STATS, Update, draw_flips, draw_latents
+from gan_dist.train.scalars import Scalars
+from gan_dist.train.update import draw_flips, draw_latents
 from gan_dist.watch.gallery import Gallery
+from gan_dist.watch.report import make_report
 from gan_dist.watch.telemetry import Telemetry
 
 
@@ -55,6 +57,7 @@ def train(
     max_steps: int | None = None,
     stop: StopRequest | None = None,
     console: bool = True,
+    verbosity: int = 0,
     command: Sequence[str] = (),
 ) -> Outcome:
     """Trains a run, or continues it, and returns what was done.
@@ -62,10 +65,11 @@ def train(
     `config` is a YAML file, a plain mapping or a Config; `overrides` are `section.key=value` words. The run lies in
     `run_dir`, or under $GAN_DIST_RUNS as `name` (default: the file's stem). `max_steps` ends the whole run there.
     Another thread or a signal handler may end it early through `stop`. Under torchrun every rank calls this alike.
+    `verbosity` -1 prints warnings only, 1 every tag; without `console` nothing is printed.
     Raises UserError for bad input (nothing is then half-written) and GanDistError for failures of one line.
     """
     settings = load_config(config, overrides)
-    directory = choose_run_dir(config, name, run_dir)
+    directory, voice = choose_run_dir(config, name, run_dir), verbosity if console else None
     if max_steps is not None and max_steps < 1:
         raise UserError(f"--max-steps: expected 1 or more, found {max_steps}")
     if settings.train.threads is not None:
@@ -81,8 +85,8 @@ def train(
 
             with (
                 watched(world, directory),
-                claim(directory, world, check, print if console else lambda line: None) as (start, lease),
-                Trainer(settings, world, dataset, directory, start, lease, max_steps, stop, console) as trainer,
+                claim(directory, world, check, print if voice is not None else lambda line: None) as (start, lease),
+                Trainer(settings, world, dataset, directory, start, lease, max_steps, stop, voice) as trainer,
             ):
                 return trainer.run()
         except (RuntimeError, MemoryError) as error:
@@ -120,7 +124,7 @@ class Trainer:
         lease: Lease | None,
         max_steps: int | None,
         stop: StopRequest | None,
-        console: bool,
+        verbosity: int | None,
     ) -> None:
         self.config, self.world, self.dataset, self.run_dir = config, world, dataset, run_dir
         self.stop = stop if stop is not None else StopRequest()
@@ -132,7 +136,8 @@ class Trainer:
         self.total_steps = math.ceil(images / (config.optim.d_steps * self.batch))
         self.end = min(self.total_steps, max_steps or self.total_steps)
 
-        self._build_players()
+        self.update = build_update(config, world, self.precision)
+        self.runner = make_runner(config.train.runner, self.update)
         self.fixed_latents = torch.randn(
             config.log.grid, config.model.latent_dim, generator=torch.Generator().manual_seed(config.seed)
         )
@@ -173,35 +178,16 @@ class Trainer:
             placement=config.data.placement,
         )
         self.telemetry = Telemetry(
-            run_dir, active=self.first, step=self.step, total_steps=self.end, console=console and self.first
+            run_dir,
+            active=self.first,
+            step=self.step,
+            total_steps=self.end,
+            console=verbosity is not None and self.first,
+            verbosity=verbosity or 0,
         )
+        self.scalars = Scalars(self.update, dataset.num_samples)
         self.gallery = Gallery(run_dir, self.telemetry, self.update.g.network, self.fixed_latents)
         self._announce(notes)
-
-    def _build_players(self) -> None:
-        """Makes both networks from the seed (on the CPU, so alike on every device), their update and its runner."""
-        model, config = self.config.model, self.config
-        source = torch.Generator().manual_seed(config.seed)
-        generator = Generator(model.resolution, model.latent_dim, model.g_channels)
-        discriminator = Discriminator(model.resolution, model.d_channels, model.leaky_slope)
-        for network in (generator, discriminator):
-            initialise(network, model.init_std, source)
-        self.update = Update(
-            generator,
-            discriminator,
-            world=self.world,
-            global_batch=self.batch,
-            loss=config.loss.name,
-            real_target=config.loss.real_target,
-            generator_target=config.loss.generator_target,
-            g_lr=config.optim.g_lr,
-            d_lr=config.optim.d_lr,
-            betas=config.optim.betas,
-            d_steps=config.optim.d_steps,
-            precision=self.precision,
-            sync_batchnorm=config.train.sync_batchnorm,
-        )
-        self.runner = make_runner(config.train.runner, self.update)
 
     def _announce(self, notes: Sequence[str]) -> None:
         """Says on the console, and in the run's history, what starts here and from where."""
@@ -251,6 +237,8 @@ class Trainer:
         self.telemetry.flush()
         if stopped and self.first:
             self.watchman.forget_file()
+        elif self.first:
+            self._report()
         images = (self.step - first_step) * self.config.optim.d_steps * self.batch
         rate = images / seconds if seconds > 0 else 0.0
         return Outcome(self.run_dir, self.step, self.end, self.images_seen, stopped, rate, seconds)
@@ -261,7 +249,7 @@ class Trainer:
         words = ControlWord(device, config.dist.timeout_s)
         if self.world.any(bool(self.stop)):
             return self._why()
-        self._mark = (time.monotonic(), self.step, self.images_seen, self.stream.wait_seconds)
+        self.scalars.begin(self.step, self.images_seen, self.stream.wait_seconds)
         save_at = self._next_timed_save()
         while self.step < self.end:
             reals, latents = self._draw()
@@ -278,7 +266,7 @@ class Trainer:
             decision = self._hear(word) if word is not None else Decision()
             self.telemetry.progress(self.step)
             if self.step % config.log.scalars_every == 0 or self.step == self.end:
-                self._log(stats.tolist())
+                self._log(stats)
             if self.step % config.log.samples_every == 0:
                 self._draw_samples()
             epoch_ended = config.checkpoint.keep_epochs and self.images_seen // self.dataset.num_samples > epoch_before
@@ -332,22 +320,12 @@ class Trainer:
         minutes = self.config.checkpoint.every_minutes
         return time.monotonic() + 60 * minutes if minutes else math.inf
 
-    def _log(self, stats: list[float]) -> None:
-        """Writes the step's scalars: the reduced statistics, throughput since the last log, epoch and memory."""
-        now, (then, step, images, waited) = time.monotonic(), self._mark
-        seconds = max(now - then, 1e-9)
-        self._mark = (now, self.step, self.images_seen, self.stream.wait_seconds)
-        values = {tag: value for tag, value in zip(STATS, stats, strict=True) if not tag.startswith("control/")}
-        values["value/jsd_lower_bound"] = (values["value/minimax"] + math.log(4)) / 2
-        values["throughput/images_per_second"] = (self.images_seen - images) / seconds
-        values["throughput/data_wait_fraction"] = min(1.0, (self.stream.wait_seconds - waited) / seconds)
-        values["throughput/step_seconds"] = seconds / max(1, self.step - step)
-        values["learning_rate/discriminator"] = self.config.optim.d_lr
-        values["learning_rate/generator"] = self.config.optim.g_lr
-        values["updates/skipped"] = self.referee.skipped
-        values["progress/epoch"] = self.images_seen / self.dataset.num_samples
-        if self.world.device.type == "cuda":
-            values["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    def _log(self, stats: torch.Tensor) -> None:
+        """Writes the step's scalars, and what became of the last checkpoint; on rank 0 alone."""
+        if not self.first:
+            return
+        waited = self.stream.wait_seconds
+        values = self.scalars.of(self.step, self.images_seen, waited, stats, self.referee.skipped)
         self.telemetry.scalars(self.step, self.images_seen, values)
         if failure := self.saver.failure():
             if isinstance(failure, GanDistError):
@@ -366,6 +344,13 @@ class Trainer:
             order = Order(self.dataset.shard_sizes, self.config.seed, self.config.data.window_shards)
             reals = gather(self.dataset, order.indices(0, min(self.config.log.grid, self.dataset.num_samples)))
             self.gallery.introduce(self.step, self.dataset, reals, to_yaml(self.config), self.facts)
+
+    def _report(self) -> None:
+        """Makes report.html; a page that cannot be made is no reason to call a finished run failed."""
+        try:
+            make_report(self.run_dir, presets=presets())
+        except (GanDistError, OSError) as error:
+            self.telemetry.warn(f"no report was made: {error}")
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -103,7 +103,7 @@ def test_every_rank_stops_at_the_same_step_whoever_is_asked(dataset: Path, tmp_p
     wait_for_step(run, 4)
     ranks.processes[1].send_signal(signal.SIGUSR2)
     assert ranks.wait() == [75, 75], ranks.log(0) + ranks.log(1)
-    assert "stopped by SIGUSR2 at step" in ranks.log(0) and ranks.log(1).count("stopped") == 0
+    assert "stopped by SIGUSR2: step" in ranks.log(0) and ranks.log(1).count("stopped") == 0
     assert find(run).step >= 4
 
 
