@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gan_dist.train.checkpoint import Saver, copy_to_host
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
 from gan_dist.train.postmortem import watched
+from gan_dist.train.preflight import check_disk, preflight
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
 from gan_dist.train.runner import agree, make_runner, resolve_precision
 from gan_dist.train.scalars import Scalars
@@ -80,15 +81,18 @@ def train(
         try:
             dataset = world.together(lambda: _open_for(settings, world))
 
-            def check() -> Start:
-                return prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
+            with watched(world, directory):
+                warnings = preflight(world, dataset.identity)
 
-            with (
-                watched(world, directory),
-                claim(directory, world, check, print if voice is not None else lambda line: None) as (start, lease),
-                Trainer(settings, world, dataset, directory, start, lease, max_steps, stop, voice) as trainer,
-            ):
-                return trainer.run()
+                def check() -> Start:
+                    start = prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
+                    return replace(start, notes=(*warnings, *start.notes))
+
+                with (
+                    claim(directory, world, check, print if voice is not None else lambda line: None) as (start, lease),
+                    Trainer(settings, world, dataset, directory, start, lease, max_steps, stop, voice) as trainer,
+                ):
+                    return trainer.run()
         except (RuntimeError, MemoryError) as error:
             if line := out_of_memory(error, settings.train.global_batch, world.size):
                 raise line from error
@@ -156,11 +160,13 @@ class Trainer:
             "precision": self.precision,
             "runner": self.runner.name,
             "threads": torch.get_num_threads(),
+            "ranks": world.size,
         }
         self.parent = start.parent
         self.first = world.rank == 0
         notes = [*start.notes, *([] if start.fresh else resolved_changes(run_dir, resolved))]
         self.facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
+        world.from_first(lambda: check_disk(run_dir, self.update.state_dict()))
         world.from_first(lambda: write_start(run_dir, config, self.facts))
         deadline = config.train.stop_after_minutes
         self.watchman = Watchman(self.stop, run_dir, time.monotonic() + 60 * deadline if deadline else None)
