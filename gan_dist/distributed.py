@@ -29,7 +29,8 @@ class World:
     """This process's place among the ranks that play one game.
 
     `group` carries the step's tensors (NCCL on GPUs, gloo elsewhere). `control` is a gloo group of its own for
-    decisions taken outside steps: they can neither overtake nor block the step's collectives. Both are None when alone.
+    decisions taken outside steps: they can neither overtake nor block the step's collectives. `aside` is another, for
+    the thread that saves. All are None when alone.
     """
 
     rank: int = 0
@@ -38,6 +39,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+    aside: dist.ProcessGroup | None = None
 
     @property
     def host(self) -> str:
@@ -74,10 +76,17 @@ class World:
 
     def gather_objects(self, value: T) -> list[T]:
         """Returns every rank's `value`, in rank order, on every rank."""
-        if self.control is None:
+        return self._gather(value, self.control)
+
+    def gather_objects_aside(self, value: T) -> list[T]:
+        """As gather_objects, for the one thread beside the main one that may talk to the other ranks' like it."""
+        return self._gather(value, self.aside)
+
+    def _gather(self, value: T, group: dist.ProcessGroup | None) -> list[T]:
+        if group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def from_first(self, work: Callable[[], T]) -> T:
@@ -196,7 +205,8 @@ def join(
     timeout = timedelta(seconds=timeout_s)
     group: Any = dist.new_group(timeout=timeout)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
-    world = World(rank, size, local_rank, chosen, group, control)
+    aside: Any = dist.new_group(backend="gloo", timeout=timeout)
+    world = World(rank, size, local_rank, chosen, group, control, aside)
     try:
         yield world
         # Gloo peers must not see a closed connection while they still send; a rank that is gone must not hold this one.

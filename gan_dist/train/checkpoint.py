@@ -11,10 +11,9 @@ import io
 import json
 import os
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,6 @@ TEMPORARY = ".saving-"
 def directory_name(step: int) -> str:
     """Returns the directory name of the checkpoint at `step`."""
     return f"{PREFIX}{step:08d}"
-
-
-def copy_to_host(state: Any) -> Any:
-    """Returns `state` with every tensor cloned into CPU memory, so that training may go on while it is written."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True).contiguous()
-    if isinstance(state, Mapping):
-        return {key: copy_to_host(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(copy_to_host(value) for value in state)
-    return state
 
 
 def flush_directory(directory: Path) -> None:
@@ -219,39 +207,3 @@ def find(run: Path, step: int | None = None) -> Loaded:
     if found is None:
         raise UserError(f"{run} has no checkpoints yet; train it first")
     return found
-
-
-@dataclass
-class Saver:
-    """Writes checkpoints off the training path: one thread at most, whose outcome the next call collects."""
-
-    directory: Path
-    keep: int
-    guard: Callable[[], None] = lambda: None
-    """Raises a GanDistError where this trainer may no longer write."""
-    _thread: threading.Thread | None = None
-    _failure: list[OSError | GanDistError] = field(default_factory=list)
-
-    def start(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Begins to save `state`, already copied to the host; waits first for a save that is still under way."""
-        self._join()
-
-        def work() -> None:
-            try:
-                save(self.directory, state, facts, keep=self.keep, guard=self.guard)
-            except (OSError, GanDistError) as error:
-                self._failure.append(error)
-
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
-        self._thread.start()
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def failure(self, *, wait: bool = False) -> OSError | GanDistError | None:
-        """Returns and forgets why the last finished save failed, or None; `wait` lets one under way finish first."""
-        if wait or (self._thread is not None and not self._thread.is_alive()):
-            self._join()
-        return self._failure.pop() if self._failure and self._thread is None else None

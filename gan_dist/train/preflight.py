@@ -16,6 +16,7 @@ import torch
 
 from gan_dist.distributed import World
 from gan_dist.errors import GanDistError, UserError
+from gan_dist.train.saver import tensors
 
 CLOCK_S = 30.0
 """Clocks further apart than this make files of one run look older than those before them."""
@@ -76,20 +77,13 @@ def _must_agree(name: str, hosts: list[str], values: list[str]) -> None:
     )
 
 
-def tensor_bytes(state: Any) -> int:
-    """Returns the bytes of all tensors in a nested state."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    values = state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ()
-    return sum(tensor_bytes(value) for value in values)
-
-
-def check_disk(directory: Path, state: Any) -> None:
+def check_disk(directory: Path, state: Mapping[str, Any]) -> None:
     """Returns if the disk of `directory` has room for two checkpoints of `state`: the newest one and the next.
 
     Raises GanDistError with both figures when it has not.
     """
-    needed, free = 2 * tensor_bytes(state), shutil.disk_usage(directory).free
+    needed = 2 * sum(tensor.numel() * tensor.element_size() for _, tensor in tensors(state))
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise GanDistError(
             f"{directory} has {free / 2**20:,.0f} MiB free, but two checkpoints take {needed / 2**20:,.0f} MiB; "

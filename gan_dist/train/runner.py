@@ -198,19 +198,3 @@ def resolve_precision(name: str, device: torch.device) -> tuple[Precision, str]:
         raise UserError(f"train.precision=tf32 is an NVIDIA GPU's, but this rank drives {device.type}; use fp32")
     precision: Any = name
     return precision, "asked for"
-
-
-def agree(update: Update) -> str:
-    """Returns the sha256 of the state, equal on all ranks. A collective of the control group; call it outside steps.
-
-    Raises GanDistError naming the ranks that differ from rank 0.
-    """
-    digest = update.digest()
-    digests = update.world.gather_objects(digest)
-    strays = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if strays:
-        raise GanDistError(
-            f"rank(s) {', '.join(map(str, strays))} of {len(digests)} do not hold rank 0's parameters: they have "
-            "played another game; continue from the last checkpoint, and suspect the hardware or mixed software"
-        )
-    return digest

@@ -18,10 +18,15 @@ class Scalars:
     def __init__(self, update: Update, num_samples: int) -> None:
         self._players = {"generator": update.g, "discriminator": update.d}
         self._num_samples = num_samples
+        self._stall: float | None = None
 
     def begin(self, step: int, images_seen: int, waited: float) -> None:
         """Notes where things stand; `waited` is the time that the device has waited for data so far, in seconds."""
         self._mark = (time.monotonic(), step, images_seen, waited)
+
+    def stalled(self, seconds: float) -> None:
+        """Notes how long a checkpoint has just kept the training path."""
+        self._stall = seconds
 
     def of(self, step: int, images_seen: int, waited: float, stats: Tensor, skipped: int) -> dict[str, float]:
         """Returns {tag: value} of this step; `stats` are STATS as the step returned them, on the device.
@@ -42,6 +47,8 @@ class Scalars:
             values[f"update_ratio/{name}"] = update_ratio(player.optimizer).item()
         values["updates/skipped"] = skipped
         values["progress/epoch"] = images_seen / self._num_samples
+        if self._stall is not None:
+            values["checkpoint/stall_seconds"], self._stall = self._stall, None
         if stats.device.type == "cuda":
             values["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values

@@ -20,13 +20,13 @@ from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.stop import StopRequest
 from gan_dist.train.build import build_update
-from gan_dist.train.checkpoint import Saver, copy_to_host
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
 from gan_dist.train.postmortem import watched
 from gan_dist.train.preflight import check_disk, preflight
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
-from gan_dist.train.runner import agree, make_runner, resolve_precision
+from gan_dist.train.runner import make_runner, resolve_precision
+from gan_dist.train.saver import Saver, must_agree, state_digest
 from gan_dist.train.scalars import Scalars
 from gan_dist.train.update import draw_flips, draw_latents
 from gan_dist.watch.gallery import Gallery
@@ -149,8 +149,8 @@ class Trainer:
             self.update.load_state_dict(start.loaded.state)
             if not start.fresh:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
-            if world.size > 1:
-                agree(self.update)
+        if world.size > 1:
+            must_agree(world.gather_objects(state_digest(self.update.state_dict(), config.train.sync_batchnorm)))
         self._saved_step = -1 if start.fresh else self.step
         self._drawn_step = -1
         self.referee = Referee()
@@ -170,9 +170,8 @@ class Trainer:
         world.from_first(lambda: write_start(run_dir, config, self.facts))
         deadline = config.train.stop_after_minutes
         self.watchman = Watchman(self.stop, run_dir, time.monotonic() + 60 * deadline if deadline else None)
-        self.saver = Saver(run_dir / "checkpoints", config.checkpoint.keep)
-        if lease is not None:
-            self.saver.guard = lease.check
+        self.saver = Saver(run_dir / "checkpoints", config.checkpoint.keep, world, config.train.sync_batchnorm)
+        self._lease, self.saver.guard = lease, self._may_publish
         self.stream = Stream(
             dataset,
             Order(dataset.shard_sizes, config.seed, config.data.window_shards),
@@ -368,25 +367,26 @@ class Trainer:
         }
 
     def _save(self, *, kept: bool = False, wait: bool = False) -> None:
-        """Saves this step; in the background unless `wait`. Logs up to here are flushed before it becomes visible.
-
-        Every rank calls it: a state that is not the same on all of them is never saved.
-        """
-        if self.world.size > 1:
-            agree(self.update)
-        if self.first:
-            self.telemetry.flush()
-            facts = {
-                "dataset": self.dataset.identity,
-                "parent": self.parent,
-                "kept": kept,
-                "torch": torch.__version__,
-                "world_size": self.world.size,
-            }
-            self.saver.start(copy_to_host(self._state()), facts)
+        """Saves this step; in the background unless `wait`. Every rank calls it: their states are compared first."""
+        began = time.monotonic()
+        facts = {
+            "dataset": self.dataset.identity,
+            "parent": self.parent,
+            "kept": kept,
+            "torch": torch.__version__,
+            "world_size": self.world.size,
+        }
+        self.saver.start(self._state(), facts)
         self._saved_step = self.step
         if wait and (failure := self.world.from_first(lambda: self.saver.failure(wait=True))):
             raise self._unsaved(failure)
+        self.scalars.stalled(time.monotonic() - began)
+
+    def _may_publish(self) -> None:
+        """Runs before a checkpoint becomes visible: what was told up to its step is on the disk, the run still ours."""
+        self.telemetry.flush()
+        if self._lease is not None:
+            self._lease.check()
 
     def _unsaved(self, failure: OSError | GanDistError) -> GanDistError:
         if isinstance(failure, GanDistError):

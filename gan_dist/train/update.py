@@ -6,7 +6,6 @@ affair: nothing here waits for the device or decides by a value on it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -150,19 +149,6 @@ class Update:
     def _autocast(self) -> Iterator[None]:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
-
-    def digest(self) -> str:
-        """Returns the sha256 of the whole state, equal on ranks that play the same game.
-
-        Without synchronised batch norm each rank has running statistics of its own, which are then left out.
-        """
-        digest = hashlib.sha256()
-        for player in (self.g, self.d):
-            moments = [value for state in player.optimizer.state.values() for value in state.values()]
-            buffers = player.network.buffers() if self.sync_batchnorm else ()
-            for tensor in (*player.parameters, *buffers, *moments):
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns {generator, discriminator, optimizer_g, optimizer_d}: copies, in torch's default layout."""

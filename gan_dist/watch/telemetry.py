@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,6 +95,7 @@ class Telemetry:
             self._board.flush()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self._pictures: list[Future[None]] = []
+        self._lock = threading.Lock()  # a checkpoint's thread flushes what the training path writes
         if console:
             self._console = RunConsole(run_dir.name, step, total_steps, verbosity=verbosity)
 
@@ -120,8 +122,9 @@ class Telemetry:
         It is encoded once, on a thread: the training path pays nothing for it.
         """
         if self._active:
-            self._pictures = [job for job in self._pictures if not job.done() or job.exception()]
-            self._pictures.append(self._encoder.submit(self._draw, tag, step, image, path))
+            with self._lock:
+                self._pictures = [job for job in self._pictures if not job.done() or job.exception()]
+                self._pictures.append(self._encoder.submit(self._draw, tag, step, image, path))
 
     def text(self, tag: str, step: int, text: str) -> None:
         """Writes a text (Markdown) to TensorBoard: at once in a new run, with the next point in one that goes on.
@@ -139,7 +142,7 @@ class Telemetry:
             if name == "start":
                 fields.setdefault("total_steps", self._total)
             self._write({"event": name, "step": step, "time": round(time.time(), 3), **fields})
-            self._guard(self._metrics.flush)
+            self._flush_metrics()
             self._changed = True
 
     def say(self, line: str) -> None:
@@ -156,7 +159,7 @@ class Telemetry:
         """Returns once all that was told is in the files, on the disk."""
         if self._active:
             self._finish_pictures()
-            self._guard(self._metrics.flush)
+            self._flush_metrics()
             self._guard(lambda: os.fsync(self._metrics.fileno()))
             if self._board is not None:
                 self._guard(self._board.flush)
@@ -185,7 +188,7 @@ class Telemetry:
         if texts and step != self._texts_noted:
             self._texts_noted = step
             self._write({"event": TEXTS, "step": step, "time": round(time.time(), 3)})
-            self._guard(self._metrics.flush)
+            self._flush_metrics()
         for tag, text in texts.items():
             self._on_board(tag, step, partial(SummaryWriter.add_text, tag=tag, text_string=text, global_step=step))
 
@@ -214,9 +217,14 @@ class Telemetry:
         self._on_board(tag, step, lambda board: _file_writer(board).add_summary(summary, step))
 
     def _finish_pictures(self) -> None:
-        for job in self._pictures:
+        with self._lock:
+            jobs, self._pictures = self._pictures, []
+        for job in jobs:
             self._guard(job.result)
-        self._pictures = []
+
+    def _flush_metrics(self) -> None:
+        with self._lock:
+            self._guard(self._metrics.flush)
 
     def _guard(self, write: Callable[[], object]) -> None:
         try:
@@ -225,7 +233,8 @@ class Telemetry:
             self._console.warn(f"a file of the run cannot be written: {error}; training goes on")
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._guard(lambda: self._metrics.write(json.dumps(line) + "\n"))
+        with self._lock:
+            self._guard(lambda: self._metrics.write(json.dumps(line) + "\n"))
 
 
 def _file_writer(board: SummaryWriter) -> Any:

@@ -161,27 +161,6 @@ def test_leftovers_of_a_killed_save_are_invisible_and_go(tmp_path: Path) -> None
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000003"]
 
 
-def test_the_saver_reports_a_failure_once_and_goes_on(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("in the way")
-    saver = checkpoint.Saver(blocked / "checkpoints", keep=2)
-    saver.start(state(1), {})
-    assert isinstance(saver.failure(wait=True), OSError)
-    assert saver.failure(wait=True) is None
-    saver.directory = tmp_path / "checkpoints"
-    saver.start(state(2), {})
-    saver.start(state(3), {})
-    assert saver.failure(wait=True) is None
-    assert names(tmp_path / "checkpoints") == ["latest", "step-00000002", "step-00000003"]
-
-
-def test_the_copy_does_not_follow_the_training(tmp_path: Path) -> None:
-    weights = torch.zeros(4)
-    copy = checkpoint.copy_to_host({"a": [weights, (weights.t(),)], "lr": 0.1})
-    weights.add_(1)
-    assert copy["a"][0].sum() == 0 and copy["a"][1][0].sum() == 0 and copy["lr"] == 0.1
-
-
 def test_finding_a_step(tmp_path: Path) -> None:
     save_steps(tmp_path / "checkpoints", 1, 2)
     assert checkpoint.find(tmp_path, 1).step == 1

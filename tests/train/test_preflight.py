@@ -12,7 +12,7 @@ import torch
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.train import preflight as module
-from gan_dist.train.preflight import check_disk, preflight, tensor_bytes
+from gan_dist.train.preflight import check_disk, preflight
 from tests.ranks import run_ranks
 
 
@@ -65,7 +65,6 @@ def test_a_reduction_that_does_not_reduce_is_found() -> None:
 
 def test_room_for_two_checkpoints(tmp_path: Path) -> None:
     state: dict[str, Any] = {"step": 1, "generator": {"w": torch.zeros(1000)}, "optimizer": [{"m": torch.zeros(500)}]}
-    assert tensor_bytes(state) == 6000
     check_disk(tmp_path, state)
     huge = {"w": torch.zeros(1, dtype=torch.float64).expand(2**50)}  # no memory behind it
     with pytest.raises(GanDistError, match=r"MiB free, but two checkpoints take 17,179,869,184 MiB; free some space"):
