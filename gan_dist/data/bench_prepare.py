@@ -49,7 +49,7 @@ def bench_prepare(
         plan = make_plan(paths, Options(recipe), Path(folder))
         every = -(-len(plan.entries) // samples)
         entries = plan.entries[::every]
-        jobs = make_jobs(entries)
+        jobs = make_jobs(entries, resolution)
         seconds = {"read": 0.0, "decode": 0.0, "resize": 0.0}
         written = rejected = measured = 0
         write = 0.0

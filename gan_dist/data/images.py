@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from time import perf_counter
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, JpegImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
 from gan_dist.data.colour import Converter, normaliser, to_srgb
 from gan_dist.data.rejects import Rejected
@@ -33,6 +34,9 @@ BACKGROUND = (255, 255, 255)
 
 MEMORY_LIMIT = 800 * 2**20
 """Bytes that one image may cost: its encoded data, its decoded pixels and the decoder's own buffers together."""
+
+_LONGEST_TEXT = 2**26
+"""Bytes of one PNG comment. Photoshop's edit histories are longer than Pillow's 1 MiB, which loses the picture."""
 
 STRIP_PIXELS = 2**22
 """Pictures above this are converted in strips, so that they are never held twice."""
@@ -104,16 +108,13 @@ def square(data: bytes, recipe: Recipe) -> Square:
     began = perf_counter()
     flags: list[str] = []
     try:
-        opened = _decode(data, recipe)
+        with _switched(PngImagePlugin, "MAX_TEXT_CHUNK", _LONGEST_TEXT):
+            opened = _decode(data, recipe)
     except Rejected as rejected:
         if rejected.reason != "truncated" or not recipe.keep_truncated:
             raise
-        # Pillow's switch is global to the process: workers are processes, with nothing else to decode meanwhile
-        ImageFile.LOAD_TRUNCATED_IMAGES = True
-        try:
+        with _switched(ImageFile, "LOAD_TRUNCATED_IMAGES", True):
             opened = _decode(data, recipe)
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
         flags.append("truncated")
     decoded = perf_counter()
     image = opened.image
@@ -122,9 +123,23 @@ def square(data: bytes, recipe: Recipe) -> Square:
         pixels = np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
     if opened.orientation > 1:
         flags.append("oriented")
+    if min(opened.width, opened.height) < recipe.resolution:
+        flags.append("enlarged")
     shown = (opened.height, opened.width) if opened.orientation > 4 else (opened.width, opened.height)
     seconds = {"decode": decoded - began, "resize": perf_counter() - decoded}
     return Square(pixels, *shown, opened.mode, image.format or "?", flags, seconds)
+
+
+@contextmanager
+def _switched(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Sets one of Pillow's switches for a while. They are global to the process: workers are processes, with nothing
+    else to decode meanwhile."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 @dataclass(frozen=True)

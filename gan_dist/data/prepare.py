@@ -216,7 +216,8 @@ class _Run:
         total = sum(len(self.plan.keys(shard)) for shard in mine)
         done = total - sum(len(self.plan.keys(shard)) for shard in todo)
         self._progress(done, total)
-        jobs = [make_jobs([self.plan.entries[key] for key in self.plan.keys(shard)]) for shard in todo]
+        side = self.plan.image.resolution
+        jobs = [make_jobs([self.plan.entries[key] for key in self.plan.keys(shard)], side) for shard in todo]
         self._workers = workers
         flat = [job for of_shard in jobs for job in of_shard]
         with closing(run_jobs(flat, self.plan.sources, self.plan.image, workers)) as finished:

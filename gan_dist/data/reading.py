@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import lzma
 import os
 import zipfile
@@ -21,8 +22,17 @@ class SourceChanged(GanDistError):
     """A file is not what it was when the source was listed."""
 
 
+_OPEN_ARCHIVES = 16
+"""Archives that stay open: entries come source by source, and a process may hold only so many files (often 1,024)."""
+
+
+_SYSTEM = ("EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENODEV")
+_NOT_THE_FILES_FAULT = {getattr(errno, name) for name in _SYSTEM if hasattr(errno, name)}
+"""Failures that would reject every file from now on, though no file is bad."""
+
+
 class Reader:
-    """Reads entries, keeping each archive open."""
+    """Reads entries; the archives read last stay open."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
@@ -34,6 +44,7 @@ class Reader:
         Raises:
             Rejected: it cannot be read as it is.
             SourceChanged: it is not what was listed.
+            GanDistError: nothing can be read now: a server is gone, or this process has too many files open.
         """
         if entry.fault:
             raise Rejected(entry.fault)
@@ -42,21 +53,33 @@ class Reader:
         source = self.sources[entry.source]
         try:
             if source.kind == "folder":
-                return _read_file(Path(source.path, entry.path), entry)
-            if entry.source not in self._open:
-                self._open[entry.source] = Path(source.path).open("rb")  # noqa: SIM115 (kept open)
-            stream = self._open[entry.source]
+                return _read_file(source, entry)
+            archive = self._archive(entry.source)
             if source.kind == "zip":
-                return _read_member(stream, entry)
-            stream.seek(entry.offset)
-            data = stream.read(entry.size)
+                return _read_member(archive, entry)
+            archive.seek(entry.offset)
+            data = archive.read(entry.size)
         except FileNotFoundError:
             raise SourceChanged(f"{source.path}: {entry.path!r} was there when preparation began and is gone") from None
         except OSError as error:
-            raise Rejected("unreadable", error.strerror or type(error).__name__) from None
+            words = error.strerror or type(error).__name__
+            if error.errno in _NOT_THE_FILES_FAULT:
+                raise GanDistError(
+                    f"{source.path} cannot be read now ({words}): run the same command again once that is mended"
+                ) from None
+            raise Rejected("unreadable", words) from None
         if len(data) != entry.size:
             raise SourceChanged(f"{source.path} became shorter while it was being prepared")
         return data
+
+    def _archive(self, number: int) -> IO[bytes]:
+        stream = self._open.pop(number, None)
+        if stream is None:
+            while len(self._open) >= _OPEN_ARCHIVES:
+                self._open.pop(next(iter(self._open))).close()
+            stream = Path(self.sources[number].path).open("rb")  # noqa: SIM115 (kept open)
+        self._open[number] = stream  # last: those at the front were used least recently
+        return stream
 
     def close(self) -> None:
         """Closes the archives."""
@@ -64,12 +87,14 @@ class Reader:
             self._open.popitem()[1].close()
 
 
-def _read_file(path: Path, entry: Entry) -> bytes:
-    with path.open("rb") as stream:
+def _read_file(source: Source, entry: Entry) -> bytes:
+    with Path(source.path, entry.path).open("rb") as stream:
         status = os.fstat(stream.fileno())
-        if (status.st_size, str(status.st_mtime_ns)) != (entry.size, entry.stamp):
-            raise SourceChanged(f"{path} changed while it was being prepared")
-        return stream.read()
+        as_listed = (status.st_size, str(status.st_mtime_ns)) == (entry.size, entry.stamp)
+        data = stream.read() if as_listed else b""
+    if not as_listed or len(data) != entry.size:
+        raise SourceChanged(f"{source.path}: {entry.path!r} changed while it was being prepared")
+    return data
 
 
 def _read_member(stream: IO[bytes], entry: Entry) -> bytes:

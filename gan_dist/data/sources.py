@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import tarfile
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from gan_dist.data.images import recognised
 from gan_dist.errors import UserError
@@ -21,6 +23,12 @@ _ENDINGS = """
 """
 IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 """Files that claim to be images: each is written or rejected (those that cannot be read here too: never skipped)."""
+_OTHER_ENDINGS = """
+    txt json jsonl csv tsv cls xml html htm md pdf svg eps ps ai doc docx xls xlsx npy npz pt pth pkl parquet h5 db log
+    ini yaml yml toml py ipynb sh exe dll mp3 wav mp4 m4v mov avi mkv webm cr2 cr3 nef arw dng orf rw2 raf pef srw
+"""
+_OTHER = frozenset(f".{ending}" for ending in _OTHER_ENDINGS.split())
+"""Files that are taken at their word: they cost no look inside, or (raw photographs) would pass as their thumbnails."""
 _ARCHIVE_ENDINGS = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"))
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
 
@@ -78,9 +86,12 @@ def open_source(path: Path, name: str) -> Source:
             return Source(name, "folder", str(path))
         with path.open("rb") as stream:
             head = stream.read(512)
+        # tar first: zipfile looks for a zip's end, which a tar whose last member is a zip has too
+        if head[257:262] == b"ustar":
+            return Source(name, "tar", str(path))
         if zipfile.is_zipfile(path):
             return Source(name, "zip", str(path))
-        if head[257:262] == b"ustar" or (head and _is_tar(path)):
+        if head and _is_tar(path):
             return Source(name, "tar", str(path))
     except OSError as error:
         found = "there is no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror
@@ -121,9 +132,9 @@ def list_source(source: Source, number: int, exclude: Path | None = None) -> Lis
     return listing
 
 
-def skip_kind(path: str, sniff: IO[bytes] | None = None) -> str | None:
-    """Returns under which kind a file of this name is skipped, or None when it claims to be an image. A name without an
-    ending is judged by the first bytes of `sniff`."""
+def skip_kind(path: str, look: Callable[[], bytes] | None = None) -> str | None:
+    """Returns under which kind a file of this name is skipped, or None when it claims to be an image. What has no known
+    ending (`Mona Lisa, c. 1503`) is judged by its first bytes, which `look` reads (16 suffice)."""
     parts = PurePosixPath(path.replace("\\", "/")).parts  # some zips come from Windows
     name = parts[-1] if parts else path
     if "__MACOSX" in parts:
@@ -137,12 +148,12 @@ def skip_kind(path: str, sniff: IO[bytes] | None = None) -> str | None:
         return None
     if ending in _ARCHIVE_ENDINGS:
         return "nested archive"
-    if ending and len(ending) <= 6:
+    if ending in _OTHER:
         return f"not an image: {ending}"
     with contextlib.suppress(Exception):  # a broken member's bytes: whatever zipfile and its decompressors raise
-        if sniff is not None and recognised(sniff.read(16)):
+        if look is not None and recognised(look()):
             return None
-    return "not an image"
+    return f"not an image: {ending}" if re.fullmatch(r"\.[a-z0-9_]{1,5}", ending) else "not an image"
 
 
 def _list_folder(source: Source, number: int, exclude: Path | None, listing: Listing) -> None:
@@ -190,11 +201,12 @@ def _list_file(item: os.DirEntry[str], path: str, number: int, listing: Listing)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         listing.skipped["special file"] += 1
         return
-    kind = skip_kind(path)
-    if kind == "not an image":
-        with contextlib.suppress(OSError), Path(item.path).open("rb") as stream:
-            kind = skip_kind(path, stream)
-    if kind:
+
+    def look() -> bytes:
+        with Path(item.path).open("rb") as stream:
+            return stream.read(16)
+
+    if kind := skip_kind(path, look):
         listing.skipped[kind] += 1
     else:
         listing.entries.append(Entry(number, path, status.st_size, str(status.st_mtime_ns)))
@@ -208,15 +220,8 @@ def _list_zip(source: Source, number: int, listing: Listing) -> None:
                     continue
                 mode = info.external_attr >> 16
                 encrypted = bool(info.flag_bits & 1)
-                kind = skip_kind(info.filename)
-                if kind == "not an image" and not encrypted:
-                    with (
-                        contextlib.suppress(Exception),
-                        archive.open(info) as it,
-                    ):
-                        kind = skip_kind(info.filename, it)
-                if stat.S_ISLNK(mode):
-                    kind = "link"
+                look = None if encrypted else partial(_head, archive, info)
+                kind = "link" if stat.S_ISLNK(mode) else skip_kind(info.filename, look)
                 if kind:
                     listing.skipped[kind] += 1
                     continue
@@ -236,6 +241,11 @@ def _list_zip(source: Source, number: int, listing: Listing) -> None:
         raise UserError(f"source {source.path} is a damaged zip ({_words(error)}): fetch it again") from None
 
 
+def _head(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    with archive.open(info) as member:
+        return member.read(16)
+
+
 def _list_tar(source: Source, number: int, listing: Listing) -> None:
     keys: dict[str, str] = {}  # WebDataset key -> class
     sidecars: dict[str, list[str]] = {}
@@ -252,7 +262,7 @@ def _list_tar(source: Source, number: int, listing: Listing) -> None:
                     continue
                 raw_position = raw.tell()
                 raw.seek(member.offset_data)
-                kind = skip_kind(member.name, raw)
+                kind = skip_kind(member.name, partial(raw.read, min(16, member.size)))
                 if kind and member.name.endswith(".cls") and member.size < 1000:
                     raw.seek(member.offset_data)
                     keys[_key(member.name)] = raw.read(member.size).decode("utf-8", "replace").strip()

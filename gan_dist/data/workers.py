@@ -25,18 +25,20 @@ from time import monotonic, perf_counter
 from typing import IO, Any
 
 from gan_dist.data.images import Recipe, square
-from gan_dist.data.reading import Reader, SourceChanged
+from gan_dist.data.reading import Reader
 from gan_dist.data.rejects import Rejected
 from gan_dist.data.sources import Entry, Source
 from gan_dist.errors import GanDistError
 
-JOB_ENTRIES, JOB_BYTES = 32, 2 * 2**20
-"""A job is this many entries or encoded bytes: big enough to forget the pipe, small enough that no tail idles."""
+JOB_ENTRIES, JOB_BYTES, JOB_SQUARES = 32, 2 * 2**20, 32 * 2**20
+"""A job is at most this many entries, encoded bytes (or one entry), bytes of squares (or one): big enough to forget the
+pipe, small enough that no tail idles and that its answer is small beside a picture that is being decoded."""
 TIME_LIMIT_S = 300.0
 """No answer for this long and the worker is killed; its job is tried again picture by picture."""
 DATA_LIMIT = 1000 * 2**20
 """Bytes of private memory that a worker may allocate (where the system can limit it): beyond, decoding fails."""
 _BUFFERED_BYTES = 256 * 2**20
+_READY = "ready"
 WORKER_CODE = "from gan_dist.data.workers import serve; serve()"
 
 
@@ -64,6 +66,7 @@ def work(entries: Sequence[Entry], reader: Reader, recipe: Recipe) -> Done:
 
     Raises:
         SourceChanged: a file is not what was listed.
+        GanDistError: a source cannot be read at all any more.
     """
     done = Done([], {"read": 0.0, "decode": 0.0, "resize": 0.0})
     for entry in entries:
@@ -110,13 +113,15 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     sources, recipe = pickle.load(sys.stdin.buffer)
     reader = Reader(sources)
+    pickle.dump(_READY, out)
+    out.flush()
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended, however it did
         while True:
             entries = pickle.load(sys.stdin.buffer)
             try:
                 answer: Done | GanDistError = work(entries, reader, recipe)
-            except SourceChanged as changed:
-                answer = changed
+            except GanDistError as error:
+                answer = error
             except Exception:
                 answer = GanDistError(f"a worker failed, which is a mistake in gan_dist: {traceback.format_exc()}")
             pickle.dump(answer, out, protocol=5)
@@ -130,9 +135,13 @@ class _Worker:
     def __init__(self, sources: Sequence[Source], recipe: Recipe) -> None:
         code = f"import sys; sys.path[:] = {sys.path!r}; {WORKER_CODE}"
         threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | threads
-        )
+        command = [sys.executable, "-c", code]
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | threads
+            )
+        except OSError as error:
+            raise GanDistError(f"no worker process can be started ({error.strerror}): try fewer --workers") from None
         self.busy_since: float | None = None
         self.timed_out = False
         self._setup = (list(sources), recipe)
@@ -143,20 +152,30 @@ class _Worker:
 
         Raises:
             EOFError, OSError, pickle.UnpicklingError: it died over it.
+            GanDistError: it died before it had begun, which is no picture's fault.
         """
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         self.busy_since = monotonic()
         try:
             if not self._greeted:
-                pickle.dump(self._setup, stdin, protocol=5)
-                self._greeted = True
+                self._greet(stdin, stdout)
             pickle.dump(list(entries), stdin, protocol=5)
             stdin.flush()
             answer: Done | GanDistError = pickle.load(stdout)
             return answer
         finally:
             self.busy_since = None
+
+    def _greet(self, stdin: IO[bytes], stdout: IO[bytes]) -> None:
+        try:
+            pickle.dump(self._setup, stdin, protocol=5)
+            stdin.flush()
+            self._greeted = pickle.load(stdout) == _READY
+        except (EOFError, OSError, pickle.UnpicklingError):
+            self.end(kill=True)
+            status = self.process.returncode
+            raise GanDistError(f"a worker process ended before its first picture (status {status})") from None
 
     def end(self, kill: bool = False) -> None:
         """Ends the process, and waits for it."""
@@ -174,12 +193,16 @@ class _Worker:
             self.process.wait()
 
 
-def make_jobs(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Returns `entries` cut into jobs, in order."""
+def _most_entries(resolution: int) -> int:
+    return max(1, min(JOB_ENTRIES, JOB_SQUARES // (3 * resolution**2)))
+
+
+def make_jobs(entries: Sequence[Entry], resolution: int) -> list[list[Entry]]:
+    """Returns `entries`, to be squares of `resolution`, cut into jobs, in order."""
     jobs: list[list[Entry]] = []
-    weight = 0
+    weight, most = 0, _most_entries(resolution)
     for entry in entries:
-        if not jobs or len(jobs[-1]) >= JOB_ENTRIES or weight + _weight([entry]) > JOB_BYTES:
+        if not jobs or len(jobs[-1]) >= most or weight + _weight([entry]) > JOB_BYTES:
             jobs.append([])
             weight = 0
         jobs[-1].append(entry)
@@ -230,7 +253,8 @@ class _Pool:
         self, jobs: Sequence[Sequence[Entry]], sources: Sequence[Source], recipe: Recipe, workers: int
     ) -> None:
         self._jobs, self._sources, self._recipe = jobs, sources, recipe
-        self._window = max(4 * workers, _BUFFERED_BYTES // (JOB_ENTRIES * 3 * recipe.resolution**2))
+        job_bytes = _most_entries(recipe.resolution) * 3 * recipe.resolution**2
+        self._window = max(4 * workers, _BUFFERED_BYTES // job_bytes)
         # The last jobs go out largest first, so that none of them is still running when all others have ended.
         tail = min(len(jobs), self._window, 16 * workers)
         head = len(jobs) - tail

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from torchvision.transforms import v2
 
 from gan_dist.data import images
@@ -152,6 +152,21 @@ def swapped_profile() -> bytes:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_modes_come_out_in_the_right_colours(name: str, data: bytes, expected: tuple[float, ...]) -> None:
     assert mean(data) == pytest.approx(np.array(expected), abs=1.6), name
+
+
+def test_a_long_comment_does_not_lose_the_picture() -> None:
+    """Photoshop writes megabytes of edit history; Pillow refuses to unpack more than one."""
+    limit = PngImagePlugin.MAX_TEXT_CHUNK
+    for how in ("add_text", "add_itxt"):
+        info = PngImagePlugin.PngInfo()
+        getattr(info, how)("History", "x" * 3_000_000, zip=True)
+        assert mean(encode(plain(ORANGE), pnginfo=info)) == pytest.approx(np.array(ORANGE), abs=1.6)
+    assert limit == PngImagePlugin.MAX_TEXT_CHUNK
+
+
+def test_what_is_smaller_than_its_square_is_flagged() -> None:
+    assert square(encode(plain(ORANGE, size=(200, 63))), Recipe(64)).flags == ["enlarged"]
+    assert square(encode(plain(ORANGE, size=(64, 64))), Recipe(64)).flags == []
 
 
 def test_transparent_edges_take_no_colour_from_what_is_hidden() -> None:
