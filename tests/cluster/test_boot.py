@@ -1,0 +1,54 @@
+"""The cluster itself: hosts of their own, failures that look real, nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.boot import FREEZER, Cluster, wait_until
+from tests.cluster.conf import Layout, hosts_file, slurm_conf
+
+LAYOUT = Layout(Path("/c"), "10.0.0.1", {"node1": "10.0.0.11", "node2": "10.0.0.12"}, 21000)
+
+
+def test_the_configuration_names_every_host_once_and_tells_what_was_asked() -> None:
+    text = slurm_conf(LAYOUT)
+    assert text.count("NodeName=node1 NodeAddr=10.0.0.11") == text.count("NodeName=node2 NodeAddr=10.0.0.12") == 1
+    assert "ProctrackType=proctrack/linuxproc" in text and "preempt_send_user_signal" not in text
+    keys = [line.split("=")[0] for line in text.splitlines() if not line.startswith(("NodeName", "PartitionName"))]
+    assert len(keys) == len(set(keys)) and all("=" in line for line in text.splitlines())
+    assert hosts_file(LAYOUT).splitlines()[1:] == ["10.0.0.1 head", "10.0.0.11 node1", "10.0.0.12 node2"]
+
+
+@pytest.mark.cluster
+def test_a_job_runs_on_hosts_of_their_own_and_signals_find_it(either: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "hello.sh"
+    script.write_text("#!/bin/bash\nsrun bash -c 'echo $(hostname) $(ip -4 -o address show net0); sleep 300'\n")
+    words = ("sbatch", "--parsable", "-N2", f"--output={tmp_path}/out", f"--chdir={tmp_path}", str(script))
+    job = either.run(*words).stdout.strip()
+    out = tmp_path / "out"
+    wait_until(lambda: out.exists() and out.read_text().count("\n") == 2, 30, "lines")
+    for line in out.read_text().splitlines():
+        assert either.hosts[line.split()[0]].address in line
+    assert sum(len(host.pids("sleep 300")) for host in either.hosts.values()) >= 2
+    either.run("scancel", job)
+    either.wait_for_job(job, "CANCELLED")
+    wait_until(lambda: not any(host.processes() for host in either.hosts.values()), 30, "empty hosts")
+
+
+@pytest.mark.cluster
+def test_a_cluster_leaves_nothing_behind_and_hosts_come_back() -> None:
+    with Cluster(2, "cgroup") as cluster:
+        cluster.hosts["node2"].kill()
+        wait_until(
+            lambda: "node2 down" in cluster.run("sinfo", "-hN", "-o", "%N %t").stdout.replace("*", ""), 60, "loss"
+        )
+        cluster.hosts["node2"].boot()
+        cluster.wait_for_hosts()
+        at, tag = cluster.directory, cluster.tag
+        pids = [host.process.pid for host in cluster.hosts.values() if host.process]
+    assert not at.exists() and not list(FREEZER.glob(f"{tag}-*"))
+    assert tag not in subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
