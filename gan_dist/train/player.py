@@ -54,10 +54,8 @@ class Player:
         return norm, skipped, self.gradients.extras
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns {network, optimizer}: copies in torch's default layout, whatever layout trains."""
-        state = {"network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict()}
-        copied: dict[str, Any] = _copied(state)
-        return copied
+        """Returns {network, optimizer}: the living tensors, in the layout that trains."""
+        return {"network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over weights, buffers and Adam's moments, in place; its learning rate and betas stay.
@@ -125,11 +123,3 @@ def frozen(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.requires_grad_(True)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone(memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value

@@ -16,7 +16,7 @@ import torch
 
 from gan_dist.distributed import World
 from gan_dist.errors import GanDistError, UserError
-from gan_dist.train.saver import tensors
+from gan_dist.train.state import tensors
 
 CLOCK_S = 30.0
 """Clocks further apart than this make files of one run look older than those before them."""

@@ -117,7 +117,7 @@ class Captured:
         self.inputs = [value.clone() for value in (*reals, *latents)]
         self.stop = torch.zeros((), device=self.update.world.device)
         reals, latents = self.inputs[: len(reals)], self.inputs[len(reals) :]
-        kept = self.update.state_dict()
+        kept = self.update.snapshot()
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

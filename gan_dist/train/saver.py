@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gan_dist.distributed import World
 from gan_dist.errors import GanDistError
 from gan_dist.train.checkpoint import save
-
-RUNNING = ("running_mean", "running_var")
-
-
-def to_host(state: Any) -> Any:
-    """Returns `state` with every tensor in CPU memory; tensors that are there already are not copied."""
-    if isinstance(state, Tensor):
-        return state.detach().cpu()
-    if isinstance(state, Mapping):
-        return {key: to_host(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(to_host(value) for value in state)
-    return state
-
-
-def tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields (dotted name, tensor) for every tensor in a nested state."""
-    if isinstance(state, Tensor):
-        yield name, state
-    elif isinstance(state, Mapping):
-        for key, value in state.items():
-            yield from tensors(value, f"{name}.{key}")
-    elif isinstance(state, list | tuple):
-        for index, value in enumerate(state):
-            yield from tensors(value, f"{name}.{index}")
-
-
-def state_digest(state: Mapping[str, Any], running: bool = True) -> str:
-    """Returns the sha256 of every tensor in `state`; without `running`, of all but batch norm's running statistics."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors(state):
-        if running or not name.endswith(RUNNING):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def must_agree(digests: list[str]) -> None:
-    """Raises GanDistError naming the ranks whose digest differs from rank 0's."""
-    strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if strays:
-        raise GanDistError(
-            f"rank(s) {', '.join(map(str, strays))} of {len(digests)} do not hold rank 0's parameters: they have "
-            "played another game; continue from the last checkpoint, and suspect the hardware or mixed software"
-        )
+from gan_dist.train.state import must_agree, state_digest, to_host
 
 
 class Saver:
@@ -71,6 +26,7 @@ class Saver:
         self.directory, self.keep = directory, keep
         self.guard: Callable[[], None] = lambda: None
         self._world, self._synchronised = world, synchronised
+        self._state: Mapping[str, Any] | None = None
         self._thread: threading.Thread | None = None
         self._failure: list[OSError | GanDistError] = []
 
@@ -80,6 +36,7 @@ class Saver:
         Waits first for a save that is still under way.
         """
         self._join()
+        self._state = state
         device, made = self._world.device, None
         if device.type == "cuda":
             made = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -100,6 +57,11 @@ class Saver:
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
         self._thread.start()
+
+    def spent(self) -> Mapping[str, Any] | None:
+        """Returns the state that was saved last, once that is over: its tensors are free to hold the next one."""
+        self._join()
+        return self._state
 
     def _save(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         if self._world.size > 1:

@@ -26,8 +26,9 @@ from gan_dist.train.postmortem import watched
 from gan_dist.train.preflight import check_disk, preflight
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
 from gan_dist.train.runner import make_runner, resolve_precision
-from gan_dist.train.saver import Saver, must_agree, state_digest
+from gan_dist.train.saver import Saver
 from gan_dist.train.scalars import Scalars
+from gan_dist.train.state import must_agree, state_digest
 from gan_dist.train.update import draw_flips, draw_latents
 from gan_dist.watch.gallery import Gallery
 from gan_dist.watch.report import make_report
@@ -150,7 +151,7 @@ class Trainer:
             if not start.fresh:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
         if world.size > 1:
-            must_agree(world.gather_objects(state_digest(self.update.state_dict(), config.train.sync_batchnorm)))
+            must_agree(world.gather_objects(state_digest(self.update.snapshot(), config.train.sync_batchnorm)))
         self._saved_step = -1 if start.fresh else self.step
         self._drawn_step = -1
         self.referee = Referee()
@@ -166,7 +167,7 @@ class Trainer:
         self.first = world.rank == 0
         notes = [*start.notes, *([] if start.fresh else resolved_changes(run_dir, resolved))]
         self.facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
-        world.from_first(lambda: check_disk(run_dir, self.update.state_dict()))
+        world.from_first(lambda: check_disk(run_dir, self.update.snapshot()))
         world.from_first(lambda: write_start(run_dir, config, self.facts))
         deadline = config.train.stop_after_minutes
         self.watchman = Watchman(self.stop, run_dir, time.monotonic() + 60 * deadline if deadline else None)
@@ -358,11 +359,12 @@ class Trainer:
             self.telemetry.warn(f"no report was made: {error}")
 
     def _state(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds: copies, made in the memory of the last one's."""
         return {
             "format": 1,
             "step": self.step,
             "images_seen": self.images_seen,
-            **self.update.state_dict(),
+            **self.update.snapshot(into=self.saver.spent()),
             "config": self.config.to_dict(),
         }
 

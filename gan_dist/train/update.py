@@ -18,6 +18,7 @@ from gan_dist.errors import UserError
 from gan_dist.model.batchnorm import synchronise
 from gan_dist.model.losses import LossName, discriminator_loss, generator_loss, minimax_value
 from gan_dist.train.player import Player, frozen
+from gan_dist.train.state import copy_state, to_host
 
 Precision = Literal["bf16", "tf32", "fp32", "fp64"]
 
@@ -150,15 +151,25 @@ class Update:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns {generator, discriminator, optimizer_g, optimizer_d}: copies, in torch's default layout."""
+    def snapshot(self, into: Any = None) -> dict[str, Any]:
+        """Returns {generator, discriminator, optimizer_g, optimizer_d}: copies, in the layout and place that trains.
+
+        `into`: an earlier snapshot that nobody needs any more; its tensors are overwritten instead of new ones made.
+        """
         g, d = self.g.state_dict(), self.d.state_dict()
-        return {
+        state = {
             "generator": g["network"],
             "discriminator": d["network"],
             "optimizer_g": g["optimizer"],
             "optimizer_d": d["optimizer"],
         }
+        copied: dict[str, Any] = copy_state(state, into)
+        return copied
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a snapshot in host memory and torch's default layout: what a checkpoint holds."""
+        settled: dict[str, Any] = to_host(self.snapshot())
+        return settled
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state, bit for bit. Learning rates and betas stay those that this Update was made with."""

@@ -11,7 +11,6 @@ import torch
 
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
-from gan_dist.train import preflight as module
 from gan_dist.train.preflight import check_disk, preflight
 from tests.ranks import run_ranks
 
@@ -29,15 +28,16 @@ def disagree(rank: int) -> None:
             UserError, match=r"dataset \(hash of its manifest\) is not the same.*: rank 2 on .* has e{12}"
         ):
             preflight(world, ("e" if odd else "d") * 64)
-        torch.__version__, version = ("2.0.0" if odd else torch.__version__), torch.__version__  # type: ignore[assignment]
+        version = torch.__version__
+        setattr(torch, "__version__", "2.0.0" if odd else version)  # noqa: B010
         with pytest.raises(
             UserError, match=r"torch is not the same on all ranks: rank 2 on \S+ has 2\.0\.0; the others"
         ):
             preflight(world, "d" * 64)
-        torch.__version__ = version
+        setattr(torch, "__version__", version)  # noqa: B010
         clock = time.time
         if odd:
-            time.time = lambda: clock() - 3600  # type: ignore[assignment]
+            time.time = lambda: clock() - 3600
             object.__setattr__(world, "__class__", Elsewhere)
         (line,) = preflight(world, "d" * 64)
         assert line.startswith("the clock of elsewhere is -3600 s from the others'")
@@ -54,7 +54,7 @@ def test_ranks_that_differ_are_named() -> None:
 
 def wrong_sum(rank: int) -> None:
     with join("cpu") as world:
-        module.World.all_reduce = lambda self, tensor: tensor  # type: ignore[method-assign]
+        World.all_reduce = lambda self, tensor: tensor  # type: ignore[method-assign]
         with pytest.raises(GanDistError, match=rf"rank {rank} on .* gave {rank + 1}, expected 3"):
             preflight(world, "d" * 64)
 

@@ -15,7 +15,7 @@ from gan_dist.distributed import World
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.train import runner as runners
 from gan_dist.train.runner import Captured, Compiled, make_runner, native_bf16, resolve_precision
-from gan_dist.train.saver import must_agree, state_digest
+from gan_dist.train.state import must_agree, state_digest
 from tests.train.games import CPU, batches, game, tensors, worst
 
 STEPS = 3  # the graphs that were silently wrong before torch 2.14 need more than one to be seen

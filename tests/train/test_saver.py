@@ -109,8 +109,6 @@ def test_a_stop_whose_checkpoint_fails_is_a_failure(
         write(path, content)
 
     monkeypatch.setattr(checkpoint, "write_durably", refuse)
-    with pytest.raises(
-        GanDistError, match=r"could not be saved in .*No space left on device; earlier ones are"
-    ):
+    with pytest.raises(GanDistError, match=r"could not be saved in .*No space left on device; earlier ones are"):
         train(small(dataset), ["checkpoint.every_steps=2"], run_dir=run, max_steps=500, stop=stop, console=False)
     assert find(run).step == 3
