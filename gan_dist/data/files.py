@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import socket
@@ -31,6 +32,12 @@ def expand(text: str | Path) -> Path:
 def temporary_name(path: Path) -> Path:
     """Returns a name beside `path` that no other process on any machine uses; it ends in `.tmp`."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def clear_temporaries(path: Path) -> None:
+    """Removes what killed processes left of `path` beside it. Only for who alone may write `path`."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from gan_dist.data.files import expand
 from gan_dist.data.sources import Entry, Source
@@ -42,6 +42,10 @@ def label(
     elif spec == "folders":
         names = [PurePosixPath(entry.place[1]).parent.name or None for entry in entries]
         origin = spec
+        if not any(names):
+            raise UserError(
+                "--labels folders: no image lies in a folder of its source: give the folder above as source"
+            )
     else:
         table, origin = _read_table(spec)
         names, ambiguous = _match(table, entries, sources)
@@ -72,9 +76,11 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
                 if column not in columns:
                     raise UserError(f"--labels {spec}: no column {column!r} in {path}; it has {', '.join(columns)}")
             for row in rows:
-                file, name = (row.get(file_column) or "").strip(), (row.get(label_column) or "").strip()
+                file, name = (row.get(file_column) or "").strip(), " ".join((row.get(label_column) or "").split())
+                if "\ufffd" in file + name:
+                    raise UserError(f"--labels {spec}: {path} is not UTF-8 (line {rows.line_num}): convert it")
                 if file and name:
-                    table.setdefault(file.replace("\\", "/").removeprefix("./"), set()).add(name)
+                    table.setdefault(str(PurePosixPath(file.replace("\\", "/"))), set()).add(name)
     except OSError as error:
         raise UserError(f"--labels {spec}: {path} cannot be read: {error.strerror}") from None
     except csv.Error as error:
@@ -93,9 +99,9 @@ def _match(
     names: list[str | None] = []
     ambiguous = 0
     for entry in entries:
-        source, path = entry.place
+        source, path = entry.place[0], str(PurePosixPath(entry.place[1]))
         name = PurePosixPath(path).name
-        found = table.get(path) or table.get(f"{Path(sources[source].name).stem}/{path}")
+        found = table.get(path) or table.get(f"{sources[source].stem}/{path}")
         if found is None and name in by_name:
             found = by_name[name] if rows[name] == 1 and files[name] == 1 else {"", "ambiguous"}
         ambiguous += found is not None and len(found) > 1

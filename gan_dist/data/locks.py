@@ -20,6 +20,7 @@ class Locks:
     processes only, so a process may open a path's locks once at a time (a second time is a GanDistError)."""
 
     def __init__(self, path: Path) -> None:
+        self.missing = False  # whether this file system or this machine turned out to have none
         self._name = os.path.realpath(path)
         with _guard:
             if self._name in _here:
@@ -35,14 +36,15 @@ class Locks:
         """Returns whether thing `number` is now ours; with `wait`, waits until it is."""
         try:
             import fcntl
-        except ImportError:  # not on Windows: there, temporary names of their own keep writers apart
+        except ImportError:  # on Windows temporary names of their own keep writers apart
+            self.missing = True
             return True
         try:
             fcntl.lockf(self._stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
         except (BlockingIOError, PermissionError):
             return False
         except OSError:  # a file system without locks; the same holds
-            return True
+            self.missing = True
         return True
 
     @contextmanager

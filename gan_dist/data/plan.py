@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import PIL
 from PIL import features
 
-from gan_dist.data.files import expand, publish
+from gan_dist.data.files import clear_temporaries, expand, publish
 from gan_dist.data.images import BACKGROUND, Recipe
 from gan_dist.data.labels import label
 from gan_dist.data.locks import Locks
@@ -28,6 +29,7 @@ from gan_dist.data.rejects import Rejected
 from gan_dist.data.sources import Entry, Listing, Source, list_source, open_source
 from gan_dist.errors import GanDistError, UserError
 
+_T = TypeVar("_T")
 FOLDER = ".prepare"
 """Where OUT keeps its plan and what is done of it."""
 
@@ -93,6 +95,7 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     if options.replacements:
         extra = expand(options.replacements)
         found = [*found, (extra, extra.name)]
+    _refuse_twice(found)
     uses: Counter[str] = Counter()
     sources: list[Source] = []
     for path, name in found:
@@ -105,7 +108,7 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     skipped: Counter[str] = sum((listing.skipped for listing in listings), Counter())
     seen = sum(len(listing.entries) for listing in listings) + skipped.total()
     if options.replacements:
-        entries, replaced = _replace(listings, skipped)
+        entries, replaced = _replace(listings, sources, skipped)
     else:
         entries, replaced = [entry for listing in listings for entry in listing.entries], 0
     duplicates: list[dict[str, str]] = []
@@ -132,7 +135,7 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
         ],
         "decoders": _decoders(),
     }
-    counts = {"seen": seen, "replaced": replaced, "skipped": dict(sorted(skipped.items())), "labels": labels.counts}
+    counts = {"seen": seen, "replaced": replaced, "skipped": dict(sorted((+skipped).items())), "labels": labels.counts}
     notes = [note for listing in listings for note in listing.notes]
     if nested := skipped["nested archive"]:
         notes.append(
@@ -155,6 +158,20 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     return plan
 
 
+def _refuse_twice(found: Sequence[tuple[Path, str]]) -> None:
+    """Raises UserError when a source is given twice, or a folder within another: its images would be taken twice. (A
+    zip in a folder is not: what lies in folders is not unpacked.)"""
+    known: set[Path] = set()
+    places = [path.resolve() if path.exists() else path for path, _ in found]
+    for place, (path, name) in zip(places, found, strict=True):
+        if place in known:
+            raise UserError(f"source {name} is given twice ({path}): its images would be taken twice")
+        known.add(place)
+    for place, (path, _) in zip(places, found, strict=True):
+        if path.is_dir() and (outer := known.intersection(place.parents)):
+            raise UserError(f"source {path} lies in {outer.pop()}, a source too: its images would be taken twice")
+
+
 def _decoders() -> dict[str, str]:
     """Returns the versions on which pixels may depend."""
     found = {"pillow": PIL.__version__}
@@ -169,30 +186,49 @@ def _digest(entries: Sequence[Entry], stamps: bool = True) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _replace(listings: Sequence[Listing], skipped: Counter[str]) -> tuple[list[Entry], int]:
-    """Returns the entries with those of the last listing standing for the originals of the same path, or of the same
-    basename where that is unique; and how many originals were replaced. Others of the last listing are skipped."""
+def _replace(listings: Sequence[Listing], sources: Sequence[Source], skipped: Counter[str]) -> tuple[list[Entry], int]:
+    """Returns the entries with those of the last listing standing for originals of the same name, and how many were
+    replaced. Among several of a name, the one that shares most folders above it is meant (`train/1.jpg` in the zip is
+    `1.jpg` in the source `train`); where that leaves a choice, none is. Others of the last listing are skipped."""
     *originals, replacements = listings
     entries = [entry for listing in originals for entry in listing.entries]
-    paths: dict[str, list[int]] = {}
+    places = [_parts(entry, sources) for entry in entries]
     names: dict[str, list[int]] = {}
-    for index, entry in enumerate(entries):
-        paths.setdefault(entry.path, []).append(index)
-        names.setdefault(PurePosixPath(entry.path).name, []).append(index)
-    uses = Counter(PurePosixPath(entry.path).name for entry in replacements.entries)
-    replaced: set[int] = set()
-    for entry in sorted(replacements.entries, key=lambda entry: entry.path not in paths):  # whole paths come first
-        name = PurePosixPath(entry.path).name
-        found = paths.get(entry.path) or names.get(name, [])
-        if not found:
-            skipped["replacement of nothing"] += 1
-            continue
-        if len(found) > 1 or found[0] in replaced or (entry.path not in paths and uses[name] > 1):
-            skipped["ambiguous replacement"] += 1
-            continue
-        entries[found[0]] = replace(entry, stands_for=entries[found[0]].place)
-        replaced.add(found[0])
-    return entries, len(replaced)
+    for index, place in enumerate(places):
+        names.setdefault(place[-1], []).append(index)
+    claims: dict[int, list[tuple[int, Entry]]] = {}
+    for entry in replacements.entries:
+        place = _parts(entry, sources)
+        alike, meant = _best([(_shared(place, places[index]), index) for index in names.get(place[-1], [])])
+        if meant is not None:
+            claims.setdefault(meant, []).append((alike, entry))
+        else:
+            skipped["ambiguous replacement" if alike else "replacement of nothing"] += 1
+    replaced = 0
+    for index, claimants in claims.items():
+        _, chosen = _best(claimants)
+        if chosen is not None:
+            entries[index] = replace(chosen, stands_for=entries[index].place)
+            replaced += 1
+        skipped["ambiguous replacement"] += len(claimants) - (chosen is not None)
+    return entries, replaced
+
+
+def _parts(entry: Entry, sources: Sequence[Source]) -> tuple[str, ...]:
+    return PurePosixPath(f"{sources[entry.source].stem}/{entry.path}").parts
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Returns how many parts two paths share at their ends."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _best(scored: Sequence[tuple[int, _T]]) -> tuple[int, _T | None]:
+    """Returns the highest score and what has it, or None when several have it or there is nothing (score 0)."""
+    top = max((score for score, _ in scored), default=0)
+    best = [what for score, what in scored if score == top]
+    return top, best[0] if len(best) == 1 else None
 
 
 def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry], list[dict[str, str]]]:
@@ -254,6 +290,8 @@ def settle(plan: Plan, out: Path) -> None:
         GanDistError: a source changed since the dataset was begun.
     """
     folder = out / FOLDER
+    for name in ("plan.json", "entries.jsonl.gz"):
+        clear_temporaries(folder / name)
     if (folder / "plan.json").exists():
         try:
             found = json.loads((folder / "plan.json").read_bytes())

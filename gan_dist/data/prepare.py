@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from gan_dist.data.account import Account, TooManyRejects
-from gan_dist.data.files import expand, publish
+from gan_dist.data.files import clear_temporaries, expand, publish
 from gan_dist.data.images import RESAMPLE, Recipe
 from gan_dist.data.locks import Locks
 from gan_dist.data.plan import FOLDER, Options, Plan, claim, make_plan, settle
@@ -31,6 +31,7 @@ from gan_dist.errors import GanDistError, UserError
 REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timings.json", "contact_sheet.png"
 STAGED = "staged"
 _PLAN_LOCK, _FINISH_LOCK, _STAGE_LOCK = 2**30, 2**30 + 1, 2**30 + 2
+_NO_LOCKS = "this file system has no locks: take care that no two runs prepare the same part at once"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[int, int], None]
@@ -84,6 +85,8 @@ def prepare(
     processes = default_workers() if workers is None else workers
     if processes < 0:
         raise UserError(f"workers {workers}: expected 0 or more")
+    if not 0 <= max_reject_fraction <= 1:
+        raise UserError(f"max_reject_fraction {max_reject_fraction}: expected 0 to 1")
     target = expand(out)
     texts = spread([sources] if isinstance(sources, str | Path) else sources)
     if not texts:
@@ -184,6 +187,8 @@ def _plain_failures(out: Path) -> Iterator[None]:
     """Turns a full disk and its like into one line."""
     try:
         yield
+    except BrokenPipeError:  # whoever read what `progress` prints has gone
+        raise
     except OSError as error:
         what = f"{out}: {error.strerror or error}"
         if error.errno in _NO_SPACE:
@@ -237,9 +242,11 @@ class _Run:
                 self._add_time("write", perf_counter() - began)
 
     def _clear(self, shard: int) -> None:
-        """Removes what a killed run left of a shard."""
-        for left in self.out.glob(f"{Path(shard_name(shard)).stem}.*.tmp"):
-            left.unlink(missing_ok=True)
+        """Removes what a killed run left of a shard, unless another may be writing it for want of locks."""
+        if not self.locks.missing:
+            tar = self.out / shard_name(shard)
+            for path in (tar, tar.with_suffix(".jsonl"), self.out / FOLDER / f"{tar.name}.json"):
+                clear_temporaries(path)
 
     def _write(self, done: Done, keys: Iterator[int], writer: ShardWriter, part: Part) -> None:
         began = perf_counter()
@@ -314,7 +321,7 @@ class _Run:
             shards=plan.num_shards,
             shards_done=len(parts),
             source_bytes=bytes_done,
-            notes=list(plan.notes),
+            notes=[*plan.notes, *([_NO_LOCKS] if self.locks.missing else [])],
             entries=self._entries,
             read_bytes=self._bytes,
             seconds=seconds,
@@ -326,6 +333,8 @@ class _Run:
     def finish(self, account: Account, max_reject_fraction: float) -> None:
         """Writes the lists, the contact sheet and, last, the manifest."""
         with self.locks.hold(_FINISH_LOCK):
+            for name in (REJECTS, DUPLICATES, TIMINGS, SHEET, MANIFEST):
+                clear_temporaries(self.out / name)
             parts = [part for shard in range(self.plan.num_shards) if (part := self._part(shard))]
             rejects = [reject for part in parts for reject in part["rejects"]]
             if not account.written:

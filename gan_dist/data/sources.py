@@ -74,6 +74,11 @@ class Source:
     kind: str
     path: str
 
+    @property
+    def stem(self) -> str:
+        """The name without an archive's ending: the folder that its content might as well lie in."""
+        return self.name if self.kind == "folder" else PurePosixPath(self.name).stem
+
 
 def open_source(path: Path, name: str) -> Source:
     """Returns the source at `path`, judged by its content.

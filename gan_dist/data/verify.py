@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gan_dist.data.files import expand, publish
+from gan_dist.data.files import clear_temporaries, expand, publish
 from gan_dist.data.plan import FOLDER
 from gan_dist.data.shards import Manifest, ShardInfo, member_fault, quick_fault, read_manifest
 
@@ -117,6 +117,7 @@ def _list_faults(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def remember(root: Path, sources: Sequence[str], options: dict[str, Any]) -> None:
     """Keeps how the dataset in `root` is made, absolute paths included: it is no part of what must be reproducible."""
+    clear_temporaries(root / FOLDER / COMMAND)
     publish(root / FOLDER / COMMAND, json.dumps({"sources": list(sources), "options": options}, indent=1).encode())
 
 

@@ -87,6 +87,45 @@ def test_replacements_match_by_path_before_name_and_never_twice(tmp_path: Path) 
     assert rejected["path"] == "a/1.png"
 
 
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_replacements_find_the_folder_that_is_meant(tmp_path: Path, unpacked: bool) -> None:
+    """The same names in train and test, as archives with or without the folder inside, or unpacked."""
+    for part in ("train", "test"):
+        members = {f"{i}.png": b"broken" for i in range(3)}
+        if unpacked:
+            (tmp_path / part).mkdir()
+            for name, data in members.items():
+                (tmp_path / part / name).write_bytes(data)
+        else:
+            write_zip(tmp_path / f"{part}.zip", members)
+    new = {"new/train/0.png": encode(10), "new/test/0.png": encode(20), "new/train/1.png": encode(11), "2.png": b""}
+    ending = "" if unpacked else ".zip"
+    account = prepare(
+        [tmp_path / f"train{ending}", tmp_path / f"test{ending}"],
+        tmp_path / "out",
+        replacements=write_zip(tmp_path / "new.zip", new),
+        workers=0,
+        max_reject_fraction=1,
+    )
+    assert balanced(account)
+    assert (account.seen, account.replaced, account.skipped) == (10, 3, {"ambiguous replacement": 1})
+    dataset = open_dataset(tmp_path / "out")
+    for record, pixels in zip(dataset.records(0), dataset.shard_view(0).numpy(), strict=True):
+        seed = {"train/0.png": 10, "train/1.png": 11, "test/0.png": 20}[
+            f"{record['source'].removesuffix('.zip')}/{record['path']}"
+        ]
+        assert np.array_equal(pixels, square(encode(seed), Recipe()).pixels)
+
+
+def test_two_replacements_for_one_are_told(tmp_path: Path) -> None:
+    write_zip(tmp_path / "in.zip", {"a/1.png": b"broken", "a/2.png": encode(2)})
+    write_zip(tmp_path / "new.zip", {"x/1.png": encode(1), "y/1.png": encode(3)})
+    account = prepare(
+        tmp_path / "in.zip", tmp_path / "out", replacements=tmp_path / "new.zip", workers=0, max_reject_fraction=1
+    )
+    assert balanced(account) and (account.replaced, account.skipped) == (0, {"ambiguous replacement": 2})
+
+
 def test_folders_as_labels(tmp_path: Path) -> None:
     members = {
         "set/cats/1.png": encode(1),
@@ -115,11 +154,14 @@ def test_a_table_matches_by_path_then_by_unique_name(tmp_path: Path) -> None:
         ("{}/none.csv:f:l", "cannot be read"),
         ("{}/t.csv:file:l", "no column 'file' .* it has f, l"),
         ("{}/t.csv:l:f", "no row matches"),
+        ("{}/latin.csv:f:l", r"not UTF-8 \(line 2\)"),
+        ("folders", "no image lies in a folder"),
     ],
 )
 def test_labels_that_do_not_fit_are_one_line(tmp_path: Path, spec: str, message: str) -> None:
     source = write_zip(tmp_path / "in.zip", {"1.png": encode(1)})
     (tmp_path / "t.csv").write_text("f,l\n1.png,x\n")
+    (tmp_path / "latin.csv").write_bytes("f,l\n1.png,Na\u00efve\n".encode("latin-1"))
     with pytest.raises(UserError, match=message):
         prepare(source, tmp_path / "out", labels=spec.format(tmp_path), workers=0)
     assert not (tmp_path / "out").exists()

@@ -147,6 +147,39 @@ def test_a_bad_out_is_one_line_and_is_left_alone(tmp_path: Path, case: str) -> N
     assert contents(tmp_path) == before
 
 
+def test_out_within_the_source_is_no_part_of_it(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in")
+    for _ in range(2):  # the second time it holds a contact sheet, which is a PNG
+        account = prepare(source, source / "deep/out", workers=0)
+        assert balanced(account) and account.seen == 10 and (source / "deep/out/contact_sheet.png").exists()
+
+
+@pytest.mark.parametrize("case", ["twice", "by a link", "inside", "as replacements"])
+def test_a_source_within_another_is_refused(tmp_path: Path, case: str) -> None:
+    source = fill(tmp_path / "in")
+    (tmp_path / "link").symlink_to(source)
+    more = {"twice": [source], "by a link": [tmp_path / "link"], "inside": [source / "a"]}.get(case, [])
+    with pytest.raises(UserError, match="taken twice"):
+        prepare(
+            [source, *more], tmp_path / "out", workers=0, replacements=source if case == "as replacements" else None
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+    source, out = fill(tmp_path / "in"), tmp_path / "out"
+    prepare(source, out, shard_samples=4, workers=0)
+    whole = contents(out)
+    for name in whole:
+        if name != ".prepare/lock":
+            (out / f"{name}.elsewhere-123.tmp").write_bytes(b"half")
+    (out / ".prepare/command.json.elsewhere-123.tmp").write_bytes(b"half")
+    for shard in range(3):  # a shard's leftovers go when it is written again
+        (out / f".prepare/shard-{shard:05d}.tar.json").unlink()
+    prepare(source, out, shard_samples=4, workers=0)
+    assert contents(out) == whole
+
+
 def test_another_recipe_is_refused_with_both_values(tmp_path: Path) -> None:
     source = fill(tmp_path / "in")
     prepare(source, tmp_path / "out", workers=0)
@@ -177,7 +210,16 @@ def test_tasks_in_any_order_equal_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"resolution": 0}, {"resample": "nearest"}, {"shard_samples": 0}, {"task": (3, 3)}, {"workers": -1}]
+    "options",
+    [
+        {"resolution": 0},
+        {"resample": "nearest"},
+        {"shard_samples": 0},
+        {"task": (3, 3)},
+        {"workers": -1},
+        {"max_reject_fraction": 5},
+        {"max_reject_fraction": float("nan")},
+    ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: dict[str, object]) -> None:
     source = fill(tmp_path / "in")
