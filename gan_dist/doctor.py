@@ -23,7 +23,6 @@ import torch
 from gan_dist.devices import Finding, check_bf16, check_gpus, check_nccl
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
-FULL_GRAPH_TORCH = (2, 14)
 """From here on the whole step compiles as one graph; older torch computes that graph wrongly."""
 
 
@@ -114,8 +113,6 @@ def check_torch() -> list[Finding]:
         return [
             Finding("torch", "problem", found, f"gan_dist needs {wanted} or newer: pip install -U torch torchvision")
         ]
-    if torch_version() < FULL_GRAPH_TORCH:
-        return [Finding("torch", "ok", f"{found}; the compiled runner uses two graphs, one from 2.14 on")]
     return [Finding("torch", "ok", found)]
 
 
