@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -43,6 +44,8 @@ out = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     """Runs the command that the arguments name and exits with its status; a user's mistake is one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a class may be "Naïve Art" where a terminal knows ASCII
     try:
         app()
     except GanDistError as error:
@@ -74,6 +77,25 @@ def listen_for_signals(stop: StopRequest) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends work that can be continued on Ctrl-C, SIGTERM or SIGUSR2, with one line and status 75; on a second Ctrl-C at
+    once."""
+
+    def on_signal(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    for name in ("SIGINT", "SIGTERM", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        _complain(f"stopped by {stopped}; what is finished is kept: run the same command again to continue")
+        raise typer.Exit(EXIT_STOPPED) from None
 
 
 @app.command()
@@ -128,7 +150,7 @@ def prepare(
         raise UserError("expected SOURCE... OUT: one source or more, then the dataset's directory")
     account = None
     try:
-        with _bar("preparing") as progress:
+        with _interruptible(), _bar("preparing") as progress:
             account = prepare_dataset(
                 sources[:-1],
                 sources[-1],
