@@ -300,11 +300,12 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, example: str = "configs/paintings64.yaml") -> dict[str, Any]:
+    """Returns a YAML file's mapping, read as configurations are. Raises UserError with one line; `example` is named."""
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise UserError(f"no configuration at {path}; expected a YAML file such as configs/paintings64.yaml") from None
+        raise UserError(f"no configuration at {path}; expected a YAML file such as {example}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -327,7 +328,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         values, origin = {key: dict(v) if isinstance(v, Mapping) else v for key, v in source.items()}, "configuration"
     else:
         path = Path(expand_path(str(source)))
-        values, origin = _read_yaml(path), str(source)
+        values, origin = read_yaml(path), str(source)
     for key, value in parse_overrides(overrides).items():
         head, _, tail = key.partition(".")
         if key not in known_keys():

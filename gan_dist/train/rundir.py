@@ -28,6 +28,10 @@ from gan_dist.train.checkpoint import Loaded, find, load_newest, replace_atomica
 from gan_dist.watch.sample import build_generator
 
 
+LAUNCHER = ("launch", "logs", "stop")
+"""What a launcher may leave in a run's directory before the run itself begins."""
+
+
 def runs_home() -> Path:
     """Returns the directory that holds runs known by name: $GAN_DIST_RUNS, or ./runs."""
     return Path(expand_path(os.environ.get("GAN_DIST_RUNS") or "runs"))
@@ -81,7 +85,7 @@ def prepare_start(
         raise UserError(f"{run_dir} is a file; expected a run directory, or nothing there yet")
     if (
         run_dir.is_dir()
-        and any(not path.name.startswith((".", "lease")) for path in run_dir.iterdir())
+        and any(not path.name.startswith((".", "lease", *LAUNCHER)) for path in run_dir.iterdir())
         and not (run_dir / "config.yaml").is_file()
     ):
         raise UserError(f"{run_dir} is not empty and holds no run (no config.yaml); choose another --run-dir or --name")

@@ -1,0 +1,172 @@
+"""The launcher's command line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from gan_dist.errors import GanDistError, UserError
+from launch.options import ClusterOptions, load_cluster, split_overrides
+
+app = typer.Typer(
+    name="python -m launch",
+    help="Training on a SLURM cluster: submit, watch, stop. Run it from the checkout, on a login node.",
+    epilog="Exit status: 0 done; 1 failed; 2 bad usage, options or a refusal of SLURM's; 75 stopped: run it again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[str, typer.Argument(help="A YAML file, for example configs/paintings64.yaml.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Keys to set: slurm. and job. for the cluster."),
+]
+ClusterFile = Annotated[
+    str | None, typer.Option("--cluster", metavar="FILE", help="The cluster's options: configs/clusters/*.yaml.")
+]
+Run = Annotated[str, typer.Argument(help="A run's directory, or its name where runs lie.")]
+Name = Annotated[str | None, typer.Option(help="The run's name. [default: CONFIG's]")]
+RunDir = Annotated[str | None, typer.Option(help="The run's directory, instead of a name.")]
+MaxSteps = Annotated[int | None, typer.Option(help="End the whole run at this step.")]
+FromRun = Annotated[str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start from another's checkpoint.")]
+
+
+def main() -> None:
+    """Runs the command that the arguments name and exits with its status; a user's mistake is one line on stderr."""
+    try:
+        app()
+    except GanDistError as error:
+        print(f"launch: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_status)
+
+
+def _options(cluster: str | None, words: list[str] | None) -> tuple[ClusterOptions, list[str]]:
+    ours, theirs = split_overrides(words or [])
+    return load_cluster(cluster, ours), theirs
+
+
+@app.command()
+def submit(
+    config: Config,
+    words: Words = None,
+    cluster: ClusterFile = None,
+    name: Name = None,
+    run_dir: RunDir = None,
+    max_steps: MaxSteps = None,
+    from_run: FromRun = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
+) -> None:
+    """Queue a training job, or queue the continuation of a run that has ended.
+
+    The job runs a snapshot of code and configuration with this environment's Python, saves before its time is over,
+    and is requeued until the run is done.
+    """
+    from launch.submit import check_config, new_id, run_directory, submit_training, training_batch
+
+    options, overrides = _options(cluster, words)
+    run = run_directory(config, options, name, run_dir)
+    if dry_run:
+        check_config(config, overrides)
+        print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
+        return
+    made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run)
+    print(f"job {made.job}: {made.ranks} rank(s), code {made.commit or 'without a commit'}, run {run}")
+    print(f"  python -m launch status {run}")
+    print(f"  python -m launch logs -f {run}")
+
+
+@app.command(name="status")
+def status_command(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs by directory or name.")],
+) -> None:
+    """Say where runs stand: queue, step, images a second, time left, restarts, and why the last one ended."""
+    from launch.status import find_run, status_lines
+
+    for run in runs:
+        print("\n".join(status_lines(find_run(run))))
+
+
+@app.command()
+def logs(
+    run: Run,
+    rank: Annotated[str, typer.Option(help="Which rank's, or batch for the batch script's.")] = "0",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as more is written; Ctrl-C ends it.")] = False,
+) -> None:
+    """Print the newest log of a rank."""
+    from launch import status
+
+    where = status.find_run(run)
+    found = status.logs_of(where, rank)
+    if follow:
+        try:
+            for text in status.follow(where, rank):
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            return
+    if not found:
+        raise UserError(f"no log of rank {rank} in {where / 'logs'} yet")
+    print(f"==> {found[-1].name}\n{found[-1].read_text(errors='replace')}", end="")
+
+
+@app.command()
+def stop(run: Run) -> None:
+    """Ask a run to save and end, without being requeued. A job that still waits is taken out of the queue."""
+    from launch import slurm
+    from launch.status import find_run
+    from launch.submit import submissions
+
+    where = find_run(run)
+    queued = slurm.queue([each.job for each in submissions(where)])
+    if not queued:
+        raise UserError(f"{where} has no job in the queue; nothing to stop")
+    for line in queued:
+        if line.state == "PENDING":
+            slurm.ask("scancel", "--state=PENDING", line.job)
+            print(f"job {line.job} was waiting; it is cancelled, the run is as its last checkpoint left it")
+        else:
+            (where / "stop").touch()
+            print(f"job {line.job} is asked to save and end; see: python -m launch status {where}")
+
+
+@app.command()
+def cancel(run: Run) -> None:
+    """Cancel a run's jobs: they save if that takes less than the cluster's KillWait, and are not requeued."""
+    from launch import slurm
+    from launch.status import find_run
+    from launch.submit import submissions
+
+    where = find_run(run)
+    queued = slurm.queue([each.job for each in submissions(where)])
+    if not queued:
+        raise UserError(f"{where} has no job in the queue; nothing to cancel")
+    for job in sorted({line.job.partition("_")[0] for line in queued}):
+        slurm.ask("scancel", job)
+        print(f"job {job} is cancelled")
+
+
+@app.command()
+def local(
+    config: Config,
+    words: Words = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes. [default: one a GPU, or one]")] = None,
+    name: Name = None,
+    run_dir: RunDir = None,
+    max_steps: MaxSteps = None,
+    from_run: FromRun = None,
+) -> None:
+    """Train on this machine through torchrun: all its GPUs, or as many ranks as you say."""
+    from launch.local import train_here
+    from launch.submit import run_directory
+
+    options, overrides = _options(None, words)
+    run = run_directory(config, options, name, run_dir)
+    more = [*(["--max-steps", str(max_steps)] if max_steps else []), *(["--from", from_run] if from_run else [])]
+    raise typer.Exit(train_here(config, overrides, run, ranks, more))
+
+
+if __name__ == "__main__":
+    main()

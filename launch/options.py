@@ -1,0 +1,168 @@
+"""What a cluster is like: configs/clusters/*.yaml plus `slurm.key=value` and `job.key=value`, validated."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from gan_dist.config import NonNegative, Positive, Section, expand_path, parse_overrides, read_yaml
+from gan_dist.errors import UserError
+
+OURS = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
+"""sbatch options that the protocol of saving and requeueing sets; `slurm.extra` may not."""
+Seconds = Annotated[int, Field(ge=10)]
+
+
+class SlurmOptions(Section):
+    """What each job asks of SLURM. A key left out is left to the cluster's default."""
+
+    account: str | None = None
+    """Whom to charge."""
+    partition: str | None = None
+    """Which queue."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    nodes: Positive = 1
+    """Machines."""
+    gpus_per_node: NonNegative = 0
+    """GPUs on each machine; 0 trains on CPUs."""
+    gres: str | None = None
+    """Generic resources on each machine, where the cluster counts GPUs that way (gpu:a100:4)."""
+    tasks_per_node: Positive | None = None
+    """Ranks on each machine; null means one a GPU, or one where there is none."""
+    cpus_per_task: Positive = 4
+    """Processors for each rank."""
+    mem: str | None = None
+    """Memory on each machine, as SLURM writes it (64G; 0 is all of it)."""
+    time: str | int = 60
+    """Time limit of one job: minutes, or [days-]hours:minutes:seconds. A run goes on in as many jobs as it takes."""
+    signal_lead_s: Seconds = 120
+    """Seconds before the time limit at which the run is told to save and make room for its next job."""
+    extra: dict[str, str | int | bool] = Field(default={})
+    """Other options of sbatch by their long names (exclude: node7, exclusive: true)."""
+
+    @field_validator("time")
+    @classmethod
+    def _time_is_a_time(cls, value: str | int) -> str | int:
+        if isinstance(value, str) and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", value):
+            raise ValueError(f"slurm.time: expected minutes or [days-]hours:minutes:seconds, found {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _facts_agree(self) -> SlurmOptions:
+        if self.signal_lead_s >= self.seconds:
+            raise ValueError(
+                f"slurm.signal_lead_s: {self.signal_lead_s} s is all of slurm.time ({self.seconds} s); lower it"
+            )
+        if self.gpus_per_node and self.gres:
+            raise ValueError("slurm.gres: slurm.gpus_per_node asks for GPUs already; set one of the two")
+        for key in self.extra:
+            if key.lstrip("-") in OURS:
+                raise ValueError(f"slurm.extra: {key} belongs to the protocol of saving and requeueing; leave it out")
+        return self
+
+    @property
+    def seconds(self) -> int:
+        """The time limit in seconds."""
+        if isinstance(self.time, int):
+            return 60 * self.time
+        days, _, clock = self.time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        if days:  # days-hours[:minutes[:seconds]]
+            parts += [0] * (3 - len(parts))
+        elif len(parts) < 3:  # minutes[:seconds]
+            parts = [0, *parts, *([0] if len(parts) == 1 else [])]
+        return int(days or 0) * 86400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on each machine, resolved."""
+        in_gres = re.search(r"gpu(?::\w+)?:(\d+)", self.gres or "")
+        return self.tasks_per_node or self.gpus_per_node or (int(in_gres[1]) if in_gres else 1)
+
+
+class JobOptions(Section):
+    """How a job runs, whatever SLURM gives it."""
+
+    python: str | None = None
+    """The interpreter of the ranks; null takes the one that submits. Jobs install nothing."""
+    setup: list[str] = Field(default=[])
+    """Shell lines before anything else (module load cuda)."""
+    env: dict[str, str] = Field(default={})
+    """Environment of all ranks (NCCL_SOCKET_IFNAME: ib0). Nothing is set here for you."""
+    container: str | None = None
+    """Words before the interpreter (apptainer exec --nv image.sif); the batch script itself stays outside."""
+    runs: str | None = None
+    """Where runs lie, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
+    max_requeues: NonNegative = 100
+    """How often one submission may be requeued after it has saved and stopped."""
+    max_crashes: NonNegative = 3
+    """How often one submission may be started again after a crash or a lost host."""
+
+
+class ClusterOptions(Section):
+    """A cluster file."""
+
+    slurm: SlurmOptions = SlurmOptions()
+    job: JobOptions = JobOptions()
+
+
+_SECTIONS: dict[str, type[Section]] = {"slurm": SlurmOptions, "job": JobOptions}
+
+
+def known_keys() -> list[str]:
+    """Returns every key of a cluster file as `section.key`, and the section names themselves."""
+    return [*_SECTIONS, *(f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields)]
+
+
+def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Returns (the words for the cluster, the words for the training configuration)."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    for word in words:
+        (ours if word.partition("=")[0].partition(".")[0] in _SECTIONS else theirs).append(word)
+    return ours, theirs
+
+
+def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterOptions:
+    """Returns the validated options of a cluster file (defaults without one) with `section.key=value` words applied.
+
+    Raises UserError with one line naming the key, its nearest valid name, or expected and found.
+    """
+    origin = str(path) if path else "cluster options"
+    values: dict[str, Any] = read_yaml(Path(expand_path(str(path))), "configs/clusters/slurm.yaml") if path else {}
+    for key, value in parse_overrides(overrides).items():
+        section, _, name = key.partition(".")
+        if key not in known_keys() or not name:
+            raise UserError(f"unknown key {key}{_nearest(key)}")
+        values[section] = {**(values.get(section) or {}), name: value}
+    values = {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
+    try:
+        return ClusterOptions.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+def _nearest(key: str) -> str:
+    tails = {name.rsplit(".", 1)[-1]: name for name in known_keys()}
+    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+    close = close or [tails[tail] for tail in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1)]
+    return f"; did you mean {close[0]}?" if close else f"; sections are {', '.join(_SECTIONS)}"
+
+
+def _explain(error: ValidationError, origin: str) -> UserError:
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int", "bool"))
+    if fault["type"] == "extra_forbidden":
+        return UserError(f"{origin}: unknown key {key}{_nearest(key)}")
+    if fault["type"] == "value_error":
+        return UserError(f"{origin}: {fault['msg'].removeprefix('Value error, ')}")
+    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return UserError(f"{origin}: {key}: expected {expected}, found {fault.get('input')!r}")

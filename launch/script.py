@@ -1,0 +1,92 @@
+"""Batch scripts as text, made by pure functions from validated options."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.options import ClusterOptions, SlurmOptions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What distinguishes one batch script from another on the same cluster."""
+
+    name: str
+    run: Path
+    """The run directory (or what stands for one): logs/ and the working directory."""
+    submission: Path
+    """This submission's own directory: code, words of its starts."""
+    code: Path
+    """The checkout, or the snapshot of it, whose slurm/lib.sh and packages are used."""
+    body: tuple[str, ...]
+    """Shell lines between the set-up and the end."""
+    array: int | None = None
+    """Elements of a job array, numbered from 0."""
+    after: str | None = None
+    """Start when these jobs (ids joined by colons) have ended well; be cancelled when they cannot."""
+
+
+def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | None = None) -> str:
+    """Returns the whole script; `slurm` stands in for the cluster file's where a job needs less than training."""
+    lines = ["#!/bin/bash", *(f"#SBATCH --{line}" for line in header(batch, slurm or cluster.slurm)), ""]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in cluster.job.env.items()]
+    lines += cluster.job.setup
+    code = shlex.quote(str(batch.code))
+    lines += [
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export GAN_DIST_MAX_REQUEUES={cluster.job.max_requeues} GAN_DIST_MAX_CRASHES={cluster.job.max_crashes}",
+        "",
+        f"source {code}/slurm/lib.sh",
+        f"gan_dist_begin {shlex.quote(str(batch.run))} {shlex.quote(str(batch.submission))}",
+        *batch.body,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
+    """Returns sbatch's options as `name=value` words: what was asked for, then what the protocol needs."""
+    asked = {
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "nodes": slurm.nodes,
+        "ntasks-per-node": slurm.ranks_per_node,
+        "cpus-per-task": slurm.cpus_per_task,
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "gres": slurm.gres,
+        "mem": slurm.mem,
+        "time": slurm.time,
+        **{key.lstrip("-"): value for key, value in slurm.extra.items()},
+    }
+    logs = str(batch.run / "logs").replace("%", "%%")
+    ours: dict[str, str | int | bool | None] = {
+        "job-name": batch.name,
+        "chdir": str(batch.run),
+        "output": f"{logs}/%A_%a-batch.log" if batch.array else f"{logs}/%j-batch.log",
+        "open-mode": "append",
+        "requeue": True,
+        "signal": f"USR2@{slurm.signal_lead_s}",
+        "array": f"0-{batch.array - 1}" if batch.array else None,
+        "dependency": f"afterok:{batch.after}" if batch.after else None,
+        "kill-on-invalid-dep": "yes" if batch.after else None,
+    }
+    told = {key: value for key, value in (asked | ours).items() if value is not None and value is not False}
+    return [key if value is True else f"{key}={shlex.quote(str(value))}" for key, value in told.items()]
+
+
+def interpreter(cluster: ClusterOptions, python: str) -> list[str]:
+    """Returns the words that start Python in a job: the container's, then the interpreter."""
+    return [*shlex.split(cluster.job.container or ""), cluster.job.python or python]
+
+
+def rank_lines(words: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
+    """Returns the lines that start one rank a task: `words` start Python, `more` follow; srun's status goes on."""
+    return (
+        f"gan_dist_preflight {shlex.quote(words[0])}",
+        f"gan_dist_srun {shlex.join([*words, '-u', *more])}",
+        "gan_dist_finish $?",
+    )

@@ -1,0 +1,165 @@
+"""From a configuration to a queued job: the snapshot, the batch script, Submitit."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from gan_dist.config import Config, expand_path, load_config, to_yaml
+from gan_dist.data.files import publish
+from gan_dist.errors import UserError
+from launch import slurm, snapshot
+from launch.options import ClusterOptions
+from launch.rank import TrainJob
+from launch.script import Batch, batch_script, interpreter, rank_lines
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One `submit`: kept as job.json in RUN/launch/ID, where `status` finds it."""
+
+    id: str
+    kind: str
+    job: str
+    time: float
+    commit: str | None
+    words: tuple[str, ...]
+    ranks: int
+    after: str | None = None
+
+
+class Executor(submitit.SlurmExecutor):
+    """Submitit's bookkeeping (pickle, submission file, job id) around a batch script of ours."""
+
+    def __init__(self, folder: Path, text: str, tasks: int) -> None:
+        super().__init__(str(folder).replace("%", "%%"))
+        self._text, self._tasks = text, tasks
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._text
+
+    def _num_tasks(self) -> int:
+        return self._tasks
+
+
+def new_id() -> str:
+    """Returns a name for a submission: sortable by time, never used twice."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+
+
+def run_directory(config: str, cluster: ClusterOptions, name: str | None, run_dir: str | None) -> Path:
+    """Returns where the run lies: absolute, the same on every node and at every restart."""
+    from gan_dist.train.rundir import choose_run_dir
+
+    if cluster.job.runs and not run_dir:
+        return Path(expand_path(cluster.job.runs)) / (name or Path(config).stem)
+    return choose_run_dir(config, name, run_dir)
+
+
+def training_batch(
+    run: Path, submission: Path, cluster: ClusterOptions, name: str, after: str | None = None, python: str | None = None
+) -> str:
+    """Returns the batch script of a training job, exactly as it is submitted."""
+    words = interpreter(cluster, python or sys.executable)
+    code = submission / "code"
+    lines = rank_lines(words, ["-m", "launch.rank", "submitit", str(submission)])
+    body = ("export SUBMITIT_EXECUTOR=slurm", *lines)
+    return batch_script(Batch(name, run, submission, code, body, after=after), cluster)
+
+
+def check_config(config: str, overrides: Sequence[str]) -> Config:
+    """Returns the validated configuration. Raises UserError before anything is submitted."""
+    return load_config(config, overrides)
+
+
+def submit_training(
+    config: str,
+    overrides: Sequence[str],
+    cluster: ClusterOptions,
+    run: Path,
+    *,
+    max_steps: int | None = None,
+    from_run: str | None = None,
+    after: str | None = None,
+) -> Submission:
+    """Returns the submission of a training job on a snapshot of code and configuration.
+
+    Raises UserError for a run that has a job already, for a disk that cannot be written, and with sbatch's own words
+    when it refuses.
+    """
+    slurm.need("sbatch", "srun", "scontrol")
+    settings = check_config(config, overrides)
+    if busy := slurm.queue([each.job for each in submissions(run)]):
+        raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
+    with fresh(run) as folder:
+        publish(folder / "config.yaml", to_yaml(settings).encode())
+        ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
+        if ranks > settings.train.global_batch:
+            raise UserError(
+                f"{ranks} ranks, but train.global_batch is {settings.train.global_batch}: each rank needs an image"
+            )
+        job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, from_run)
+        text = training_batch(run, folder, cluster, run.name, after)
+        executor = Executor(folder, text, ranks)
+        executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
+        with slurm.submission_environment():
+            try:
+                queued = executor.submit(job)
+            except (FailedJobError, FailedSubmissionError) as error:
+                raise slurm.refusal(str(error)) from None
+        return record(run, folder, "train", queued.job_id, [config, *overrides], ranks, after)
+
+
+@contextmanager
+def fresh(run: Path) -> Any:
+    """Yields a new submission's directory with the snapshot in it; gone again when the submission fails."""
+    import shutil
+
+    folder = run / "launch" / new_id()
+    try:
+        folder.mkdir(parents=True)
+        (run / "logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the run directory {run}: {error.strerror}") from None
+    try:
+        snapshot.take(snapshot.CHECKOUT, folder / "code")
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for left in (folder.parent, run / "logs", run):
+            try:
+                left.rmdir()
+            except OSError:
+                break
+        raise
+
+
+def record(
+    run: Path, folder: Path, kind: str, job: str, words: Sequence[str], ranks: int, after: str | None = None
+) -> Submission:
+    """Returns the submission after writing it down in its directory."""
+    commit = snapshot.commit_of(snapshot.CHECKOUT)
+    made = Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after)
+    publish(folder / "job.json", (json.dumps(asdict(made), indent=2) + "\n").encode())
+    return made
+
+
+def submissions(run: Path) -> list[Submission]:
+    """Returns the submissions of a run, oldest first; those that cannot be read are left out."""
+    found = []
+    for file in sorted((run / "launch").glob("*/job.json")):
+        try:
+            found.append(Submission(**json.loads(file.read_text())))
+        except (OSError, ValueError, TypeError):
+            continue
+    return found

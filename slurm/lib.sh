@@ -1,0 +1,141 @@
+# shellcheck shell=bash
+# The batch script's half of the protocol, shared by `python -m launch submit` and the .sbatch files here:
+#
+#   gan_dist_begin RUN SUBMISSION      names this start of the job, makes its directories
+#   gan_dist_preflight PYTHON...       asks every node whether it sees the run directory and the interpreter
+#   gan_dist_srun COMMAND...           the ranks, one log each: logs/JOB-RESTART-HOST-RANK.log
+#   gan_dist_finish $?                 requeues or ends the job by the words that the ranks left
+#
+# It runs on the job's first node, outside any container, and needs only bash, coreutils and SLURM's own commands.
+# Words of one start lie in SUBMISSION/attempts/JOB/RESTART; what became of each start is a line of .../JOB/history:
+# restart, what (requeued crashed stopped failed cancelled done), newest checkpoint, why; with tabs between them.
+
+gan_dist_begin() {
+  run=$1 submission=$2
+  restart=${SLURM_RESTART_COUNT:-0}
+  job=$SLURM_JOB_ID # the last element of an array has its array's number here: name elements as ARRAY_TASK
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
+  attempts=$submission/attempts/$job
+  attempt=$attempts/$restart
+  mkdir -p "$attempt" "$run/logs"
+  export GAN_DIST_ATTEMPT=$attempt GAN_DIST_LAUNCH_ID=${submission##*/}-$job PYTHONSAFEPATH=1
+  # The batch shell outlives the signals that end its ranks, to act on what they say at the end.
+  trap : TERM USR2 CONT
+  echo "gan_dist: start $restart of job $job on ${SLURM_JOB_NODELIST:-?}, $(date -u '+%Y-%m-%d %H:%M:%S UTC')"
+}
+
+# Names the nodes that cannot take part, before the ranks of all the others wait for them.
+gan_dist_preflight() {
+  local told
+  printf '%s\n' "$job" >"$attempt/here"
+  # shellcheck disable=SC2016 # the variables are the node's
+  told=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 \
+    --kill-on-bad-exit=0 --mpi=none bash -c '
+      for try in {1..20}; do [[ -e $1/here ]] && break; ls "${1%/*}" >/dev/null 2>&1; sleep 0.5; done
+      if [[ ! -e $1/here ]]; then
+        echo "bad: $SLURMD_NODENAME does not see $1: put runs on a file system that all nodes share (job.runs)"
+      elif ! command -v "$2" >/dev/null; then
+        echo "bad: $SLURMD_NODENAME cannot run $2 (job.python, job.container)"
+      fi' preflight "$attempt" "$1" 2>&1) || true
+  if [[ $told == *bad:* ]]; then
+    told=$(sed -n 's/^bad: //p' <<<"$told" | sort -u | paste -sd ';')
+    printf '%s\t2\terror\t-\t%s\t%s\n' "$(date +%s)" "$(hostname)" "$told" >"$attempt/failed-preflight"
+    gan_dist_finish 2
+  fi
+}
+
+gan_dist_srun() {
+  local logs=${run//%/%%}/logs/$job-$restart-%N-%t.log
+  # 22.05 and later do not hand the batch script's --cpus-per-task down. Without --kill-on-bad-exit ranks whose sibling
+  # died run on until their collective times out.
+  srun --unbuffered --kill-on-bad-exit=1 --wait=60 --mpi=none ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    --output="$logs" "$@" 2> >(tee -a "$attempt/srun.err" >&2)
+}
+
+# What the controller says of this job; RUNNING means that nobody but its own script decides about it.
+gan_dist_state() {
+  local try state
+  for try in 1 2 3 4 5 6; do
+    state=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+    if [[ -n $state ]]; then break; fi
+    sleep "$try"
+  done
+  echo "${state:-UNKNOWN}"
+}
+
+# Why this start failed: what a rank said of itself, else what srun saw happen to one, else what survivors guessed.
+gan_dist_cause() {
+  local own killed lost
+  own=$(cat "$attempt"/failed-* 2>/dev/null | sort -n | awk -F'\t' '$3 == "error" { print; exit }')
+  killed=$(sed -nE 's/^srun: error: ([^:]+): tasks? ([0-9,-]+): (Killed|Aborted|Segmentation fault|Bus error|Illegal instruction|Terminated|Out Of Memory).*/rank \2 on \1: \3/p' "$attempt/srun.err" 2>/dev/null | head -n 1)
+  lost=$(cat "$attempt"/failed-* 2>/dev/null | sort -n | awk -F'\t' 'NR == 1 { print $6 }')
+  if [[ -n $own ]]; then
+    awk -F'\t' '{ print $2 "\t" ($4 == "-" ? "" : "rank " $4 " on " $5 ": ") $6 }' <<<"$own"
+  elif [[ -n $killed ]]; then
+    printf 'lost\t%s\n' "$killed"
+  elif [[ -n $lost ]]; then
+    printf 'lost\t%s\n' "$lost"
+  else
+    printf 'lost\t%s\n' "$(grep -m 1 -hE '^(srun|slurmstepd).*error' "$attempt/srun.err" 2>/dev/null || echo "srun ended with status $1")"
+  fi
+}
+
+gan_dist_note() { # WHAT WHY
+  local step
+  step=$(cat "$run/checkpoints/latest" 2>/dev/null || echo -)
+  printf '%s\t%s\t%s\t%s\n' "$restart" "$1" "$step" "$2" >>"$attempts/history"
+  echo "gan_dist: $1 at ${step}: $2"
+}
+
+gan_dist_requeue() {
+  sync
+  if ! scontrol requeue "$job"; then
+    gan_dist_note failed "SLURM refused to requeue the job; submit it again"
+    exit 1
+  fi
+  sleep 30 # SLURM ends this script
+  exit 75
+}
+
+gan_dist_finish() { # STATUS OF SRUN
+  local rc=$1 state what why status step crashes
+  if [[ -e $attempt/done ]]; then
+    gan_dist_note "done" "$(cat "$attempt/done")"
+    exit 0
+  fi
+  state=$(gan_dist_state)
+  if [[ -e $attempt/stopped ]]; then
+    read -r what why <"$attempt/stopped"
+    if [[ $state != RUNNING ]]; then
+      gan_dist_note cancelled "saved and stopped by $why"
+    elif [[ $what == end ]]; then
+      gan_dist_note stopped "$why"
+    elif ((restart >= ${GAN_DIST_MAX_REQUEUES:-100})); then
+      gan_dist_note stopped "requeued $restart times (job.max_requeues); submit it again to go on"
+    else
+      gan_dist_note requeued "$why"
+      gan_dist_requeue
+    fi
+    exit 75
+  fi
+  if [[ $state != RUNNING ]]; then # cancelled, timed out, or a host was lost and SLURM has acted already
+    gan_dist_note cancelled "SLURM ended the job ($state) before the ranks had saved"
+    exit $((rc ? rc : 1))
+  fi
+  IFS=$'\t' read -r status why <<<"$(gan_dist_cause "$rc")"
+  step=$(cat "$run/checkpoints/latest" 2>/dev/null || echo -)
+  crashes=$(awk -F'\t' '$2 == "crashed"' "$attempts/history" 2>/dev/null | wc -l)
+  if [[ $status == 2 ]]; then
+    gan_dist_note failed "$why"
+    exit 2
+  elif ((crashes >= ${GAN_DIST_MAX_CRASHES:-3})); then
+    gan_dist_note failed "$((crashes + 1)) crashes (job.max_crashes=${GAN_DIST_MAX_CRASHES:-3}), the last one: $why"
+    exit 1
+  elif [[ $status != lost ]] && awk -F'\t' -v step="$step" '$2 == "crashed" && $3 == step && $5 == "error" { f = 1 } END { exit !f }' "$attempts/history" 2>/dev/null; then
+    gan_dist_note failed "failed twice after the same checkpoint ($step): $why"
+    exit 1
+  fi
+  printf '%s\tcrashed\t%s\t%s\t%s\n' "$restart" "$step" "$why" "$([[ $status == lost ]] && echo lost || echo error)" >>"$attempts/history"
+  echo "gan_dist: crashed at $step: $why"
+  gan_dist_requeue
+}
