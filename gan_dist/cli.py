@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -46,6 +47,7 @@ def main() -> None:
     """Runs the command that the arguments name and exits with its status; a user's mistake is one line on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class may be "Naïve Art" where a terminal knows ASCII
+    threading.excepthook = _quiet_about_disks(threading.excepthook)
     try:
         app()
     except GanDistError as error:
@@ -55,6 +57,19 @@ def main() -> None:
     except BrokenPipeError:
         # The reader (head, less) has gone; keep the interpreter from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _quiet_about_disks(otherwise: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Returns a hook for exceptions in threads that leaves out OSErrors: our own threads hand theirs over.
+
+    The one that does not is TensorBoard's writer, which telemetry tells of in one line when it stops.
+    """
+
+    def hook(told: Any) -> None:
+        if not issubclass(told.exc_type, OSError):
+            otherwise(told)
+
+    return hook
 
 
 def _complain(line: str) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gan_dist.errors import GanDistError, UserError
+from gan_dist.rendezvous import meet
 
 T = TypeVar("T")
 LEAVE_TIMEOUT = timedelta(seconds=30)
@@ -196,11 +197,14 @@ def join(
         if name == "nccl" and chosen.type != "cuda":
             raise UserError("dist.backend=nccl moves GPU tensors only, but train.device resolves to cpu; use gloo")
         try:
-            dist.init_process_group(name, timeout=timedelta(seconds=init_timeout_s), rank=rank, world_size=size)
-        except (dist.DistError, ValueError) as error:
+            store = meet(rank, size, init_timeout_s)
+            limit = timedelta(seconds=init_timeout_s)
+            dist.init_process_group(name, store=store, timeout=limit, rank=rank, world_size=size)
+        except (RuntimeError, ValueError) as error:  # torch.distributed's own errors are RuntimeErrors
             raise GanDistError(
                 f"rank {rank} of {size} on {socket.gethostname()} could not meet the others at "
-                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {init_timeout_s:g} s: {error}"
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {init_timeout_s:g} s: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
             ) from error
     timeout = timedelta(seconds=timeout_s)
     group: Any = dist.new_group(timeout=timeout)

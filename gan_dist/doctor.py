@@ -23,7 +23,6 @@ import torch
 from gan_dist.devices import Finding, check_bf16, check_gpus, check_nccl
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
-"""From here on the whole step compiles as one graph; older torch computes that graph wrongly."""
 
 
 def diagnose(directory: str | Path = ".") -> list[Finding]:
