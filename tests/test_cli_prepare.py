@@ -36,7 +36,7 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return contents(out)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGUSR2", marks=pytest.mark.chaos)])
 def test_stopped_it_says_so_and_the_same_command_continues(
     source: Path, undisturbed: dict[str, bytes], tmp_path: Path, name: str
 ) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 from gan_dist.errors import UserError
 
@@ -67,3 +70,21 @@ def publish(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def publish_record(path: Path, record: dict[str, Any]) -> None:
+    """Publishes `record` as JSON, sealed with its sha256."""
+    content = json.dumps(record).encode()
+    publish(path, content + b"\n" + hashlib.sha256(content).hexdigest().encode() + b"\n")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Returns what `publish_record` wrote, or None when it is not there or not whole."""
+    try:
+        content, seal = path.read_bytes().split(b"\n")[:2]
+    except (OSError, ValueError):
+        return None
+    if hashlib.sha256(content).hexdigest().encode() != seal:
+        return None
+    record: dict[str, Any] = json.loads(content)
+    return record

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from gan_dist.data.account import Account, TooManyRejects
-from gan_dist.data.files import clear_temporaries, expand, publish
+from gan_dist.data.files import clear_temporaries, expand, publish, publish_record, read_record
 from gan_dist.data.images import RESAMPLE, Recipe
 from gan_dist.data.locks import Locks
 from gan_dist.data.plan import FOLDER, Options, Plan, claim, make_plan, settle
@@ -139,7 +139,10 @@ def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_frac
         return None
     manifest = read_manifest(out)
     shards = len(manifest.shards)
-    return Account(str(out), **manifest.totals, shards=shards, shards_done=shards)
+    try:
+        return Account(str(out), **manifest.totals, shards=shards, shards_done=shards)
+    except TypeError:  # another release's totals
+        return None
 
 
 class _NothingLeft(Exception):
@@ -238,7 +241,7 @@ class _Run:
                     began = perf_counter()
                     info = writer.commit()
                 part["shard"] = asdict(info) if info else None
-                publish(self.out / FOLDER / f"{shard_name(shard)}.json", json.dumps(part).encode())
+                publish_record(self.out / FOLDER / f"{shard_name(shard)}.json", part)
                 self._add_time("write", perf_counter() - began)
 
     def _clear(self, shard: int) -> None:
@@ -274,11 +277,8 @@ class _Run:
 
     def _part(self, shard: int) -> Part | None:
         """Returns what a finished shard left in writing, if it belongs to this plan."""
-        try:
-            part: Part = json.loads((self.out / FOLDER / f"{shard_name(shard)}.json").read_bytes())
-        except (OSError, ValueError):
-            return None
-        return part if part.get("plan") == self.plan.digest else None
+        part = read_record(self.out / FOLDER / f"{shard_name(shard)}.json")
+        return part if part and part["plan"] == self.plan.digest else None
 
     def _is_whole(self, shard: int) -> bool:
         part = self._part(shard)

@@ -125,7 +125,7 @@ def remembered(root: Path) -> tuple[list[str], dict[str, Any]] | None:
     """Returns the sources and options of the last `prepare` into `root`, if they are known."""
     try:
         told = json.loads((root / FOLDER / COMMAND).read_bytes())
-        return list(told["sources"]), dict(told["options"])
+        return [str(source) for source in told["sources"]], dict(told["options"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gan_dist.data.prepare import prepare
+from gan_dist.data.shards import open_dataset
 from gan_dist.data.verify import verify
 from gan_dist.errors import UserError
 from tests.data.test_prepare import contents, fill
@@ -80,3 +85,45 @@ def test_a_stray_shard_is_named(tmp_path: Path) -> None:
 def test_no_dataset_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a dataset"):
         verify(tmp_path)
+
+
+ODD: tuple[Any, ...] = (None, "x", -1, 2**70, 1.5, [], {}, "../../x.tar", [1], float("nan"))
+
+
+def test_a_manifest_of_nonsense_is_a_fault_or_one_line(tmp_path: Path) -> None:
+    """Every field of it, one after the other, is replaced by things that have no business there."""
+    out = tmp_path / "out"
+    prepare(fill(tmp_path / "in", 4, broken=1), out, max_reject_fraction=1, workers=0)
+    good = json.loads((out / "manifest.json").read_bytes())
+    shard = good["shards"][0]
+    bad = [good | {name: odd} for name in good for odd in ODD]
+    bad += [good | {"shards": [shard | {name: odd}]} for name in shard for odd in ODD]
+    bad += [good | {"totals": good["totals"] | {name: odd}} for name in good["totals"] for odd in ODD]
+    for manifest in bad:
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        for look in (verify, open_dataset):
+            try:
+                look(out)
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_damaged_notes_of_a_preparation_are_noticed(notes: tuple[Path, dict[str, bytes]], place: int, by: int) -> None:
+    """A byte is changed in what OUT/.prepare holds of a finished shard: it is written again, to the same bytes."""
+    root, whole = notes
+    name = ".prepare/shard-00000.tar.json"
+    content = bytearray(whole[name])
+    content[place % len(content)] ^= by
+    (root / "out" / name).write_bytes(content)
+    account = prepare(root / "in", root / "out", max_reject_fraction=1, workers=0)
+    assert account.written == 4
+    assert contents(root / "out") | {name: b""} == whole | {name: b""}
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    root = tmp_path_factory.mktemp("notes")
+    prepare(fill(root / "in", 4, broken=1), root / "out", max_reject_fraction=1, workers=0)
+    return root, contents(root / "out")
