@@ -35,11 +35,8 @@ class Place:
     hosts: tuple[str, ...]
     job: str
     restart: int
-
-    @property
-    def host(self) -> str:
-        """This machine's name, as SLURM knows it."""
-        return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host: str
+    """This machine's name, as SLURM knows it."""
 
 
 def place_of(env: Mapping[str, str], planned: int | None = None) -> Place:
@@ -60,7 +57,8 @@ def place_of(env: Mapping[str, str], planned: int | None = None) -> Place:
             "slurm.nodes and slurm.tasks_per_node, and that nothing in job.env or job.setup sets SLURM_ variables"
         )
     hosts = expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or socket.gethostname())
-    return Place(rank, local_rank, size, hosts, job, int(env.get("SLURM_RESTART_COUNT") or 0))
+    host = env.get("SLURMD_NODENAME") or socket.gethostname()
+    return Place(rank, local_rank, size, hosts, job, int(env.get("SLURM_RESTART_COUNT") or 0), host)
 
 
 def expand_hosts(text: str) -> tuple[str, ...]:

@@ -1,0 +1,136 @@
+"""Runs submitted to a booted cluster, as a user would, and what became of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.cluster.boot import Cluster, wait_until
+from tests.train.test_trainer import small
+
+ROOT = Path(__file__).parents[2]
+START_S = 100
+"""Seconds that a job may take from submission, or from a requeue, to its first steps on a busy machine."""
+
+
+def launch(cluster: Cluster, *words: str, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Returns what `python -m launch WORDS` said on the cluster's login node."""
+    env = {**cluster.environment(), "OMP_NUM_THREADS": "1"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=cwd,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def small_config(dataset: Path, directory: Path, **sections: dict[str, Any]) -> str:
+    """Returns a file with a configuration that trains a thousand steps in a minute, and saves every tenth."""
+    values = small(dataset) | {"checkpoint": {"every_steps": 10}, "dist": {"timeout_s": 15.0, "init_timeout_s": 90.0}}
+    values["log"] = {"scalars_every": 2, "samples_every": 1000, "grid": 4}
+    values["train"] = {**values["train"], "epochs": 10000}
+    file = directory / "small.yaml"
+    file.write_text(yaml.safe_dump({**values, **sections}))
+    return str(file)
+
+
+@dataclass
+class Run:
+    """One submitted run."""
+
+    cluster: Cluster
+    path: Path
+    job: str
+
+    @classmethod
+    def submit(cls, cluster: Cluster, config: str, path: Path, *words: str, nodes: int = 2, ranks: int = 1) -> Run:
+        """Submits `nodes` times `ranks` ranks with a short time limit, and returns the run."""
+        shape = [f"slurm.nodes={nodes}", f"slurm.tasks_per_node={ranks}", "slurm.cpus_per_task=1", "slurm.time=10"]
+        given = {word.partition("=")[0] for word in words}
+        shape = [word for word in shape if word.partition("=")[0] not in given]
+        said = launch(cluster, "submit", config, *shape, "--run-dir", str(path), *words).stdout
+        return cls(cluster, path, re.findall(r"job (\d+)", said)[0])
+
+    @property
+    def folder(self) -> Path:
+        """The newest submission's directory."""
+        return sorted((self.path / "launch").iterdir())[-1]
+
+    def history(self) -> list[tuple[str, ...]]:
+        """Returns (restart, what, checkpoint, why, ...) of each ended start."""
+        file = self.folder / "attempts" / self.job / "history"
+        return [tuple(line.split("\t")) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def steps(self) -> list[int]:
+        """Returns the steps that were logged so far."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        return [line["step"] for line in lines if "event" not in line]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Returns the run's events of one name."""
+        lines = map(json.loads, (self.path / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if line.get("event") == name]
+
+    def wait_for_step(self, step: int) -> None:
+        """Returns once this step was logged."""
+        self.wait(lambda: max(self.steps(), default=0) >= step, START_S, f"step {step}")
+
+    def wait_for(self, *what: str, limit_s: float = START_S) -> tuple[str, ...]:
+        """Returns the last line of the history once that says one of `what` happened."""
+
+        def there() -> tuple[str, ...] | None:
+            told = self.history()
+            return told[-1] if told and told[-1][1] in what else None
+
+        found: tuple[str, ...] = self.wait(there, limit_s, " or ".join(what))
+        return found
+
+    def wait(self, true: Any, limit_s: float, what: str) -> Any:
+        """Returns the first true value; what the run says of itself when there is none within the limit."""
+        try:
+            return wait_until(true, limit_s, what)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.story()}") from None
+
+    def story(self) -> str:
+        """Returns everything there is to know when a test failed."""
+        logs = sorted((self.path / "logs").glob("*.log"))
+        told = [f"{file.name}:\n" + "\n".join(file.read_text(errors="replace").splitlines()[-12:]) for file in logs]
+        return "\n".join([str(self.cluster.job(self.job)), str(self.history()), *told])
+
+    def restarts(self) -> int:
+        """Returns how often SLURM has requeued the job."""
+        return int(self.cluster.job(self.job)["Restarts"])
+
+    def status(self) -> str:
+        """Returns what `launch status` says."""
+        return launch(self.cluster, "status", str(self.path)).stdout
+
+    def ranks(self) -> dict[str, list[int]]:
+        """Returns {host: pids of the run's ranks there}."""
+        return {
+            name: host.pids(f"launch.rank submitit {self.folder}")
+            for name, host in self.cluster.hosts.items()
+            if host.process is not None
+        }
+
+
+def leftovers(cluster: Cluster) -> list[str]:
+    """Returns the processes that jobs have left on the hosts."""
+    return [words for host in cluster.hosts.values() if host.process for words in host.processes().values()]

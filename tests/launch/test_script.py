@@ -1,0 +1,181 @@
+"""Batch scripts against recorded text; what options refuse; the snapshot of a checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gan_dist.errors import UserError
+from launch import snapshot
+from launch.options import SlurmOptions, load_cluster, split_overrides
+from launch.script import Batch, batch_script
+from launch.submit import training_batch
+
+RECORDED = Path(__file__).parent / "recorded"
+ROOT = Path(__file__).parents[2]
+GPUS = """
+slurm:
+  account: art
+  partition: gpu
+  constraint: "a100|h100"
+  nodes: 2
+  gpus_per_node: 4
+  cpus_per_task: 8
+  mem: 200G
+  time: "1-00:00:00"
+  signal_lead_s: 300
+  extra: {exclude: "node7,node9", exclusive: true}
+job:
+  python: /opt/env/bin/python
+  setup: ["module load cuda/12.8"]
+  env: {NCCL_SOCKET_IFNAME: ib0, GREETING: "it's fine"}
+  container: apptainer exec --nv image.sif
+  max_requeues: 7
+"""
+
+
+def cluster_file(tmp_path: Path, text: str = GPUS) -> str:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_the_batch_script_is_the_recorded_one(tmp_path: Path) -> None:
+    run = Path("/scratch/runs/100% art")
+    text = training_batch(
+        run, run / "launch" / "20261123-120000-abcdef", load_cluster(cluster_file(tmp_path)), run.name
+    )
+    recorded = RECORDED / "train.sh"
+    if os.environ.get("RECORD"):
+        recorded.write_text(text)
+    assert text == recorded.read_text()
+
+
+def test_the_dry_run_prints_the_batch_script_and_makes_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "art.yaml"
+    config.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
+    words = ["submit", str(config), "slurm.nodes=3", "--dry-run", "--cluster", cluster_file(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", *words, "--run-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=True,
+    )
+    (name,) = set(re.findall(r"launch/(\d{8}-\d{6}-[0-9a-f]{6})", done.stdout))
+    options = load_cluster(cluster_file(tmp_path), ["slurm.nodes=3"])
+    assert done.stdout == training_batch(tmp_path / "run", tmp_path / "run" / "launch" / name, options, "run")
+    assert "#SBATCH --nodes=3\n" in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_arrays_and_dependencies_are_told_in_the_header(tmp_path: Path) -> None:
+    batch = Batch("prepare", Path("/r"), Path("/r/launch/i"), Path("/c"), ("true",), array=8, after="12:13")
+    text = batch_script(batch, load_cluster(None))
+    assert "#SBATCH --array=0-7\n" in text and "#SBATCH --output=/r/logs/%A_%a-batch.log\n" in text
+    assert "#SBATCH --dependency=afterok:12:13\n" in text and "#SBATCH --kill-on-invalid-dep=yes\n" in text
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        (90, 5400),
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-0", 86400),
+        ("1-2:30", 95400),
+        ("1-00:00:01", 86401),
+    ],
+)
+def test_times_mean_what_slurm_means(time: str | int, seconds: int) -> None:
+    assert SlurmOptions(time=time, signal_lead_s=10).seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["slurm.partion=gpu"], "unknown key slurm.partion; did you mean slurm.partition?"),
+        (["slurm.nodes=many"], "slurm.nodes: expected integer, found 'many'"),
+        (["slurm.nodes=0"], "slurm.nodes: expected greater than or equal to 1, found 0"),
+        (["slurm.time=tomorrow"], "slurm.time: expected minutes or [days-]hours:minutes:seconds, found 'tomorrow'"),
+        (["slurm.time=1", "slurm.signal_lead_s=60"], "slurm.signal_lead_s: 60 s is all of slurm.time (60 s); lower it"),
+        (["slurm.gres=gpu:4", "slurm.gpus_per_node=4"], "slurm.gres: slurm.gpus_per_node asks for GPUs already"),
+        (["slurm.extra={requeue: true}"], "slurm.extra: requeue belongs to the protocol"),
+        (["job.env={A: 1}"], "job.env.A: expected string, found 1"),
+    ],
+)
+def test_wrong_options_are_one_line(words: list[str], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_cluster(None, words)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"cluster\.yaml: unknown key slurm\.gpu_per_node; did you mean slurm\.gpus_per_"
+    ):
+        load_cluster(cluster_file(tmp_path, "slurm: {gpu_per_node: 4}"))
+    with pytest.raises(UserError, match="expected a YAML file such as configs/clusters/slurm"):
+        load_cluster(tmp_path / "nowhere.yaml")
+
+
+def test_words_for_the_cluster_and_for_the_trainer_are_told_apart() -> None:
+    words = ["slurm.nodes=4", "train.global_batch=256", "job.runs=/r", "seed=1"]
+    assert split_overrides(words) == (["slurm.nodes=4", "job.runs=/r"], ["train.global_batch=256", "seed=1"])
+
+
+def test_the_cluster_file_that_comes_with_the_checkout_says_the_defaults_it_names() -> None:
+    options = load_cluster(ROOT / "configs/clusters/slurm.yaml")
+    assert options.slurm.ranks_per_node == 4 and options.job == load_cluster(None).job
+    assert load_cluster(None, ["slurm.gres=gpu:a100:3"]).slurm.ranks_per_node == 3
+
+
+def git(root: Path, *words: str) -> None:
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run(["git", "-C", str(root), *identity, *words], check=True, capture_output=True)
+
+
+def test_a_snapshot_holds_what_is_there_and_nothing_that_git_ignores(tmp_path: Path) -> None:
+    root, copy = tmp_path / "checkout", tmp_path / "copy"
+    for name, text in {"a/kept.py": "x = 1\n", "gone.py": "", ".gitignore": "big/\n*.pt\n"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "first")
+    commit = snapshot.commit_of(root)
+    assert commit and re.fullmatch(r"[0-9a-f]{12}", commit)
+    (root / "a/kept.py").write_text("x = 2\n")
+    (root / "new file.py").write_text("")
+    (root / "gone.py").unlink()
+    (root / "big").mkdir()
+    for name in ("big/data.bin", "model.pt"):
+        (root / name).write_bytes(b"")
+    snapshot.take(root, copy)
+    names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+    assert names == {"a/kept.py", "new file.py", ".gitignore"} and (copy / "a/kept.py").read_text() == "x = 2\n"
+    assert snapshot.commit_of(root) == f"{commit}-dirty"
+
+
+def test_a_checkout_without_git_is_copied_without_environments_and_data(tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    for name in ("gan_dist/a.py", "env/pyvenv.cfg", "env/lib/x.py", ".hidden/y.py", "runs/r/state.pt", "README.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    assert sorted(map(str, snapshot.files_of(root))) == ["README.md", "gan_dist/a.py"]
+    assert snapshot.commit_of(root) is None
+
+
+def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "LARGEST_MIB", 1)
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "train.zip").write_bytes(b"0" * 2**21)
+    with pytest.raises(UserError, match=r"train\.zip most of all"):
+        snapshot.take(tmp_path / "checkout", tmp_path / "copy")
