@@ -32,6 +32,7 @@ REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timi
 STAGED = "staged"
 _PLAN_LOCK, _FINISH_LOCK, _STAGE_LOCK = 2**30, 2**30 + 1, 2**30 + 2
 _NO_LOCKS = "this file system has no locks: take care that no two runs prepare the same part at once"
+_NOT_ALL = "the dataset is whole when all shards are done: by the other tasks, or by this command without --task"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[int, int], None]
@@ -321,7 +322,11 @@ class _Run:
             shards=plan.num_shards,
             shards_done=len(parts),
             source_bytes=bytes_done,
-            notes=[*plan.notes, *([_NO_LOCKS] if self.locks.missing else [])],
+            notes=[
+                *plan.notes,
+                *([_NO_LOCKS] if self.locks.missing else []),
+                *([_NOT_ALL] if len(parts) < plan.num_shards else []),
+            ],
             entries=self._entries,
             read_bytes=self._bytes,
             seconds=seconds,

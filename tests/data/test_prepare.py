@@ -205,6 +205,7 @@ def test_tasks_in_any_order_equal_one_run(tmp_path: Path) -> None:
     prepare(source, tmp_path / "one", shard_samples=2, workers=0, max_reject_fraction=1)
     for i in (2, 0, 1):
         account = prepare(source, tmp_path / "many", shard_samples=2, workers=0, max_reject_fraction=1, task=(i, 3))
+        assert ("by the other tasks" in "".join(account.lines())) == (i != 1)
         assert account.complete == (i == 1) == (tmp_path / "many/manifest.json").exists()
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
