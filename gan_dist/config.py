@@ -23,6 +23,7 @@ RESOLUTIONS = (32, 64, 128, 256)
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Target = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -131,7 +132,7 @@ class LogConfig(Section):
 class CheckpointConfig(Section):
     every_steps: NonNegative = 1000
     """Steps between checkpoints; 0 leaves it to minutes, epochs and the end."""
-    every_minutes: NonNegative = 15
+    every_minutes: NonNegativeFloat = 15.0
     """Minutes between checkpoints; 0 leaves it to steps, epochs and the end."""
     keep: Positive = 3
     """Newest checkpoints to keep."""

@@ -15,7 +15,7 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-MAY_SKIP_IN_CI = re.compile(r"needs a CUDA device|needs torch|needs a cgroup v1")
+MAY_SKIP_IN_CI = re.compile(r"needs (a|two) CUDA devices?|needs torch|needs a cgroup v1")
 """What .ci/run cannot install. Programs (SLURM, a browser, ...) it can, so a test that lacks one there has failed."""
 
 
