@@ -40,7 +40,7 @@ def _gan_dist() -> None:
     """Makes `gan-dist COMMAND` the shape of every call, however many commands there are."""
 
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -77,3 +78,31 @@ def test_a_log_has_plain_lines(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[2:]] == [
         "seen", "written", "rejected", "replaced", "skipped", "shards", "speed"
     ]  # fmt: skip
+
+
+def test_every_option_reaches_the_dataset(tmp_path: Path) -> None:
+    """Each leaves its mark on the recipe and on what is counted."""
+    source, out, new = fill(tmp_path / "in", 6), tmp_path / "out", tmp_path / "new"
+    (source / "a/same.png").write_bytes((source / "a/002.png").read_bytes())
+    (source / "b/tiny.png").write_bytes(encode(7, (40, 30)))
+    (source / "b/cut.png").write_bytes(encode(8)[:-200])
+    (source / "b/page.png").write_text("<html>")
+    new.mkdir()
+    (new / "004.png").write_bytes(encode(9))
+    options = "--resolution 32 --resample bilinear --full-decode --keep-truncated --min-side 31 --labels folders"
+    options += f" --replacements {new} --dedupe --max-reject-fraction 0.5 --shard-samples 5 --workers 2 --task 0/1"
+    done = subprocess.run(
+        [*COMMAND, str(source), str(out), *options.split()], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    recipe = manifest["recipe"]
+    assert [recipe[name] for name in ("resolution", "resample", "min_side", "shard_samples")] == [32, "bilinear", 31, 5]
+    assert recipe["full_decode"] and recipe["keep_truncated"] and recipe["dedupe"]
+    assert (recipe["labels"], recipe["replacements"]) == ("folders", "new")
+    totals = manifest["totals"]
+    assert totals["rejected"] == {"not_an_image": 1, "too_small": 1} and totals["skipped"] == {"duplicate": 1}
+    assert (totals["seen"], totals["written"], totals["replaced"], totals["duplicates"]) == (11, 7, 1, 1)
+    assert totals["classes"] == {"a": 3, "b": 4} and totals["flags"] == {"truncated": 1}
+    for line in ("seen        11", "of these    1 truncated", "classes     2: 4 b, 3 a"):
+        assert line in done.stdout, done.stdout

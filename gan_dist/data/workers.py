@@ -100,7 +100,9 @@ def _peak_memory() -> int:
 
 def serve() -> None:
     """The worker process: sources and recipe, then jobs, come in on stdin; answers go out on what was stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    for name in ("SIGINT", "SIGTERM", "SIGUSR2"):  # sent to whole groups: the parent decides
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is in the outcome
     out = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # libtiff and libjpeg talk there about every broken file; what matters is in the outcome
