@@ -202,6 +202,10 @@ class Trainer:
             f"{self.run_dir.name} {verb} at step {self.step} of {self.end}: {self.dataset.num_samples} images, "
             f"batch {self.batch} over {self.world.size} rank(s) on {self.world.device.type}"
         )
+        self.telemetry.say(
+            f"{self.config.train.epochs:g} epochs at batch {self.batch} are {self.total_steps:,} updates of G, "
+            f"{self.total_steps * self.config.optim.d_steps:,} of D; learning rates are as set, whatever the batch"
+        )
         self.telemetry.say(f"precision {self.precision}: {self._why_precision}")
         self.telemetry.say(f"runner {self.runner.name}: {self.runner.reason}; samples in {self.stream.placement}")
         for note in notes:
