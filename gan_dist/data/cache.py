@@ -226,10 +226,11 @@ class Cache:
         if lock is not None and self.windowed:
             _evict(self.folder / self.manifest.shards[i].file, lock)
 
-    def tidy(self) -> None:
-        """Removes what a windowed cache holds and nobody uses: left by a process that was killed."""
+    def tidy(self, keep: Sequence[int]) -> None:
+        """Removes what a windowed cache holds and nobody uses, but `keep`: left by a process that was killed."""
         for i, shard in enumerate(self.manifest.shards):
-            if self.windowed and i not in self._held and (path := self.folder / shard.file).exists():
+            path = self.folder / shard.file
+            if self.windowed and i not in self._held and i not in keep and path.exists():
                 _evict(path, FileLock(path.with_name(f"{path.name}.lock")))
 
     def close(self) -> None:

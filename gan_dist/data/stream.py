@@ -5,74 +5,113 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from gan_dist.data.fetch import look, never
+from gan_dist.data.gather import Gather
 from gan_dist.data.order import Order, rank_slice
+from gan_dist.data.places import available_memory
 from gan_dist.data.shards import Dataset
+from gan_dist.data.windowed import Windows
 from gan_dist.errors import UserError
 
 RING = 4
 """Batches in flight: one in use, the rest ahead. Fewer stalls on uneven disks, more only costs memory."""
 DEVICE_SHARE = 0.25
 """Share of a GPU's free memory that the dataset may take; the rest is the networks' and the caching allocator's."""
+HOST_SHARE = 0.5
+"""Share of the available memory that a dataset may fill as page cache before `auto` prefers windows."""
 
 
-class Gather:
-    """Copies samples by number out of the mapped shards into one batch, in the order asked for."""
+def choose_placement(wanted: str, dataset: Dataset, device: torch.device, window_shards: int = 0) -> str:
+    """Returns where samples wait: `device` when the set fits into its share of a GPU's memory, else `windowed` when
+    there are windows and it is remote or would not fit into memory, else `memory`.
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-        self._starts = np.concatenate([[0], np.cumsum(dataset.shard_sizes)])
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-
-    def into(self, out: torch.Tensor, samples: NDArray[np.int64]) -> torch.Tensor:
-        """Returns `out` (uint8 [n, 3, S, S]), filled with `samples` (int64 [n]) in their order."""
-        shards = np.searchsorted(self._starts, samples, side="right") - 1
-        within = samples - self._starts[shards]
-        if shards.min() == shards.max():
-            return torch.index_select(self._dataset.shard_view(int(shards[0])), 0, torch.from_numpy(within), out=out)
-        # One gather a shard, then one more that puts the batch into order: far cheaper than a copy a sample.
-        by_shard = np.argsort(shards, kind="stable")
-        if self._scratch.shape != out.shape:
-            self._scratch = torch.empty_like(out)
-        rows, done = torch.from_numpy(within[by_shard]), 0
-        for shard, count in zip(*np.unique(shards, return_counts=True), strict=True):
-            part = slice(done, done + int(count))
-            torch.index_select(self._dataset.shard_view(int(shard)), 0, rows[part], out=self._scratch[part])
-            done = part.stop
-        back = np.empty_like(by_shard)
-        back[by_shard] = np.arange(len(back))
-        return torch.index_select(self._scratch, 0, torch.from_numpy(back), out=out)
-
-
-def gather(dataset: Dataset, samples: NDArray[np.int64]) -> torch.Tensor:
-    """Returns the samples of those numbers (int64 [n]) as uint8 [n, 3, S, S] on the host."""
-    out = torch.empty(len(samples), 3, dataset.resolution, dataset.resolution, dtype=torch.uint8)
-    return Gather(dataset).into(out, samples) if len(samples) else out
-
-
-def choose_placement(wanted: str, dataset: Dataset, device: torch.device) -> str:
-    """Returns where samples wait: `device` when the set fits into its share of a GPU's memory, else `memory`.
-
-    Raises UserError when `device` is asked for and cannot be had.
+    Raises UserError when what is asked for cannot be had.
     """
-    if device.type != "cuda":
-        if wanted == "device":
-            raise UserError("data.placement=device keeps the set in GPU memory, but training is on the CPU; use memory")
-        return "memory"
     size = dataset.num_samples * 3 * dataset.resolution**2
-    room = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
-    if wanted == "device" and size > room:
-        raise UserError(
-            f"data.placement=device needs {size / 2**30:.1f} GiB of GPU memory, a quarter of what is free is "
-            f"{room / 2**30:.1f} GiB; use data.placement=memory"
-        )
-    return "device" if wanted == "device" or (wanted == "auto" and size <= room) else "memory"
+    if wanted == "windowed" and not window_shards:
+        raise UserError("data.placement=windowed needs data.window_shards of 1 or more; it is part of a run's order")
+    if wanted == "device" and device.type != "cuda":
+        raise UserError("data.placement=device keeps the set in GPU memory, but training is on the CPU; use memory")
+    if wanted == "windowed" or (dataset.cache is not None and dataset.cache.windowed):
+        return "windowed"
+    if wanted in ("device", "auto") and device.type == "cuda":
+        room = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        if size <= room:
+            return "device"
+        if wanted == "device":
+            raise UserError(
+                f"data.placement=device needs {size / 2**30:.1f} GiB of GPU memory, a quarter of what is free is "
+                f"{room / 2**30:.1f} GiB; use data.placement=memory"
+            )
+    if wanted == "auto" and window_shards and size > HOST_SHARE * available_memory():
+        return "windowed"
+    return "memory"
+
+
+def stage(
+    dataset: Dataset,
+    placement: str,
+    *,
+    first: bool = True,
+    progress: Callable[[str, int, int], None] = lambda verb, done, total: None,
+    called_off: Callable[[], bool] = never,
+) -> None:
+    """Makes a dataset ready to be read at random: staged if it is remote, and read once from end to end on the `first`
+    rank of each machine, unless that is called off. A windowed one sees to itself, window by window.
+
+    `progress` is told what is done, and how many bytes of how many. Raises UserError naming a damaged shard.
+    """
+    if placement == "windowed":
+        return
+    if dataset.cache is not None:
+        dataset.cache.fetch_all(lambda done, total: progress("staging", done, total), called_off)
+    total = sum(shard.bytes for shard in dataset.manifest.shards)
+    done = 0
+    # What does not fit would push out its own beginning: then nothing is warm in the end.
+    if first and total <= available_memory():
+        for i, shard in enumerate(dataset.manifest.shards):
+            if called_off():
+                return
+            dataset.warm(i, called_off)
+            done += shard.bytes
+            progress("reading", done, total)
+
+
+class Resident:
+    """The whole set on a device, and each epoch's permutation with it: a batch is one gather there."""
+
+    def __init__(self, dataset: Dataset, order: Order, device: torch.device) -> None:
+        self._order, self._device, size = order, device, dataset.resolution
+        self._samples = torch.empty(dataset.num_samples, 3, size, size, dtype=torch.uint8, device=device)
+        done = 0
+        for i, count in enumerate(dataset.shard_sizes):
+            self._samples[done : done + count].copy_(dataset.shard_view(i))
+            done += count
+        self._permutation = lru_cache(maxsize=2)(self._upload)
+
+    def batch(self, start: int, stop: int) -> torch.Tensor:
+        """Returns the samples at positions [start, stop), uint8 [stop - start, 3, S, S]."""
+        parts, num = [], self._order.num_samples
+        while start < stop:
+            epoch, place = divmod(start, num)
+            end = min(stop - start + place, num)
+            parts.append(self._permutation(epoch)[place:end])
+            start += end - place
+        return torch.index_select(self._samples, 0, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _upload(self, epoch: int) -> torch.Tensor:
+        num = self._order.num_samples
+        # The next epoch's is worked out beside training: some 10 ms that would be missing at the seam.
+        threading.Thread(target=self._order.index, args=((epoch + 1) * num,), name="order", daemon=True).start()
+        return torch.from_numpy(self._order.indices(epoch * num, (epoch + 1) * num)).to(self._device)
 
 
 @dataclass
@@ -102,15 +141,16 @@ class Stream:
     ) -> None:
         """`position` is that of the first batch; each rank gets its slice of every `global_batch` positions."""
         self.position = position
-        self.wait_seconds = 0.0
-        """Seconds that `next` had to wait for data, in all."""
-        self.placement = choose_placement(placement, dataset, device)
+        self.placement = choose_placement(placement, dataset, device, order.window_shards)
         self._dataset, self._order, self._batch, self._device = dataset, order, global_batch, device
         self._lo, self._hi = rank_slice(global_batch, rank, size)
         self._in_use: _Slot | None = None
+        self._waited = 0.0
+        self._waits: deque[tuple[Any, Any]] = deque()
+        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         if self.placement == "device":
-            self._all = gather(dataset, np.arange(dataset.num_samples)).to(device)
+            self._resident = Resident(dataset, order, device)
             return
         pinned = device.type == "cuda"
         shape = (self._hi - self._lo, 3, dataset.resolution, dataset.resolution)
@@ -119,6 +159,7 @@ class Stream:
         for _ in range(RING):
             host = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
             self._free.put(_Slot(host, torch.empty(shape, dtype=torch.uint8, device=device) if pinned else host))
+        self._began, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._prefetch, args=(position,), name="prefetch", daemon=True)
         self._thread.start()
 
@@ -130,35 +171,71 @@ class Stream:
         begin = self.position
         self.position += self._batch
         if self.placement == "device":
-            samples = torch.from_numpy(self._order.indices(begin + self._lo, begin + self._hi))
-            return torch.index_select(self._all, 0, samples.to(self._device, non_blocking=True))
+            return self._resident.batch(begin + self._lo, begin + self._hi)
         self._give_back()
+        asked = self._event() if self._device.type == "cuda" else None
         started = time.perf_counter()
         slot = self._full.get()
-        self.wait_seconds += time.perf_counter() - started
         if isinstance(slot, BaseException):
             self._full.put(slot)
             raise slot
         self._in_use = slot
-        if slot.ready is not None:
-            torch.cuda.current_stream().wait_event(slot.ready)
+        if asked is None:
+            self._waited += time.perf_counter() - started
+        else:
+            torch.cuda.current_stream(self._device).wait_event(slot.ready)
+            self._waits.append((asked, self._event()))
+            self._settle()
         return slot.device
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that the device has waited for data, in all.
+
+        A GPU runs behind the host: what counts is the time on its own clock from the end of the work it had when the
+        batch was asked for to the moment the batch was there. That the host waited says nothing.
+        """
+        self._settle()
+        return self._waited
+
+    def _event(self) -> Any:
+        timed: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        return torch.cuda.current_stream(self._device).record_event(timed)
+
+    def _settle(self) -> None:
+        while self._waits and self._waits[0][1].query():
+            asked, there = self._waits.popleft()
+            self._waited += asked.elapsed_time(there) / 1000
+
+    def await_first(self, called_off: Callable[[], bool] = never) -> None:
+        """Returns when the first batch is there, however long its window takes. Raises what keeps it away."""
+        while self._thread is not None and not self._began.wait(0.05):
+            look(called_off)
+        if self._failure is not None:
+            raise self._failure
 
     def _give_back(self) -> None:
         """Frees the batch of the last call for reuse, once the device is through with it."""
         if self._in_use is not None:
             if self._device.type == "cuda":
-                self._in_use.used = torch.cuda.current_stream().record_event()
+                self._in_use.used = torch.cuda.current_stream(self._device).record_event()
             self._free.put(self._in_use)
             self._in_use = None
 
     def _prefetch(self, position: int) -> None:
         try:
             collect = Gather(self._dataset)
+            windows = None
+            if self.placement == "windowed":
+                windows = Windows(
+                    self._dataset, self._order, position, called_off=self._closing.is_set, leave=collect.forget
+                )
             side: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
             while (slot := self._free.get()) is not None:
                 if slot.ready is not None:
                     slot.ready.synchronize()  # the last copy out of this host buffer
+                if windows is not None:
+                    windows.reach(position, position + self._batch)
                 collect.into(slot.host, self._order.indices(position + self._lo, position + self._hi))
                 if side is not None:
                     with torch.cuda.stream(side):
@@ -167,13 +244,17 @@ class Stream:
                         slot.device.copy_(slot.host, non_blocking=True)
                         slot.ready = side.record_event()
                 self._full.put(slot)
+                self._began.set()
                 position += self._batch
         except BaseException as error:  # handed over: the training thread raises it
+            self._failure = error
             self._full.put(error)
+            self._began.set()
 
     def close(self) -> None:
         """Ends the prefetching thread. Batches already returned stay readable."""
         if self._thread is not None:
+            self._closing.set()
             self._free.put(None)
             while self._thread.is_alive():
                 self._thread.join(timeout=0.1)

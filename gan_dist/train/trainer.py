@@ -13,15 +13,19 @@ from typing import Any
 import torch
 
 from gan_dist.config import Config, load_config, presets, to_yaml
+from gan_dist.data.fetch import Abandoned
+from gan_dist.data.gather import gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.shards import Dataset, open_dataset
-from gan_dist.data.stream import Stream, gather
+from gan_dist.data.shards import Dataset
+from gan_dist.data.stream import Stream
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.stop import StopRequest
 from gan_dist.train.build import build_update
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
+from gan_dist.train.opening import open_for
+from gan_dist.train.patience import patiently
 from gan_dist.train.postmortem import watched
 from gan_dist.train.preflight import check_disk, preflight
 from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
@@ -80,9 +84,9 @@ def train(
         settings.train.device, settings.dist.backend, settings.dist.init_timeout_s, settings.dist.timeout_s
     ) as world:
         try:
-            dataset = world.together(lambda: _open_for(settings, world))
+            dataset = open_for(settings, world, stop if stop is not None else StopRequest(), voice)
 
-            with watched(world, directory):
+            with dataset, watched(world, directory):
                 warnings = preflight(world, dataset.identity)
 
                 def check() -> Start:
@@ -98,22 +102,6 @@ def train(
             if line := out_of_memory(error, settings.train.global_batch, world.size):
                 raise line from error
             raise
-
-
-def _open_for(config: Config, world: World) -> Dataset:
-    """Returns the dataset, checked against what the run asks of it."""
-    if world.size > config.train.global_batch:
-        raise UserError(
-            f"{world.size} ranks, but train.global_batch is {config.train.global_batch}: each rank needs an image; "
-            "start fewer ranks or raise train.global_batch"
-        )
-    dataset = open_dataset(config.data.shards)
-    if dataset.resolution != config.model.resolution:
-        raise UserError(
-            f"model.resolution is {config.model.resolution}, but {config.data.shards} holds {dataset.resolution}x"
-            f"{dataset.resolution} images; set model.resolution={dataset.resolution} or prepare the set again"
-        )
-    return dataset
 
 
 class Trainer:
@@ -232,7 +220,8 @@ class Trainer:
         began, first_step = time.monotonic(), self.step
         if self._saved_step != self.step:
             self._save(wait=True)
-        self._introduce()
+        if self._await_data():
+            self._introduce()
         if self.step == 0:
             self._draw_samples()
         stopped = self._loop() if self.step < self.end else None
@@ -252,6 +241,14 @@ class Trainer:
         images = (self.step - first_step) * self.config.optim.d_steps * self.batch
         rate = images / seconds if seconds > 0 else 0.0
         return Outcome(self.run_dir, self.step, self.end, self.images_seen, stopped, rate, seconds)
+
+    def _await_data(self) -> bool:
+        """Returns when the first batch is there on every rank: True, or False when they were asked to stop first."""
+        try:
+            patiently(self.world, self.stream.await_first, self.stop)
+        except Abandoned:
+            return False  # the loop sees to it before its first step
+        return True
 
     def _loop(self) -> str | None:
         """Plays steps until the end (returns None) or until the ranks agree to stop (returns why)."""
@@ -352,7 +349,10 @@ class Trainer:
         """Tells TensorBoard what is trained on what and where: texts, and the grid of real images."""
         if self.first:
             order = Order(self.dataset.shard_sizes, self.config.seed, self.config.data.window_shards)
-            reals = gather(self.dataset, order.indices(0, min(self.config.log.grid, self.dataset.num_samples)))
+            # Of a windowed set only the shards around this position are here.
+            begin = self.images_seen if self.stream.placement == "windowed" else 0
+            count = min(self.config.log.grid, self.dataset.num_samples)
+            reals = gather(self.dataset, order.indices(begin, begin + count))
             self.gallery.introduce(self.step, self.dataset, reals, to_yaml(self.config), self.facts)
 
     def _report(self) -> None:

@@ -11,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gan_dist.data.gather import gather
 from gan_dist.data.order import Order
 from gan_dist.data.shards import Dataset, open_dataset
-from gan_dist.data.stream import RING, Stream, gather
+from gan_dist.data.stream import RING, Stream
 from gan_dist.errors import UserError
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import yaml
 
+from gan_dist.data.gather import gather
 from gan_dist.data.shards import Dataset
-from gan_dist.data.stream import gather
 from gan_dist.distributed import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.train.update import STATS, Update, draw_latents

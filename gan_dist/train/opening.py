@@ -1,0 +1,60 @@
+"""The dataset of a run: found, checked against the configuration, and brought to where it can be read at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gan_dist.config import Config
+from gan_dist.data.cache import open_remote
+from gan_dist.data.files import is_address
+from gan_dist.data.shards import Dataset, open_dataset
+from gan_dist.data.stream import choose_placement, stage
+from gan_dist.distributed import World
+from gan_dist.errors import UserError
+from gan_dist.stop import StopRequest
+from gan_dist.train.patience import patiently
+from gan_dist.watch.progress import transfers
+
+
+def open_for(config: Config, world: World, stop: StopRequest, voice: int | None) -> Dataset:
+    """Returns the dataset, checked against what the run asks of it, and ready to be read; a collective."""
+    data, remote = config.data, is_address(config.data.shards)
+
+    def open_and_stage(called_off: Callable[[], bool]) -> Dataset:
+        if world.size > config.train.global_batch:
+            raise UserError(
+                f"{world.size} ranks, but train.global_batch is {config.train.global_batch}: each rank needs an image; "
+                "start fewer ranks or raise train.global_batch"
+            )
+        if remote:
+            windows = data.window_shards if data.placement in ("auto", "windowed") else 0
+            dataset = open_remote(
+                data.shards, data.cache_dir, window_shards=windows, called_off=called_off, say=_teller(world, voice)
+            )
+        else:
+            dataset = open_dataset(data.shards)
+        if dataset.resolution != config.model.resolution:
+            dataset.close()
+            raise UserError(
+                f"model.resolution is {config.model.resolution}, but {data.shards} holds {dataset.resolution}x"
+                f"{dataset.resolution} images; set model.resolution={dataset.resolution} or prepare the set again"
+            )
+        placement = choose_placement(data.placement, dataset, world.device, data.window_shards)
+        with transfers(voice is not None and voice >= 0 and world.rank == 0) as progress:
+            stage(
+                dataset,
+                placement,
+                first=world.local_rank == 0,
+                progress=progress,
+                called_off=lambda: called_off() or bool(stop),
+            )
+        return dataset
+
+    # What lies here needs no staging: a stop then waits for the first step, which saves.
+    return patiently(world, open_and_stage, stop if remote else StopRequest())
+
+
+def _teller(world: World, voice: int | None) -> Callable[[str], None]:
+    """Returns what prints a rank's warnings."""
+    prefix = f"rank {world.rank}: " if world.size > 1 else ""
+    return lambda line: print(f"note: {prefix}{line}", flush=True) if voice is not None else None
