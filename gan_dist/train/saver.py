@@ -47,9 +47,10 @@ class Saver:
                 if made is None:
                     self._save(to_host(state), facts)
                     return
-                # A stream of its own: the copies wait for no step, and no step waits for them.
-                with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)) as stream:  # type: ignore[no-untyped-call]
-                    made.wait(stream)
+                # A stream of its own: the copies wait for no later step, and no step waits for them.
+                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                stream.wait_event(made)
+                with torch.cuda.stream(stream):
                     host = to_host(state)
                 self._save(host, facts)
             except (OSError, GanDistError) as error:

@@ -17,6 +17,7 @@ from gan_dist.stop import StopRequest
 from gan_dist.train import checkpoint
 from gan_dist.train.checkpoint import find
 from gan_dist.train.saver import Saver
+from gan_dist.train.state import copy_state
 from gan_dist.train.trainer import train
 from tests.ranks import run_ranks
 from tests.train.test_trainer import small
@@ -73,6 +74,22 @@ def save_as_rank(rank: int, folder: str) -> None:
 def test_a_state_that_ranks_do_not_share_is_never_written(tmp_path: Path) -> None:
     run_ranks(2, save_as_rank, str(tmp_path))
     assert saved(tmp_path / "checkpoints") == ["latest", "step-00000001"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_is_saved_is_the_step_that_was_copied(tmp_path: Path) -> None:
+    """Later steps overwrite the weights at once; the copy is made before them and read beside them."""
+    saver = Saver(tmp_path / "checkpoints", 9, World(device=torch.device("cuda", 0)))
+    weights = torch.zeros(16, 1024, 1024, device="cuda")
+    for step in range(1, 6):
+        weights.fill_(step)
+        snapshot = copy_state({"w": weights}, into=(saver.spent() or {}).get("generator"))
+        saver.start({"step": step, "images_seen": 0, "generator": snapshot}, {})
+        weights.fill_(-1)
+    assert saver.failure(wait=True) is None
+    for step in range(1, 6):
+        loaded = checkpoint.load(saver.directory / f"step-{step:08d}").state["generator"]["w"]
+        assert loaded.device.type == "cpu" and bool((loaded == step).all())
 
 
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.ENOSPC])
