@@ -5,7 +5,8 @@
 On pictures of 2000x1500 made on the spot (baseline JPEGs of about 835 KB, and the same as progressive and CMYK JPEGs
 and PNGs), one core, CPU seconds, both ways interleaved picture by picture, medians. Then `bench prepare` with one and
 two workers, wall time, interleaved too, beside what two independent processes that only decode gain over one at the
-same moment: on a busy machine that is the limit. `--textures`: a folder of real photographs or paintings to take the
+same moment: on a busy machine that is the limit. Rounds in which other programs took half a core or more are left out
+as long as there are quieter ones. `--textures`: a folder of real photographs or paintings to take the
 texture from (default: procedural paintings).
 """
 
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import process_time
+from time import monotonic, process_time
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def compare_one_core(pictures: dict[str, list[bytes]], rounds: int) -> dict[str,
 
 def compare_workers(pictures: dict[str, list[bytes]], rounds: int) -> dict[str, Any]:
     """Returns the images/s of reading, decoding and writing with one and two workers (wall time, once they have
-    started), and the median of their ratio."""
+    started), the median of their ratio, and how many cores other programs took in each round."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "in")
         source.mkdir()
@@ -129,19 +130,40 @@ def compare_workers(pictures: dict[str, list[bytes]], rounds: int) -> dict[str, 
             for kind in ("baseline", "progressive"):
                 for number, data in enumerate(pictures[kind]):
                     (source / f"{copy}-{kind}-{number}.jpg").write_bytes(data)
-        rates: dict[int, list[float]] = {1: [], 2: []}
-        alone: list[float] = []
+        rows: list[dict[str, float]] = []
         for turn in range(rounds):
-            alone.append(_independent(source, 2) / _independent(source, 1))
+            row = {"independent": _independent(source, 2) / _independent(source, 1)}
+            began, busy, own = monotonic(), _busy(), _own()
             for workers in (1, 2) if turn % 2 == 0 else (2, 1):
-                rates[workers].append(bench_prepare(source, workers=workers)["images_per_second"])
+                row[str(workers)] = bench_prepare(source, workers=workers)["images_per_second"]
+            row["others"] = ((_busy() - busy) - (_own() - own)) / (monotonic() - began)
+            rows.append(row)
+    quiet = [row for row in rows if row["others"] < _QUIET] or rows
+    ratios = [round(row["2"] / row["1"], 2) for row in quiet]
     return {
-        "one_worker": round(statistics.median(rates[1]), 1),
-        "two_workers": round(statistics.median(rates[2]), 1),
-        "ratio": round(statistics.median(two / one for one, two in zip(rates[1], rates[2], strict=True)), 2),
-        "ratios": [round(two / one, 2) for one, two in zip(rates[1], rates[2], strict=True)],
-        "independent_processes": round(statistics.median(alone), 2),
+        "one_worker": round(statistics.median(row["1"] for row in quiet), 1),
+        "two_workers": round(statistics.median(row["2"] for row in quiet), 1),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratios": ratios,
+        "independent_processes": round(statistics.median(row["independent"] for row in quiet), 2),
+        "others_cores": [round(row["others"], 1) for row in rows],
     }
+
+
+_QUIET = 0.5
+"""Rounds in which other programs took this many cores are left out, as long as any is left."""
+
+
+def _busy() -> float:
+    """Returns the CPU seconds that this machine has spent, on whatever."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    """Returns the CPU seconds of this process and of those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 _DECODE = """
@@ -175,7 +197,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     result: dict[str, Any] = {
         "one_core": compare_one_core(pictures, options.rounds),
-        "workers": compare_workers(pictures, 5),
+        "workers": compare_workers(pictures, options.rounds),
     }
     result |= {"load_average": {"before": round(load, 1)}, "pillow": PIL.__version__}
     if options.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
@@ -104,6 +105,22 @@ def test_workers_do_not_outlive_a_killed_run(source: Path, tmp_path: Path) -> No
             break
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
+
+
+def test_a_worker_that_is_killed_costs_nothing(source: Path, undisturbed: Whole, tmp_path: Path) -> None:
+    """As the kernel does it when memory runs out: one of the workers, at any moment."""
+    killed = 0
+
+    def kill(done: int, total: int) -> None:
+        nonlocal killed
+        found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "data.workers"], capture_output=True, text=True)
+        if done and killed < 4 and found.stdout:
+            os.kill(int(found.stdout.split()[killed % 2 - 1]), signal.SIGKILL)
+            killed += 1
+
+    prepare(source, tmp_path / "out", shard_samples=8, workers=2, max_reject_fraction=1, progress=kill)
+    assert killed >= 2
+    assert contents(tmp_path / "out") == undisturbed.contents
 
 
 def test_a_full_disk_is_one_line_and_continues_after_space_is_made(
