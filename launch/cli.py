@@ -168,5 +168,96 @@ def local(
     raise typer.Exit(train_here(config, overrides, run, ranks, more))
 
 
+Tasks = Annotated[int, typer.Option(help="Elements of the job array that prepares.")]
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=PASSED_ON)
+def prepare(
+    context: typer.Context,
+    words: Annotated[
+        list[str], typer.Argument(metavar="SOURCE... OUT [OPTIONS]", help="As for gan-dist prepare, options too.")
+    ],
+    cluster: ClusterFile = None,
+    tasks: Tasks = 8,
+) -> None:
+    """Prepare a dataset as a job array; finished shards are kept whatever happens to an element."""
+    from gan_dist.data.files import expand
+    from launch.stages import prepare_array
+
+    options, given = _options(cluster, [*words, *context.args])
+    plain = [number for number, word in enumerate(given) if not word.startswith("-")]
+    if len(plain) < 2:
+        raise UserError("expected SOURCE... OUT: one source or more, then the dataset's directory, then options")
+    # Sources and OUT come first; what follows the first option is the options'.
+    end = next((number for number, word in enumerate(given) if word.startswith("-")), len(given))
+    if end < 2:
+        raise UserError("expected SOURCE... OUT before the options of gan-dist prepare")
+    out, rest = expand(given[end - 1]), given[end:]
+    beside, made = prepare_array([*given[: end - 1], *rest], out, tasks, options)
+    print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {beside}")
+
+
+@app.command()
+def pipeline(
+    config: Config,
+    words: Words = None,
+    source: Annotated[list[str], typer.Option(help="What to prepare; may be given several times.")] = [],  # noqa: B006
+    cluster: ClusterFile = None,
+    tasks: Tasks = 8,
+    name: Name = None,
+    run_dir: RunDir = None,
+    max_steps: MaxSteps = None,
+) -> None:
+    """Prepare, then train, then sample and report: three jobs, each waiting for the one before to end well."""
+    from launch.stages import submit_pipeline
+    from launch.submit import run_directory
+
+    if not source:
+        raise UserError("--source: expected one source or more; what shall be prepared?")
+    options, overrides = _options(cluster, words)
+    run = run_directory(config, options, name, run_dir)
+    for made in submit_pipeline(config, overrides, source, tasks, options, run, max_steps=max_steps):
+        print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
+    print(f"  python -m launch status {run}")
+
+
+@app.command()
+def tensorboard(
+    runs: Annotated[str, typer.Argument(help="A directory of runs, or one run.")],
+    port: Annotated[int | None, typer.Option(help="Port on the loopback address. [default: a free one]")] = None,
+    cluster: ClusterFile = None,
+) -> None:
+    """Start TensorBoard here, or with --cluster as a small CPU job, and print the way to it from your laptop."""
+    from gan_dist.data.files import expand
+    from launch.board import as_job, serve
+
+    where = expand(runs)
+    if not where.is_dir():
+        raise UserError(f"no directory {where}; expected where runs lie, or one run")
+    if cluster is None:
+        raise typer.Exit(serve(where, port))
+    for line in as_job(where, _options(cluster, [])[0]):
+        print(line, flush=True)
+
+
+@app.command()
+def doctor(
+    words: Words = None,
+    cluster: ClusterFile = None,
+    limit_minutes: Annotated[float, typer.Option(help="Give up after this long, most of it in the queue.")] = 30,
+) -> None:
+    """Run a short job on every node asked for: gan-dist doctor, an all-reduce and ten steps; print a line a node."""
+    from launch.checkup import examine
+    from launch.submit import new_id, run_directory
+
+    options, rest = _options(cluster, words)
+    if rest:
+        raise UserError(f"expected slurm. and job. keys only, found {rest[0]}")
+    home = run_directory("doctor", options, f"doctor-{new_id()}", None)
+    for line in examine(home, options, 60 * limit_minutes):
+        print(line, flush=True)
+
+
 if __name__ == "__main__":
     main()

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from gan_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from launch.rank import ATTEMPT
 from launch.snapshot import CHECKOUT
-
-SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
-"""What torchrun hands on to its workers; without SIGUSR2 in it, that signal kills torchrun and orphans them."""
-SHUTDOWN_S = 600
-"""Seconds that torchrun leaves its workers to save; its default of 30 kills longer saves."""
+from launch.torchrun import run_torchrun, verdict
 
 
 def train_here(config: str, overrides: Sequence[str], run: Path, ranks: int | None, more: Sequence[str]) -> int:
@@ -26,25 +18,9 @@ def train_here(config: str, overrides: Sequence[str], run: Path, ranks: int | No
         import torch
 
         ranks = max(1, torch.cuda.device_count())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    torchrun += [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={SHUTDOWN_S}", "--max-restarts=0"]
-    words = ["-m", "launch.rank", "train", config, *overrides, "--run-dir", str(run), *more]
     with tempfile.TemporaryDirectory(prefix="gan-dist-") as attempt:
-        path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {
-            **os.environ,
-            ATTEMPT: attempt,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        }
-        process = subprocess.Popen([*torchrun, *words], env=env)
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, lambda got, frame: process.send_signal(got))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to torchrun as well
-        status = process.wait()
-        if (Path(attempt) / "done").exists():
-            return EXIT_DONE
-        if (Path(attempt) / "stopped").exists():
-            return EXIT_STOPPED
-        told = sorted(file.read_text().split("\t") for file in Path(attempt).glob("failed-*"))
-        return int(told[0][1]) if told else status or EXIT_FAILED
+        os.environ[ATTEMPT] = attempt
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        words = ["train", config, *overrides, "--run-dir", str(run), *more]
+        status = run_torchrun(["--standalone", f"--nproc-per-node={ranks}"], words)
+        return verdict(Path(attempt), status)

@@ -11,6 +11,7 @@ status 0, because srun would otherwise kill the others while they still save.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -47,6 +48,7 @@ class TrainJob:
     def __call__(self) -> None:
         """Trains as one rank of the job. Ends the process with the status that srun is to see."""
         listen()
+        logging.getLogger("submitit").setLevel(logging.WARNING)  # what it calls a success may be a stop
         status = self.run()
         if status:
             raise SystemExit(status)

@@ -25,6 +25,8 @@ class Batch:
     """Shell lines between the set-up and the end."""
     array: int | None = None
     """Elements of a job array, numbered from 0."""
+    home: Path | None = None
+    """The working directory, the run's unless words of the body are relative to another."""
     after: str | None = None
     """Start when these jobs (ids joined by colons) have ended well; be cancelled when they cannot."""
 
@@ -65,7 +67,7 @@ def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
     logs = str(batch.run / "logs").replace("%", "%%")
     ours: dict[str, str | int | bool | None] = {
         "job-name": batch.name,
-        "chdir": str(batch.run),
+        "chdir": str(batch.home or batch.run),
         "output": f"{logs}/%A_%a-batch.log" if batch.array else f"{logs}/%j-batch.log",
         "open-mode": "append",
         "requeue": True,

@@ -22,3 +22,4 @@ def listen() -> None:
 
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)

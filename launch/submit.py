@@ -91,6 +91,7 @@ def submit_training(
     max_steps: int | None = None,
     from_run: str | None = None,
     after: str | None = None,
+    alone: bool = True,
 ) -> Submission:
     """Returns the submission of a training job on a snapshot of code and configuration.
 
@@ -99,7 +100,7 @@ def submit_training(
     """
     slurm.need("sbatch", "srun", "scontrol")
     settings = check_config(config, overrides)
-    if busy := slurm.queue([each.job for each in submissions(run)]):
+    if alone and (busy := slurm.queue([each.job for each in submissions(run)])):
         raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
     with fresh(run) as folder:
         publish(folder / "config.yaml", to_yaml(settings).encode())

@@ -67,7 +67,7 @@ gan_dist_state() {
 gan_dist_cause() {
   local own killed lost
   own=$(cat "$attempt"/failed-* 2>/dev/null | sort -n | awk -F'\t' '$3 == "error" { print; exit }')
-  killed=$(sed -nE 's/^srun: error: ([^:]+): tasks? ([0-9,-]+): (Killed|Aborted|Segmentation fault|Bus error|Illegal instruction|Terminated|Out Of Memory).*/rank \2 on \1: \3/p' "$attempt/srun.err" 2>/dev/null | head -n 1)
+  killed=$(sed -nE 's/^srun: error: ([^:]+): tasks? ([0-9,-]+): (Killed|Aborted|Segmentation fault|Bus error|Illegal instruction|Out Of Memory).*/rank \2 on \1: \3/p' "$attempt/srun.err" 2>/dev/null | head -n 1)
   lost=$(cat "$attempt"/failed-* 2>/dev/null | sort -n | awk -F'\t' 'NR == 1 { print $6 }')
   if [[ -n $own ]]; then
     awk -F'\t' '{ print $2 "\t" ($4 == "-" ? "" : "rank " $4 " on " $5 ": ") $6 }' <<<"$own"
@@ -138,4 +138,22 @@ gan_dist_finish() { # STATUS OF SRUN
   printf '%s\tcrashed\t%s\t%s\t%s\n' "$restart" "$step" "$why" "$([[ $status == lost ]] && echo lost || echo error)" >>"$attempts/history"
   echo "gan_dist: crashed at $step: $why"
   gan_dist_requeue
+}
+
+# For the .sbatch files: checks their arguments, and finds code, interpreter and container in the environment.
+gan_dist_arguments() { # HOW-MANY USAGE ARGUMENTS...
+  local code=${code:?the checkout}
+  if (($# - 2 < $1)); then
+    echo "gan_dist: expected arguments $2, found $(($# - 2))" >&2
+    exit 2
+  fi
+  export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
+  read -ra python <<<"${GAN_DIST_CONTAINER:-}"
+  python+=("${GAN_DIST_PYTHON:-python}")
+}
+
+# Writes down for `python -m launch status` what Submitit's side writes at submission.
+gan_dist_record() { # KIND RANKS WORDS...
+  [[ -e $submission/job.json ]] || printf '{"id": "%s", "kind": "%s", "job": "%s", "time": %s, "commit": null, "words": [], "ranks": %s}\n' \
+    "${submission##*/}" "$1" "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" "$(date +%s)" "$2" >"$submission/job.json"
 }

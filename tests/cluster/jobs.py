@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from launch.status import FINAL
 from tests.cluster.boot import Cluster, wait_until
 from tests.train.test_trainer import small
 
@@ -96,6 +97,8 @@ class Run:
 
         def there() -> tuple[str, ...] | None:
             told = self.history()
+            if told and told[-1][1] in FINAL and told[-1][1] not in what:
+                raise AssertionError(f"expected {' or '.join(what)}, found:\n{self.story()}")
             return told[-1] if told and told[-1][1] in what else None
 
         found: tuple[str, ...] = self.wait(there, limit_s, " or ".join(what))

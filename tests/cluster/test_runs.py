@@ -84,8 +84,10 @@ def test_the_time_limit_saves_and_requeues_until_the_run_is_done(
     run = Run.submit(linuxproc, config, tmp_path / "run", "slurm.time=1", "slurm.signal_lead_s=25")
     what = run.wait_for("requeued")
     assert what[3] == "SIGUSR2" and len(run.events("stop")) == 1
-    launch(linuxproc, "stop", str(run.path))  # waiting to be eligible: taken out of the queue
+    linuxproc.wait_for_job(run.job, "PENDING")
+    assert "was waiting; it is cancelled" in launch(linuxproc, "stop", str(run.path)).stdout
     linuxproc.wait_for_job(run.job, "CANCELLED")
+    assert not (run.path / "stop").exists()
 
 
 @pytest.mark.parametrize("user_signal", [False, True], ids=["term", "user-signal"])
