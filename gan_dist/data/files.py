@@ -27,9 +27,15 @@ def expand(text: str | Path) -> Path:
     """
     expanded = os.path.expandvars(Path(text).expanduser())
     missing = re.search(r"\$\{?([A-Za-z_]\w*)", expanded)
-    if missing and not Path(expanded).exists():  # a file may well be called $HOMELESS
+    if missing and not present(Path(expanded)):  # a file may well be called $HOMELESS
         raise UserError(f"{text}: the environment variable {missing[1]} is not set: set it or write the path out")
     return Path(os.path.abspath(expanded))  # noqa: PTH100 (resolve() would follow links)
+
+
+def present(path: Path) -> bool:
+    """Returns whether there is anything at `path`. Unlike Path.exists it does not raise where a folder above may not be
+    looked into."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def temporary_name(path: Path) -> Path:

@@ -72,6 +72,8 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
             rows = csv.DictReader(stream)
             columns = rows.fieldnames or []
+            if "\ufffd" in "".join(columns):
+                raise UserError(f"--labels {spec}: {path} is not a table in UTF-8")
             for column in (file_column, label_column):
                 if column not in columns:
                     raise UserError(f"--labels {spec}: no column {column!r} in {path}; it has {', '.join(columns)}")

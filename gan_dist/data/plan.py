@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,12 +96,12 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     if options.replacements:
         extra = expand(options.replacements)
         found = [*found, (extra, extra.name)]
-    _refuse_twice(found)
     uses: Counter[str] = Counter()
     sources: list[Source] = []
     for path, name in found:
         uses[name] += 1
         sources.append(open_source(path, f"{name}#{uses[name]}" if uses[name] > 1 else name))
+    _refuse_twice(sources)
     for source in sources:
         if source.kind == "folder" and (out == Path(source.path) or out in Path(source.path).parents):
             raise UserError(f"source {source.path} lies in OUT ({out}): choose another folder for the dataset")
@@ -158,18 +159,18 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     return plan
 
 
-def _refuse_twice(found: Sequence[tuple[Path, str]]) -> None:
+def _refuse_twice(sources: Sequence[Source]) -> None:
     """Raises UserError when a source is given twice, or a folder within another: its images would be taken twice. (A
     zip in a folder is not: what lies in folders is not unpacked.)"""
     known: set[Path] = set()
-    places = [path.resolve() if path.exists() else path for path, _ in found]
-    for place, (path, name) in zip(places, found, strict=True):
+    places = [Path(os.path.realpath(source.path)) for source in sources]
+    for place, source in zip(places, sources, strict=True):
         if place in known:
-            raise UserError(f"source {name} is given twice ({path}): its images would be taken twice")
+            raise UserError(f"source {source.path} is given twice: its images would be taken twice")
         known.add(place)
-    for place, (path, _) in zip(places, found, strict=True):
-        if path.is_dir() and (outer := known.intersection(place.parents)):
-            raise UserError(f"source {path} lies in {outer.pop()}, a source too: its images would be taken twice")
+    for place, source in zip(places, sources, strict=True):
+        if source.kind == "folder" and (outer := known.intersection(place.parents)):
+            raise UserError(f"source {source.path} lies in the source {outer.pop()}: its images would be taken twice")
 
 
 def _decoders() -> dict[str, str]:

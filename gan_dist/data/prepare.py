@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from gan_dist.data.account import Account, TooManyRejects
-from gan_dist.data.files import clear_temporaries, expand, publish, publish_record, read_record
+from gan_dist.data.files import clear_temporaries, expand, present, publish, publish_record, read_record
 from gan_dist.data.images import RESAMPLE, Recipe
 from gan_dist.data.locks import Locks
 from gan_dist.data.plan import FOLDER, Options, Plan, claim, make_plan, settle
@@ -92,7 +92,7 @@ def prepare(
     texts = spread([sources] if isinstance(sources, str | Path) else sources)
     if not texts:
         raise UserError("no source given: expected folders, zips or tars")
-    created = not target.exists()
+    created = not present(target)
     _check_target(target)
     if any(map(needs_staging, texts)) and (account := _finished(target, texts, options, max_reject_fraction)):
         return account
@@ -136,7 +136,7 @@ def _local(texts: Sequence[str], out: Path, locks: Locks | None) -> list[tuple[P
 def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_fraction: float) -> Account | None:
     """Returns the account of a dataset that is whole, so that nothing need be fetched again to find that out."""
     given = {**options.given(), "max_reject_fraction": max_reject_fraction}
-    if not (out / MANIFEST).exists() or remembered(out) != (list(texts), given) or verify(out):
+    if not present(out / MANIFEST) or remembered(out) != (list(texts), given) or verify(out):
         return None
     manifest = read_manifest(out)
     shards = len(manifest.shards)
@@ -178,7 +178,7 @@ def default_workers() -> int:
 def _check_target(out: Path) -> None:
     """Raises UserError when `out` cannot become a dataset, before anything slow begins."""
     here = out
-    while not here.exists() and here != here.parent:
+    while not present(here) and here != here.parent:
         here = here.parent
     if not here.is_dir():
         raise UserError(f"cannot write to OUT {out}: {here} is a file, not a folder")

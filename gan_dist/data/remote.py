@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gan_dist.data.files import expand, is_address, temporary_name
+from gan_dist.data.files import expand, is_address, present, temporary_name
 from gan_dist.errors import GanDistError, UserError
 
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {
@@ -27,7 +27,7 @@ def spread(texts: Sequence[str | Path]) -> list[str]:
     found: list[str] = []
     for text in map(str, texts):
         many = [text]
-        if "{" in text and (is_address(text) or not Path(text).exists()) and not text.startswith("pipe:"):
+        if "{" in text and (is_address(text) or not present(Path(text))) and not text.startswith("pipe:"):
             from braceexpand import braceexpand
 
             try:

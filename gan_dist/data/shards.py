@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from gan_dist.data.files import expand, fsync_folder, is_address, temporary_name
+from gan_dist.data.files import expand, fsync_folder, is_address, present, temporary_name
 from gan_dist.data.headers import TAR_BLOCK, first_bad_header, member_header, npy_header
 from gan_dist.errors import UserError
 
@@ -117,7 +117,7 @@ def read_manifest(root: str | Path) -> Manifest:
     except OSError as error:
         hint = (
             "its preparation has not finished: run `gan-dist prepare` again"
-            if (path.parent / ".prepare").exists()
+            if present(path.parent / ".prepare")
             else "expected a folder made by `gan-dist prepare`"
         )
         raise UserError(f"{path.parent} is not a dataset: no readable {MANIFEST} ({error.strerror}); {hint}") from None

@@ -121,21 +121,48 @@ def test_workers_that_cannot_start_are_one_line_and_no_pictures_fault(
     assert prepare(tmp_path / "in", tmp_path / "out", workers=2).written == 10
 
 
-def test_a_file_that_may_not_be_read_is_unreadable(tmp_path: Path) -> None:
+UNPRIVILEGED = """
+import os, sys
+from gan_dist.data.prepare import prepare
+from gan_dist.data.verify import verify
+from gan_dist.errors import UserError
+source, out, locked = sys.argv[1:]
+prepare(source + "/b", out + "0", workers=0)  # imports all, before the rights to do so are gone
+if os.getuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+prepare(source, out, workers=0, max_reject_fraction=1)
+for call in (
+    lambda: prepare(source, locked + "/deep/out", workers=0),
+    lambda: prepare(locked + "/in.zip", out + "1", workers=0),
+    lambda: prepare(source, out + "1", workers=0, replacements=locked + "/in.zip"),
+    lambda: verify(locked + "/out"),
+):
+    try:
+        call()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_what_may_not_be_read_is_a_reject_or_one_line(tmp_path: Path) -> None:
+    """By somebody who is not root: an image without rights to it, and a folder that may not be entered."""
     (fill(tmp_path / "in") / "a/004.png").chmod(0)
-    code = (
-        "import os, sys; from gan_dist.data.prepare import prepare; source, out = sys.argv[1:]\n"
-        "prepare(source + '/b', out + '0', workers=0)  # imports all before the rights to do so are gone\n"
-        "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "prepare(source, out, workers=0, max_reject_fraction=1)"
-    )
+    (tmp_path / "locked").mkdir(mode=0)
     for folder in [tmp_path, *tmp_path.parents]:
         if folder.stat().st_uid == os.getuid() and str(folder).startswith("/tmp/"):
             folder.chmod(0o777)
-    command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "out")]
+    command = [sys.executable, "-c", UNPRIVILEGED, *(str(tmp_path / name) for name in ("in", "out", "locked"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert rejects(tmp_path / "out") == {"a/004.png": "unreadable"}
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[-1].split(";")[0].strip() for line in lines[:3]] == [
+        f"no permission to write in {tmp_path}/locked",
+        "Permission denied",
+        "Permission denied",
+    ]
+    assert len(lines) == 4 and "is not a dataset: no readable manifest.json (Permission denied)" in lines[3]
+    assert not (tmp_path / "out1").exists()
 
 
 @pytest.mark.parametrize(("resolution", "most"), [(64, JOB_ENTRIES), (1024, 10), (4096, 1)])
