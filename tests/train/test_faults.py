@@ -30,7 +30,7 @@ class Ranks:
         self.processes = []
         for rank, log in enumerate(self.logs):
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
             start = ["-c", code] if code and rank == size - 1 else ["-m", "gan_dist"]
             arguments = ["train", config, "--run-dir", str(run), "dist.timeout_s=8", "dist.init_timeout_s=60", *words]
             with log.open("w") as file:
@@ -41,10 +41,16 @@ class Ranks:
                 )
 
     def wait(self, limit: float = LIMIT) -> list[int]:
-        """Returns all exit statuses; kills and fails when a process outlives the limit."""
+        """Returns all exit statuses; fails with every rank's stacks and output when one outlives the limit."""
         deadline = time.monotonic() + limit
         try:
             return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            for process in self.processes:
+                process.send_signal(signal.SIGABRT)  # faulthandler prints all stacks
+            time.sleep(3)
+            told = "\n".join(f"rank {rank}:\n{self.log(rank)}" for rank in range(len(self.logs)))
+            raise AssertionError(f"ranks outlived {limit:g} s\n{told}") from None
         finally:
             self.kill()
 
