@@ -112,10 +112,10 @@ def examine(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str
 def _line(node: dict[str, Any], well: bool) -> str:
     """Returns what one node's doctor found, in one line."""
     findings = node["findings"]
-    bad = [
-        f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in findings if f["state"] == "problem"
-    ]
+    bad = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in findings if f["state"] == "problem"]
     net = ", ".join(f"{name} {address}" for name, address in node["interfaces"].items() if name != "lo")
+    warned = sum(f["state"] == "warning" for f in findings)
+    bad += [f"{warned} warning(s): gan-dist doctor, run there, tells them"] * (warned > 0)
     return f"{node['host']:<12} {'ok' if not bad else 'look':<5} {node['torch']}, {node['device']}, {net}" + "".join(
         f"\n{'':<13}{line}" for line in bad
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated
 
@@ -203,6 +204,9 @@ def pipeline(
     config: Config,
     words: Words = None,
     source: Annotated[list[str], typer.Option(help="What to prepare; may be given several times.")] = [],  # noqa: B006
+    preparing: Annotated[
+        str, typer.Option("--prepare", metavar="OPTIONS", help="gan-dist prepare's options, as one word.")
+    ] = "",
     cluster: ClusterFile = None,
     tasks: Tasks = 8,
     name: Name = None,
@@ -217,7 +221,8 @@ def pipeline(
         raise UserError("--source: expected one source or more; what shall be prepared?")
     options, overrides = _options(cluster, words)
     run = run_directory(config, options, name, run_dir)
-    for made in submit_pipeline(config, overrides, source, tasks, options, run, max_steps=max_steps):
+    told = [*source, *shlex.split(preparing)]
+    for made in submit_pipeline(config, overrides, told, tasks, options, run, max_steps=max_steps):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
     print(f"  python -m launch status {run}")
 

@@ -11,8 +11,8 @@ from gan_dist.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LARGEST_MIB = 200
-LEFT_OUT = {"__pycache__", "node_modules", "build", "dist", "runs", "data", "wheelhouse", "gan-dist-demo"}
-"""Directories that are copied from no checkout without git: caches, builds, data and runs."""
+LEFT_OUT = {"build", "dist", "runs", "data", "wheelhouse", "gan-dist-demo"}
+"""Directories at the top of a checkout without git that are not copied: builds, data and runs."""
 
 
 def files_of(root: Path) -> list[Path]:
@@ -30,7 +30,10 @@ def files_of(root: Path) -> list[Path]:
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and name not in LEFT_OUT and not (folder / name / "pyvenv.cfg").exists()
+            if not name.startswith(".")
+            and name != "__pycache__"
+            and not (folder == root and name in LEFT_OUT)
+            and not (folder / name / "pyvenv.cfg").exists()
         )
         found += [(folder / name).relative_to(root) for name in sorted(files) if (folder / name).is_file()]
     return found

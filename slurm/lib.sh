@@ -65,7 +65,7 @@ gan_dist_state() {
 
 # Why this start failed: what a rank said of itself, else what srun saw happen to one, else what survivors guessed.
 gan_dist_cause() {
-  local own killed lost
+  local own killed lost host rank
   own=$(cat "$attempt"/failed-* 2>/dev/null | sort -n | awk -F'\t' '$3 == "error" { print; exit }')
   killed=$(sed -nE 's/^srun: error: ([^:]+): tasks? ([0-9,-]+): (Killed|Aborted|Segmentation fault|Bus error|Illegal instruction|Out Of Memory).*/rank \2 on \1: \3/p' "$attempt/srun.err" 2>/dev/null | head -n 1)
   lost=$(cat "$attempt"/failed-* 2>/dev/null | sort -n | awk -F'\t' 'NR == 1 { print $6 }')
@@ -76,7 +76,12 @@ gan_dist_cause() {
   elif [[ -n $lost ]]; then
     printf 'lost\t%s\n' "$lost"
   else
-    printf 'lost\t%s\n' "$(grep -m 1 -hE '^(srun|slurmstepd).*error' "$attempt/srun.err" 2>/dev/null || echo "srun ended with status $1")"
+    read -r host rank <<<"$(sed -nE 's/^srun: error: ([^:]+): tasks? ([0-9]+).*: Exited .*/\1 \2/p' "$attempt/srun.err" | head -n 1)"
+    if [[ -n $rank ]]; then # it ended before it could leave a word
+      printf 'lost\trank %s on %s ended, its last line: %s\n' "$rank" "$host" "$(grep . "$run/logs/$job-$restart-$host-$rank.log" | tail -n 1)"
+    else
+      printf 'lost\t%s\n' "$(grep -m 1 -hE '^(srun|slurmstepd).*error' "$attempt/srun.err" || echo "srun ended with status $1")"
+    fi
   fi
 }
 

@@ -166,10 +166,18 @@ def test_a_snapshot_holds_what_is_there_and_nothing_that_git_ignores(tmp_path: P
 
 def test_a_checkout_without_git_is_copied_without_environments_and_data(tmp_path: Path) -> None:
     root = tmp_path / "checkout"
-    for name in ("gan_dist/a.py", "env/pyvenv.cfg", "env/lib/x.py", ".hidden/y.py", "runs/r/state.pt", "README.md"):
+    for name in (
+        "gan_dist/data/a.py",
+        "data/set.tar",
+        "env/pyvenv.cfg",
+        "env/lib/x.py",
+        ".hidden/y.py",
+        "runs/r/state.pt",
+        "README.md",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("")
-    assert sorted(map(str, snapshot.files_of(root))) == ["README.md", "gan_dist/a.py"]
+    assert sorted(map(str, snapshot.files_of(root))) == ["README.md", "gan_dist/data/a.py"]
     assert snapshot.commit_of(root) is None
 
 

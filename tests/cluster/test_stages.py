@@ -1,0 +1,244 @@
+"""Preparation as an array, pipelines, plain sbatch files, doctor and TensorBoard on a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.boot import Cluster, wait_until
+from tests.cluster.jobs import ROOT, START_S, Run, launch, leftovers, small_config
+from tests.train.test_trainer import assert_identical
+
+pytestmark = pytest.mark.cluster
+
+ONE = ("slurm.cpus_per_task=1", "slurm.time=5")
+
+
+@pytest.fixture(scope="module")
+def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_config(dataset, tmp_path_factory.mktemp("config"))
+
+
+def sbatch(cluster: Cluster, *words: str, cwd: Path = ROOT, **env: str) -> str:
+    """Returns the id of a job submitted by plain sbatch, with this environment's python on PATH."""
+    path = f"{Path(sys.executable).parent}:{cluster.environment()['PATH']}"
+    done = subprocess.run(
+        ["sbatch", "--parsable", *words],
+        env={**cluster.environment(), "PATH": path, "GAN_DIST_CODE": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_one_element_killed_redoes_its_shards_only_and_training_follows(
+    linuxproc: Cluster, config: str, paintings: Path, tmp_path: Path
+) -> None:
+    """The pipeline's last array element shares its job id with the array: requeueing it must touch no sibling."""
+    shards = tmp_path / "shards"
+    values = yaml.safe_load(Path(config).read_text()) | {"data": {"shards": str(shards)}}
+    (tmp_path / "art.yaml").write_text(yaml.safe_dump(values))
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    # The last element dies once, after its first shard; whoever was requeued would leave a second mark.
+    (hook / "sitecustomize.py").write_text(
+        "import os, sys, pathlib, threading, time\n"
+        "task, again = os.environ.get('SLURM_ARRAY_TASK_ID'), os.environ.get('SLURM_RESTART_COUNT', '0')\n"
+        f"at = pathlib.Path({str(tmp_path)!r})\n"
+        "if task and 'gan_dist' in ' '.join(sys.orig_argv):\n"
+        "    (at / f'started-{task}-{again}').touch()\n"
+        "    def kill():\n"
+        "        while not list((at / 'shards').glob('shard-0000[25].tar')): time.sleep(0.002)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    if task == '2' and again == '0': threading.Thread(target=kill, daemon=True).start()\n"
+    )
+    words = ["--source", str(paintings), "--prepare", "--resolution 32 --shard-samples 8 --max-reject-fraction 0.5"]
+    env = f"job.env={{PYTHONPATH: {hook}}}"
+    run = tmp_path / "run"
+    said = launch(
+        linuxproc,
+        "pipeline",
+        str(tmp_path / "art.yaml"),
+        *words,
+        "--tasks",
+        "3",
+        env,
+        *ONE,
+        "--run-dir",
+        str(run),
+        "--max-steps",
+        "4",
+    ).stdout
+    jobs = re.findall(r"job (\d+)", said)
+    assert len(jobs) == 3
+    wait_until(lambda: (run / "grid.png").exists() and (run / "report.html").exists(), 2 * START_S, "pipeline's end")
+    started = sorted(file.name for file in tmp_path.glob("started-*"))
+    assert started == ["started-0-0", "started-1-0", "started-2-0", "started-2-1"]
+    status = launch(linuxproc, "status", str(run)).stdout
+    assert "(prepare, 3 rank(s)): done" in status and "crashed" in status and "done step=4/4" in status, status
+    history = next((run / "launch").glob(f"*/attempts/{jobs[0]}_2/history")).read_text()
+    assert [line.split("\t")[1] for line in history.splitlines()] == ["crashed", "done"]
+
+
+def test_training_is_cancelled_when_preparation_fails_for_good(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("--source", str(tmp_path / "nowhere.zip"), "--tasks", "2", *ONE, f"data.shards={tmp_path / 'shards'}")
+    jobs = re.findall(r"job (\d+)", launch(linuxproc, "pipeline", config, *words, "--run-dir", str(run)).stdout)
+    for job in jobs[1:]:
+        linuxproc.wait_for_job(job, "CANCELLED")
+    status = launch(linuxproc, "status", str(run)).stdout
+    assert f"job {jobs[1]} (train, 1 rank(s)): cancelled, because prepare (job {jobs[0]}) failed: " in status, status
+    assert "nowhere.zip" in status and not (run / "config.yaml").exists()
+
+
+def test_two_jobs_on_one_host_do_not_meet(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
+    words = ("--max-steps", "30", "slurm.extra={nodelist: node3}")
+    runs = [Run.submit(linuxproc, config, tmp_path / name, *words, nodes=1, ranks=2) for name in ("a", "b")]
+    for run in runs:
+        run.wait_for("done")
+        assert json.loads((run.path / "environment.json").read_text())["world_size"] == 2
+    ports = {next(run.folder.glob("attempts/*/0/rendezvous.json")).read_text() for run in runs}
+    assert len(ports) == 2
+    assert_identical(runs[0].path, runs[1].path)
+
+
+def test_plain_sbatch_speaks_the_same_protocol_and_knows_the_same_run(
+    linuxproc: Cluster, config: str, tmp_path: Path
+) -> None:
+    wrap = tmp_path / "wrap"
+    wrap.write_text(f'#!/bin/bash\necho "$*" >>{tmp_path}/wrapped\nexec "$@"\n')
+    wrap.chmod(0o755)
+    words = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10", "slurm/train.sbatch")
+    run = Run(linuxproc, tmp_path / "run", "")
+    out = ("--output", str(tmp_path / "log"))
+    run.job = sbatch(linuxproc, *out, *words, str(run.path), config, "--max-steps", "100", GAN_DIST_CONTAINER=str(wrap))
+    run.wait_for_step(20)
+    linuxproc.run("scancel", "--signal=USR2", run.job)
+    assert run.wait_for("requeued")[3] == "SIGUSR2"
+    run.wait_for("done")
+    assert run.restarts() == 1 and "(train, 2 rank(s)): done: 100" in run.status()
+    # Every rank of both starts went through the container's words, and the batch script went round them.
+    assert (tmp_path / "wrapped").read_text().count("-m launch.rank train") == 4
+
+
+SLOW = '''
+"""Makes each save take 40 s more, once the run was asked to stop."""
+import importlib.abc, importlib.util, sys, time
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "gan_dist.train.trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            save = module.Trainer._save
+            def slow(self, **words):
+                if self.stop:
+                    time.sleep(40)
+                return save(self, **words)
+            module.Trainer._save = slow
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Hook())
+'''
+
+
+def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
+    linuxproc: Cluster, config: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    words = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=10", "slurm/train_torchrun.sbatch")
+    run = Run(linuxproc, tmp_path / "run", "")
+    run.job = sbatch(
+        linuxproc,
+        "--output",
+        str(tmp_path / "log"),
+        *words,
+        str(run.path),
+        config,
+        "--max-steps",
+        "150",
+        "dist.timeout_s=90",
+        PYTHONPATH=str(tmp_path),
+        GAN_DIST_RANKS_PER_NODE="1",
+    )
+    run.wait_for_step(20)
+    linuxproc.run("scancel", "--signal=USR2", run.job)
+    began = time.monotonic()
+    what = run.wait_for("requeued", limit_s=120)
+    assert what[3] == "SIGUSR2" and time.monotonic() - began > 38
+    saved = run.events("stop")[0]["step"]
+    run.wait_for_step(saved + 15)
+    lost = next(name for name in ("node1", "node2", "node3") if linuxproc.hosts[name].pids("launch.torchrun"))
+    linuxproc.hosts[lost].kill()
+    try:
+        run.wait_for("done", limit_s=200)
+    finally:
+        linuxproc.hosts[lost].boot()
+        linuxproc.wait_for_hosts()
+    starts = [event["step"] for event in run.events("start")]
+    assert starts[:2] == [0, saved] and len(starts) == 3 and starts[2] >= saved
+    wait_until(lambda: not leftovers(linuxproc), 60, "empty hosts")
+
+
+def test_doctor_says_a_line_a_node_and_passes_refusals_on(linuxproc: Cluster, tmp_path: Path) -> None:
+    words = ("slurm.nodes=3", "slurm.cpus_per_task=1", "slurm.time=5", f"job.runs={tmp_path}")
+    said = launch(linuxproc, "doctor", *words).stdout
+    for name, host in linuxproc.hosts.items():
+        assert re.search(rf"^{name} .*torch .*net0 {host.address}", said, re.MULTILINE), said
+    assert "all-reduce and 10 steps over 3 rank(s): well" in said
+    assert not list(tmp_path.iterdir())
+    refused = launch(linuxproc, "doctor", *words, "slurm.partition=nowhere", check=False)
+    assert refused.returncode == 2 and "invalid partition specified: nowhere" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_as_a_job_tells_the_way_to_it(linuxproc: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("slurm: {cpus_per_task: 1, time: 5, signal_lead_s: 30}")
+    (tmp_path / "runs").mkdir()
+    said = launch(linuxproc, "tensorboard", str(tmp_path / "runs"), "--cluster", str(file)).stdout
+    job, port = re.findall(r"job (\d+)", said)[0], re.findall(r"-L (\d+):localhost:\1", said)
+    assert port and re.search(r"ssh -N -J root@\S+ -L \d+:localhost:\d+ root@node\d", said), said
+    assert "rsync -avzm" in said and "bind_all" not in said
+    host = linuxproc.hosts[re.findall(r"root@(node\d)", said)[0]]
+    url = f"http://127.0.0.1:{port[0]}/data/environment"
+    ask = ("nsenter", "-t", str(host.process and host.process.pid), "-n", sys.executable, "-c")
+    code = f"import urllib.request; print(urllib.request.urlopen({url!r}, timeout=5).status)"
+    wait_until(lambda: subprocess.run([*ask, code], capture_output=True, check=False).stdout == b"200\n", 60, "answer")
+    with pytest.raises(OSError):  # nobody else on the cluster's network can reach it
+        urllib.request.urlopen(f"http://{host.address}:{port[0]}/", timeout=3)
+    linuxproc.run("scancel", job)
+    wait_until(lambda: not leftovers(linuxproc), 40, "empty hosts")
+
+
+def test_local_trains_two_ranks_and_usr2_saves(config: str, tmp_path: Path) -> None:
+    run = Run(None, tmp_path / "run", "")  # type: ignore[arg-type]
+    words = [sys.executable, "-m", "launch", "local", config, "--ranks", "2", "--run-dir", str(run.path)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: max(run.steps(), default=0) >= 10, START_S, "step 10")
+    os.kill(process.pid, signal.SIGUSR2)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by SIGUSR2" in said, said
+    again = subprocess.run(
+        [*words, "--max-steps", "3"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert again.returncode == 0, again.stderr
