@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,21 +75,27 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole
 def test_killed_at_random_moments_it_ends_the_same(
     source: Path, undisturbed: Whole, tmp_path: Path, kills: int
 ) -> None:
-    """Moments from the interpreter's start to the manifest; few come late, since every restart has less to do."""
-    moments = random.Random(kills)
-    done = 0
-    for _ in range(kills):
-        with start(source, tmp_path / "out") as process:
+    """Moments from the interpreter's start to the manifest; what gets there before it is killed begins anew."""
+    moments, out = random.Random(kills), tmp_path / "out"
+    seconds, killed, done = undisturbed.seconds, 0, 0
+    while killed < kills:
+        with start(source, out) as process:
             assert process.stdout is not None
-            time.sleep(moments.uniform(0.2, 0.8) * undisturbed.seconds)
+            time.sleep(moments.uniform(0.3, 1) * seconds)
             process.kill()
             first = int((process.stdout.readline() or f"{done}\n").partition("\n")[0] or done)
-            assert first >= done, "finished shards were done again"
-            done = first
-    with start(source, tmp_path / "out") as process:
+        assert first >= done, "finished shards were done again"
+        done = first
+        if process.returncode == 0:
+            assert contents(out) == undisturbed.contents
+            shutil.rmtree(out)
+            seconds, done = 0.9 * seconds, 0
+        else:
+            killed += 1
+    with start(source, out) as process:
         _, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert contents(tmp_path / "out") == undisturbed.contents
+    assert contents(out) == undisturbed.contents
 
 
 def test_workers_do_not_outlive_a_killed_run(source: Path, tmp_path: Path) -> None:
