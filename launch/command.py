@@ -56,7 +56,9 @@ def main() -> None:
         if status:
             if status > 0:
                 leave_word(attempt, None, status, "error", last or f"{words[0]} ended with status {status}")
-            sys.exit(status if status > 0 else 1)
+            else:
+                leave_word(attempt, None, 1, "lost", f"{words[0]} was killed by {signal.Signals(-status).name}")
+            sys.exit(max(status, 1))
     publish(attempt / "done", b"ended well\n")
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gan_dist.config import expand_path
 from gan_dist.errors import GanDistError, UserError
 from launch import slurm
-from launch.submit import Submission, submissions
+from launch.submit import Submission, runs_home, submissions
 
 FINAL = ("done", "failed", "stopped", "cancelled")
 
@@ -32,10 +33,8 @@ def find_run(run: str, runs: str | None = None) -> Path:
 
     Raises UserError when nothing was ever submitted there.
     """
-    from gan_dist.config import expand_path
-    from gan_dist.train.rundir import run_path
-
-    found = Path(expand_path(runs)) / run if runs and os.sep not in run else run_path(run)
+    direct = Path(expand_path(run))
+    found = direct if direct.is_dir() or os.sep in run else runs_home(runs) / run
     if not (found / "launch").is_dir() and not (found / "config.yaml").is_file():
         raise UserError(f"no run at {found}; expected a run directory, or a name under $GAN_DIST_RUNS (default ./runs)")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import uuid
@@ -57,13 +58,16 @@ def new_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
+def runs_home(runs: str | None = None) -> Path:
+    """Returns the directory of runs known by name, as gan_dist.train.rundir has it; torch is not loaded for that."""
+    return Path(expand_path(runs or os.environ.get("GAN_DIST_RUNS") or "runs"))
+
+
 def run_directory(config: str, cluster: ClusterOptions, name: str | None, run_dir: str | None) -> Path:
     """Returns where the run lies: absolute, the same on every node and at every restart."""
-    from gan_dist.train.rundir import choose_run_dir
-
-    if cluster.job.runs and not run_dir:
-        return Path(expand_path(cluster.job.runs)) / (name or Path(config).stem)
-    return choose_run_dir(config, name, run_dir)
+    if name and run_dir:
+        raise UserError("--name and --run-dir both say where the run lies; give one of them")
+    return Path(expand_path(run_dir)) if run_dir else runs_home(cluster.job.runs) / (name or Path(config).stem)
 
 
 def training_batch(

@@ -53,10 +53,11 @@ gan_dist_srun() {
 }
 
 # What the controller says of this job; RUNNING means that nobody but its own script decides about it.
+# Asked by $job: the id of an array's last element is the whole array's.
 gan_dist_state() {
   local try state
   for try in 1 2 3 4 5 6; do
-    state=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
+    state=$(scontrol show job -o "$job" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
     if [[ -n $state ]]; then break; fi
     sleep "$try"
   done

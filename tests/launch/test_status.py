@@ -1,0 +1,99 @@
+"""What `status`, `logs` and the way to TensorBoard say, read from directories alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from gan_dist.errors import UserError
+from launch.board import way_in
+from launch.status import find_run, follow, logs_of, starts_of, status_lines
+from launch.submit import Submission, submissions
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with two submissions and no SLURM in sight."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = tmp_path / "art"
+    for number, (job, kind, after) in enumerate((("7", "prepare", None), ("8", "train", "7")), start=1):
+        folder = run / "launch" / f"2026112{number}-000000-abcdef"
+        folder.mkdir(parents=True)
+        made = Submission(folder.name, kind, job, 0.0, "abc", ("x",), 2, after)
+        (folder / "job.json").write_text(json.dumps(asdict(made)))
+    (run / "launch" / "junk").mkdir()
+    (run / "launch" / "junk" / "job.json").write_text("{")
+    (run / "logs").mkdir()
+    return run
+
+
+def history(run: Path, number: int, job: str, *lines: str) -> None:
+    folder = run / "launch" / f"2026112{number}-000000-abcdef" / "attempts" / job
+    folder.mkdir(parents=True)
+    (folder / "history").write_text("".join(line.replace(" | ", "\t") + "\n" for line in lines))
+
+
+def test_status_tells_restarts_and_the_last_word(run: Path) -> None:
+    history(run, 1, "7_0", "0 | done | - | ended well")
+    history(
+        run,
+        2,
+        "8",
+        "0 | requeued | step-00000010 | SIGUSR2",
+        "1 | crashed | step-00000020 | rank 1 on b: Killed | lost",
+        "2 | failed | step-00000030 | it broke",
+    )
+    text = "\n".join(status_lines(run))
+    assert "not begun" in text
+    assert "job 7 (prepare, 2 rank(s)): done: ended well" in text
+    assert "job 8 (train, 2 rank(s)): failed: it broke" in text
+    assert "2 restart(s); the last one: crashed at step-00000020: rank 1 on b: Killed" in text
+    assert [start.restart for start in starts_of(run, submissions(run)[1])] == [0, 1, 2]
+
+
+def test_a_stage_that_could_not_run_is_told_why(run: Path) -> None:
+    history(run, 1, "7_0", "0 | done | - | ended well")
+    history(run, 1, "7_1", "0 | failed | - | no source at x.zip")
+    text = "\n".join(status_lines(run))
+    assert "job 8 (train, 2 rank(s)): cancelled, because prepare (job 7) failed: no source at x.zip" in text
+    assert "job 7 (prepare, 2 rank(s)): failed: no source at x.zip" in text
+
+
+def test_a_job_that_nobody_remembers_is_told_as_such(run: Path) -> None:
+    assert "job 7 (prepare, 2 rank(s)): ended, without a last word; see" in "\n".join(status_lines(run))
+
+
+def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) -> None:
+    logs = run / "logs"
+    (logs / "8-batch.log").write_text("batch\n")
+    (logs / "8-0-gpu-17-0.log").write_text("one\n")
+    (logs / "8-0-gpu-17-10.log").write_text("other\n")
+    assert [file.name for file in logs_of(run, "0")] == ["8-0-gpu-17-0.log"]
+    assert [file.name for file in logs_of(run, "batch")] == ["8-batch.log"]
+    seen = []
+    for text in follow(run, "0", every_s=0.01, over=2):
+        seen.append(text)
+        if text == "one\n":
+            (logs / "8-1-gpu-18-0.log").write_text("two\n")
+        if text == "two\n":
+            break
+    assert seen == ["==> 8-0-gpu-17-0.log\n", "one\n", "==> 8-1-gpu-18-0.log\n", "two\n"]
+
+
+def test_a_run_that_was_never_submitted_is_refused(run: Path) -> None:
+    assert find_run(str(run)) == run
+    assert find_run("art", str(run.parent)) == run
+    with pytest.raises(UserError, match="no run at"):
+        find_run(str(run.parent / "nothing"))
+
+
+def test_the_way_to_tensorboard_leads_through_the_login_node_and_warns() -> None:
+    job = "\n".join(way_in(Path("/scratch/my runs"), 6007, "node17", "login2", "ada"))
+    assert "ssh -N -J ada@login2 -L 6007:localhost:6007 ada@node17" in job
+    assert "ada@login2:'/scratch/my runs/' runs/" in job and "--include='report.html'" in job
+    assert "no password" in job and "shared" not in job
+    here = "\n".join(way_in(Path("/r"), 6007, "login2", None, "ada"))
+    assert "ssh -N -L 6007:localhost:6007 ada@login2" in here and "others share" in here
