@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.stop import StopRequest
 from gan_dist.train.build import build_update
+from gan_dist.train.keeper import Keeper
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
 from gan_dist.train.opening import open_for
@@ -140,7 +140,6 @@ class Trainer:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
         if world.size > 1:
             must_agree(world.gather_objects(state_digest(self.update.snapshot(), config.train.sync_batchnorm)))
-        self._saved_step = -1 if start.fresh else self.step
         self._drawn_step = -1
         self.referee = Referee()
 
@@ -161,6 +160,16 @@ class Trainer:
         self.watchman = Watchman(self.stop, run_dir, time.monotonic() + 60 * deadline if deadline else None)
         self.saver = Saver(run_dir / "checkpoints", config.checkpoint.keep, world, config.train.sync_batchnorm)
         self._lease, self.saver.guard = lease, self._may_publish
+        self.keeper = Keeper(
+            self.saver,
+            world,
+            self._snapshot,
+            {k: self.facts[k] for k in ("dataset", "parent", "torch", "world_size")},
+            every_steps=config.checkpoint.every_steps,
+            every_minutes=config.checkpoint.every_minutes,
+            keep_epochs=config.checkpoint.keep_epochs,
+            saved_step=-1 if start.fresh else self.step,
+        )
         self.stream = Stream(
             dataset,
             Order(dataset.shard_sizes, config.seed, config.data.window_shards),
@@ -218,7 +227,7 @@ class Trainer:
     def run(self) -> Outcome:
         """Returns the outcome after the last step, or after the step at which a stop was agreed."""
         began, first_step = time.monotonic(), self.step
-        if self._saved_step != self.step:
+        if self.keeper.saved_step != self.step:
             self._save(wait=True)
         if self._await_data():
             self._introduce()
@@ -226,12 +235,12 @@ class Trainer:
             self._draw_samples()
         stopped = self._loop() if self.step < self.end else None
         seconds = time.monotonic() - began
-        if self._saved_step != self.step:
+        if self.keeper.saved_step != self.step:
             if stopped is None:
                 self._draw_samples()
             self._save(wait=True)
-        elif failure := self.world.from_first(lambda: self.saver.failure(wait=True)):
-            raise self._unsaved(failure)
+        else:
+            self.keeper.await_saved()
         self.telemetry.event("stop" if stopped else "end", self.step, reason=stopped)
         self.telemetry.flush()
         if stopped and self.first:
@@ -257,15 +266,13 @@ class Trainer:
         if self.world.any(bool(self.stop)):
             return self._why()
         self.scalars.begin(self.step, self.images_seen, self.stream.wait_seconds)
-        save_at = self._next_timed_save()
+        self.keeper.start_clock()
         while self.step < self.end:
             reals, latents = self._draw()
             if self.first:
                 self.watchman.look()
-            save_wanted = self.first and time.monotonic() >= save_at
+            save_wanted = self.first and self.keeper.clock_strikes()
             stats = self.runner.step(reals, latents, ask(stop=bool(self.stop), save=save_wanted))
-            if save_wanted:
-                save_at = self._next_timed_save()
             self.step += 1
             epoch_before = self.images_seen // self.dataset.num_samples
             self.images_seen += config.optim.d_steps * self.batch
@@ -276,12 +283,11 @@ class Trainer:
                 self._log(stats)
             if self.step % config.log.samples_every == 0:
                 self._draw_samples()
-            epoch_ended = config.checkpoint.keep_epochs and self.images_seen // self.dataset.num_samples > epoch_before
-            every = config.checkpoint.every_steps
+            epoch_ended = self.images_seen // self.dataset.num_samples > epoch_before
             if decision.stop:
                 return self._why()
-            if epoch_ended or (every and self.step % every == 0) or decision.save:
-                self._save(kept=epoch_ended)
+            if self.keeper.is_due(self.step, epoch_ended, decision.save):
+                self._save(kept=self.keeper.is_for_good(epoch_ended))
         for word in words.drain():
             self._hear(word)
         return None
@@ -314,7 +320,7 @@ class Trainer:
         if self.referee.lost:
             raise GanDistError(
                 f"the last {self.referee.in_a_row} steps up to {self.step} had non-finite gradients and were skipped; "
-                f"the last checkpoint is of step {self._saved_step}; lower optim.g_lr and optim.d_lr"
+                f"the last checkpoint is of step {self.keeper.saved_step}; lower optim.g_lr and optim.d_lr"
             )
         return decision
 
@@ -322,10 +328,6 @@ class Trainer:
         """Returns the reason for a stop as the console says it: this rank's own, or that another rank asked."""
         reasons = [reason for reason in self.world.gather_objects(self.stop.reason) if reason]
         return reasons[0] if reasons else "another rank asked to stop"
-
-    def _next_timed_save(self) -> float:
-        minutes = self.config.checkpoint.every_minutes
-        return time.monotonic() + 60 * minutes if minutes else math.inf
 
     def _log(self, stats: torch.Tensor) -> None:
         """Writes the step's scalars, and what became of the last checkpoint; on rank 0 alone."""
@@ -362,42 +364,16 @@ class Trainer:
         except (GanDistError, OSError) as error:
             self.telemetry.warn(f"no report was made: {error}")
 
-    def _state(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds: copies, made in the memory of the last one's."""
-        return {
-            "format": 1,
-            "step": self.step,
-            "images_seen": self.images_seen,
-            **self.update.snapshot(into=self.saver.spent()),
-            "config": self.config.to_dict(),
-        }
+    def _snapshot(self, into: Any) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside its counts: copies, made in the memory of an earlier one's."""
+        return {**self.update.snapshot(into), "config": self.config.to_dict()}
 
     def _save(self, *, kept: bool = False, wait: bool = False) -> None:
         """Saves this step; in the background unless `wait`. Every rank calls it: their states are compared first."""
-        began = time.monotonic()
-        facts = {
-            "dataset": self.dataset.identity,
-            "parent": self.parent,
-            "kept": kept,
-            "torch": torch.__version__,
-            "world_size": self.world.size,
-        }
-        self.saver.start(self._state(), facts)
-        self._saved_step = self.step
-        if wait and (failure := self.world.from_first(lambda: self.saver.failure(wait=True))):
-            raise self._unsaved(failure)
-        self.scalars.stalled(time.monotonic() - began)
+        self.scalars.stalled(self.keeper.save(self.step, self.images_seen, kept=kept, wait=wait))
 
     def _may_publish(self) -> None:
         """Runs before a checkpoint becomes visible: what was told up to its step is on the disk, the run still ours."""
         self.telemetry.flush()
         if self._lease is not None:
             self._lease.check()
-
-    def _unsaved(self, failure: OSError | GanDistError) -> GanDistError:
-        if isinstance(failure, GanDistError):
-            return failure
-        return GanDistError(
-            f"the checkpoint of step {self.step} could not be saved in {self.saver.directory}: "
-            f"{os.strerror(failure.errno) if failure.errno else failure}; earlier ones are as they were"
-        )
