@@ -144,7 +144,9 @@ def prepare(
         str | None,
         typer.Option(metavar="CSV:FILECOL:LABELCOL|folders", help="A class for each image: a table, or its folder."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode. [default: one a CPU]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read and decode; more help on a slow disk. [default: one a CPU]")
+    ] = None,
     task: Annotated[str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts (a SLURM array).")] = None,
     dedupe: Annotated[bool, typer.Option("--dedupe", help="Keep one of files with the same bytes.")] = False,
     max_reject_fraction: Annotated[float, typer.Option(help="Fail when more than this share is rejected.")] = 0.05,
@@ -157,7 +159,11 @@ def prepare(
         bool, typer.Option("--full-decode", help="No scaled JPEG decoding: slower; exact with bilinear.")
     ] = False,
 ) -> None:
-    """Turn images into a dataset of WebDataset shards, once. Run it again to continue; every file is accounted for."""
+    """Turn images into a dataset of WebDataset shards, once. Run it again to continue; every file is accounted for.
+
+    A picture may take 800 MiB to decode, as a PNG of 160 million pixels does; larger ones are rejected. JPEGs are
+    decoded at a reduced scale: only progressive ones have a limit, of 130 million pixels.
+    """
     from gan_dist.data.account import TooManyRejects
     from gan_dist.data.prepare import prepare as prepare_dataset
 

@@ -248,7 +248,8 @@ def _refuse_large(image: Image.Image, encoded: int, pixels: int) -> None:
         # libjpeg holds every coefficient (2 bytes) of a progressive picture, at any scale
         need += 2 * pixels * len(image.getbands())
     if need > MEMORY_LIMIT:
-        raise Rejected("too_large", f"{image.format}: {pixels} pixels would take about {need // 2**20} MiB")
+        limit = f"more than {MEMORY_LIMIT // 2**20}"
+        raise Rejected("too_large", f"{image.format}: {pixels} pixels would take about {need // 2**20} MiB, {limit}")
 
 
 def _orientation(image: Image.Image) -> int:

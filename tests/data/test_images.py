@@ -202,6 +202,20 @@ def test_exif_orientation_is_applied(orientation: int, size: tuple[int, int]) ->
     assert np.array_equal(turned.pixels, square(encode(upright), exact).pixels)
 
 
+@pytest.mark.parametrize("size", [(1203, 901), (905, 1307)])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_exif_orientation_of_a_scaled_jpeg_is_applied(orientation: int, size: tuple[int, int]) -> None:
+    """At a reduced scale the last row and column stick out of the picture: they must not become the first."""
+    stored, exif = texture(size), Image.Exif()
+    exif[0x0112] = orientation
+    made = square(encode(stored, "JPEG", quality=95, exif=exif.tobytes()), Recipe(32))
+    upright = stored.transpose(images._TRANSPOSE[orientation])
+    expected = square(encode(upright, "JPEG", quality=95), Recipe(32, full_decode=True)).pixels.astype(int)
+    assert (made.width, made.height, made.flags) == (*upright.size, ["oriented"])
+    assert np.abs(made.pixels - expected).mean() < 0.5
+    assert np.abs(np.roll(made.pixels, 1, axis=2) - expected).mean() > 2
+
+
 @pytest.mark.parametrize("size", [(640, 480), (333, 500), (64, 64), (40, 61), (65, 64), (1001, 77), (128, 129)])
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_full_decode_with_bilinear_is_torchvisions_resize_and_crop(size: tuple[int, int], format: str) -> None:
