@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 import uuid
 from datetime import timedelta
@@ -19,12 +21,14 @@ def meet(rank: int, size: int, timeout_s: float) -> Any:
     time, and rank 0 answers those who live with the name of this attempt. Raises torch.distributed.DistError when not
     all ranks come within `timeout_s` seconds, naming those that are missing.
     """
-    limit = timedelta(seconds=timeout_s)
+    limit, deadline = timedelta(seconds=timeout_s), time.monotonic() + timeout_s
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _await_listener(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), deadline)
     store, _, _ = next(rendezvous("env://", rank, size, timeout=limit))
     store.set_timeout(limit)
     mine = uuid.uuid4().hex
     if rank == 0:
-        _gather(store, mine, size, time.monotonic() + timeout_s)
+        _gather(store, mine, size, deadline)
         attempt = mine
         store.set(f"{attempt}/complete", "")
     else:
@@ -35,6 +39,18 @@ def meet(rank: int, size: int, timeout_s: float) -> Any:
     fresh: Any = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
     fresh.set_timeout(limit)
     return fresh
+
+
+def _await_listener(host: str, port: int, deadline: float) -> None:
+    """Returns when somebody listens there. torch's own client may take twice its timeout, and then tells in C++."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise dist.DistNetworkError(f"nobody listens there ({error.strerror or error})") from None
+        time.sleep(0.1)
 
 
 def _gather(store: Any, attempt: str, size: int, deadline: float) -> None:
