@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from gan_dist.errors import UserError
+from gan_dist.errors import GanDistError, UserError
 from gan_dist.stop import StopRequest
 from gan_dist.train.checkpoint import find
 from gan_dist.train.trainer import train
@@ -93,6 +93,19 @@ def test_the_stop_file_is_obeyed_and_forgotten(dataset: Path, tmp_path: Path) ->
     outcome = train(small(dataset), run_dir=run, max_steps=50, console=False)
     assert outcome.stopped is not None and "stop" in outcome.stopped and outcome.step < 50
     assert not (run / "stop").exists()
+
+
+def test_a_lost_game_ends_and_names_its_last_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    """Learning rates that throw the weights out of float32's range: no later step has finite gradients."""
+    run = tmp_path / "run"
+    words = ["optim.d_lr=1e20", "optim.g_lr=1e20", "checkpoint.every_steps=2", "log.scalars_every=1"]
+    with pytest.raises(GanDistError, match=r"the last 20 steps up to \d+ had non-finite .* checkpoint is of step \d+"):
+        train(small(dataset), words, run_dir=run, max_steps=60, console=False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    warned = [line for line in lines if line.get("event") == "warning" and "skipped" in line["reason"]]
+    assert len(warned) == 20
+    assert max(line.get("updates/skipped", 0) for line in lines) >= 19
+    assert all(torch.isfinite(tensor).all() for tensor in flat(final_state(run)).values())
 
 
 def cli(*words: str, **env: str) -> subprocess.Popen[str]:
