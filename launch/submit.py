@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def submit_training(
         executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
         with slurm.submission_environment():
             try:
-                queued = executor.submit(job)
+                with redirect_stderr(io.StringIO()):  # Submitit prints a refusal before it raises it
+                    queued = executor.submit(job)
             except (FailedJobError, FailedSubmissionError) as error:
                 raise slurm.refusal(str(error)) from None
         return record(run, folder, "train", queued.job_id, [config, *overrides], ranks, after)

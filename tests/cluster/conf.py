@@ -75,6 +75,7 @@ def slurm_conf(layout: Layout) -> str:
         "SchedulerParameters=bf_interval=3,sched_min_interval=500000,batch_sched_delay=1",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
+        "EnforcePartLimits=ALL",
         "JobRequeue=1",
         "ReturnToService=2",
         f"SlurmdTimeout={layout.lost_after_s}",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.boot import FREEZER, Cluster, missing
+from tests.cluster.jobs import STEPS, Run, small_config
 
 
 def _boot(proctrack: str) -> Iterator[Cluster]:
@@ -35,3 +37,17 @@ def either(request: pytest.FixtureRequest) -> Cluster:
     """Each of the two in turn."""
     booted: Cluster = request.getfixturevalue(request.param)
     return booted
+
+
+@pytest.fixture(scope="session")
+def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A configuration of small networks that saves every tenth step."""
+    return small_config(dataset, tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="session")
+def whole(linuxproc: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of STEPS by two ranks on two hosts."""
+    run = Run.submit(linuxproc, config, tmp_path_factory.mktemp("runs") / "whole", *STEPS)
+    run.wait_for("done")
+    return run.path

@@ -17,6 +17,8 @@ from tests.cluster.boot import Cluster, wait_until
 from tests.train.test_trainer import small
 
 ROOT = Path(__file__).parents[2]
+STEPS = ("--max-steps", "120")
+"""How long a run is that is disturbed and compared with one that is not."""
 START_S = 100
 """Seconds that a job may take from submission, or from a requeue, to its first steps on a busy machine."""
 
@@ -40,7 +42,7 @@ def launch(cluster: Cluster, *words: str, check: bool = True, cwd: Path = ROOT) 
 
 def small_config(dataset: Path, directory: Path, **sections: dict[str, Any]) -> str:
     """Returns a file with a configuration that trains a thousand steps in a minute, and saves every tenth."""
-    values = small(dataset) | {"checkpoint": {"every_steps": 10}, "dist": {"timeout_s": 15.0, "init_timeout_s": 90.0}}
+    values = small(dataset) | {"checkpoint": {"every_steps": 10}, "dist": {"timeout_s": 10.0, "init_timeout_s": 90.0}}
     values["log"] = {"scalars_every": 2, "samples_every": 1000, "grid": 4}
     values["train"] = {**values["train"], "epochs": 10000}
     file = directory / "small.yaml"

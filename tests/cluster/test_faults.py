@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import Run, launch, leftovers, small_config
+from tests.cluster.jobs import STEPS, Run, launch, leftovers
 from tests.train.test_trainer import assert_identical
 
 pytestmark = pytest.mark.cluster
-
-STEPS = ("--max-steps", "120")
 
 FAULT = '''
 """Makes a rank raise in the step that FAULT_STEP names, on every start or (FAULT_ONCE) on the first."""
@@ -43,19 +42,6 @@ class Hook(importlib.abc.MetaPathFinder):
 if os.environ.get("SLURM_PROCID") == "1":
     sys.meta_path.insert(0, Hook())
 '''
-
-
-@pytest.fixture(scope="module")
-def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_config(dataset, tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
-def whole(linuxproc: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of two ranks on two hosts."""
-    run = Run.submit(linuxproc, config, tmp_path_factory.mktemp("runs") / "whole", *STEPS)
-    run.wait_for("done")
-    return run.path
 
 
 @pytest.mark.parametrize("how", ["killed", "cut off"])
@@ -87,11 +73,11 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
     assert_identical(run.path, whole)  # the host that was cut off has come back and written nothing
 
 
-@pytest.mark.parametrize("fault", ["killed", "hangs"])
+@pytest.mark.parametrize(("fault", "proctrack"), [("killed", "linuxproc"), ("hangs", "linuxproc"), ("hangs", "cgroup")])
 def test_a_lost_rank_is_named_and_the_run_goes_on(
-    either: Cluster, config: str, whole: Path, tmp_path: Path, fault: str
+    request: pytest.FixtureRequest, config: str, whole: Path, tmp_path: Path, fault: str, proctrack: str
 ) -> None:
-    run = Run.submit(either, config, tmp_path / "run", *STEPS)
+    run = Run.submit(request.getfixturevalue(proctrack), config, tmp_path / "run", *STEPS)
     run.wait_for_step(20)
     (pid,) = run.ranks()["node2"]
     os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
@@ -142,12 +128,11 @@ def test_what_no_retry_mends_is_not_retried(linuxproc: Cluster, config: str, tmp
 def test_a_run_directory_that_nodes_do_not_share_is_named(linuxproc: Cluster, config: str) -> None:
     private = linuxproc.directory / "private"
     private.mkdir(exist_ok=True)
-    run = Run.submit(linuxproc, config, private / "run")
-    for name in ("node1",):  # what the first node sees of it: all; the second one nothing
-        host = linuxproc.directory / f"private-{name}"
-        os.system(f"cp -r {private}/run {host}/")
-    linuxproc.wait_for_job(run.job, "FAILED")
-    said = (linuxproc.directory / "private-node1" / "run" / "logs" / f"{run.job}-batch.log").read_text()
+    run = Run.submit(linuxproc, config, private / "run", "slurm.extra={begin: now+5}")
+    first = linuxproc.directory / "private-node1"  # what the first node sees of it is all, what the second sees nothing
+    shutil.copytree(private / "run", first / "run", symlinks=True)
+    assert linuxproc.wait_for_job(run.job, "FAILED")["ExitCode"] == "2:0"
+    said = (first / "run" / "logs" / f"{run.job}-batch.log").read_text()
     assert "node2 does not see" in said and "put runs on a file system that all nodes share (job.runs)" in said, said
     assert json.loads((run.folder / "job.json").read_text())["job"] == run.job
 
@@ -156,7 +141,7 @@ def test_a_run_directory_that_nodes_do_not_share_is_named(linuxproc: Cluster, co
     ("words", "line"),
     [
         (["slurm.partition=nowhere"], "invalid partition specified: nowhere"),
-        (["slurm.nodes=9"], "sbatch refused the job: sbatch: error: "),
+        (["slurm.nodes=9", "train.global_batch=16"], "sbatch refused the job: sbatch: error: "),
         (["slurm.time=9-0"], "sbatch refused the job: sbatch: error: "),
     ],
 )

@@ -10,25 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import Run, launch, leftovers, small_config
+from tests.cluster.jobs import STEPS, Run, launch, leftovers
 from tests.train.test_trainer import assert_identical
 
 pytestmark = pytest.mark.cluster
-
-STEPS = ("--max-steps", "120")
-
-
-@pytest.fixture(scope="module")
-def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_config(dataset, tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
-def whole(linuxproc: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of two ranks on two hosts."""
-    run = Run.submit(linuxproc, config, tmp_path_factory.mktemp("runs") / "whole", *STEPS)
-    run.wait_for("done")
-    return run.path
 
 
 def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, config: str, tmp_path: Path) -> None:

@@ -16,17 +16,12 @@ import pytest
 import yaml
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import ROOT, START_S, Run, launch, leftovers, small_config
+from tests.cluster.jobs import ROOT, START_S, Run, launch, leftovers
 from tests.train.test_trainer import assert_identical
 
 pytestmark = pytest.mark.cluster
 
 ONE = ("slurm.cpus_per_task=1", "slurm.time=5")
-
-
-@pytest.fixture(scope="module")
-def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_config(dataset, tmp_path_factory.mktemp("config"))
 
 
 def sbatch(cluster: Cluster, *words: str, cwd: Path = ROOT, **env: str) -> str:
