@@ -100,7 +100,10 @@ def prepare(
         with _plain_failures(target), ExitStack() as held:
             locks = held.enter_context(closing(claim(target))) if any(map(needs_staging, texts)) else None
             paths = _local(texts, target, locks)
-            plan = make_plan(paths, options, target)
+            try:
+                plan = make_plan(paths, options, target)
+            except UserError as error:
+                raise _of_addresses(error, texts, paths) from None
             locks = locks or held.enter_context(closing(claim(target)))
             with locks.hold(_PLAN_LOCK):
                 settle(plan, target)
@@ -112,7 +115,7 @@ def prepare(
             if account.complete:
                 run.finish(account, max_reject_fraction)
     except UserError:
-        if created and not (target / FOLDER / "plan.json").exists():
+        if created and not present(target / FOLDER / "plan.json"):
             shutil.rmtree(target, ignore_errors=True)
         raise
     except _NothingLeft as nothing:
@@ -131,6 +134,16 @@ def _local(texts: Sequence[str], out: Path, locks: Locks | None) -> list[tuple[P
                 path = stage(text, out / FOLDER / STAGED)
         found.append((path, source_name(text)))
     return found
+
+
+def _of_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tuple[Path, str]]) -> UserError:
+    """Returns the error with addresses where it names local copies; those copies are removed, to be fetched again."""
+    words = str(error)
+    for text, (path, _) in zip(texts, paths, strict=True):
+        if needs_staging(text) and str(path) in words:
+            path.unlink(missing_ok=True)
+            words = words.replace(str(path), text)
+    return UserError(words)
 
 
 def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_fraction: float) -> Account | None:

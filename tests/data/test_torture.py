@@ -299,6 +299,17 @@ def test_foreign_shards_by_pattern_address_and_pipe_are_the_same_dataset(tmp_pat
     assert (account.entries, account.written, account.complete) == (0, 8, True)
 
 
+def test_what_was_fetched_broken_is_fetched_again(tmp_path: Path) -> None:
+    source = write_shard(tmp_path / "in.tar", 0, 4)
+    whole = source.read_bytes()
+    source.write_bytes(whole[:9000])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=f"source pipe:cat {source} is a tar that is .* cut short"):
+        prepare(f"pipe:cat {source}", tmp_path / "out", workers=0)
+    source.write_bytes(whole)
+    assert prepare(f"pipe:cat {source}", tmp_path / "out", workers=0).written == 4
+
+
 def test_an_address_that_fails_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(GanDistError, match="fetched"):
         prepare("pipe:exit 3", tmp_path / "out", workers=0)
