@@ -140,7 +140,7 @@ def _of_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tuple[
     """Returns the error with addresses where it names local copies; those copies are removed, to be fetched again."""
     words = str(error)
     for text, (path, _) in zip(texts, paths, strict=True):
-        if needs_staging(text) and str(path) in words:
+        if path.parent.name == STAGED and path.parent.parent.name == FOLDER and str(path) in words:
             path.unlink(missing_ok=True)
             words = words.replace(str(path), text)
     return UserError(words)
