@@ -27,7 +27,6 @@ from gan_dist.model.networks import Generator
 from gan_dist.train.checkpoint import Loaded, find, load_newest, replace_atomically
 from gan_dist.watch.sample import build_generator
 
-
 LAUNCHER = ("launch", "logs", "stop")
 """What a launcher may leave in a run's directory before the run itself begins."""
 
