@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,16 +90,17 @@ def stage(text: str, folder: Path) -> Path:
 def _fetch(address: str, target: Path) -> None:
     from webdataset.gopen import gopen
 
-    if address.startswith("s3://"):  # webdataset has no opener of its own for it
-        address = f"pipe:aws s3 cp '{address}' -"
     try:
-        stream = gopen(address, "rb")
+        # webdataset has no opener of its own for s3
+        stream = gopen(f"pipe:aws s3 cp '{address}' -" if address.startswith("s3://") else address, "rb")
         try:
             _copy(stream, target)
         finally:
             stream.close()
     except (OSError, ValueError) as error:
-        raise GanDistError(f"source {address} cannot be fetched ({error}): run the same command again") from None
+        status = re.search(r"exit (\d+)", str(error))  # webdataset tells the whole call of the program as well
+        words = f"the program that fetches it ended with status {status[1]}" if status else str(error)
+        raise GanDistError(f"source {address} cannot be fetched ({words}): run the same command again") from None
     if not target.stat().st_size:
         raise GanDistError(f"source {address} is empty or cannot be fetched")
 
