@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -121,7 +122,11 @@ def stop(run: Run) -> None:
     from launch.submit import submissions
 
     where = find_run(run)
-    queued = slurm.queue([each.job for each in submissions(where)])
+    deadline = time.monotonic() + 40
+    while queued := slurm.queue([each.job for each in submissions(where)]):
+        if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in queued):
+            break
+        time.sleep(1)  # between two starts: in a moment it waits in the queue again, or is gone
     if not queued:
         raise UserError(f"{where} has no job in the queue; nothing to stop")
     for line in queued:

@@ -16,17 +16,20 @@ from gan_dist.errors import EXIT_STOPPED
 from launch.rank import ATTEMPT, leave_word
 
 
-def task_of(env: dict[str, str]) -> list[str]:
-    """Returns the words that tell `prepare` which part of the array this is; none outside an array."""
-    if "SLURM_ARRAY_TASK_ID" not in env:
-        return []
-    first, count = int(env.get("SLURM_ARRAY_TASK_MIN", "0")), int(env["SLURM_ARRAY_TASK_COUNT"])
-    return ["--task", f"{int(env['SLURM_ARRAY_TASK_ID']) - first}/{count}"]
+def share_of(words: list[str], env: dict[str, str]) -> list[str]:
+    """Returns what `prepare` must know of its job beside WORDS: its part of the array, and its processors."""
+    more = []
+    if "SLURM_ARRAY_TASK_ID" in env:
+        first, count = int(env.get("SLURM_ARRAY_TASK_MIN", "0")), int(env["SLURM_ARRAY_TASK_COUNT"])
+        more = ["--task", f"{int(env['SLURM_ARRAY_TASK_ID']) - first}/{count}"]
+    if env.get("SLURM_CPUS_PER_TASK") and not any(word.startswith("--workers") for word in words):
+        more += ["--workers", env["SLURM_CPUS_PER_TASK"]]  # where SLURM binds nobody, a task sees all of the node's
+    return more
 
 
 def run_command(words: list[str]) -> tuple[int, str]:
     """Returns (exit status, last line on stderr) of a gan-dist command to which signals are handed on."""
-    more = task_of(dict(os.environ)) if words[0] == "prepare" else []
+    more = share_of(words, dict(os.environ)) if words[0] == "prepare" else []
     command = [sys.executable, "-u", "-m", "gan_dist", *words, *more]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
     for number in (signal.SIGTERM, signal.SIGUSR2):

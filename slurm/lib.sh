@@ -95,6 +95,7 @@ gan_dist_note() { # WHAT WHY
 
 gan_dist_requeue() {
   sync
+  trap - TERM # or SLURM would have to wait for the sleep below
   if ! scontrol requeue "$job"; then
     gan_dist_note failed "SLURM refused to requeue the job; submit it again"
     exit 1

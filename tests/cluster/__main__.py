@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ def main() -> None:
     if reason := missing():
         sys.exit(f"no cluster here: {reason}")
     hosts = next((int(word) for word in words if word.isdigit()), 2)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with Cluster(hosts, next((word for word in words if not word.isdigit()), "linuxproc")) as cluster:
         print(f"{hosts} hosts; logs in {cluster.directory}; leave the shell to end it", flush=True)
         sys.exit(subprocess.run(command, env=cluster.environment(), check=False).returncode)

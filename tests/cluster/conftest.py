@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ def _boot(proctrack: str) -> Iterator[Cluster]:
         pytest.skip(reason)
     if proctrack == "cgroup" and not FREEZER.is_dir():
         pytest.skip(f"needs a cgroup v1 hierarchy at {FREEZER}")  # of the kernel: CI cannot install it
+    # CI's time limit ends the session, fixtures and all, instead of the process: no bridge is left behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("terminated", 143))
     with Cluster(3, proctrack) as cluster:
         yield cluster
 

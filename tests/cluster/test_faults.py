@@ -14,7 +14,7 @@ from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.jobs import STEPS, Run, launch, leftovers
 from tests.train.test_trainer import assert_identical
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 FAULT = '''
 """Makes a rank raise in the step that FAULT_STEP names, on every start or (FAULT_ONCE) on the first."""

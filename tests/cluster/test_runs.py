@@ -13,7 +13,7 @@ from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.jobs import STEPS, Run, launch, leftovers
 from tests.train.test_trainer import assert_identical
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, config: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.jobs import ROOT, START_S, Run, launch, leftovers
 from tests.train.test_trainer import assert_identical
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 ONE = ("slurm.cpus_per_task=1", "slurm.time=5")
 
@@ -98,6 +98,31 @@ def test_training_is_cancelled_when_preparation_fails_for_good(linuxproc: Cluste
     status = launch(linuxproc, "status", str(run)).stdout
     assert f"job {jobs[1]} (train, 1 rank(s)): cancelled, because prepare (job {jobs[0]}) failed: " in status, status
     assert "nowhere.zip" in status and not (run / "config.yaml").exists()
+
+
+def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
+    linuxproc: Cluster, paintings: Path, tmp_path: Path
+) -> None:
+    options = ("--resolution", "32", "--shard-samples", "16", "--max-reject-fraction", "0.5")
+    mine, plain = tmp_path / "mine", tmp_path / "plain"
+    said = launch(linuxproc, "prepare", str(paintings), str(mine), *options, "--tasks", "2", *ONE).stdout
+    out = ("--output", str(tmp_path / "log-%a"))
+    words = (
+        "--array=0-1",
+        "--cpus-per-task=1",
+        "--time=5",
+        *out,
+        "slurm/prepare_array.sbatch",
+        str(plain),
+        str(paintings),
+    )
+    sbatch(linuxproc, *words, *options)
+    wait_until(lambda: (mine / "manifest.json").exists() and (plain / "manifest.json").exists(), START_S, "manifests")
+    assert (mine / "manifest.json").read_bytes() == (plain / "manifest.json").read_bytes()
+    linuxproc.wait_for_job(re.findall(r"job (\d+)", said)[0], "COMPLETED")
+    for dataset in (mine, plain):
+        status = launch(linuxproc, "status", f"{dataset}.launch").stdout
+        assert "(prepare, " in status and "no job of this run" not in status, status
 
 
 def test_two_jobs_on_one_host_do_not_meet(linuxproc: Cluster, config: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from gan_dist.errors import UserError
 from launch.board import way_in
+from launch.command import share_of
 from launch.status import find_run, follow, logs_of, starts_of, status_lines
 from launch.submit import Submission, submissions
 
@@ -97,3 +98,11 @@ def test_the_way_to_tensorboard_leads_through_the_login_node_and_warns() -> None
     assert "no password" in job and "shared" not in job
     here = "\n".join(way_in(Path("/r"), 6007, "login2", None, "ada"))
     assert "ssh -N -L 6007:localhost:6007 ada@login2" in here and "others share" in here
+
+
+def test_an_element_knows_its_part_and_its_processors() -> None:
+    env = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
+    assert share_of(["prepare", "a", "b"], env) == ["--task", "2/4"]
+    env["SLURM_CPUS_PER_TASK"] = "6"
+    assert share_of(["prepare", "a", "b"], env) == ["--task", "2/4", "--workers", "6"]
+    assert share_of(["prepare", "a", "b", "--workers=2"], env) == ["--task", "2/4"]
