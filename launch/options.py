@@ -127,7 +127,8 @@ def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
     ours: list[str] = []
     theirs: list[str] = []
     for word in words:
-        (ours if word.partition("=")[0].partition(".")[0] in _SECTIONS else theirs).append(word)
+        key, equals, _ = word.partition("=")
+        (ours if equals and key.partition(".")[0] in _SECTIONS else theirs).append(word)
     return ours, theirs
 
 

@@ -84,6 +84,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(
     what = run.wait_for("crashed", limit_s=75)
     assert what[3].startswith("rank 1 on node2"), what
     assert ("Killed" if fault == "killed" else "was lost") in what[3]
+    wait_until(lambda: not any(run.ranks().values()), 20, "end of the siblings")
     status = run.status()
     assert "1 restart(s); the last one: crashed at step-" in status and "rank 1 on node2" in status, status
     run.wait_for("done")
@@ -150,15 +151,4 @@ def test_refusals_of_slurm_are_passed_on_and_leave_nothing(
 ) -> None:
     done = launch(linuxproc, "submit", config, *words, "--run-dir", str(tmp_path / "run"), check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and line in done.stderr, done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_machine_without_sbatch_says_so(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gan_dist.errors import UserError
-    from launch.options import load_cluster
-    from launch.submit import submit_training
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="sbatch is not on PATH"):
-        submit_training(config, [], load_cluster(None), tmp_path / "run")
     assert not (tmp_path / "run").exists()

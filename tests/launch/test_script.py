@@ -15,7 +15,7 @@ from gan_dist.errors import UserError
 from launch import snapshot
 from launch.options import SlurmOptions, load_cluster, split_overrides
 from launch.script import Batch, batch_script
-from launch.submit import training_batch
+from launch.submit import submit_training, training_batch
 
 RECORDED = Path(__file__).parent / "recorded"
 ROOT = Path(__file__).parents[2]
@@ -127,8 +127,9 @@ def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -
 
 
 def test_words_for_the_cluster_and_for_the_trainer_are_told_apart() -> None:
-    words = ["slurm.nodes=4", "train.global_batch=256", "job.runs=/r", "seed=1"]
-    assert split_overrides(words) == (["slurm.nodes=4", "job.runs=/r"], ["train.global_batch=256", "seed=1"])
+    words = ["slurm.nodes=4", "train.global_batch=256", "job.runs=/r", "seed=1", "slurm.tar"]
+    theirs = ["train.global_batch=256", "seed=1", "slurm.tar"]
+    assert split_overrides(words) == (["slurm.nodes=4", "job.runs=/r"], theirs)
 
 
 def test_the_cluster_file_that_comes_with_the_checkout_says_the_defaults_it_names() -> None:
@@ -187,3 +188,40 @@ def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: py
     (tmp_path / "checkout" / "train.zip").write_bytes(b"0" * 2**21)
     with pytest.raises(UserError, match=r"train\.zip most of all"):
         snapshot.take(tmp_path / "checkout", tmp_path / "copy")
+
+
+def test_a_machine_without_sbatch_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "art.yaml"
+    config.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"sbatch is not on PATH: .* train here with `python -m launch local`"):
+        submit_training(str(config), [], load_cluster(None), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["submit", "CONFIG", "slurm.nods=2"], "launch: unknown key slurm.nods; did you mean slurm.nodes?"),
+        (["submit", "CONFIG", "model.nods=2"], "launch: unknown key model.nods"),
+        (["prepare", "only-one", "--cluster", "CLUSTER"], "launch: expected SOURCE... OUT"),
+        (["prepare", "a", "b", "--resolution", "32", "slurm.time=x"], "launch: cluster options: slurm.time: expected"),
+        (["pipeline", "CONFIG"], "launch: --source: expected one source or more"),
+        (["doctor", "train.epochs=3"], "launch: expected slurm. and job. keys only, found train.epochs=3"),
+        (["status", "nowhere"], "launch: no run at"),
+        (["tensorboard", "nowhere"], "launch: no directory"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(
+    words: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launch.cli import main
+
+    config = tmp_path / "art.yaml"
+    config.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
+    files = {"CONFIG": str(config), "CLUSTER": cluster_file(tmp_path)}
+    monkeypatch.setattr(sys, "argv", ["launch", *(files.get(word, word) for word in words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and told.startswith(line) and told.count("\n") == 1, told
