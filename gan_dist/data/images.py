@@ -65,9 +65,9 @@ textures against a full decode with LANCZOS: at 4 the mean difference is 0.25 of
 8 it is 0.35 (with reducing_gap) in 0.35; at 2 it is 1.4 (maximum 24) in 0.28."""
 _REDUCING_GAP = 3
 """Other pictures are box-reduced by whole factors to this many times S before the real filter (Pillow's own rule)."""
-_WIDEST = 16
-"""A picture longer than this many times its short edge is cut to its middle first: 1x60000 would be blown up to 4 MB
-rows otherwise."""
+_RESIZED_PIXELS = 2**24
+"""A picture is cut to its middle first where the short edge at S would leave more than this: 1x60000 at 64 would be
+blown up to 64x3840000."""
 
 
 @dataclass(frozen=True)
@@ -278,8 +278,9 @@ def _shrink(opened: _Opened, recipe: Recipe) -> Image.Image:
     """Returns the S x S centre, short edge first scaled to S (torchvision's Resize + CenterCrop arithmetic)."""
     size, image, extent = recipe.resolution, opened.image, opened.extent
     width, height = opened.width, opened.height
-    if max(width, height) > _WIDEST * min(width, height):
-        image, extent = _middle(image)
+    widest = max(4, _RESIZED_PIXELS // size**2)
+    if max(width, height) > widest * min(width, height):
+        image, extent = _middle(image, widest)
         width, height = image.size
     mode, convert = normaliser(opened.image)
     factor = 1 if recipe.full_decode else max(1, min(image.size) // (size * _REDUCING_GAP))
@@ -302,10 +303,10 @@ def _shrink(opened: _Opened, recipe: Recipe) -> Image.Image:
     return resized
 
 
-def _middle(image: Image.Image) -> tuple[Image.Image, tuple[float, float]]:
-    """Returns the middle of a very long picture, and its extent."""
+def _middle(image: Image.Image, widest: int) -> tuple[Image.Image, tuple[float, float]]:
+    """Returns the middle of a very long picture, `widest` times as long as its short edge, and its extent."""
     width, height = image.size
-    keep = _WIDEST * min(width, height)
+    keep = widest * min(width, height)
     left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
     middle = image.crop((left, top, left + min(width, keep), top + min(height, keep)))
     return middle, middle.size

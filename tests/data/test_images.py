@@ -216,7 +216,10 @@ def test_exif_orientation_of_a_scaled_jpeg_is_applied(orientation: int, size: tu
     assert np.abs(np.roll(made.pixels, 1, axis=2) - expected).mean() > 2
 
 
-@pytest.mark.parametrize("size", [(640, 480), (333, 500), (64, 64), (40, 61), (65, 64), (1001, 77), (128, 129)])
+@pytest.mark.parametrize(
+    "size",
+    [(640, 480), (333, 500), (64, 64), (40, 61), (65, 64), (1001, 77), (128, 129), (34, 2513), (687, 38), (2999, 3)],
+)
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_full_decode_with_bilinear_is_torchvisions_resize_and_crop(size: tuple[int, int], format: str) -> None:
     data = encode(texture(size), format)
@@ -236,7 +239,7 @@ def test_the_quick_way_stays_close_to_the_full_one(size: tuple[int, int], format
     assert np.abs(np.roll(quick, 1, axis=2) - full).mean() > 2 * np.abs(quick - full).mean()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 700), (2, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 60000), (60000, 1), (3, 700), (2, 2)])
 def test_extreme_shapes_come_out_square(size: tuple[int, int]) -> None:
     assert mean(encode(plain(ORANGE, size=size))) == pytest.approx(np.array(ORANGE), abs=1.6)
     assert mean(encode(plain(ORANGE, size=size), "JPEG", quality=100)) == pytest.approx(np.array(ORANGE), abs=1.6)
