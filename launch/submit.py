@@ -17,7 +17,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from gan_dist.config import Config, expand_path, load_config, to_yaml
+from gan_dist.config import Config, change_rule, changes, expand_path, load_config, read_yaml, to_yaml
 from gan_dist.data.files import publish
 from gan_dist.errors import UserError
 from launch import slurm, snapshot
@@ -87,6 +87,25 @@ def check_config(config: str, overrides: Sequence[str]) -> Config:
     return load_config(config, overrides)
 
 
+def refuse_another_game(run: Path, settings: Config) -> None:
+    """Returns if the run in `run` may be continued with `settings`, as far as its config.yaml tells.
+
+    The trainer would refuse it just so, but after hours in the queue. Raises UserError naming keys and both values.
+    """
+    if not (run / "config.yaml").is_file():
+        return
+    refused = []
+    for key, (old, new) in changes(read_yaml(run / "config.yaml"), settings.to_dict()).items():
+        rule = change_rule(key)
+        if rule == "never" or (rule == "upward" and old is not None and new < old):
+            refused.append(f"{key} was {old}, now {new}")
+    if refused:
+        raise UserError(
+            f"{run} holds a run with another configuration ({'; '.join(refused)}); to start it as a new run, submit it "
+            "with --name or --run-dir"
+        )
+
+
 def submit_training(
     config: str,
     overrides: Sequence[str],
@@ -105,6 +124,7 @@ def submit_training(
     """
     slurm.need("sbatch", "srun", "scontrol")
     settings = check_config(config, overrides)
+    refuse_another_game(run, settings)
     if alone and (busy := slurm.queue([each.job for each in submissions(run)])):
         raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
     with fresh(run) as folder:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gan_dist.config import load_config, to_yaml
 from gan_dist.errors import UserError
 from launch import snapshot
 from launch.options import SlurmOptions, load_cluster, split_overrides
 from launch.script import Batch, batch_script
-from launch.submit import submit_training, training_batch
+from launch.submit import refuse_another_game, submit_training, training_batch
 
 RECORDED = Path(__file__).parent / "recorded"
 ROOT = Path(__file__).parents[2]
@@ -197,6 +198,15 @@ def test_a_machine_without_sbatch_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"sbatch is not on PATH: .* train here with `python -m launch local`"):
         submit_training(str(config), [], load_cluster(None), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:
+    values = {"data": {"shards": str(tmp_path / "set")}}
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(values)))
+    refuse_another_game(tmp_path, load_config(values, ["train.epochs=99", "log.grid=4"]))
+    refuse_another_game(tmp_path / "nothing yet", load_config(values))
+    with pytest.raises(UserError, match=r"seed was 0, now 3; train.epochs was 30\.0, now 1"):
+        refuse_another_game(tmp_path, load_config(values, ["train.epochs=1", "seed=3"]))
 
 
 @pytest.mark.parametrize(
