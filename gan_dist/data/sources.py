@@ -182,6 +182,9 @@ def _list_folder(source: Source, number: int, exclude: Path | None, listing: Lis
                 raise UserError(f"source {source.path} cannot be read: {error.strerror}") from None
             listing.skipped["unreadable folder"] += 1
             continue
+        if folder and any(item.name == ".prepare" for item in found):
+            listing.notes.append(f"{where} is a dataset of gan_dist: left out of {source.name}")
+            continue
         inner = []
         for item in found:
             path = f"{folder}/{item.name}" if folder else item.name

@@ -154,6 +154,15 @@ def test_out_within_the_source_is_no_part_of_it(tmp_path: Path) -> None:
         assert balanced(account) and account.seen == 10 and (source / "deep/out/contact_sheet.png").exists()
 
 
+def test_datasets_within_the_source_are_no_part_of_it(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in")
+    prepare(source, source / "one", workers=0)
+    account = prepare(source, source / "two", resolution=32, workers=0)
+    assert balanced(account) and account.seen == 10 and "one is a dataset" in account.notes[0]
+    again = prepare(source, source / "one", workers=0)  # not told to have changed
+    assert again.entries == 0 and again.complete
+
+
 @pytest.mark.parametrize("case", ["twice", "by a link", "inside", "as replacements"])
 def test_a_source_within_another_is_refused(tmp_path: Path, case: str) -> None:
     source = fill(tmp_path / "in")
