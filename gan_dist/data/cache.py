@@ -149,9 +149,11 @@ class Cache:
                             f"{shown(member(self.address, shard.file))} {fault}, though its sha256 is the manifest's: "
                             "the manifest there was edited; run the `gan-dist prepare` that made it again"
                         )
-                lock.take(exclusive=True, wait=called_off)
-                # Still missing or damaged now that nobody else can fetch it?
-                if not path.exists() or quick_fault(self.folder, shard, self.manifest.resolution):
+                # Whoever gets the lock for itself fetches; the others look again soon.
+                if not lock.take(exclusive=True):
+                    look(called_off)
+                    time.sleep(POLL_S)
+                elif not path.exists() or quick_fault(self.folder, shard, self.manifest.resolution):
                     for left in self.folder.glob(f"{shard.file}.*.tmp"):
                         left.unlink(missing_ok=True)  # by a process that was killed: we have the lock
                     self._download(shard.file, shard.sha256, shard.bytes, called_off)
@@ -246,9 +248,8 @@ def _evict(path: Path, lock: FileLock) -> None:
 
 
 def _leave(folder: Path, lock: FileLock, held: dict[int, FileLock], automatic: bool) -> None:
-    for shard_lock in held.values():
-        shard_lock.free()
-    held.clear()
+    while held:
+        held.popitem()[1].free()
     if automatic:
         _remove(folder, lock)
     lock.free()

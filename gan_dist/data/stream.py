@@ -223,9 +223,9 @@ class Stream:
             self._in_use = None
 
     def _prefetch(self, position: int) -> None:
+        windows = None
         try:
             collect = Gather(self._dataset)
-            windows = None
             if self.placement == "windowed":
                 windows = Windows(
                     self._dataset, self._order, position, called_off=self._closing.is_set, leave=collect.forget
@@ -247,9 +247,14 @@ class Stream:
                 self._began.set()
                 position += self._batch
         except BaseException as error:  # handed over: the training thread raises it
-            self._failure = error
-            self._full.put(error)
-            self._began.set()
+            if not self._closing.is_set():  # else it is only the end, and would keep the maps alive
+                self._failure = error
+                self._full.put(error)
+                self._began.set()
+        finally:
+            if windows is not None:
+                self._closing.set()
+                windows.close()
 
     def close(self) -> None:
         """Ends the prefetching thread. Batches already returned stay readable."""

@@ -39,7 +39,7 @@ class _Window:
         assert self.thread is not None
         self.thread.join()
         if self.failure:
-            raise self.failure[0]
+            raise self.failure.pop()  # kept here, it would keep the frames that it went through, and their maps
 
 
 class Windows:
@@ -78,6 +78,12 @@ class Windows:
             if first and self._dataset.cache is not None:
                 self._dataset.cache.tidy(ahead.shards)
             self._begin(ahead)
+
+    def close(self) -> None:
+        """Returns when nothing is fetched any more; call the work off first. Files stay for whoever comes next."""
+        for window in self._here:
+            if window.thread is not None:
+                window.thread.join()
 
     def _begin(self, window: _Window) -> None:
         window.fetch(self._dataset, self._called_off)
