@@ -42,7 +42,8 @@ def test_killed_at_random_instants_it_ends_as_if_nothing_had_happened(dataset: P
     config, run, whole = config_file(dataset, tmp_path), tmp_path / "run", tmp_path / "whole"
     # A checkpoint every other step: about half of the kills fall into a save.
     words = ["checkpoint.every_steps=2", "log.scalars_every=3", "log.samples_every=20", "--max-steps", str(STEPS)]
-    words += ["dist.init_timeout_s=30"]  # who is killed before the ranks have met is waited for that long
+    # Who is killed before the ranks have met is waited for as long as init_timeout_s.
+    words += ["train.epochs=1000", "dist.init_timeout_s=30"]
     assert Ranks(2, config, whole, *words).wait(200) == [0, 0]
     chance, kills = random.Random(20261123), 0
     while kills < KILLS:
