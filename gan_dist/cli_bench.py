@@ -47,6 +47,33 @@ def bench_prepare(
     _figures(measure(source, resolution=resolution, workers=workers, samples=samples), as_json)
 
 
+@bench.command("loader")
+def bench_loader(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset: a directory or an address.")],
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
+    window_shards: Annotated[int, typer.Option(help="Shards in a window of the windowed placement.")] = 4,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each for, three times.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch. [default: torch's choice]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    cache_dir: Annotated[str | None, typer.Option(help="Where a remote dataset is staged.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second that reach the device in random order, by placement, beside memcpy and plain reads."""
+    import torch
+
+    from gan_dist.data.bench_loader import bench_loader as measure
+    from gan_dist.data.shards import open_dataset
+    from gan_dist.distributed import choose_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with open_dataset(dataset, cache_dir) as opened:
+        figures = measure(
+            opened, batch=batch, window_shards=window_shards, seconds=seconds, device=choose_device(device, 0)
+        )
+    _figures(figures, as_json)
+
+
 @bench.command("step")
 def bench_step(
     batch: Annotated[list[int] | None, typer.Option(help="Global batch; may be given again.")] = None,
