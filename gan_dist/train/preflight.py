@@ -32,10 +32,11 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def preflight(world: World, dataset: str) -> list[str]:
-    """Returns warnings after checking that all ranks run the same software on the same dataset and can reduce.
+def preflight(world: World, dataset: str, task: Mapping[str, Any]) -> list[str]:
+    """Returns warnings after checking that all ranks do the same with the same software, and can reduce.
 
-    `dataset` is the manifest's hash as this rank read it. A collective: every rank must call it.
+    `dataset` is the manifest's hash as this rank read it; `task` what it was asked to do, as plain {name: value}.
+    A collective: every rank must call it.
     Raises UserError, on every rank alike, naming the ranks and hosts that differ from the others; GanDistError when
     the first reduction gives the wrong sum.
     """
@@ -44,12 +45,13 @@ def preflight(world: World, dataset: str) -> list[str]:
         "torch": str(torch.__version__),
         "gan_dist (hash of its code)": sources(),
         "dataset (hash of its manifest)": dataset[:12],
+        **{name: str(value) for name, value in task.items()},
     }
     world.barrier()
     told = world.gather_objects((world.host, time.time(), facts))
     hosts = [host for host, _, _ in told]
     for name in facts:
-        _must_agree(name, hosts, [theirs[name] for _, _, theirs in told])
+        _must_agree(name, hosts, [theirs.get(name, "nothing") for _, _, theirs in told])
     total = int(world.all_reduce(torch.full((), world.rank + 1.0, device=world.device)).item())
     if total != world.size * (world.size + 1) // 2:
         raise GanDistError(
@@ -73,7 +75,7 @@ def _must_agree(name: str, hosts: list[str], values: list[str]) -> None:
     odd = [f"rank {rank} on {hosts[rank]} has {value}" for rank, value in enumerate(values) if value != common]
     raise UserError(
         f"{name} is not the same on all ranks: {'; '.join(odd[:4])}; the others have {common}; "
-        "start all ranks from one environment and one dataset"
+        "start all ranks from one environment, with one dataset and the same words"
     )
 
 

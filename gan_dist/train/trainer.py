@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gan_dist.config import Config, load_config, presets, to_yaml
+from gan_dist.config import Config, flatten, load_config, presets, to_yaml
 from gan_dist.data.fetch import Abandoned
 from gan_dist.data.gather import gather
 from gan_dist.data.order import Order, rank_slice
@@ -87,7 +87,11 @@ def train(
             dataset = open_for(settings, world, stop if stop is not None else StopRequest(), voice)
 
             with dataset, watched(world, directory):
-                warnings = preflight(world, dataset.identity)
+                # Where a dataset lies may differ between hosts; what is asked of the ranks may not.
+                task = {
+                    k: v for k, v in flatten(settings.to_dict()).items() if k not in ("data.shards", "data.cache_dir")
+                }
+                warnings = preflight(world, dataset.identity, {**task, "--max-steps": max_steps})
 
                 def check() -> Start:
                     start = prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
