@@ -103,7 +103,7 @@ def _timed(work: Callable[[], int], seconds: float, device: torch.device | None 
 
 
 def _rate(stream: Stream, batch: int, seconds: float) -> float:
-    for _ in range(RING + 1):
+    for _ in range(16 * RING):
         last = stream.next()  # what was fetched before the clock starts does not count
     return _timed(lambda: len(stream.next()), seconds, last.device)
 

@@ -24,28 +24,26 @@ class Gather:
         self._dataset = dataset
         self._starts = np.concatenate([[0], np.cumsum(dataset.shard_sizes)])
         self._maps: dict[int, torch.Tensor] = {}
-        self._first = np.full(len(dataset.shard_sizes), -1, np.int64)
-        self._step = np.zeros(len(dataset.shard_sizes), np.int64)
+        self._row = np.full(dataset.num_samples, -1, np.int64)
         self._rows = torch.empty(0, dtype=torch.uint8)
 
     def into(self, out: torch.Tensor, samples: NDArray[np.int64]) -> torch.Tensor:
         """Returns `out` (uint8 [n, 3, S, S], contiguous), filled with `samples` (int64 [n]) in their order."""
-        shards = np.searchsorted(self._starts, samples, side="right") - 1
-        if (self._first[shards] < 0).any():
-            self._map(set(shards.tolist()))
-        rows = self._first[shards] + (samples - self._starts[shards]) * self._step[shards]
+        rows = self._row[samples]
+        if rows.min() < 0:
+            self._map(set(np.searchsorted(self._starts, samples, side="right") - 1))
+            rows = self._row[samples]
         torch.index_select(self._rows, 0, torch.from_numpy(rows), out=out.view(len(out), -1))
         return out
 
     def forget(self, shard: int) -> None:
         """Unmaps a shard, as far as it is this object's to do; it is mapped again when a sample is asked for."""
-        self._first[shard] = -1
+        self._row[self._starts[shard] : self._starts[shard + 1]] = -1
         self._maps.pop(shard, None)
 
     def _map(self, shards: set[int]) -> None:
         """Lays the view over all shards that are mapped and over `shards`."""
-        self._maps |= {shard: self._dataset.shard_view(shard) for shard in shards}
-        numbers = list(self._maps)
+        self._maps |= {shard: self._dataset.shard_view(int(shard)) for shard in shards}
         starts = np.array([view.data_ptr() for view in self._maps.values()])
         strides = np.array([view.stride(0) for view in self._maps.values()])
         pixels = 3 * self._dataset.resolution**2
@@ -55,8 +53,8 @@ class Gather:
         size = int((starts + (counts - 1) * strides).max() - low) + pixels
         whole = torch.frombuffer((ctypes.c_uint8 * size).from_address(int(low)), dtype=torch.uint8)
         self._rows = whole.as_strided(((size - pixels) // unit + 1, pixels), (unit, 1))
-        self._first[numbers] = (starts - low) // unit
-        self._step[numbers] = strides // unit
+        for shard, first, step, count in zip(self._maps, (starts - low) // unit, strides // unit, counts, strict=True):
+            self._row[self._starts[shard] : self._starts[shard + 1]] = first + step * np.arange(count)
 
 
 def gather(dataset: Dataset, samples: NDArray[np.int64]) -> torch.Tensor:
