@@ -92,7 +92,7 @@ def _submission_lines(
         yield f"{title}: {worst.what}: {worst.why}"
     else:
         yield f"{title}: {_forgotten(run, each, made)}"
-    again = [start for start in starts if start.what in ("requeued", "crashed")]
+    again = [start for start in starts if start.what in ("requeued", "crashed", "lost")]
     if again:
         last = again[-1]
         yield f"  {len(again)} restart(s); the last one: {last.what} at {last.checkpoint}: {last.why}"

@@ -8,7 +8,7 @@
 #
 # It runs on the job's first node, outside any container, and needs only bash, coreutils and SLURM's own commands.
 # Words of one start lie in SUBMISSION/attempts/JOB/RESTART; what became of each start is a line of .../JOB/history:
-# restart, what (requeued crashed stopped failed cancelled done), newest checkpoint, why; with tabs between them.
+# restart, what (requeued crashed lost stopped failed cancelled done), newest checkpoint, why; with tabs between them.
 
 gan_dist_begin() {
   run=$1 submission=$2
@@ -52,16 +52,19 @@ gan_dist_srun() {
     --output="$logs" "$@" 2> >(tee -a "$attempt/srun.err" >&2)
 }
 
-# What the controller says of this job; RUNNING means that nobody but its own script decides about it.
+# Sets what the controller says of this job: state, reason, restarts. RUNNING, or a time limit that has just passed,
+# means that nobody but its own script decides what becomes of it; more restarts than this one, that SLURM requeued it.
 # Asked by $job: the id of an array's last element is the whole array's.
-gan_dist_state() {
-  local try state
+gan_dist_ask() {
+  local try told
   for try in 1 2 3 4 5 6; do
-    state=$(scontrol show job -o "$job" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')
-    if [[ -n $state ]]; then break; fi
+    told=$(scontrol show job -o "$job" 2>/dev/null)
+    if [[ -n $told ]]; then break; fi
     sleep "$try"
   done
-  echo "${state:-UNKNOWN}"
+  state=$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$told")
+  reason=$(sed -n 's/.* Reason=\([A-Za-z_]*\).*/\1/p' <<<"$told")
+  restarts=$(sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' <<<"$told")
 }
 
 # Why this start failed: what a rank said of itself, else what srun saw happen to one, else what survivors guessed.
@@ -105,15 +108,22 @@ gan_dist_requeue() {
 }
 
 gan_dist_finish() { # STATUS OF SRUN
-  local rc=$1 state what why status step crashes
+  local rc=$1 state reason restarts ours="" what why status step crashes
   if [[ -e $attempt/done ]]; then
     gan_dist_note "done" "$(cat "$attempt/done")"
     exit 0
   fi
-  state=$(gan_dist_state)
+  gan_dist_ask
+  if [[ $state == RUNNING || $reason == TimeLimit ]]; then ours=yes; fi
+  IFS=$'\t' read -r status why <<<"$(gan_dist_cause "$rc")"
+  if ((${restarts:-0} > restart)); then
+    if [[ -e $attempt/stopped ]]; then why="saved and stopped by $(cut -d' ' -f2- "$attempt/stopped")"; fi
+    gan_dist_note lost "SLURM requeued the job: $why"
+    exit 75
+  fi
   if [[ -e $attempt/stopped ]]; then
     read -r what why <"$attempt/stopped"
-    if [[ $state != RUNNING ]]; then
+    if [[ -z $ours ]]; then
       gan_dist_note cancelled "saved and stopped by $why"
     elif [[ $what == end ]]; then
       gan_dist_note stopped "$why"
@@ -125,11 +135,13 @@ gan_dist_finish() { # STATUS OF SRUN
     fi
     exit 75
   fi
-  if [[ $state != RUNNING ]]; then # cancelled, timed out, or a host was lost and SLURM has acted already
-    gan_dist_note cancelled "SLURM ended the job ($state) before the ranks had saved"
+  if [[ -z $ours ]]; then
+    gan_dist_note cancelled "SLURM ended the job (${state:-it does not answer}) before the ranks had saved"
     exit $((rc ? rc : 1))
   fi
-  IFS=$'\t' read -r status why <<<"$(gan_dist_cause "$rc")"
+  if [[ $reason == TimeLimit ]]; then
+    status=lost why="the time limit came before the ranks had saved; raise slurm.signal_lead_s"
+  fi
   step=$(cat "$run/checkpoints/latest" 2>/dev/null || echo -)
   crashes=$(awk -F'\t' '$2 == "crashed"' "$attempts/history" 2>/dev/null | wc -l)
   if [[ $status == 2 ]]; then

@@ -63,13 +63,17 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
         hosts = {file.name.split("-")[2] for file in (run.path / "logs").glob("*-1-*-*.log")}
         assert hosts == {"node1", "node2", "node3"} - {lost.name}
         assert_identical(run.path, whole)
+        if how == "cut off":
+            lost.mend()  # it comes back with whatever still runs there, which writes nothing any more
+            wait_until(lambda: not run.ranks()["node1"], 30, "end of the ranks that were cut off")
     finally:
-        if how == "killed":
-            lost.boot()
-        else:
-            lost.mend()
+        lost.kill()
+        lost.boot()
         linuxproc.wait_for_hosts()
     wait_until(lambda: not leftovers(linuxproc), 60, "empty hosts")
+    if how == "killed":  # SLURM's own requeueing and the batch script's have not both counted
+        assert [line[1] for line in run.history()] in (["lost", "done"], ["crashed", "done"]) and run.restarts() == 1
+        assert "rank 1 on node2 was lost" in run.status()
     assert_identical(run.path, whole)  # the host that was cut off has come back and written nothing
 
 
