@@ -7,6 +7,8 @@ import torch
 from gan_dist.config import Config
 from gan_dist.distributed import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
+from gan_dist.train.ema import Average
+from gan_dist.train.rundir import Start
 from gan_dist.train.update import Precision, Update
 
 
@@ -35,3 +37,17 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
         precision=precision,
         sync_batchnorm=config.train.sync_batchnorm,
     )
+
+
+def build_average(config: Config, update: Update, start: Start) -> Average | None:
+    """Returns the averaged generator that the configuration asks for, as it was where the run starts, or None."""
+    half_life, model = config.train.ema_half_life_images, config.model
+    if half_life == 0:
+        return None
+    twin = Generator(model.resolution, model.latent_dim, model.g_channels)
+    per_step = config.optim.d_steps * config.train.global_batch
+    # A run that began with another's weights has no meaningless first ones to forget.
+    average = Average(update.g.network, twin, half_life, per_step, ramp=start.parent is None)
+    if start.loaded is not None and "generator_ema" in start.loaded.state:
+        average.network.load_state_dict(start.loaded.state["generator_ema"])
+    return average

@@ -20,7 +20,7 @@ from gan_dist.data.stream import Stream
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.stop import StopRequest
-from gan_dist.train.build import build_update
+from gan_dist.train.build import build_average, build_update
 from gan_dist.train.keeper import Keeper
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
@@ -32,7 +32,7 @@ from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved
 from gan_dist.train.runner import make_runner, resolve_precision
 from gan_dist.train.saver import Saver
 from gan_dist.train.scalars import Scalars
-from gan_dist.train.state import must_agree, state_digest
+from gan_dist.train.state import copy_state, must_agree, state_digest
 from gan_dist.train.update import draw_flips, draw_latents
 from gan_dist.watch.gallery import Gallery
 from gan_dist.watch.report import make_report
@@ -142,6 +142,7 @@ class Trainer:
             self.update.load_state_dict(start.loaded.state)
             if not start.fresh:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
+        self.average = build_average(config, self.update, start)
         if world.size > 1:
             must_agree(world.gather_objects(state_digest(self.update.snapshot(), config.train.sync_batchnorm)))
         self._drawn_step = -1
@@ -193,7 +194,8 @@ class Trainer:
             verbosity=verbosity or 0,
         )
         self.scalars = Scalars(self.update, dataset.num_samples)
-        self.gallery = Gallery(run_dir, self.telemetry, self.update.g.network, self.fixed_latents)
+        drawing = self.update.g.network if self.average is None else self.average.network
+        self.gallery = Gallery(run_dir, self.telemetry, drawing, self.fixed_latents)
         self._announce(notes)
 
     def _announce(self, notes: Sequence[str]) -> None:
@@ -280,6 +282,8 @@ class Trainer:
             self.step += 1
             epoch_before = self.images_seen // self.dataset.num_samples
             self.images_seen += config.optim.d_steps * self.batch
+            if self.average is not None:
+                self.average.update(self.images_seen)
             word = words.push(stats)
             decision = self._hear(word) if word is not None else Decision()
             self.telemetry.progress(self.step)
@@ -370,7 +374,10 @@ class Trainer:
 
     def _snapshot(self, into: Any) -> dict[str, Any]:
         """Returns what a checkpoint holds beside its counts: copies, made in the memory of an earlier one's."""
-        return {**self.update.snapshot(into), "config": self.config.to_dict()}
+        state = self.update.snapshot(into)
+        if self.average is not None:
+            state["generator_ema"] = copy_state(self.average.network.state_dict(), (into or {}).get("generator_ema"))
+        return {**state, "config": self.config.to_dict()}
 
     def _save(self, *, kept: bool = False, wait: bool = False) -> None:
         """Saves this step; in the background unless `wait`. Every rank calls it: their states are compared first."""
