@@ -27,7 +27,7 @@ class Layout:
     """Whether preemption first sends the signal a job asked for (preempt_send_user_signal) instead of CONT and TERM."""
     kill_wait_s: int = 20
     """Seconds between TERM and KILL when a job is cancelled or its time is over."""
-    lost_after_s: int = 15
+    lost_after_s: int = 10
     """Seconds without an answer after which a host counts as down."""
     grace_s: int = 25
     """Seconds that a preempted job keeps before it is killed."""
