@@ -91,14 +91,19 @@ def _order(dataset: Dataset, window_shards: int = 0) -> Order:
     return Order(dataset.shard_sizes, 0, window_shards)
 
 
-def _timed(work: Callable[[], int], seconds: float, device: torch.device | None = None) -> float:
+def _timed(
+    work: Callable[[], int],
+    seconds: float,
+    device: torch.device | None = None,
+    clock: Callable[[], float] = perf_counter,
+) -> float:
     """Returns how many a second `work` does, which returns how many each call did."""
-    done, began = 0, perf_counter()
-    while (now := perf_counter() - began) < seconds:
+    done, began = 0, clock()
+    while (now := clock() - began) < seconds:
         done += work()
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
-        now = perf_counter() - began
+        now = clock() - began
     return done / now
 
 
@@ -108,7 +113,7 @@ def _rate(stream: Stream, batch: int, seconds: float) -> float:
     return _timed(lambda: len(stream.next()), seconds, last.device)
 
 
-def memcpy_rate(resolution: int, batch: int, seconds: float) -> float:
+def memcpy_rate(resolution: int, batch: int, seconds: float, clock: Callable[[], float] = perf_counter) -> float:
     """Returns images/s of plain copies: batches that lie in a row, from memory into as many buffers as a stream has."""
     pixels = 3 * resolution**2
     count = max(1, SOURCE_BYTES // (batch * pixels))
@@ -122,7 +127,7 @@ def memcpy_rate(resolution: int, batch: int, seconds: float) -> float:
         turn += 1
         return batch
 
-    return _timed(copy, seconds)
+    return _timed(copy, seconds, clock=clock)
 
 
 def _read_rate(dataset: Dataset, seconds: float) -> float:

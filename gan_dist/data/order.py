@@ -78,8 +78,11 @@ class Order:
             # The window in the high bits, 40 of noise below: one sort does for both, twice as fast as a sort by two
             # keys.
             noise = np.repeat(window_of_shard << np.uint64(40), self.shard_sizes) | noise >> np.uint64(24)
-        # Without equal keys there is one order, and the sort that is twice as fast finds it; equal ones keep theirs.
-        order = np.argsort(noise)
-        if (np.diff(noise[order]) == 0).any():
-            order = np.argsort(noise, kind="stable")
-        return order
+        # Sorting numbers is several times faster than argsort. Their own place in the lowest bits comes out with them;
+        # it decides nothing unless two are equal in all higher bits.
+        bits = np.uint64((self.num_samples - 1).bit_length())
+        low = (np.uint64(1) << bits) - np.uint64(1)
+        keys = np.sort(noise & ~low | np.arange(self.num_samples, dtype=np.uint64))
+        if (np.diff(keys >> bits) == 0).any():
+            return np.argsort(noise, kind="stable")
+        return (keys & low).astype(np.int64)

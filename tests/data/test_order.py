@@ -89,6 +89,15 @@ FIRST = [6, 1, 11, 8, 5, 2, 7, 10, 9, 4, 3, 0, 9, 7]
 WINDOWED = [6, 11, 8, 5, 7, 10, 9, 4, 1, 2, 3, 0]
 
 
+@given(st.integers(1, 3000), seeds, st.integers(0, 3), st.integers(0, 64))
+def test_the_quick_sort_finds_the_order_of_the_noise(count: int, seed: int, epoch: int, shift: int) -> None:
+    """With 64 bits of noise two are hardly ever equal; with few, nearly all are."""
+    order = Order([count], seed)
+    noise = order._noise(epoch, 0, count) >> np.uint64(min(shift, 63))
+    order._noise = lambda *_: noise  # type: ignore[method-assign]
+    assert order.indices(epoch * count, (epoch + 1) * count).tolist() == np.argsort(noise, kind="stable").tolist()
+
+
 def test_a_hundred_thousand_samples_permute_quickly() -> None:
     """Not a benchmark: it notices an algorithm of another order, on the slowest machine."""
     started = time.perf_counter()

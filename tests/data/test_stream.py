@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gan_dist.data.gather import gather
+from gan_dist.data.gather import Gather, gather
 from gan_dist.data.order import Order
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import RING, Stream
@@ -124,3 +125,26 @@ def test_on_a_gpu_the_order_is_the_same(opened: Dataset, pixels: torch.Tensor, p
         for step in range(4 * RING):
             begin = 3 + 8 * step
             assert torch.equal(stream.next().cpu(), pixels[order.indices(begin, begin + 8)])
+
+
+def test_waiting_is_what_the_reader_waited_and_no_more(opened: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    into = Gather.into
+
+    def slowly(self: Gather, out: torch.Tensor, samples: np.ndarray) -> torch.Tensor:
+        time.sleep(0.03)
+        return into(self, out, samples)
+
+    monkeypatch.setattr("gan_dist.data.stream.BLOCK_BYTES", 1)
+    order = Order(opened.shard_sizes, 1)
+    with Stream(opened, order, position=0, global_batch=4, device=CPU) as stream:
+        stream.await_first()
+        for _ in range(20):
+            stream.next()
+            time.sleep(0.01)  # a step: there is always a batch by then
+        assert stream.wait_seconds < 0.1
+    monkeypatch.setattr(Gather, "into", slowly)
+    with Stream(opened, order, position=0, global_batch=4, device=CPU) as stream:
+        began = time.monotonic()
+        for _ in range(10):
+            stream.next()
+        assert 0.25 < stream.wait_seconds <= time.monotonic() - began
