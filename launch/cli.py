@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,27 +82,37 @@ def submit(
     print(f"  python -m launch logs -f {run}")
 
 
+def _find(run: str, cluster: str | None) -> Path:
+    """Returns a run's directory; names are looked up where the cluster file says that runs lie."""
+    from launch.status import find_run
+
+    return find_run(run, load_cluster(cluster).job.runs if cluster else None)
+
+
 @app.command(name="status")
 def status_command(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs by directory or name.")],
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs. [default: all]")] = None,
+    cluster: ClusterFile = None,
 ) -> None:
     """Say where runs stand: queue, step, images a second, time left, restarts, and why the last one ended."""
-    from launch.status import find_run, status_lines
+    from launch.status import all_runs, status_lines
 
-    for run in runs:
-        print("\n".join(status_lines(find_run(run))))
+    found = [_find(run, cluster) for run in runs or []]
+    for run in found or all_runs(load_cluster(cluster).job.runs):
+        print("\n".join(status_lines(run)))
 
 
 @app.command()
 def logs(
     run: Run,
+    cluster: ClusterFile = None,
     rank: Annotated[str, typer.Option(help="Which rank's, or batch for the batch script's.")] = "0",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as more is written; Ctrl-C ends it.")] = False,
 ) -> None:
     """Print the newest log of a rank."""
     from launch import status
 
-    where = status.find_run(run)
+    where = _find(run, cluster)
     found = status.logs_of(where, rank)
     if follow:
         try:
@@ -115,13 +126,12 @@ def logs(
 
 
 @app.command()
-def stop(run: Run) -> None:
+def stop(run: Run, cluster: ClusterFile = None) -> None:
     """Ask a run to save and end, without being requeued. A job that still waits is taken out of the queue."""
     from launch import slurm
-    from launch.status import find_run
     from launch.submit import submissions
 
-    where = find_run(run)
+    where = _find(run, cluster)
     deadline = time.monotonic() + 40
     while queued := slurm.queue([each.job for each in submissions(where)]):
         if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in queued):
@@ -139,13 +149,12 @@ def stop(run: Run) -> None:
 
 
 @app.command()
-def cancel(run: Run) -> None:
+def cancel(run: Run, cluster: ClusterFile = None) -> None:
     """Cancel a run's jobs: they save if that takes less than the cluster's KillWait, and are not requeued."""
     from launch import slurm
-    from launch.status import find_run
     from launch.submit import submissions
 
-    where = find_run(run)
+    where = _find(run, cluster)
     queued = slurm.queue([each.job for each in submissions(where)])
     if not queued:
         raise UserError(f"{where} has no job in the queue; nothing to cancel")

@@ -40,6 +40,15 @@ def find_run(run: str, runs: str | None = None) -> Path:
     return found
 
 
+def all_runs(runs: str | None = None) -> list[Path]:
+    """Returns every run that was submitted, the newest submission at the end. Raises UserError when there is none."""
+    home = runs_home(runs)
+    found = sorted((path.parent for path in home.glob("*/launch")), key=lambda run: (run / "launch").stat().st_mtime)
+    if not found:
+        raise UserError(f"no run was submitted in {home}; name one, or say where runs lie (--cluster, $GAN_DIST_RUNS)")
+    return found
+
+
 def starts_of(run: Path, submission: Submission) -> list[Start]:
     """Returns what became of each ended start of a submission's jobs, in order."""
     found = []

@@ -11,7 +11,7 @@ import pytest
 from gan_dist.errors import UserError
 from launch.board import way_in
 from launch.command import share_of
-from launch.status import find_run, follow, logs_of, starts_of, status_lines
+from launch.status import all_runs, find_run, follow, logs_of, starts_of, status_lines
 from launch.submit import Submission, submissions
 
 
@@ -87,6 +87,9 @@ def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) ->
 def test_a_run_that_was_never_submitted_is_refused(run: Path) -> None:
     assert find_run(str(run)) == run
     assert find_run("art", str(run.parent)) == run
+    assert all_runs(str(run.parent)) == [run]
+    with pytest.raises(UserError, match="no run was submitted in"):
+        all_runs(str(run))
     with pytest.raises(UserError, match="no run at"):
         find_run(str(run.parent / "nothing"))
 
