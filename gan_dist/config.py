@@ -36,13 +36,16 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     shards: str
-    """The dataset: a directory that `gan-dist prepare` wrote, or an address of one (http, s3, gs, pipe)."""
+    """The dataset: a directory that `gan-dist prepare` wrote, or the address of one, which is then staged: http(s)://,
+    s3://, gs://, `pipe:COMMAND` with {} for a file's name, file:// for a directory on a slow disk."""
     placement: Literal["auto", "device", "memory", "windowed"] = "auto"
-    """Where samples wait: in GPU memory, memory-mapped on the host, or a moving window of shards."""
+    """Where samples wait: in GPU memory, memory-mapped on the host, or a moving window of shards. auto: the first of
+    these that fits; windows for a remote set where window_shards is set."""
     window_shards: NonNegative = 0
     """Shuffle shards, then samples within windows of this many shards; 0 shuffles the whole set."""
     cache_dir: str | None = None
-    """Where remote or slow datasets are staged, once a node; null chooses node-local scratch."""
+    """Where addresses are staged, once a node, and stay. null: $TMPDIR or /tmp, /dev/shm or ~/.cache, whichever first
+    has room, until the last job that uses them ends."""
     x_flip: bool = False
     """Mirror each real image with probability one half."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from gan_dist.config import Config
 from gan_dist.data.cache import open_remote
+from gan_dist.data.fetch import shown
 from gan_dist.data.files import is_address
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import choose_placement, stage
@@ -33,25 +34,32 @@ def open_for(config: Config, world: World, stop: StopRequest, voice: int | None)
             )
         else:
             dataset = open_dataset(data.shards)
-        if dataset.resolution != config.model.resolution:
+        try:
+            _make_ready(dataset, config, world, voice, lambda: called_off() or bool(stop))
+        except BaseException:
             dataset.close()
-            raise UserError(
-                f"model.resolution is {config.model.resolution}, but {data.shards} holds {dataset.resolution}x"
-                f"{dataset.resolution} images; set model.resolution={dataset.resolution} or prepare the set again"
-            )
-        placement = choose_placement(data.placement, dataset, world.device, data.window_shards)
-        with transfers(voice is not None and voice >= 0 and world.rank == 0) as progress:
-            stage(
-                dataset,
-                placement,
-                first=world.local_rank == 0,
-                progress=progress,
-                called_off=lambda: called_off() or bool(stop),
-            )
+            raise
         return dataset
 
     # What lies here needs no staging: a stop then waits for the first step, which saves.
     return patiently(world, open_and_stage, stop if remote else StopRequest())
+
+
+def _make_ready(
+    dataset: Dataset, config: Config, world: World, voice: int | None, called_off: Callable[[], bool]
+) -> None:
+    if dataset.resolution != config.model.resolution:
+        raise UserError(
+            f"model.resolution is {config.model.resolution}, but {config.data.shards} holds {dataset.resolution}x"
+            f"{dataset.resolution} images; set model.resolution={dataset.resolution} or prepare the set again"
+        )
+    placement = choose_placement(config.data.placement, dataset, world.device, config.data.window_shards)
+    spoken = voice is not None and voice >= 0 and world.rank == 0
+    if dataset.cache is not None and spoken:
+        what = f"{config.data.window_shards} shards at a time" if placement == "windowed" else "as a whole"
+        print(f"{shown(config.data.shards)} is staged in {dataset.root}, {what}", flush=True)
+    with transfers(spoken) as progress:
+        stage(dataset, placement, first=world.local_rank == 0, progress=progress, called_off=called_off)
 
 
 def _teller(world: World, voice: int | None) -> Callable[[str], None]:
