@@ -26,7 +26,7 @@ from pathlib import Path
 from gan_dist.data.fetch import Patience, fetch, look, member, never, shown
 from gan_dist.data.files import fsync_folder, publish, temporary_name
 from gan_dist.data.flock import POLL_S, FileLock
-from gan_dist.data.places import choose_home, own_folder, room
+from gan_dist.data.places import choose_home, held, own_folder, room
 from gan_dist.data.shards import MANIFEST, Dataset, Manifest, check_totals, parse_manifest, quick_fault
 from gan_dist.errors import GanDistError, UserError
 
@@ -34,6 +34,8 @@ FETCHERS = 4
 """Shards fetched at once: object stores give one connection a fraction of what they have."""
 GRACE_S = 2.0
 """Seconds that threads get to take their half-written files away once the work is over."""
+STANDSTILL_S = 300.0
+"""Seconds in which nothing grew after which whoever has the lock is taken for hung, and not waited for any more."""
 
 
 def open_remote(
@@ -137,9 +139,10 @@ class Cache:
             return
         shard, fetched = self.manifest.shards[i], False
         path, lock = self.folder / shard.file, FileLock(self.folder / f"{shard.file}.lock")
+        hung = _Standstill(self.folder)
         with _writing(self.folder), lock:
             while True:
-                lock.take(exclusive=False, wait=called_off)
+                lock.take(exclusive=False, wait=called_off, give_up=hung)
                 if path.exists():
                     fault = quick_fault(self.folder, shard, self.manifest.resolution)
                     if fault is None:
@@ -149,12 +152,14 @@ class Cache:
                             f"{shown(member(self.address, shard.file))} {fault}, though its sha256 is the manifest's: "
                             "the manifest there was edited; run the `gan-dist prepare` that made it again"
                         )
-                # Whoever gets the lock for itself fetches; the others look again soon.
-                if not lock.take(exclusive=True):
+                # Whoever gets the lock for itself fetches; the others look again soon. Names of temporary files keep
+                # this one apart from one that hangs with the lock.
+                alone = lock.take(exclusive=True)
+                if not alone and not hung():
                     look(called_off)
                     time.sleep(POLL_S)
                 elif not path.exists() or quick_fault(self.folder, shard, self.manifest.resolution):
-                    for left in self.folder.glob(f"{shard.file}.*.tmp"):
+                    for left in self.folder.glob(f"{shard.file}.*.tmp") if alone else ():
                         left.unlink(missing_ok=True)  # by a process that was killed: we have the lock
                     self._download(shard.file, shard.sha256, shard.bytes, called_off)
                     fetched = True
@@ -219,7 +224,7 @@ class Cache:
             return called_off()
 
         with _writing(self.folder), FileLock(self.folder / "staging.lock") as lock:
-            lock.take(exclusive=True, wait=tell)
+            lock.take(exclusive=True, wait=tell, give_up=_Standstill(self.folder))
             in_parallel(self.hold, range(len(self.manifest.shards)), FETCHERS, tell)
 
     def drop(self, i: int) -> None:
@@ -270,6 +275,19 @@ def sweep(home: Path, keep: str) -> None:
     for path in home.glob("*.lock"):
         if path.stem != keep:
             _remove(path.with_suffix(""), FileLock(path))
+
+
+class _Standstill:
+    """Tells whether nothing in a folder has grown for long."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._size, self._since = folder, -1, time.monotonic()
+
+    def __call__(self) -> bool:
+        size, now = held(self._folder), time.monotonic()
+        if size != self._size:
+            self._size, self._since = size, now
+        return now - self._since > STANDSTILL_S
 
 
 class _writing:

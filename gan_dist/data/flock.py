@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gan_dist.data.fetch import look
+from gan_dist.data.fetch import look, never
 
 POLL_S = 0.05
 
@@ -24,16 +24,18 @@ class FileLock:
         self.path = path
         self._descriptor = -1
 
-    def take(self, *, exclusive: bool, wait: Callable[[], bool] | None = None) -> bool:
-        """Returns whether the lock is ours now. With `wait` it comes back with the lock, or raises Abandoned as soon as
-        `wait()` is true. A lock that was held before is given back first."""
+    def take(
+        self, *, exclusive: bool, wait: Callable[[], bool] | None = None, give_up: Callable[[], bool] = never
+    ) -> bool:
+        """Returns whether the lock is ours now. With `wait` it comes back with the lock, or without it when `give_up()`
+        is true, and raises Abandoned as soon as `wait()` is. A lock that was held before is given back first."""
         while True:
             self.free()
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             if self._lock(exclusive) and self._still_named():
                 return True
             self.free()
-            if wait is None:
+            if wait is None or give_up():
                 return False
             look(wait)
             time.sleep(POLL_S)

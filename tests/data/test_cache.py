@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -247,6 +248,23 @@ def test_a_killed_job_leaves_nothing_wrong_and_its_cache_is_swept(source: Path, 
     assert not list(scratch.iterdir())
 
 
+def test_a_job_that_hangs_with_the_locks_is_not_waited_for(
+    source: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gan_dist.data.cache.STANDSTILL_S", 0.5)
+    with Server(source, lambda name, nth: "stall" if (name, nth) == ("shard-00003.tar", 0) else None) as server:
+        victim = stage_in_a_process(server.address, scratch)
+        while len(list(scratch.rglob("shard-*.tar"))) < 3 or not list(scratch.rglob("shard-00003.tar.*.tmp")):
+            time.sleep(0.02)
+        victim.send_signal(signal.SIGSTOP)
+        try:
+            with open_remote(server.address, whole=True) as staged:
+                assert torch.equal(pixels(staged), pixels(open_dataset(source)))
+        finally:
+            victim.kill()
+            victim.wait()
+
+
 def _read_on_rank(rank: int, address: str, cache: str, expected: str) -> None:
     with (
         open_remote(address, cache, whole=True, patience=Patience(4, 0.02, 2)) as staged,
@@ -346,7 +364,10 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match="is no folder"):
         own_folder(tmp_path / "link")
     assert own_folder(tmp_path / "mine").stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "mine", 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(UserError, match=r"belongs to user \d+ .*data\.cache_dir"):
         own_folder(tmp_path / "mine")
 
