@@ -336,8 +336,8 @@ def in_parallel(
     for thread in running:
         thread.start()
     try:
-        while not failures and any(thread.is_alive() for thread in running):
-            running[0].join(POLL_S) if running[0].is_alive() else time.sleep(POLL_S)
+        while not failures and (alive := [thread for thread in running if thread.is_alive()]):
+            alive[0].join(POLL_S)
             look(called_off)
     finally:
         over.set()

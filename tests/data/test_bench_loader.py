@@ -57,7 +57,8 @@ def test_bench_loader_tells_every_figure(dataset: Path) -> None:
 
 
 def test_bench_loader_measures_a_remote_set_where_it_is_staged(dataset: Path, tmp_path: Path) -> None:
-    words = ["bench", "loader", dataset.as_uri(), "--seconds", "0.01", "--device", "cpu", "--cache-dir", str(tmp_path)]
+    words = ["bench", "loader", dataset.as_uri(), "--seconds", "0.01", "--batch", "8", "--device", "cpu"]
+    words += ["--cache-dir", str(tmp_path)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0 and "images_per_second" in done.stdout, done.output
     assert list(tmp_path.rglob("shard-00000.tar"))

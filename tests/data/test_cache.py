@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,16 @@ def test_addresses() -> None:
     assert shown("https://me:password@host/set/x.tar?signature=1") == "https://host/set/x.tar"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+def rare(fault: str) -> Any:
+    """Returns a fault as a parameter that only the chaos suite tries where another is much like it."""
+    return (
+        pytest.param(fault, marks=pytest.mark.chaos)
+        if fault in ("cut_chunked", "cut_at_once", "long", "drip")
+        else fault
+    )
+
+
+@pytest.mark.parametrize("fault", map(rare, FAULTS))
 def test_a_fault_that_passes_is_got_over(source: Path, tmp_path: Path, fault: str) -> None:
     told: list[str] = []
     with Server(source, lambda name, nth: fault if name != MANIFEST and nth == 0 else None) as server:
@@ -92,11 +102,11 @@ def test_a_fault_that_passes_is_got_over(source: Path, tmp_path: Path, fault: st
     assert len(told) == 4 and all("trying again" in line for line in told)
 
 
-@pytest.mark.parametrize(
-    ("fault", "name"),
-    [*((fault, "shard-00002.tar") for fault in FAULTS), *((fault, MANIFEST) for fault in ("cut", "404", "short"))],
-)
+@pytest.mark.parametrize("name", ["shard-00002.tar", pytest.param(MANIFEST, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("fault", map(rare, FAULTS))
 def test_a_fault_that_stays_is_told_in_time(source: Path, tmp_path: Path, fault: str, name: str) -> None:
+    if (fault, name) == ("corrupt", MANIFEST):
+        return  # a manifest with another byte is another dataset's, and its shards are missed
     began = time.monotonic()
     with (
         Server(source, lambda asked, nth: fault if asked == name else None) as server,

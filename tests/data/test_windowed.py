@@ -49,7 +49,7 @@ def streaming(dataset: Dataset, order: Order, **kwargs: int) -> Iterator[Stream]
         yield stream
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     remote=st.booleans(),
     window=st.integers(1, 12),
