@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from gan_dist.cli_bench import bench
+from gan_dist.cli_evaluate import evaluate
 from gan_dist.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError
 from gan_dist.stop import StopRequest
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 
 app.add_typer(bench, name="bench")
+app.command()(evaluate)
 
 
 @app.callback()

@@ -99,9 +99,15 @@ def curves(run: Run) -> list[Chart]:
             high=0.05,
         ),
     ]
+    if run.evaluations:
+        names = sorted({key for row in run.evaluations for key in row if key.startswith("swd")}, key=len)
+        series = [Series(name, [(float(row["step"]), row.get(name)) for row in run.evaluations]) for name in names]
+        note = "Sliced Wasserstein distance of patches, in all and at each size of structure; lower is nearer."
+        charts.append(Chart("Distance from real images", series, note, marks=marks, low=0.0))
     # Set by hand or well-known elsewhere on the page; everything else that was logged gets its place.
     used |= {"throughput/step_seconds", "updates/skipped", "learning_rate/discriminator", "learning_rate/generator"}
     others = sorted({tag for point in run.points for tag in point if "/" in tag} - used)
+    others = [tag for tag in others if not tag.startswith("evaluate/swd")]
     charts += [chart(tag, {tag: tag.rpartition("/")[2].replace("_", " ")}) for tag in others]
     return [one for one in charts if one.series]
 

@@ -36,6 +36,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """Returns what `gan-dist evaluate` has kept of a run: rows with step, swd, protocol and more."""
+    return [line for line in read_metrics(run / "evaluations.jsonl") if "step" in line and "swd" in line]
+
+
 def when(seconds: float) -> str:
     """Returns a time as `2026-11-23 14:03 UTC`."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
@@ -84,6 +89,8 @@ class Run:
     real: Path | None
     checkpoints: tuple[int, ...]
     """Steps of the checkpoints that stand there, in order."""
+    evaluations: tuple[dict[str, Any], ...] = ()
+    """Rows of figures by step: those of `gan-dist evaluate`, and those made during training."""
     dataset: dict[str, Any] = field(default_factory=dict)
     """The dataset's card; empty when neither the run nor the dataset itself tells."""
     touched: float = 0.0
@@ -158,9 +165,20 @@ def read_run(path: str | Path) -> Run:
         samples=tuple(samples),
         real=real if real.is_file() else None,
         checkpoints=tuple(step for step in checkpoints if step >= 0),
+        evaluations=_evaluations(root, points),
         dataset=_mapping(root / "dataset.json"),
         touched=max(written, default=0.0),
     )
+
+
+def _evaluations(root: Path, points: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    during = [
+        {"step": point["step"], **{tag.removeprefix("evaluate/"): point[tag] for tag in point if "evaluate/" in tag}}
+        for point in points
+        if point.get("evaluate/swd") is not None
+    ]
+    rows = {row["step"]: row for row in [*during, *read_evaluations(root)]}
+    return tuple(rows[step] for step in sorted(rows))
 
 
 def step_of(path: Path) -> int:

@@ -88,6 +88,7 @@ def _one(run: Run, presets: Mapping[str, Mapping[str, Any]]) -> str:
             _pictures(run),
             _evolution(run),
             section("How the game went", *((lead, f'<div class="charts">{charts}</div>') if charts else ("", nothing))),
+            *([_evaluations(run)] if run.evaluations else []),
             _dataset(run.dataset),
             _configuration(run, presets),
             section("What happened", "", history(entries(run))),
@@ -149,6 +150,23 @@ def _evolution(run: Run) -> str:
         f'<figure class="picture film" data-film="film-0"><img src="{last.src}" '
         f'alt="What the fixed latents gave at step {last.step}">{slider}</figure>{film_script(frames, "film-0")}',
     )
+
+
+def _evaluations(run: Run) -> str:
+    keys = [key for key in run.evaluations[-1] if key not in ("step", "protocol", "images_seen")]
+    rows = [(f"step {row['step']:,}", [_figure(row.get(key)) for key in keys]) for row in run.evaluations]
+    best = min(run.evaluations, key=lambda row: row["swd"])
+    protocol: Mapping[str, Any] = next((row["protocol"] for row in reversed(run.evaluations) if "protocol" in row), {})
+    return section(
+        "How good it is",
+        f"Sliced Wasserstein distance from real images, lower is better; the best so far is step {best['step']:,}.",
+        table(("checkpoint", *map(escape, keys)), rows)
+        + (f"<details><summary>How it was measured</summary>{facts(protocol)}</details>" if protocol else ""),
+    )
+
+
+def _figure(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
 def _dataset(card: Mapping[str, Any]) -> str:

@@ -1,0 +1,73 @@
+"""`gan-dist evaluate`: how good a run's generator is, at one checkpoint or at all of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gan_dist.errors import UserError
+
+NONE = "none"
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run: its directory, or its name under $GAN_DIST_RUNS.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint to evaluate. [default: the newest]")] = None,
+    all_checkpoints: Annotated[bool, typer.Option("--all-checkpoints", help="Evaluate every one that stands.")] = False,
+    samples: Annotated[
+        int | None, typer.Option(help="Drawn and real images to compare. [default: the run's evaluate.samples]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Keys latents, real images, patches and directions.")] = 0,
+    dataset: Annotated[str | None, typer.Option(help="Real images to compare with. [default: the run's]")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="Does D know these, which it never saw, as it knows its own?")
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option("--inception", metavar="FILE", help="Inception's weights; auto: downloaded; none: without."),
+    ] = "auto",
+    averaged: Annotated[bool, typer.Option(help="Evaluate the averaged generator, where there is one.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, or with --all-checkpoints a list.")
+    ] = (False),
+) -> None:
+    """Measure a run's generator: sliced Wasserstein distance, FID, KID, precision, recall, collapse and copies.
+
+    Under torchrun the ranks share the work; the figures are the same. They are kept in RUN/evaluations.jsonl, and
+    `gan-dist report RUN` shows them.
+    """
+    from gan_dist.distributed import join
+    from gan_dist.evaluate import as_lines, warnings
+    from gan_dist.evaluating import evaluate_run
+
+    if step is not None and all_checkpoints:
+        raise UserError("--step and --all-checkpoints say different things; give one of them")
+    with join(device) as world:
+        first = world.rank == 0
+        rows: list[dict[str, Any]] = evaluate_run(
+            world,
+            run,
+            step=step,
+            all_checkpoints=all_checkpoints,
+            samples=samples,
+            seed=seed,
+            dataset=dataset,
+            held_out=held_out,
+            weights=None if weights in ("auto", NONE) else Path(weights),
+            with_inception=weights != NONE,
+            insist=weights not in ("auto", NONE),
+            averaged=averaged,
+            say=(lambda line: print(line, file=sys.stderr, flush=True)) if first else (lambda line: None),
+        )
+        if not first:
+            return
+        if as_json:
+            print(json.dumps(rows if all_checkpoints else rows[0], indent=2))
+            return
+        for line in [*as_lines(rows), *(f"WARNING: {line}" for line in warnings(rows[-1]))]:
+            print(line)

@@ -1,0 +1,238 @@
+"""How good a generator is: a fixed protocol, the same figures on any number of ranks, told with every figure.
+
+uint8 images straight from the generator (no files, no codec) against the first images of a keyed permutation of the
+dataset; sliced Wasserstein distance always, Inception's metrics where its weights are at hand, and signs of collapse
+and copying.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from gan_dist.data.gather import gather
+from gan_dist.data.order import Order, rank_slice
+from gan_dist.data.shards import Dataset
+from gan_dist.distributed import World
+from gan_dist.errors import UserError
+from gan_dist.metrics import inception, swd
+from gan_dist.metrics.diversity import pairwise_distance
+from gan_dist.watch.neighbours import find_neighbours
+from gan_dist.watch.pictures import write_atomically
+from gan_dist.watch.sample import generate
+
+FEWEST = 100
+"""Fewer images say nothing about a distribution."""
+CHUNK = 256
+"""Images a rank makes between two looks at whether to stop."""
+SHOWN = 64
+"""Samples whose nearest real image is looked for."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What makes two figures comparable; told with each of them."""
+
+    samples: int
+    dataset: str
+    """The manifest's sha256."""
+    averaged: bool
+    """Whether the averaged generator drew."""
+    seed: int = 0
+    """Keys the latents, the choice of real images, and the patches and directions of the distance."""
+    metric: str = "swd-7x7-16-patches-512-directions"
+    images: str = "uint8 from the generator, no file format between"
+    resizer: str = "torch-fidelity's bilinear (tensorflow 1) to 299, for Inception alone"
+    inception: str | None = None
+    """The sha256 of Inception's weights, where they were used."""
+
+
+class Evaluation:
+    """Evaluates generators against one dataset; what depends on the real images alone is computed once.
+
+    Every rank makes one and calls it alike. Raises UserError when the dataset, or `samples`, is too small.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        dataset: Dataset,
+        samples: int,
+        *,
+        seed: int = 0,
+        features: inception.Inception | None = None,
+    ) -> None:
+        fewest = inception.FEWEST if features else FEWEST
+        if samples < fewest:
+            raise UserError(f"evaluate.samples: expected {fewest} or more for these metrics, found {samples}")
+        if samples > dataset.num_samples:
+            raise UserError(
+                f"evaluate.samples: expected {dataset.num_samples} or fewer, as many as {dataset.root} holds, "
+                f"found {samples}"
+            )
+        self._world, self._dataset, self._samples, self._seed = world, dataset, samples, seed
+        self._features = features
+        self._lo, self._hi = rank_slice(samples, world.rank, world.size)
+        self._where = swd.positions(samples, dataset.resolution, seed)
+        self._real: list[Tensor] | None = None
+
+    def __call__(
+        self,
+        generator: nn.Module,
+        latent_dim: int,
+        *,
+        averaged: bool,
+        stopped: Callable[[], bool] = lambda: False,
+        near_copies: bool = True,
+    ) -> dict[str, Any] | None:
+        """Returns the figures, alike on every rank, or None when some rank's `stopped` said so on the way.
+
+        Keys: swd (lower is better), swd_<side> a level, diversity (pairwise distance of samples over that of reals),
+        near_copies (share of samples), protocol; with Inception also fid, kid, kid_std, precision, recall. Changes
+        neither the generator nor any shared random state.
+        """
+        source = torch.Generator().manual_seed(self._seed)
+        latents = torch.randn(self._samples, latent_dim, generator=source)
+        fakes = self._share(lambda lo, hi: generate(generator, latents[lo:hi]), stopped)
+        if fakes is None:
+            return None
+        images, described = fakes
+        if self._real is None:
+            shared = self._share(self._reals, stopped)
+            if shared is None:
+                return None
+            self._real_images, self._real = shared
+        distances = swd.sliced_wasserstein(self._world, self._real, described, self._seed)
+        figures: dict[str, Any] = {"swd": sum(distances) / len(distances)}
+        sides = swd.levels(self._dataset.resolution)
+        figures |= {f"swd_{side}": distance for side, distance in zip(sides, distances, strict=True)}
+        drawn, usual = (pairwise_distance(self._world, one) for one in (images, self._real_images))
+        figures["diversity"] = drawn / max(usual, 1e-6)
+        if near_copies:
+            figures["near_copies"] = self._world.from_first(lambda: self._near_copies(generator, latents[:SHOWN]))
+        if self._features is not None:
+            real, fake = self._real_features(), self._gathered(self._features.features(images))
+            figures |= self._world.from_first(lambda: inception.distances(real, fake))
+        weights = self._features.weights if self._features else None
+        protocol = Protocol(self._samples, self._dataset.identity, averaged, self._seed, inception=weights)
+        return {**figures, "protocol": asdict(protocol)}
+
+    def _reals(self, lo: int, hi: int) -> Tensor:
+        order = Order(self._dataset.shard_sizes, self._seed)
+        return gather(self._dataset, order.indices(lo, hi))
+
+    def _share(
+        self, make: Callable[[int, int], Tensor], stopped: Callable[[], bool]
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """Returns this rank's images and everybody's descriptors, or None when asked to stop."""
+        images: list[Tensor] = []
+        parts: list[list[Tensor]] = []
+        widest = -(-self._samples // self._world.size)
+        for start in range(0, widest, CHUNK):  # as many turns on every rank
+            if self._world.any(stopped()):
+                return None
+            lo, hi = min(self._hi, self._lo + start), min(self._hi, self._lo + start + CHUNK)
+            if lo < hi:
+                made = make(lo, hi)
+                parts.append(swd.descriptors(made, [where[lo:hi] for where in self._where]))
+                images.append(made.cpu())
+        own = [torch.cat(level) for level in zip(*parts, strict=True)]
+        return torch.cat(images), [self._gathered(level, swd.PATCHES) for level in own]
+
+    def _gathered(self, rows: Tensor, rows_an_image: int = 1) -> Tensor:
+        """Returns all ranks' rows [n, k] in the order of the images, on this rank's device."""
+        world = self._world
+        if world.size == 1:
+            return rows
+        slices = [rank_slice(self._samples, rank, world.size) for rank in range(world.size)]
+        counts = [(hi - lo) * rows_an_image for lo, hi in slices]
+        padded = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype, device=world.device)
+        padded[: len(rows)] = rows
+        out = torch.empty(world.size, *padded.shape, dtype=rows.dtype, device=world.device)
+        world.all_gather_into(out, padded)
+        return torch.cat([part[:count] for part, count in zip(out, counts, strict=True)]).to(rows.device)
+
+    def _near_copies(self, generator: nn.Module, latents: Tensor) -> float:
+        return find_neighbours(generate(generator, latents).cpu(), self._dataset).copies / len(latents)
+
+    def _real_features(self) -> Tensor:
+        """Returns the real images' features, from beside the dataset where they have been computed before."""
+        assert self._features is not None
+        key = json.dumps([self._samples, self._seed, self._dataset.identity, self._features.weights])
+        path = self._dataset.root / f"inception-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        found = self._world.from_first(lambda: _read_features(path))
+        if found is None:
+            found = self._gathered(self._features.features(self._real_images))
+            if self._world.rank == 0:
+                _keep_features(path, found)
+        return found
+
+
+def _read_features(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["features"]
+    except (OSError, KeyError, ValueError):
+        return None
+    except Exception:  # safetensors' own error for a torn file, which has no public name
+        return None
+
+
+def _keep_features(path: Path, features: Tensor) -> None:
+    """Writes the features whole or not at all; a dataset that one may only read goes without."""
+    try:
+        write_atomically(path, save({"features": features.contiguous()}))
+    except OSError:
+        return
+
+
+def warnings(figures: dict[str, Any]) -> list[str]:
+    """Returns what the figures warn of, each with what to try."""
+    found = []
+    if figures["diversity"] < 0.5:
+        found.append(
+            f"samples differ {figures['diversity']:.0%} as much as real images do: the generator collapses to few "
+            "pictures; try a lower optim.g_lr, loss.real_target=0.9, or go back to an earlier checkpoint with --from"
+        )
+    if figures.get("near_copies", 0) > 0.1:
+        found.append(
+            f"{figures['near_copies']:.0%} of the samples looked at are nearly copies of real images: the networks are "
+            "large for this dataset; try data.x_flip=true, fewer epochs, or smaller model.g_channels and d_channels"
+        )
+    if (told := figures.get("accuracy_training")) is not None and told - figures["accuracy_held_out"] > 0.2:
+        found.append(
+            f"the discriminator knows {told:.0%} of the training images but {figures['accuracy_held_out']:.0%} of the "
+            "others: it learns them by heart; try more images, data.x_flip=true, or smaller model.d_channels"
+        )
+    return found
+
+
+@torch.no_grad()
+def accuracy(discriminator: nn.Module, dataset: Dataset, count: int, seed: int = 0) -> float:
+    """Returns the share of `count` real images that the discriminator, in eval mode, takes for real."""
+    chosen = Order(dataset.shard_sizes, seed).indices(0, min(count, dataset.num_samples))
+    parameter = next(discriminator.parameters())
+    right = 0
+    for start in range(0, len(chosen), CHUNK):
+        images = gather(dataset, chosen[start : start + CHUNK]).to(parameter.device)
+        right += int((discriminator(images.to(parameter.dtype) / 127.5 - 1) > 0).sum())
+    return right / len(chosen)
+
+
+def as_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns evaluations as a table: a line each, their figures in columns."""
+    keys = [key for key in rows[0] if key != "protocol"]
+    width = {key: max(len(key), *(len(_short(row.get(key))) for row in rows)) for key in keys}
+    head = "  ".join(f"{key:>{width[key]}}" for key in keys)
+    return [head, *("  ".join(f"{_short(row.get(key)):>{width[key]}}" for key in keys) for row in rows)]
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,70 @@
+"""Inception's metrics against closed forms and constructed sets; the network itself with weights drawn at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gan_dist.distributed import World
+from gan_dist.errors import UserError
+from gan_dist.metrics.diversity import pairwise_distance
+from gan_dist.metrics.inception import frechet, kernel, load_inception, precision_recall
+
+
+def normal(count: int, features: int, mean: float, scale: float, seed: int) -> torch.Tensor:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(count, features, generator=source, dtype=torch.float64) * scale + mean
+
+
+def test_frechet_distance_is_the_closed_form() -> None:
+    """Of the samples' own Gaussians: |m - n|^2 + tr(C + D - 2 (CD)^(1/2)) (Dowson and Landau 1982)."""
+    real, fake = normal(3000, 16, 0.0, 1.0, 0), normal(3000, 16, 0.5, 2.0, 1)
+    m, n = real.mean(0).numpy(), fake.mean(0).numpy()
+    c, d = np.cov(real.numpy(), rowvar=False), np.cov(fake.numpy(), rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(c @ d).real).sum()  # the trace of (CD)^(1/2)
+    expected = ((m - n) ** 2).sum() + np.trace(c + d) - 2 * root
+    assert frechet(real, fake) == pytest.approx(expected, rel=1e-6)
+    # And of the distributions themselves: 16 (0.25 + 1).
+    assert frechet(real, fake) == pytest.approx(20, rel=0.05)
+
+
+def test_kernel_distance_is_the_unbiased_estimate() -> None:
+    """One subset of all samples: the mean of (x.y / f + 1)^3 over pairs (Binkowski et al. 2018, eq. 4)."""
+    real, fake = normal(200, 8, 0.0, 1.0, 0), normal(200, 8, 0.7, 1.0, 1)
+
+    def polynomial(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.t() / 8 + 1) ** 3
+
+    k, q = polynomial(real, real), polynomial(fake, fake)
+    within = (k.sum() - k.trace() + q.sum() - q.trace()) / (200 * 199)
+    expected = float(within - 2 * polynomial(real, fake).mean())
+    found, deviation = kernel(real, fake)
+    assert found == pytest.approx(expected, rel=1e-5) and deviation < 1e-6
+
+
+def test_precision_and_recall_of_constructed_sets() -> None:
+    left, right = normal(500, 4, 0.0, 1.0, 0), normal(500, 4, 100.0, 1.0, 1)
+    both = torch.cat([left, right])
+    precision, recall = precision_recall(both, left)  # the generator draws half of what there is, and that well
+    assert precision > 0.95 and recall == pytest.approx(0.5, abs=0.05)
+    precision, recall = precision_recall(left, both)  # it draws all there is, and as much again that there is not
+    assert recall > 0.95 and precision == pytest.approx(0.5, abs=0.05)
+
+
+def test_pairwise_distance_is_that_of_all_pairs() -> None:
+    images = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    values = images.double().flatten(1)
+    squares = torch.cdist(values, values).square() / values.shape[1]
+    assert pairwise_distance(World(), images) == pytest.approx(float(squares.mean().sqrt()), rel=1e-9)
+    assert pairwise_distance(World(), images[:1].expand(5, -1, -1, -1)) == 0
+
+
+def test_weights_that_are_none_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no Inception weights at .*nothing; expected torch-fidelity's"):
+        load_inception(tmp_path / "nothing", torch.device("cpu"))
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(UserError, match="does not hold Inception's weights"):
+        load_inception(tmp_path / "junk", torch.device("cpu"))
