@@ -59,6 +59,10 @@ def _sh(*words: str) -> None:
     subprocess.run(words, check=True, env={**os.environ, "PATH": _path()}, timeout=30)
 
 
+def _delete_link(name: str) -> None:
+    subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False, env={"PATH": _path()})
+
+
 def wait_until(true: Callable[[], Any], limit_s: float, what: str) -> Any:
     """Returns the first true value of `true()`. Raises TimeoutError, naming `what`, after `limit_s` seconds."""
     deadline = time.monotonic() + limit_s
@@ -78,9 +82,14 @@ class Host:
     cluster: Cluster
     process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def link(self) -> str:
+        """The bridge's end of the host's cable; the other is net0 on the host."""
+        return f"{self.cluster.tag}-{self.name[-4:]}"
+
     def boot(self) -> None:
         """Starts the host and plugs it into the bridge."""
-        cluster, link = self.cluster, f"{self.cluster.tag}-{self.name[-4:]}"
+        cluster, link = self.cluster, self.link
         cgroup = str(FREEZER / f"{cluster.tag}-{self.name}") if cluster.layout.proctrack == "cgroup" else ""
         namespaces = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         words = (*DIE_WITH_ME, *namespaces, "bash", "-c", INIT, "init", self.name, str(cluster.directory), cgroup)
@@ -101,14 +110,15 @@ class Host:
             self.process.kill()
             self.process.wait()
             self.process = None
+            _delete_link(self.link)  # left to itself, the kernel takes its time over it
 
     def cut(self) -> None:
         """Takes the host off the network; what runs on it runs on."""
-        _sh("ip", "link", "set", f"{self.cluster.tag}-{self.name[-4:]}", "nomaster", "down")
+        _sh("ip", "link", "set", self.link, "nomaster", "down")
 
     def mend(self) -> None:
         """Puts the host back on the network."""
-        _sh("ip", "link", "set", f"{self.cluster.tag}-{self.name[-4:]}", "master", self.cluster.tag, "up")
+        _sh("ip", "link", "set", self.link, "master", self.cluster.tag, "up")
 
     def processes(self) -> dict[int, str]:
         """Returns {pid on this machine: command line} of all that runs on the host beside SLURM's own daemons."""
@@ -180,7 +190,7 @@ class Cluster:
                 daemon.wait(5)
             daemon.kill()
             daemon.wait()
-        subprocess.run(["ip", "link", "delete", self.tag], capture_output=True, check=False, env={"PATH": _path()})
+        _delete_link(self.tag)
         for folder in FREEZER.glob(f"{self.tag}-*"):
             for inner, _, _ in os.walk(folder, topdown=False):
                 with suppress(OSError):

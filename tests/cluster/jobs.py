@@ -129,8 +129,9 @@ class Run:
 
     def ranks(self) -> dict[str, list[int]]:
         """Returns {host: pids of the run's ranks there}."""
+        mark = f"launch.rank submitit {self.folder}"
         return {
-            name: host.pids(f"launch.rank submitit {self.folder}")
+            name: [pid for pid, words in host.processes().items() if mark in words and not words.startswith("srun")]
             for name, host in self.cluster.hosts.items()
             if host.process is not None
         }

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
     def sent(name: str) -> int:
-        link = f"/sys/class/net/{linuxproc.tag}-{name[-4:]}/statistics/rx_bytes"
+        link = f"/sys/class/net/{linuxproc.hosts[name].link}/statistics/rx_bytes"
         return int(Path(link).read_text())
 
     before = {name: sent(name) for name in linuxproc.hosts}
