@@ -22,9 +22,9 @@ COARSEST = 16
 SIDE = 7
 PATCHES = 16
 DIRECTIONS = 512
-AT_ONCE = 16
+AT_ONCE = 64
 """Directions projected together: bounds the memory, and the time between two looks at who wants to stop."""
-SLICE = 500
+SLICE = 100
 """Images whose patches are cut at a time."""
 
 
