@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,19 @@ def test_a_command_that_hangs_is_ended_with_its_children(source: Path, tmp_path:
     address = "pipe:" + command.replace("60", mark).replace("{}", f"{source}/{{}}")
     with pytest.raises(GanDistError, match="stalled"):
         open_remote(address, tmp_path, patience=Patience(2, 0.01, 0.3))
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [line for line in lines if mark.encode() in line]
+    deadline = time.monotonic() + 5  # what was killed takes a moment to go
+    while any(mark.encode() in line for line in running()):
+        assert time.monotonic() < deadline, running()
+        time.sleep(0.02)
+
+
+def running() -> list[bytes]:
+    """Returns the command line of every process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_bytes())
+    return found
 
 
 def test_commands_that_fail_are_told_of(source: Path, tmp_path: Path) -> None:
