@@ -84,14 +84,14 @@ def train(
         settings.train.device, settings.dist.backend, settings.dist.init_timeout_s, settings.dist.timeout_s
     ) as world:
         try:
-            dataset = open_for(settings, world, stop if stop is not None else StopRequest(), voice)
-
-            with dataset, watched(world, directory):
+            with (
+                watched(world, directory),
+                open_for(settings, world, stop if stop is not None else StopRequest(), voice) as dataset,
+            ):
                 # Where a dataset lies may differ between hosts; what is asked of the ranks may not.
-                task = {
-                    k: v for k, v in flatten(settings.to_dict()).items() if k not in ("data.shards", "data.cache_dir")
-                }
-                warnings = preflight(world, dataset.identity, {**task, "--max-steps": max_steps})
+                task = {**flatten(settings.to_dict()), "--max-steps": max_steps}
+                del task["data.shards"], task["data.cache_dir"]
+                warnings = preflight(world, dataset.identity, task)
 
                 def check() -> Start:
                     start = prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
