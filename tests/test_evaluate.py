@@ -1,0 +1,154 @@
+"""gan-dist evaluate: the same figures on any number of ranks, what it says of collapse and copies, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gan_dist.data.prepare import prepare
+from gan_dist.data.shards import open_dataset
+from gan_dist.data.synthetic import paint_folder
+from gan_dist.distributed import World, join
+from gan_dist.errors import UserError
+from gan_dist.evaluate import Evaluation, warnings
+from gan_dist.evaluating import evaluate_run
+from gan_dist.metrics import inception
+from gan_dist.model.networks import Generator, initialise
+from gan_dist.train.trainer import train
+from gan_dist.watch.record import read_evaluations
+from tests.ranks import run_ranks
+from tests.train.test_trainer import small
+
+SAMPLES = 120
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """130 paintings at 32x32: enough to speak of a distribution."""
+    folder = tmp_path_factory.mktemp("many")
+    paint_folder(folder / "paintings", 130)
+    prepare([folder / "paintings"], folder / "shards", resolution=32, shard_samples=50)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def run(many: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with checkpoints of steps 0, 2 and 4, and an averaged generator."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    words = ["checkpoint.every_steps=2", "checkpoint.keep=5", "train.ema_half_life_images=64"]
+    train(small(many), words, run_dir=path, max_steps=4, console=False)
+    return path
+
+
+class Copier(nn.Module):
+    """A generator that knows some images by heart, and draws them in turn."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("images", images.float() / 127.5 - 1)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.drawn = 0
+
+    def forward(self, latents: Tensor) -> Tensor:
+        chosen = torch.arange(self.drawn, self.drawn + len(latents)) % len(self.images)
+        self.drawn += len(latents)
+        return self.get_buffer("images")[chosen] * self.scale
+
+
+def drawn_by(generator: nn.Module, dataset: Path) -> dict[str, Any]:
+    with open_dataset(dataset) as real:
+        figures = Evaluation(World(), real, SAMPLES)(generator, 8, averaged=False)
+    assert figures is not None
+    return figures
+
+
+def test_a_generator_that_copies_is_near_and_is_found_out(many: Path) -> None:
+    with open_dataset(many) as real:
+        images = torch.cat([real.shard_view(shard) for shard in range(3)])
+        copying = drawn_by(Copier(images), many)
+        alike = drawn_by(Copier(images[:1]), many)
+        fresh = Generator(32, 8, 4)
+        initialise(fresh, 0.02, torch.Generator().manual_seed(0))
+        untrained = drawn_by(fresh, many)
+    assert copying["near_copies"] == 1 and copying["diversity"] == pytest.approx(1, abs=0.05)
+    assert any("copies of real images" in line and "data.x_flip" in line for line in warnings(copying))
+    assert alike["diversity"] == 0
+    assert any("collapse" in line and "optim.g_lr" in line for line in warnings(alike))
+    assert copying["swd"] < untrained["swd"] / 3
+    assert untrained["near_copies"] == 0
+
+
+def test_neither_the_generator_nor_random_numbers_are_disturbed(many: Path) -> None:
+    generator = Generator(32, 8, 4).train()
+    before, state = {k: v.clone() for k, v in generator.state_dict().items()}, torch.get_rng_state()
+    drawn_by(generator, many)
+    assert generator.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+
+
+def test_it_can_be_called_off(many: Path) -> None:
+    with open_dataset(many) as real:
+        assert Evaluation(World(), real, SAMPLES)(Generator(32, 8, 4), 8, averaged=False, stopped=lambda: True) is None
+
+
+def test_the_command_keeps_its_figures_with_their_protocol(run: Path, many: Path) -> None:
+    rows = evaluate_run(World(), run, all_checkpoints=True, samples=SAMPLES, held_out=str(many), with_inception=False)
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[-1]["protocol"]["samples"] == SAMPLES and rows[-1]["protocol"]["averaged"]
+    with open_dataset(many) as real:
+        assert rows[-1]["protocol"]["dataset"] == real.identity
+    assert rows[-1]["accuracy_training"] == pytest.approx(rows[-1]["accuracy_held_out"], abs=0.1)
+    evaluate_run(World(), run, samples=SAMPLES, held_out=str(many), with_inception=False)
+    assert json.dumps(rows) == json.dumps(read_evaluations(run))  # measured again: the same figure, in the same place
+    (plain,) = evaluate_run(World(), run, samples=SAMPLES, with_inception=False, averaged=False)
+    assert not plain["protocol"]["averaged"] and plain["swd"] != rows[-1]["swd"]
+
+
+def test_bad_input_is_one_line(run: Path, many: Path, dataset: Path, tmp_path: Path) -> None:
+    def refused(match: str, where: Path = run, **asked: Any) -> None:
+        with pytest.raises(UserError, match=match):
+            evaluate_run(World(), where, **{"samples": SAMPLES, "with_inception": False, **asked})
+
+    refused("expected 100 or more for these metrics, found 10", samples=10)
+    refused("expected 130 or fewer, as many as .* holds, found 131", samples=131)
+    refused("no run at", tmp_path / "nothing")
+    (tmp_path / "young" / "checkpoints").mkdir(parents=True)
+    refused("has no checkpoints yet", tmp_path / "young")
+    refused("has no checkpoints yet", tmp_path / "young", all_checkpoints=True)
+    refused("no Inception weights at", with_inception=True, insist=True, weights=tmp_path / "none.pth")
+    big = tmp_path / "big"
+    paint_folder(tmp_path / "few", 4)
+    prepare([tmp_path / "few"], big, resolution=64)
+    refused("holds 64x64 images, but .* draws 32x32 ones", dataset=str(big))
+
+
+def evaluate_ranks(rank: int, run: str, out: str) -> None:
+    with join("cpu") as world:
+        rows = evaluate_run(world, run, samples=SAMPLES, with_inception=False)
+        told = world.gather_objects(rows)
+        assert all(row == rows for row in told), "ranks disagree"
+        if rank == 0:
+            (Path(out) / f"{world.size}.json").write_text(json.dumps(rows[0]))
+    assert not dist.is_initialized()
+
+
+@pytest.mark.chaos
+def test_the_figures_are_the_same_on_one_two_and_three_ranks(run: Path, tmp_path: Path) -> None:
+    for size in (1, 2, 3):
+        run_ranks(size, evaluate_ranks, str(run), str(tmp_path))
+    one, *others = (json.loads((tmp_path / f"{size}.json").read_text()) for size in (1, 2, 3))
+    for other in others:
+        assert other.pop("protocol") == one["protocol"]
+        assert other == pytest.approx({k: v for k, v in one.items() if k != "protocol"}, rel=1e-5)
+
+
+def test_every_metric_has_its_fewest(many: Path) -> None:
+    network = inception.Inception(network=None, weights="0" * 64)
+    with open_dataset(many) as real, pytest.raises(UserError, match="expected 2049 or more"):
+        Evaluation(World(), real, SAMPLES, features=network)
