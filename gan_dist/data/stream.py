@@ -66,26 +66,31 @@ def stage(
     first: bool = True,
     progress: Callable[[str, int, int], None] = lambda verb, done, total: None,
     called_off: Callable[[], bool] = never,
-) -> None:
+) -> str | None:
     """Makes a dataset ready to be read at random: staged if it is remote, and read once from end to end on the `first`
     rank of each machine, unless that is called off. A windowed one sees to itself, window by window.
 
-    `progress` is told what is done, and how many bytes of how many. Raises UserError naming a damaged shard.
+    Returns a warning when it is too large to be held in memory, else None. `progress` is told what is done, and how
+    many bytes of how many. Raises UserError naming a damaged shard.
     """
     if placement == "windowed":
-        return
+        return None
     if dataset.cache is not None:
         dataset.cache.fetch_all(lambda done, total: progress("staging", done, total), called_off)
     total = sum(shard.bytes for shard in dataset.manifest.shards)
     done = 0
-    # What does not fit would push out its own beginning: then nothing is warm in the end.
-    if first and total <= available_memory():
-        for i, shard in enumerate(dataset.manifest.shards):
-            if called_off():
-                return
-            dataset.warm(i, called_off)
-            done += shard.bytes
-            progress("reading", done, total)
+    if total > (memory := available_memory()):  # it would push out its own beginning: nothing is warm in the end
+        return (
+            f"the samples take {total / 2**30:.1f} GiB, and {memory / 2**30:.1f} GiB of memory are available: reads "
+            "will wait for the disk; a new run with data.window_shards reads ahead instead"
+        )
+    for i, shard in enumerate(dataset.manifest.shards if first else ()):
+        if called_off():
+            break
+        dataset.warm(i, called_off)
+        done += shard.bytes
+        progress("reading", done, total)
+    return None
 
 
 class Resident:

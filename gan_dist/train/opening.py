@@ -8,6 +8,7 @@ from gan_dist.config import Config
 from gan_dist.data.cache import open_remote
 from gan_dist.data.fetch import shown
 from gan_dist.data.files import is_address
+from gan_dist.data.places import NETWORK, file_system
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import choose_placement, stage
 from gan_dist.distributed import World
@@ -58,8 +59,12 @@ def _make_ready(
     if dataset.cache is not None and spoken:
         what = f"{config.data.window_shards} shards at a time" if placement == "windowed" else "as a whole"
         print(f"{shown(config.data.shards)} is staged in {dataset.root}, {what}", flush=True)
+    elif spoken and placement != "device" and NETWORK.search(kind := file_system(dataset.root)):
+        print(f"note: the samples lie on {kind}; data.shards=file://{dataset.root} brings them here first", flush=True)
     with transfers(spoken) as progress:
-        stage(dataset, placement, first=world.local_rank == 0, progress=progress, called_off=called_off)
+        warning = stage(dataset, placement, first=world.local_rank == 0, progress=progress, called_off=called_off)
+    if warning and spoken:
+        print(f"note: {warning}", flush=True)
 
 
 def _teller(world: World, voice: int | None) -> Callable[[str], None]:

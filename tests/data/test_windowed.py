@@ -211,7 +211,9 @@ def test_the_resident_set_gives_the_same_batches(source: Path, pixels: torch.Ten
     assert torch.equal(resident.batch(3, 400), pixels[order.indices(3, 400)])
 
 
-def test_a_damaged_header_is_found_before_training(source: Path, tmp_path: Path) -> None:
+def test_a_damaged_header_is_found_before_training(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Opening looks at the first and last header of a shard; reading it from end to end, at all."""
     import shutil
 
@@ -224,8 +226,13 @@ def test_a_damaged_header_is_found_before_training(source: Path, tmp_path: Path)
         path.write_bytes(content)
         with open_dataset(tmp_path / "set") as dataset, pytest.raises(UserError, match=r"00004\.tar .* at sample 2"):
             stage(dataset, "memory")
+    told: list[tuple[str, int, int]] = []
     with open_dataset(source) as dataset:
-        stage(dataset, "memory")
+        assert stage(dataset, "memory", progress=lambda *words: told.append(words)) is None
+        assert told[-1][0] == "reading" and told[-1][1] == told[-1][2] > 0
+        monkeypatch.setattr("gan_dist.data.stream.available_memory", lambda: 100_000)
+        warning = stage(dataset, "memory")
+        assert warning is not None and "data.window_shards" in warning
 
 
 def _train_on_rank(rank: int, size: int, address: str, cache: str, expected: str, window: int) -> None:
