@@ -124,7 +124,7 @@ class Cache:
                     break
             self.folder.mkdir(mode=0o700, exist_ok=True)
             with FileLock(self.folder / f"{MANIFEST}.lock") as lock:
-                lock.take(exclusive=True, wait=called_off)
+                lock.take(exclusive=True, wait=called_off, give_up=_Standstill(self.folder))
                 if not (self.folder / MANIFEST).exists():
                     publish(self.folder / MANIFEST, manifest)
 
@@ -171,7 +171,7 @@ class Cache:
         """Makes the sidecar of shard `i` lie in the folder."""
         shard = self.manifest.shards[i]
         with _writing(self.folder), FileLock(self.folder / f"{shard.sidecar}.lock") as lock:
-            lock.take(exclusive=True, wait=never)
+            lock.take(exclusive=True, wait=never, give_up=_Standstill(self.folder))
             if not (self.folder / shard.sidecar).exists():
                 self._download(shard.sidecar, shard.sidecar_sha256, None, never)
 
