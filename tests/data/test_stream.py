@@ -148,3 +148,29 @@ def test_waiting_is_what_the_reader_waited_and_no_more(opened: Dataset, monkeypa
         for _ in range(10):
             stream.next()
         assert 0.25 < stream.wait_seconds <= time.monotonic() - began
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_busy_does_not_wait_though_the_host_does(
+    opened: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = Gather.into
+
+    def slowly(self: Gather, out: torch.Tensor, samples: np.ndarray) -> torch.Tensor:
+        time.sleep(0.03)
+        return into(self, out, samples)
+
+    monkeypatch.setattr("gan_dist.data.stream.BLOCK_BYTES", 1)
+    monkeypatch.setattr(Gather, "into", slowly)
+    order, device = Order(opened.shard_sizes, 1), torch.device("cuda", 0)
+    waited = {}
+    for busy in (True, False):
+        with Stream(opened, order, position=0, global_batch=4, device=device, placement="memory") as stream:
+            stream.await_first()
+            for _ in range(10):
+                stream.next()
+                if busy:
+                    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # clock cycles: some 0.1 s
+            torch.cuda.synchronize()
+            waited[busy] = stream.wait_seconds
+    assert waited[True] < 0.1 and waited[False] > 0.2, waited
