@@ -48,6 +48,8 @@ def patiently(world: World, work: Callable[[Callable[[], bool]], T], stop: StopR
         told = world.gather_objects((done, _portable(failure, world), stop.reason))
         failures = [(rank, error) for rank, (_, error, _) in enumerate(told) if error is not None]
         reasons = [reason for _, _, reason in told if reason]
+        if reasons:  # work that heeds the same request by itself is no failure
+            failures = [(rank, error) for rank, error in failures if not isinstance(error, Abandoned)]
         if failures or reasons:
             off.set()
             thread.join(GRACE_S)

@@ -33,9 +33,10 @@ def test_a_stop_calls_the_work_off() -> None:
     stop, seen = StopRequest(), threading.Event()
 
     def work(called_off: Callable[[], bool]) -> None:
-        while not called_off():
+        while not (called_off() or stop):
             time.sleep(0.01)
         seen.set()
+        raise Abandoned("in the work's own words")
 
     threading.Timer(0.2, stop.ask, args=("SIGTERM",)).start()
     with pytest.raises(Abandoned, match="stopped by SIGTERM") as caught:
