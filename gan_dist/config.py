@@ -148,6 +148,8 @@ class EvaluateConfig(Section):
     """Steps between evaluations during training; 0 evaluates never."""
     samples: Positive = 10000
     """Generated and real images that an evaluation compares."""
+    held_out: str | None = None
+    """A dataset that is not trained on: does the discriminator know its images as it knows the others?"""
 
 
 class DistConfig(Section):
@@ -324,7 +326,7 @@ def read_yaml(path: Path, example: str = "configs/paintings64.yaml") -> dict[str
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """Returns the validated configuration of a YAML file or a plain mapping, with `section.key=value` words applied.
 
-    `data.shards` and `data.cache_dir` come out absolute. Raises UserError with one line naming the key and what to do.
+    Paths come out absolute. Raises UserError with one line naming the key and what to do.
     """
     if isinstance(source, Config):
         values, origin = source.to_dict(), "configuration"
@@ -346,11 +348,10 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
             values[head] = value
     # An empty section ("optim:" with nothing under it) reads as null; it means the defaults.
     values = {key: {} if value is None and dict(_sections(Config)).get(key) else value for key, value in values.items()}
-    data = values.get("data")
-    if isinstance(data, dict):
-        for key in ("shards", "cache_dir"):
-            if isinstance(data.get(key), str):
-                values["data"] = data = {**data, key: expand_path(data[key])}
+    for head, key in (("data", "shards"), ("data", "cache_dir"), ("evaluate", "held_out")):
+        section = values.get(head)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            values[head] = {**section, key: expand_path(section[key])}
     try:
         return Config.model_validate(values)
     except ValidationError as error:

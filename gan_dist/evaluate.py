@@ -55,6 +55,10 @@ class Protocol:
     """The sha256 of Inception's weights, where they were used."""
 
 
+class _CalledOff(Exception):
+    """Some rank wants to stop."""
+
+
 class Evaluation:
     """Evaluates generators against one dataset; what depends on the real images alone is computed once.
 
@@ -99,18 +103,24 @@ class Evaluation:
         near_copies (share of samples), protocol; with Inception also fid, kid, kid_std, precision, recall. Changes
         neither the generator nor any shared random state.
         """
+        try:
+            return self._figures(generator, latent_dim, averaged, near_copies, lambda: self._look(stopped))
+        except _CalledOff:
+            return None
+
+    def _look(self, stopped: Callable[[], bool]) -> None:
+        if self._world.any(stopped()):
+            raise _CalledOff
+
+    def _figures(
+        self, generator: nn.Module, latent_dim: int, averaged: bool, near_copies: bool, look: Callable[[], None]
+    ) -> dict[str, Any]:
         source = torch.Generator().manual_seed(self._seed)
         latents = torch.randn(self._samples, latent_dim, generator=source)
-        fakes = self._share(lambda lo, hi: generate(generator, latents[lo:hi]), stopped)
-        if fakes is None:
-            return None
-        images, described = fakes
+        images, described = self._share(lambda lo, hi: generate(generator, latents[lo:hi]), look)
         if self._real is None:
-            shared = self._share(self._reals, stopped)
-            if shared is None:
-                return None
-            self._real_images, self._real = shared
-        distances = swd.sliced_wasserstein(self._world, self._real, described, self._seed)
+            self._real_images, self._real = self._share(self._reals, look)
+        distances = swd.sliced_wasserstein(self._world, self._real, described, self._seed, look)
         figures: dict[str, Any] = {"swd": sum(distances) / len(distances)}
         sides = swd.levels(self._dataset.resolution)
         figures |= {f"swd_{side}": distance for side, distance in zip(sides, distances, strict=True)}
@@ -129,20 +139,17 @@ class Evaluation:
         order = Order(self._dataset.shard_sizes, self._seed)
         return gather(self._dataset, order.indices(lo, hi))
 
-    def _share(
-        self, make: Callable[[int, int], Tensor], stopped: Callable[[], bool]
-    ) -> tuple[Tensor, list[Tensor]] | None:
-        """Returns this rank's images and everybody's descriptors, or None when asked to stop."""
+    def _share(self, make: Callable[[int, int], Tensor], look: Callable[[], None]) -> tuple[Tensor, list[Tensor]]:
+        """Returns this rank's images and everybody's descriptors."""
         images: list[Tensor] = []
         parts: list[list[Tensor]] = []
         widest = -(-self._samples // self._world.size)
         for start in range(0, widest, CHUNK):  # as many turns on every rank
-            if self._world.any(stopped()):
-                return None
+            look()
             lo, hi = min(self._hi, self._lo + start), min(self._hi, self._lo + start + CHUNK)
             if lo < hi:
                 made = make(lo, hi)
-                parts.append(swd.descriptors(made, [where[lo:hi] for where in self._where]))
+                parts.append(swd.descriptors(made.to(self._world.device), [where[lo:hi] for where in self._where]))
                 images.append(made.cpu())
         own = [torch.cat(level) for level in zip(*parts, strict=True)]
         return torch.cat(images), [self._gathered(level, swd.PATCHES) for level in own]

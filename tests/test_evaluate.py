@@ -51,14 +51,14 @@ class Copier(nn.Module):
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
-        self.register_buffer("images", images.float() / 127.5 - 1)
+        self.known = images.float() / 127.5 - 1
         self.scale = nn.Parameter(torch.ones(()))
         self.drawn = 0
 
     def forward(self, latents: Tensor) -> Tensor:
-        chosen = torch.arange(self.drawn, self.drawn + len(latents)) % len(self.images)
+        chosen = torch.arange(self.drawn, self.drawn + len(latents)) % len(self.known)
         self.drawn += len(latents)
-        return self.get_buffer("images")[chosen] * self.scale
+        return self.known[chosen] * self.scale
 
 
 def drawn_by(generator: nn.Module, dataset: Path) -> dict[str, Any]:

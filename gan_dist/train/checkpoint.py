@@ -24,6 +24,8 @@ from gan_dist.errors import GanDistError, UserError
 FORMAT = 1
 PREFIX = "step-"
 TEMPORARY = ".saving-"
+BEST = "best"
+"""The file that names the checkpoint with the best evaluation, as `latest` names the newest."""
 
 
 def directory_name(step: int) -> str:
@@ -69,7 +71,8 @@ def save(
 ) -> Path:
     """Returns the published checkpoint of `state` (which names its `step`), then prunes all but the newest `keep`.
 
-    `facts` go into the manifest beside the hash; a true `kept` in them exempts the checkpoint from pruning for good.
+    `facts` go into the manifest beside the hash; a true `kept` in them exempts the checkpoint from pruning for good,
+    and `best` until another one is the best.
     `guard` is called last before publishing and may raise to forbid it. Raises OSError when the disk refuses; every
     older checkpoint is then as it was.
     """
@@ -97,6 +100,8 @@ def save(
         temporary.replace(final)
         flush_directory(directory)
         replace_atomically(directory / "latest", f"{final.name}\n".encode())
+        if facts.get("best"):
+            replace_atomically(directory / BEST, f"{final.name}\n".encode())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     prune(directory, state["step"], keep)
@@ -110,20 +115,40 @@ def step_directories(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, step: int, keep: int) -> None:
-    """Deletes interrupted saves, and checkpoints up to `step` that are neither among the newest `keep` nor `kept`.
+    """Deletes interrupted saves, and checkpoints up to `step` that are neither among the newest `keep` nor `kept` nor
+    the best.
 
     Directories of a later step are unsound ones that were passed over; they neither count nor go.
     """
     newest = directory / directory_name(step)
+    best = _named(directory, BEST)
     for path in [path for path in step_directories(directory) if path.name <= newest.name][keep:]:
         try:
             marked = json.loads((path / "manifest.json").read_text()).get("kept", False)
         except (OSError, ValueError):
             marked = False
-        if not marked:
+        if not marked and path.name != best:
             shutil.rmtree(path, ignore_errors=True)
     for leftover in directory.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _named(directory: Path, pointer: str) -> str | None:
+    """Returns the name that the file `pointer` holds, or None."""
+    try:
+        return (directory / pointer).read_text().strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def read_best(directory: Path) -> dict[str, Any] | None:
+    """Returns what the best checkpoint in `directory` was marked with (step, swd, protocol), or None."""
+    name = _named(directory, BEST)
+    try:
+        marked = json.loads((directory / name / "manifest.json").read_text()).get("best") if name else None
+    except (OSError, ValueError):
+        return None
+    return marked if isinstance(marked, dict) else None
 
 
 @dataclass(frozen=True)

@@ -58,14 +58,17 @@ class Keeper:
         """Returns whether the checkpoint at hand is never pruned."""
         return self._keep_epochs and epoch_ended
 
-    def save(self, step: int, images_seen: int, *, kept: bool = False, wait: bool = False) -> float:
+    def save(self, step: int, images_seen: int, *, kept: bool = False, wait: bool = False, best: Any = None) -> float:
         """Saves `step`, in the background unless `wait`; returns the seconds for which the training path stood still.
 
+        `best` marks it as the best so far: what the evaluation said of it.
         Raises GanDistError, on every rank, when `wait` and it could not be saved.
         """
         began = time.monotonic()
         counts = {"format": 1, "step": step, "images_seen": images_seen}
-        self._saver.start({**counts, **self._snapshot(self._saver.spent())}, {**self._facts, "kept": kept})
+        self._saver.start(
+            {**counts, **self._snapshot(self._saver.spent())}, {**self._facts, "kept": kept, "best": best}
+        )
         self.saved_step = step
         if wait:
             self.await_saved()

@@ -28,6 +28,11 @@ class Scalars:
         """Notes how long a checkpoint has just kept the training path."""
         self._stall = seconds
 
+    def paused(self, seconds: float) -> None:
+        """Leaves an evaluation's time out of the rates: they tell of training."""
+        then, step, images, waited = self._mark
+        self._mark = (then + seconds, step, images, waited)
+
     def of(self, step: int, images_seen: int, waited: float, stats: Tensor, skipped: int) -> dict[str, float]:
         """Returns {tag: value} of this step; `stats` are STATS as the step returned them, on the device.
 

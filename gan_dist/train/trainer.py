@@ -21,6 +21,7 @@ from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.stop import StopRequest
 from gan_dist.train.build import build_average, build_update
+from gan_dist.train.examiner import Examiner
 from gan_dist.train.keeper import Keeper
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
@@ -145,6 +146,8 @@ class Trainer:
         self.average = build_average(config, self.update, start)
         if world.size > 1:
             must_agree(world.gather_objects(state_digest(self.update.snapshot(), config.train.sync_batchnorm)))
+        drawing = self.update.g.network if self.average is None else self.average.network
+        self.examiner = Examiner(config, world, dataset, drawing, self.update.d.network, run_dir / "checkpoints")
         self._drawn_step = -1
         self.referee = Referee()
 
@@ -194,7 +197,6 @@ class Trainer:
             verbosity=verbosity or 0,
         )
         self.scalars = Scalars(self.update, dataset.num_samples)
-        drawing = self.update.g.network if self.average is None else self.average.network
         self.gallery = Gallery(run_dir, self.telemetry, drawing, self.fixed_latents)
         self._announce(notes)
 
@@ -275,10 +277,8 @@ class Trainer:
         self.keeper.start_clock()
         while self.step < self.end:
             reals, latents = self._draw()
-            if self.first:
-                self.watchman.look()
             save_wanted = self.first and self.keeper.clock_strikes()
-            stats = self.runner.step(reals, latents, ask(stop=bool(self.stop), save=save_wanted))
+            stats = self.runner.step(reals, latents, ask(stop=self._asked(), save=save_wanted))
             self.step += 1
             epoch_before = self.images_seen // self.dataset.num_samples
             self.images_seen += config.optim.d_steps * self.batch
@@ -287,14 +287,17 @@ class Trainer:
             word = words.push(stats)
             decision = self._hear(word) if word is not None else Decision()
             self.telemetry.progress(self.step)
-            if self.step % config.log.scalars_every == 0 or self.step == self.end:
-                self._log(stats)
+            due = self.examiner.is_due(self.step, self.end) and not decision.stop
+            examined = self.examiner.examine(self.step, self.telemetry, self._asked) if due else {}
+            self.scalars.paused(examined.get("evaluate/seconds", 0.0))
+            if self.step % config.log.scalars_every == 0 or self.step == self.end or examined:
+                self._log(stats, examined)
             if self.step % config.log.samples_every == 0:
                 self._draw_samples()
             epoch_ended = self.images_seen // self.dataset.num_samples > epoch_before
             if decision.stop:
                 return self._why()
-            if self.keeper.is_due(self.step, epoch_ended, decision.save):
+            if self.keeper.is_due(self.step, epoch_ended, decision.save or bool(self.examiner.best(self.step))):
                 self._save(kept=self.keeper.is_for_good(epoch_ended))
         for word in words.drain():
             self._hear(word)
@@ -337,13 +340,19 @@ class Trainer:
         reasons = [reason for reason in self.world.gather_objects(self.stop.reason) if reason]
         return reasons[0] if reasons else "another rank asked to stop"
 
-    def _log(self, stats: torch.Tensor) -> None:
-        """Writes the step's scalars, and what became of the last checkpoint; on rank 0 alone."""
+    def _asked(self) -> bool:
+        """Returns whether this rank wants to stop; rank 0 looks at the stop file and the time first."""
+        if self.first:
+            self.watchman.look()
+        return bool(self.stop)
+
+    def _log(self, stats: torch.Tensor, examined: Mapping[str, float]) -> None:
+        """Writes the step's scalars, what was `examined` and what became of the last checkpoint; on rank 0 alone."""
         if not self.first:
             return
         waited = self.stream.wait_seconds
         values = self.scalars.of(self.step, self.images_seen, waited, stats, self.referee.skipped)
-        self.telemetry.scalars(self.step, self.images_seen, values)
+        self.telemetry.scalars(self.step, self.images_seen, {**values, **examined})
         if failure := self.saver.failure():
             if isinstance(failure, GanDistError):
                 self.stop.ask(str(failure))  # not a disk's mood: the run is another trainer's now
@@ -381,7 +390,8 @@ class Trainer:
 
     def _save(self, *, kept: bool = False, wait: bool = False) -> None:
         """Saves this step; in the background unless `wait`. Every rank calls it: their states are compared first."""
-        self.scalars.stalled(self.keeper.save(self.step, self.images_seen, kept=kept, wait=wait))
+        best = self.examiner.best(self.step)
+        self.scalars.stalled(self.keeper.save(self.step, self.images_seen, kept=kept, wait=wait, best=best))
 
     def _may_publish(self) -> None:
         """Runs before a checkpoint becomes visible: what was told up to its step is on the disk, the run still ours."""

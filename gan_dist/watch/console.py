@@ -22,6 +22,7 @@ FIGURES = {
     "loss_g": ("loss/generator", ".3f"),
     "d_real": ("probability/real", ".3f"),
     "d_fake": ("probability/fake", ".3f"),
+    "swd": ("evaluate/swd", ".1f"),
     "wait": ("throughput/data_wait_fraction", ".3f"),
     "gib": ("memory/device_gib", ".1f"),
     "skipped": ("updates/skipped", ".0f"),

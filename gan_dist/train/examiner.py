@@ -1,0 +1,114 @@
+"""Evaluation while a run trains: it takes time and nothing else. The game goes on with the bits it would have had."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gan_dist.config import Config
+from gan_dist.data.shards import Dataset, open_dataset
+from gan_dist.distributed import World
+from gan_dist.errors import UserError
+from gan_dist.evaluate import Evaluation, accuracy, warnings
+from gan_dist.train.checkpoint import read_best
+from gan_dist.watch.telemetry import Telemetry
+
+JUDGED = 1000
+"""Real images of each kind on which the discriminator is tried."""
+
+
+class Examiner:
+    """Says when an evaluation is due, makes it, tells of it, and knows which step was the best. One a rank.
+
+    `generator` is the network that draws (the averaged one where there is one), `discriminator` the living one. Raises
+    UserError for what the configuration cannot have.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        dataset: Dataset,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        checkpoints: Path,
+    ) -> None:
+        self._every, self._latent_dim = config.evaluate.every_steps, config.model.latent_dim
+        self._averaged = config.train.ema_half_life_images > 0
+        self._world, self._dataset = world, dataset
+        self._generator, self._discriminator = generator, discriminator
+        self._began, self._spent = time.monotonic(), 0.0
+        self._best: dict[str, Any] | None = None
+        self._found: dict[str, Any] = {}
+        if not self._every:
+            return
+        if config.data.placement == "windowed":
+            raise UserError(
+                "evaluate.every_steps: data.placement=windowed keeps only a part of the dataset here; "
+                "set evaluate.every_steps=0, and `gan-dist evaluate RUN --all-checkpoints` afterwards"
+            )
+        self._evaluation = Evaluation(world, dataset, config.evaluate.samples)
+        held_out = config.evaluate.held_out
+        self._held_out = world.together(lambda: open_dataset(held_out) if held_out else None)
+        if self._held_out is not None and self._held_out.resolution != dataset.resolution:
+            raise UserError(
+                f"evaluate.held_out: {held_out} holds {self._held_out.resolution}x{self._held_out.resolution} images, "
+                f"the run learns from {dataset.resolution}x{dataset.resolution} ones; prepare it alike"
+            )
+        self._best = world.from_first(lambda: read_best(checkpoints))
+
+    def is_due(self, step: int, end: int) -> bool:
+        """Returns whether `step` is evaluated; alike on every rank."""
+        return self._every > 0 and (step % self._every == 0 or step == end)
+
+    def best(self, step: int) -> dict[str, Any] | None:
+        """Returns what a checkpoint of `step` is marked with when it is the best so far, else None."""
+        return self._best if self._best is not None and self._best["step"] == step else None
+
+    def examine(self, step: int, telemetry: Telemetry, stopped: Callable[[], bool]) -> dict[str, float]:
+        """Returns {evaluate/...: figure} of `step`, told on the console; only how long it took when some rank's
+        `stopped` called it off. A collective."""
+        began = time.monotonic()
+        found = self._evaluation(self._generator, self._latent_dim, averaged=self._averaged, stopped=stopped)
+        if found is not None and self._held_out is not None:
+            found |= self._world.from_first(self._judge)
+        seconds = time.monotonic() - began
+        self._spent += seconds
+        if found is None:
+            telemetry.say(f"the evaluation of step {step} was left off; evaluate its checkpoint instead")
+            return {"evaluate/seconds": seconds}
+        protocol = found.pop("protocol")
+        key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+        leads = self._best is None or self._best["protocol"] != key or found["swd"] < self._best["swd"]
+        if leads:
+            self._best = {"step": step, "swd": found["swd"], "protocol": key}
+        share = self._spent / max(time.monotonic() - self._began, 1e-9)
+        telemetry.say(
+            f"evaluated step {step}: swd {found['swd']:.4g}{' (the best so far)' if leads else ''}, "
+            f"diversity {found['diversity']:.2f}; {seconds:.1f} s, {share:.1%} of the time so far"
+        )
+        for line in warnings(found):
+            telemetry.warn(line, step)
+        return {f"evaluate/{name}": float(value) for name, value in found.items()} | {
+            "evaluate/seconds": seconds,
+            "evaluate/share_of_time": share,
+        }
+
+    def _judge(self) -> dict[str, float]:
+        """Returns how well the discriminator knows its training images, and others; in eval mode, its mode restored."""
+        assert self._held_out is not None
+        training = self._discriminator.training
+        self._discriminator.eval()
+        try:
+            return {
+                "accuracy_training": accuracy(self._discriminator, self._dataset, JUDGED),
+                "accuracy_held_out": accuracy(self._discriminator, self._held_out, JUDGED),
+            }
+        finally:
+            self._discriminator.train(training)

@@ -1,0 +1,142 @@
+"""Evaluation while a run trains: the game is not disturbed, the best checkpoint stays, a wish to stop is heard."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gan_dist.data.prepare import prepare
+from gan_dist.data.synthetic import paint_folder
+from gan_dist.errors import UserError
+from gan_dist.evaluate import Evaluation
+from gan_dist.stop import StopRequest
+from gan_dist.train.checkpoint import find, read_best, save, step_directories
+from gan_dist.train.trainer import train
+from gan_dist.watch.record import read_run
+from gan_dist.watch.report import make_report
+from tests.ranks import run_ranks
+from tests.train.test_trainer import assert_identical, small
+
+EVALUATE = ["evaluate.every_steps=2", "evaluate.samples=100", "train.ema_half_life_images=64"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """110 paintings at 32x32."""
+    folder = tmp_path_factory.mktemp("many")
+    paint_folder(folder / "paintings", 110)
+    prepare([folder / "paintings"], folder / "shards", resolution=32, shard_samples=50)
+    return folder / "shards"
+
+
+def play(many: Path, run: Path, *words: str, steps: int = 5, **more: Any) -> Any:
+    return train(small(many), [*EVALUATE, *words], run_dir=run, max_steps=steps, console=False, **more)
+
+
+def test_not_a_bit_of_the_game_is_changed(many: Path, dataset: Path, tmp_path: Path) -> None:
+    play(many, tmp_path / "examined", f"evaluate.held_out={dataset}")
+    play(many, tmp_path / "left_alone", "evaluate.every_steps=0")
+    assert_identical(tmp_path / "examined", tmp_path / "left_alone")
+    run = read_run(tmp_path / "examined")
+    assert [row["step"] for row in run.evaluations] == [2, 4, 5]  # each second step, and the last
+    assert {"swd_32", "swd_16", "diversity", "near_copies", "accuracy_training", "accuracy_held_out", "seconds"} <= set(
+        run.evaluations[0]
+    )
+    assert 0 < run.evaluations[-1]["share_of_time"] < 1
+    points = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    steps = [point["step"] for point in points if "event" not in point]
+    assert steps == sorted(set(steps)), "a step stands twice"
+    assert "How good it is" in make_report(run.path).read_text()
+
+
+def test_the_best_checkpoint_is_marked_and_kept(many: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    play(many, run, "checkpoint.keep=1", "optim.g_lr=0.05", "checkpoint.every_steps=1", steps=8)
+    rows = read_run(run).evaluations
+    best = min(rows, key=lambda row: row["swd"])
+    marked = read_best(run / "checkpoints")
+    assert marked is not None and (marked["step"], marked["swd"]) == (best["step"], best["swd"])
+    assert [int(path.name[5:]) for path in step_directories(run / "checkpoints")] == sorted({8, best["step"]})[::-1]
+    assert find(run, best["step"]).manifest["best"]["swd"] == best["swd"]
+    # A run that goes on knows what was the best; another protocol's figure is another matter.
+    play(many, run, "checkpoint.keep=1", "optim.g_lr=0.05", "checkpoint.every_steps=1", steps=10)
+    again = min(read_run(run).evaluations, key=lambda row: row["swd"])
+    marked = read_best(run / "checkpoints")
+    assert marked is not None and marked["swd"] == again["swd"]
+
+
+def test_the_best_outlives_newer_ones_until_it_is_beaten(tmp_path: Path) -> None:
+    for step, figure in ((1, 9.0), (2, 5.0), (3, None), (4, None), (5, 4.0), (6, None)):
+        best = {"best": {"step": step, "swd": figure}} if figure else {"best": None}
+        save(tmp_path, {"step": step, "images_seen": step, "generator": {}}, best, keep=1)
+        if step == 4:
+            assert [path.name[-1] for path in step_directories(tmp_path)] == ["4", "2"]
+    assert [path.name[-1] for path in step_directories(tmp_path)] == ["6", "5"]
+    assert read_best(tmp_path) == {"step": 5, "swd": 4.0}
+
+
+def test_a_wish_to_stop_is_heard_within_an_evaluation(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, real = StopRequest(), Evaluation._reals
+
+    def wished(self: Evaluation, lo: int, hi: int) -> Any:
+        stop.ask("a test")
+        return real(self, lo, hi)
+
+    monkeypatch.setattr(Evaluation, "_reals", wished)
+    outcome = play(many, tmp_path / "run", steps=50, stop=stop)
+    assert outcome.stopped == "a test" and outcome.step == 3  # the step after the one that was being evaluated
+    assert not read_run(tmp_path / "run").evaluations
+    monkeypatch.undo()
+    play(many, tmp_path / "run", steps=6)
+    play(many, tmp_path / "whole", steps=6)
+    assert_identical(tmp_path / "run", tmp_path / "whole")
+
+
+def test_rates_tell_of_training_alone(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Evaluation._reals
+
+    def slow(self: Evaluation, lo: int, hi: int) -> Any:
+        time.sleep(2)
+        return real(self, lo, hi)
+
+    monkeypatch.setattr(Evaluation, "_reals", slow)
+    play(many, tmp_path / "run", "log.scalars_every=1", steps=2)
+    point = read_run(tmp_path / "run").points[-1]
+    assert point["evaluate/seconds"] > 2 and point["throughput/step_seconds"] < 2
+
+
+def test_what_it_cannot_have_is_refused_before_anything_is_written(many: Path, dataset: Path, tmp_path: Path) -> None:
+    paint_folder(tmp_path / "few", 3)
+    prepare([tmp_path / "few"], tmp_path / "big", resolution=64)
+    for match, words in (
+        ("expected 110 or fewer", ["evaluate.samples=111"]),
+        ("expected 100 or more", ["evaluate.samples=99"]),
+        ("evaluate.held_out: .* holds 64x64 images", [f"evaluate.held_out={tmp_path / 'big'}"]),
+        ("keeps only a part of the dataset here", ["data.placement=windowed", "data.window_shards=1"]),
+    ):
+        with pytest.raises(UserError, match=match):
+            play(many, tmp_path / "run", *words)
+        assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def train_ranks(rank: int, dataset: str, out: str) -> None:
+    words = ["train.precision=fp64", "train.global_batch=6"]
+    play(Path(dataset), Path(out) / os.environ["WORLD_SIZE"], *words, steps=4)
+
+
+@pytest.mark.chaos
+def test_ranks_evaluate_what_one_would(many: Path, tmp_path: Path) -> None:
+    for size in (1, 2, 3):
+        run_ranks(size, train_ranks, str(many), str(tmp_path))
+    one, two, three = (read_run(tmp_path / size).evaluations for size in ("1", "2", "3"))
+    for other in (two, three):
+        for mine, theirs in zip(one, other, strict=True):
+            for name in ("swd", "swd_32", "swd_16", "diversity", "near_copies"):
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-5), name
