@@ -103,11 +103,11 @@ def test_mistakes_of_training(dataset: Path, tmp_path: Path) -> None:
     assert "did you mean optim.g_lr?" in refused("train", config, "optim.glr=1")
     assert "expected integer" in refused("train", config, "train.global_batch=many")
     assert "model.resolution is 64" in refused("train", config, "model.resolution=64", cwd=tmp_path)
-    assert "no dataset" in (line := refused("train", config, "data.shards=nowhere", cwd=tmp_path)) or "nowhere" in line
     assert "no run at" in refused("sample", "nobody", cwd=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.yaml"]
 
 
+@pytest.mark.chaos
 def test_a_run_directory_with_another_configuration_is_refused(dataset: Path, tmp_path: Path) -> None:
     config = config_file(dataset, tmp_path)
     assert run("train", config, "--max-steps", "1", "--run-dir", tmp_path / "run").returncode == 0
@@ -115,6 +115,7 @@ def test_a_run_directory_with_another_configuration_is_refused(dataset: Path, tm
     assert "optim.d_steps was 1, now 2" in line and "to start it as a new run: gan-dist train" in line
 
 
+@pytest.mark.chaos
 def test_out_of_memory_says_what_to_lower(dataset: Path, tmp_path: Path) -> None:
     """The host's memory is really refused: an address space of 6 GiB, and a batch that wants far more."""
     config = config_file(dataset, tmp_path)

@@ -101,6 +101,7 @@ def train_ranks(rank: int, dataset: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.chaos
 def test_it_is_the_same_on_two_ranks(dataset: Path, tmp_path: Path) -> None:
     for size in (1, 2):
         run_ranks(size, train_ranks, str(dataset), str(tmp_path))

@@ -73,7 +73,8 @@ def _two_ranks(backend: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "backend",
     [
-        "aot_eager",  # traces and differentiates as inductor does, which is where old releases go wrong
+        # Traces and differentiates as inductor does, which is where old releases go wrong.
+        pytest.param("aot_eager", marks=pytest.mark.chaos),
         pytest.param("inductor", marks=[pytest.mark.chaos, needs_compiler, pytest.mark.timeout(400)]),
     ],
 )

@@ -151,6 +151,7 @@ def test_signals_finish_the_step_save_and_exit_75(dataset: Path, tmp_path: Path,
     assert find(run).step >= 3
 
 
+@pytest.mark.chaos
 def test_killed_and_run_again_it_continues_bit_exactly(dataset: Path, tmp_path: Path) -> None:
     config = config_file(dataset, tmp_path)
     killed = cli("train", config, "--run-dir", str(tmp_path / "killed"), "--max-steps", "40")
