@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from gan_dist.data.prepare import prepare
 from gan_dist.data.shards import open_dataset
 from gan_dist.data.synthetic import paint_folder
+from gan_dist.data.verify import verify
 from gan_dist.distributed import World, join
 from gan_dist.errors import UserError
 from gan_dist.evaluate import Evaluation, warnings
@@ -146,6 +148,46 @@ def test_the_figures_are_the_same_on_one_two_and_three_ranks(run: Path, tmp_path
     for other in others:
         assert other.pop("protocol") == one["protocol"]
         assert other == pytest.approx({k: v for k, v in one.items() if k != "protocol"}, rel=1e-5)
+
+
+class Projection(nn.Module):
+    """Stands where Inception would: a few fixed projections of the pixels, and a count of the images it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        source = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3 * 32 * 32, 8, generator=source))
+        self.seen = 0
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        self.seen += len(images)
+        return (images.flatten(1).float() / 255 @ self.weight,)
+
+
+def test_features_of_real_images_are_kept_beside_the_dataset(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception, "FEWEST", 100)
+    shutil.copytree(many, tmp_path / "shards")
+
+    def seen(**asked: Any) -> tuple[int, dict[str, Any]]:
+        network = Projection()
+        features = inception.Inception(network, asked.pop("weights", "a" * 64))
+        with open_dataset(tmp_path / "shards") as real:
+            figures = Evaluation(World(), real, SAMPLES, features=features, **asked)(fresh, 8, averaged=False)
+        assert figures is not None and figures["protocol"]["inception"] == features.weights
+        return network.seen, figures
+
+    fresh = Generator(32, 8, 4)
+    initialise(fresh, 0.02, torch.Generator().manual_seed(0))
+    first, figures = seen()
+    assert first == 2 * SAMPLES and figures["fid"] > 0 and {"kid", "precision", "recall"} <= set(figures)
+    assert seen() == (SAMPLES, figures)  # the real ones were at hand
+    (kept,) = (tmp_path / "shards").glob("inception-*")
+    assert not verify(tmp_path / "shards")
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert seen() == (2 * SAMPLES, figures)  # a torn file is made anew
+    assert seen(seed=1)[0] == seen(weights="b" * 64)[0] == 2 * SAMPLES  # another protocol, another file
 
 
 def test_every_metric_has_its_fewest(many: Path) -> None:
