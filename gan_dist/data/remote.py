@@ -7,14 +7,14 @@ import gzip
 import hashlib
 import lzma
 import os
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from gan_dist.data.fetch import fetch
 from gan_dist.data.files import expand, is_address, present, temporary_name
-from gan_dist.errors import GanDistError, UserError
+from gan_dist.errors import UserError
 
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -88,21 +88,16 @@ def stage(text: str, folder: Path) -> Path:
 
 
 def _fetch(address: str, target: Path) -> None:
-    from webdataset.gopen import gopen
+    """Writes what lies at `address` to `target`: tried again where the line breaks, never waited for without end."""
 
-    try:
-        # webdataset has no opener of its own for s3
-        stream = gopen(f"pipe:aws s3 cp '{address}' -" if address.startswith("s3://") else address, "rb")
-        try:
-            _copy(stream, target)
-        finally:
-            stream.close()
-    except (OSError, ValueError) as error:
-        status = re.search(r"exit (\d+)", str(error))  # webdataset tells the whole call of the program as well
-        words = f"the program that fetches it ended with status {status[1]}" if status else str(error)
-        raise GanDistError(f"source {address} cannot be fetched ({words}): run the same command again") from None
-    if not target.stat().st_size:
-        raise GanDistError(f"source {address} is empty or cannot be fetched")
+    def receive(chunks: Iterator[bytes]) -> str | None:
+        with target.open("wb") as out:
+            out.writelines(chunks)
+            out.flush()
+            os.fsync(out.fileno())
+        return None if target.stat().st_size else "is empty"
+
+    fetch(address, receive)
 
 
 def _copy(source: IO[bytes], target: Path) -> None:
