@@ -54,6 +54,20 @@ def test_precision_and_recall_of_constructed_sets() -> None:
     assert recall > 0.95 and precision == pytest.approx(0.5, abs=0.05)
 
 
+def test_precision_and_recall_match_a_plain_reference() -> None:
+    """A point is covered when it lies no further from some point of the other set than that one's third neighbour."""
+    real, fake = normal(80, 3, 0.0, 1.0, 0), normal(70, 3, 0.6, 1.3, 1)
+
+    def covered(points: torch.Tensor, others: torch.Tensor) -> float:
+        radii = [sorted(float((one - other).norm()) for other in others)[3] for one in others]
+        near = [any(float((one - other).norm()) <= r for other, r in zip(others, radii, strict=True)) for one in points]
+        return sum(near) / len(near)
+
+    precision, recall = precision_recall(real, fake)
+    assert precision == pytest.approx(covered(fake, real)) and 0.2 < precision < 0.95
+    assert recall == pytest.approx(covered(real, fake)) and 0.2 < recall < 0.99
+
+
 def test_pairwise_distance_is_that_of_all_pairs() -> None:
     images = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     values = images.double().flatten(1)
