@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gan_dist.data.files import publish
 from tests.cluster.conf import Layout, cgroup_conf, hosts_file, slurm_conf
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter", "setpriv")
@@ -200,9 +201,10 @@ class Cluster:
     def configure(self, **settings: Any) -> None:
         """Writes the configuration, with these fields of Layout changed; a running cluster takes it over."""
         self.layout = replace(self.layout, **settings)
-        (self.directory / "slurm.conf").write_text(slurm_conf(self.layout))
-        (self.directory / "cgroup.conf").write_text(cgroup_conf())
-        (self.directory / "hosts").write_text(hosts_file(self.layout))
+        # Whole or not at all: a daemon that is still reading for the last change dies of half a file.
+        publish(self.directory / "slurm.conf", slurm_conf(self.layout).encode())
+        publish(self.directory / "cgroup.conf", cgroup_conf().encode())
+        publish(self.directory / "hosts", hosts_file(self.layout).encode())
         if settings:
             self.run("scontrol", "reconfigure")
 

@@ -75,14 +75,38 @@ def test_the_time_limit_saves_and_requeues_until_the_run_is_done(
     assert not (run.path / "stop").exists()
 
 
+SLOWLY = """
+import importlib.abc, importlib.util, os, sys, time
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "gan_dist.train.update":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            step = module.Update.step
+            module.Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
+        spec.loader.exec_module = exec_module
+        return spec
+
+if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    sys.meta_path.insert(0, Hook())
+"""
+
+
 @pytest.mark.parametrize("user_signal", [False, True], ids=["term", "user-signal"])
 def test_preemption_saves_requeues_once_and_changes_no_bit(
     linuxproc: Cluster, config: str, whole: Path, tmp_path: Path, user_signal: bool
 ) -> None:
     linuxproc.configure(user_signal=user_signal)
+    (tmp_path / "sitecustomize.py").write_text(SLOWLY)  # a busy scheduler may take its time to preempt
     try:
-        run = Run.submit(linuxproc, config, tmp_path / "run", *STEPS, "slurm.partition=low")
-        run.wait_for_step(20)
+        slow = f"job.env={{PYTHONPATH: {tmp_path}}}"
+        run = Run.submit(linuxproc, config, tmp_path / "run", *STEPS, "slurm.partition=low", slow)
+        run.wait_for_step(6)
         words = ("sbatch", "--parsable", "-phigh", "-N3", "--exclusive", "-o/dev/null", "--wrap", "sleep 3")
         urgent = linuxproc.run(*words).stdout.strip()
         interrupted_once(run, whole, "SIGUSR2" if user_signal else "SIGTERM")
