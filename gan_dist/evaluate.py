@@ -168,7 +168,12 @@ class Evaluation:
         return torch.cat([part[:count] for part, count in zip(out, counts, strict=True)]).to(rows.device)
 
     def _near_copies(self, generator: nn.Module, latents: Tensor) -> float:
-        return find_neighbours(generate(generator, latents).cpu(), self._dataset).copies / len(latents)
+        images = generate(generator, latents).cpu()
+        found = find_neighbours(images, self._dataset)
+        # An almost empty picture is near to every other empty one and is no copy: it must lack less than it shows.
+        contrast = images.flatten(1).float().std(1).tolist()
+        near = [d < (found.usual or 0) / 3 and d < c / 2 for d, c in zip(found.distances, contrast, strict=True)]
+        return float(sum(near) / len(near))
 
     def _real_features(self) -> Tensor:
         """Returns the real images' features, from beside the dataset where they have been computed before."""

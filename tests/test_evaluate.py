@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
 from gan_dist.data.prepare import prepare
@@ -84,6 +85,14 @@ def test_a_generator_that_copies_is_near_and_is_found_out(many: Path) -> None:
     assert any("collapse" in line and "optim.g_lr" in line for line in warnings(alike))
     assert copying["swd"] < untrained["swd"] / 3
     assert untrained["near_copies"] == 0
+
+
+def test_an_empty_picture_is_no_copy_of_an_empty_picture(tmp_path: Path) -> None:
+    paint_folder(tmp_path / "paintings", 130)
+    for number, grey in enumerate((100, 128, 140)):
+        Image.new("RGB", (40, 40), (grey, grey, grey)).save(tmp_path / "paintings" / f"empty-{number}.png")
+    prepare([tmp_path / "paintings"], tmp_path / "shards", resolution=32)
+    assert drawn_by(Copier(torch.full((1, 3, 32, 32), 129)), tmp_path / "shards")["near_copies"] == 0
 
 
 def test_neither_the_generator_nor_random_numbers_are_disturbed(many: Path) -> None:
