@@ -21,6 +21,9 @@ from gan_dist.watch.telemetry import Telemetry
 
 JUDGED = 1000
 """Real images of each kind on which the discriminator is tried."""
+YOUNG_EPOCHS = 3
+"""Until then samples are alike because little is learned, not because it collapsed: on 20,000 paintings, at a quarter
+of the width, diversity was 0.19 after 2 epochs and 0.69 after 8."""
 
 
 class Examiner:
@@ -40,6 +43,7 @@ class Examiner:
         checkpoints: Path,
     ) -> None:
         self._every, self._latent_dim = config.evaluate.every_steps, config.model.latent_dim
+        self._young = YOUNG_EPOCHS * dataset.num_samples // (config.optim.d_steps * config.train.global_batch)
         self._averaged = config.train.ema_half_life_images > 0
         self._world, self._dataset = world, dataset
         self._generator, self._discriminator = generator, discriminator
@@ -93,7 +97,7 @@ class Examiner:
             f"evaluated step {step}: swd {found['swd']:.4g}{' (the best so far)' if leads else ''}, "
             f"diversity {found['diversity']:.2f}; {seconds:.1f} s, {share:.1%} of the time so far"
         )
-        for line in warnings(found):
+        for line in warnings({**found, "diversity": 1.0} if step < self._young else found):
             telemetry.warn(line, step)
         return {f"evaluate/{name}": float(value) for name, value in found.items()} | {
             "evaluate/seconds": seconds,

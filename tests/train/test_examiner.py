@@ -48,6 +48,7 @@ def test_not_a_bit_of_the_game_is_changed(many: Path, dataset: Path, tmp_path: P
         run.evaluations[0]
     )
     assert 0 < run.evaluations[-1]["share_of_time"] < 1
+    assert run.evaluations[-1]["diversity"] < 0.5 and not [e for e in run.events if e["event"] == "warning"]
     points = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     steps = [point["step"] for point in points if "event" not in point]
     assert steps == sorted(set(steps)), "a step stands twice"
@@ -97,6 +98,12 @@ def test_a_wish_to_stop_is_heard_within_an_evaluation(
     play(many, tmp_path / "run", steps=6)
     play(many, tmp_path / "whole", steps=6)
     assert_identical(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_collapse_is_told_with_what_to_try(many: Path, tmp_path: Path) -> None:
+    play(many, tmp_path / "run", "optim.g_lr=1e-9", "evaluate.every_steps=45", "log.samples_every=99", steps=45)
+    (told,) = [event["reason"] for event in read_run(tmp_path / "run").events if event["event"] == "warning"]
+    assert "collapses to few" in told and "try a lower optim.g_lr" in told
 
 
 def test_rates_tell_of_training_alone(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
