@@ -21,6 +21,7 @@ outcome = gan_dist.train(config, run_dir="run", max_steps=2, console=False)
 assert gan_dist.open_dataset("shards").num_samples == account.written
 assert not gan_dist.load_generator("run").training
 assert [signal.getsignal(number) for number in watched] == before
+assert gan_dist.train(config, run_dir="run", max_steps=3, console=False).step == 3  # once more, and it continues
 print("steps", outcome.step)
 """
 
