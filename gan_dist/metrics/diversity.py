@@ -18,7 +18,7 @@ def pairwise_distance(world: World, images: Tensor) -> float:
     are equal. A collective.
     """
     sums = torch.zeros(3, *images.shape[1:], dtype=torch.float64)
-    for part in images.split(AT_ONCE):
+    for part in torch.split(images, AT_ONCE):
         values = part.double()
         sums += torch.stack([values.sum(0), values.square().sum(0), torch.full_like(values[0], len(values))]).cpu()
     total, squares, count = world.all_reduce(sums.to(world.device))
