@@ -99,7 +99,7 @@ def examine(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str
     last = history.read_text().splitlines()[-1].split("\t") if history.exists() else []
     well = bool(last) and last[1] == "done"
     for file in sorted(folder.glob("node-*.json")):
-        yield _line(json.loads(file.read_text()), well)
+        yield _line(json.loads(file.read_text()))
     if not well:
         why = last[3] if last else slurm.ended(job) or "it left no word"
         raise GanDistError(f"the trial of {STEPS} steps failed: {why}; logs in {home / 'logs'}")
@@ -109,7 +109,7 @@ def examine(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _line(node: dict[str, Any], well: bool) -> str:
+def _line(node: dict[str, Any]) -> str:
     """Returns what one node's doctor found, in one line."""
     findings = node["findings"]
     bad = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in findings if f["state"] == "problem"]

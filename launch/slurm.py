@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from gan_dist.errors import GanDistError, UserError
@@ -88,12 +89,19 @@ def submission_environment() -> Iterator[None]:
 
 
 def queue(jobs: Sequence[str]) -> list[Queued]:
-    """Returns what squeue says of these jobs; ended ones are not in it. Nothing where there is no squeue."""
+    """Returns what squeue says of these jobs; ended ones are not in it. Nothing where there is no squeue.
+
+    Raises GanDistError when squeue cannot tell: a job that nobody can ask for has not ended.
+    """
     if not jobs or shutil.which("squeue") is None:
         return []
-    words = ["squeue", "-h", "-r", "-o", "%i|%T|%L|%N|%R|%S", "-j", ",".join(jobs)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 5]
+    try:
+        told = ask("squeue", "-h", "-r", "-o", "%i|%T|%L|%N|%R|%S", "-j", ",".join(jobs))
+    except GanDistError as error:
+        if "Invalid job id" in str(error):  # it has forgotten them all
+            return []
+        raise
+    rows = [line.split("|") for line in told.splitlines() if line.count("|") == 5]
     return [Queued(*(cell.strip() for cell in row)) for row in rows]
 
 
@@ -102,14 +110,10 @@ def ended(job: str) -> str:
 
     The controller remembers for some minutes; sacct, where there is one with a database, for longer.
     """
-    for words in (["scontrol", "show", "job", "-o", job], ["sacct", "-nPX", "-o", "State", "-j", job]):
-        if shutil.which(words[0]) is None:
-            continue
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-        if words[0] == "scontrol":
-            states = [word.partition("=")[2] for word in done.stdout.split() if word.startswith("JobState=")]
-        else:
-            states = done.stdout.split("\n") if done.returncode == 0 else []
-        if states and states[-1 if words[0] == "scontrol" else 0].strip():
-            return states[0].strip()
+    for words in (("scontrol", "show", "job", "-o", job), ("sacct", "-nPX", "-o", "State", "-j", job)):
+        with suppress(GanDistError):  # not here, or it knows nothing
+            told = ask(*words)
+            states = re.findall(r"\bJobState=(\S+)", told) if words[0] == "scontrol" else told.split("\n")
+            if states and states[0].strip():
+                return states[0].strip()
     return ""

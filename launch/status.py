@@ -63,10 +63,15 @@ def starts_of(run: Path, submission: Submission) -> list[Start]:
 def status_lines(run: Path) -> list[str]:
     """Returns a run's status for a person: where it stands, its jobs, their restarts, and why the last one ended."""
     made = submissions(run)
-    queued = {line.job: line for line in slurm.queue([each.job for each in made])}
-    lines = [f"{run.name} at {run}", f"  {_progress(run, any(q.state == 'RUNNING' for q in queued.values()))}"]
+    silent = None
+    try:
+        queued = slurm.queue([each.job for each in made])
+    except GanDistError as error:
+        queued, silent = [], f"not known: {error}"
+    live = silent is not None or any(line.state == "RUNNING" for line in queued)
+    lines = [f"{run.name} at {run}", f"  {_progress(run, live)}"]
     for each in made:
-        lines += [f"  {line}" for line in _submission_lines(run, each, list(queued.values()), made)]
+        lines += [f"  {line}" for line in _submission_lines(run, each, queued, made, silent)]
     if not made:
         lines.append("  no job of this run was submitted from here")
     return lines
@@ -80,18 +85,18 @@ def _progress(run: Path, running: bool) -> str:
         age = time.time() - read_run(run).touched
     except GanDistError:
         return "not begun"
-    if not running:
-        told = re.sub(r"^running\b", "interrupted", told)
+    if not running and told.startswith("running "):
+        told = re.sub(r" left=\S+", "", told.replace("running", "interrupted", 1))
     return f"{told}, told {age:,.0f} s ago"
 
 
 def _submission_lines(
-    run: Path, each: Submission, queued: Sequence[slurm.Queued], made: Sequence[Submission]
+    run: Path, each: Submission, queued: Sequence[slurm.Queued], made: Sequence[Submission], silent: str | None
 ) -> Iterator[str]:
     mine = [line for line in queued if line.job.partition("_")[0] == each.job]
     starts = starts_of(run, each)
     title = f"job {each.job} ({each.kind}, {each.ranks} rank(s))"
-    if mine and len({line.state for line in mine}) == 1 and len(mine) == 1:
+    if len(mine) == 1:
         yield f"{title}: {mine[0]}"
     elif mine:
         states = [line.state for line in mine]
@@ -100,7 +105,7 @@ def _submission_lines(
         worst = next((start for start in starts if start.what == "failed"), starts[-1])
         yield f"{title}: {worst.what}: {worst.why}"
     else:
-        yield f"{title}: {_forgotten(run, each, made)}"
+        yield f"{title}: {silent or _forgotten(run, each, made)}"
     again = [start for start in starts if start.what in ("requeued", "crashed", "lost")]
     if again:
         last = again[-1]

@@ -122,12 +122,13 @@ def submit_training(
     Raises UserError for a run that has a job already, for a disk that cannot be written, and with sbatch's own words
     when it refuses.
     """
-    slurm.need("sbatch", "srun", "scontrol")
     settings = check_config(config, overrides)
+    slurm.need("sbatch", "srun", "scontrol")
     refuse_another_game(run, settings)
     if alone and (busy := slurm.queue([each.job for each in submissions(run)])):
         raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
     with fresh(run) as folder:
+        (run / "stop").unlink(missing_ok=True)  # a wish that came too late for an earlier job is none for this one
         publish(folder / "config.yaml", to_yaml(settings).encode())
         ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
         if ranks > settings.train.global_batch:
@@ -184,9 +185,9 @@ def record(
 def submissions(run: Path) -> list[Submission]:
     """Returns the submissions of a run, oldest first; those that cannot be read are left out."""
     found = []
-    for file in sorted((run / "launch").glob("*/job.json")):
+    for file in (run / "launch").glob("*/job.json"):
         try:
             found.append(Submission(**json.loads(file.read_text())))
         except (OSError, ValueError, TypeError):
             continue
-    return found
+    return sorted(found, key=lambda each: (each.time, each.id))  # names tell seconds, a pipeline takes one

@@ -130,10 +130,16 @@ class Run:
 
 
 def status_line(path: str | Path) -> str:
-    """Returns a run in one line, in the console's words: its state, then step=... loss_d=... of its newest point."""
+    """Returns a run in one line, in the console's words: its state, then step=... loss_d=... of its newest point.
+
+    While it runs, with left=..., the time that the remaining images take at the newest pace.
+    """
     run = read_run(path)
     newest = run.points[-1] if run.points else {}
-    words = line_of(newest.get("step", run.step), run.total, newest)
+    step, rate, left = newest.get("step", run.step), newest.get("throughput/images_per_second"), None
+    if run.state == "running" and step and rate:
+        left = (run.total - step) * newest["images_seen"] / step / rate
+    words = line_of(step, run.total, newest, left)
     return f"{run.name} {run.state} {words}" + (f" ({run.why})" if run.why else "")
 
 

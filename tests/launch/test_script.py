@@ -16,7 +16,7 @@ from gan_dist.errors import UserError
 from launch import snapshot
 from launch.options import SlurmOptions, load_cluster, split_overrides
 from launch.script import Batch, batch_script
-from launch.submit import refuse_another_game, submit_training, training_batch
+from launch.submit import refuse_another_game, training_batch
 
 RECORDED = Path(__file__).parent / "recorded"
 ROOT = Path(__file__).parents[2]
@@ -191,15 +191,6 @@ def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: py
         snapshot.take(tmp_path / "checkout", tmp_path / "copy")
 
 
-def test_a_machine_without_sbatch_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tmp_path / "art.yaml"
-    config.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"sbatch is not on PATH: .* train here with `python -m launch local`"):
-        submit_training(str(config), [], load_cluster(None), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:
     values = {"data": {"shards": str(tmp_path / "set")}}
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(values)))
@@ -212,6 +203,9 @@ def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (["submit", "CONFIG", "--run-dir", "RUN"], "launch: sbatch is not on PATH: this is no machine that submits"),
+        (["pipeline", "CONFIG", "--run-dir", "RUN", "--source", "a"], "launch: sbatch is not on PATH"),
+        (["doctor", "job.runs=nowhere"], "launch: sbatch is not on PATH"),
         (["submit", "CONFIG", "slurm.nods=2"], "launch: unknown key slurm.nods; did you mean slurm.nodes?"),
         (["submit", "CONFIG", "model.nods=2"], "launch: unknown key model.nods"),
         (["prepare", "only-one", "--cluster", "CLUSTER"], "launch: expected SOURCE... OUT"),
@@ -227,11 +221,13 @@ def test_bad_usage_is_one_line_and_status_2(
 ) -> None:
     from launch.cli import main
 
+    monkeypatch.setenv("PATH", str(tmp_path))
     config = tmp_path / "art.yaml"
     config.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
-    files = {"CONFIG": str(config), "CLUSTER": cluster_file(tmp_path)}
+    files = {"CONFIG": str(config), "RUN": str(tmp_path / "run"), "CLUSTER": cluster_file(tmp_path)}
     monkeypatch.setattr(sys, "argv", ["launch", *(files.get(word, word) for word in words)])
     with pytest.raises(SystemExit) as caught:
         main()
     told = capsys.readouterr().err
     assert caught.value.code == 2 and told.startswith(line) and told.count("\n") == 1, told
+    assert not (tmp_path / "run").exists()

@@ -155,6 +155,7 @@ def test_states_and_their_line(run: Path, dataset: Path, tmp_path: Path) -> None
     game = Game(tmp_path / "live", open_dataset(dataset))
     game.play(0, 4)
     assert read_run(game.run_dir).state == "running" and read_run(game.run_dir).total == 12
+    assert " running step=4/12 " in status_line(game.run_dir) and status_line(game.run_dir).endswith(" left=0s")
     for name in ("metrics.jsonl", "environment.json"):
         os.utime(game.run_dir / name, (time.time() - 9999,) * 2)
     assert read_run(game.run_dir).state == "interrupted"
