@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gan_dist.distributed import World
 from gan_dist.errors import UserError
 from gan_dist.metrics import inception, swd
 from gan_dist.metrics.diversity import pairwise_distance
-from gan_dist.watch.neighbours import find_neighbours
+from gan_dist.watch.neighbours import nearest
 from gan_dist.watch.pictures import write_atomically
 from gan_dist.watch.sample import generate
 
@@ -48,7 +49,7 @@ class Protocol:
     """Whether the averaged generator drew."""
     seed: int = 0
     """Keys the latents, the choice of real images, and the patches and directions of the distance."""
-    metric: str = "swd-7x7-16-patches-512-directions"
+    metric: str = f"swd-{swd.SIDE}x{swd.SIDE}-{swd.PATCHES}-patches-{swd.DIRECTIONS}-directions"
     images: str = "uint8 from the generator, no file format between"
     resizer: str = "torch-fidelity's bilinear (tensorflow 1) to 299, for Inception alone"
     inception: str | None = None
@@ -74,7 +75,7 @@ class Evaluation:
         seed: int = 0,
         features: inception.Inception | None = None,
     ) -> None:
-        fewest = inception.FEWEST if features else FEWEST
+        fewest = max(inception.FEWEST if features else FEWEST, world.size)
         if samples < fewest:
             raise UserError(f"evaluate.samples: expected {fewest} or more for these metrics, found {samples}")
         if samples > dataset.num_samples:
@@ -127,7 +128,8 @@ class Evaluation:
         drawn, usual = (pairwise_distance(self._world, one) for one in (images, self._real_images))
         figures["diversity"] = drawn / max(usual, 1e-6)
         if near_copies:
-            figures["near_copies"] = self._world.from_first(lambda: self._near_copies(generator, latents[:SHOWN]))
+            shown = self._world.from_first(lambda: generate(generator, latents[:SHOWN]).cpu())
+            figures["near_copies"] = self._near_copies(shown, look)
         if self._features is not None:
             real, fake = self._real_features(), self._gathered(self._features.features(images))
             figures |= self._world.from_first(lambda: inception.distances(real, fake))
@@ -147,8 +149,8 @@ class Evaluation:
         for start in range(0, widest, CHUNK):  # as many turns on every rank
             look()
             lo, hi = min(self._hi, self._lo + start), min(self._hi, self._lo + start + CHUNK)
-            if lo < hi:
-                made = make(lo, hi)
+            made = self._world.together(partial(make, lo, hi) if lo < hi else _nothing)
+            if made is not None:
                 parts.append(swd.descriptors(made.to(self._world.device), [where[lo:hi] for where in self._where]))
                 images.append(made.cpu())
         own = [torch.cat(level) for level in zip(*parts, strict=True)]
@@ -167,12 +169,12 @@ class Evaluation:
         world.all_gather_into(out, padded)
         return torch.cat([part[:count] for part, count in zip(out, counts, strict=True)]).to(rows.device)
 
-    def _near_copies(self, generator: nn.Module, latents: Tensor) -> float:
-        images = generate(generator, latents).cpu()
-        found = find_neighbours(images, self._dataset)
+    def _near_copies(self, images: Tensor, look: Callable[[], None]) -> float:
+        """Returns the share of `images`, uint8 [n, 3, S, S] and alike on every rank, that are nearly real ones."""
+        _, distances, usual = nearest(images, self._dataset, self._world, look)
         # An almost empty picture is near to every other empty one and is no copy: it must lack less than it shows.
         contrast = images.flatten(1).float().std(1).tolist()
-        near = [d < (found.usual or 0) / 3 and d < c / 2 for d, c in zip(found.distances, contrast, strict=True)]
+        near = [d < (usual or 0) / 3 and d < c / 2 for d, c in zip(distances.tolist(), contrast, strict=True)]
         return float(sum(near) / len(near))
 
     def _real_features(self) -> Tensor:
@@ -186,6 +188,10 @@ class Evaluation:
             if self._world.rank == 0:
                 _keep_features(path, found)
         return found
+
+
+def _nothing() -> None:
+    """What a rank makes whose share is done."""
 
 
 def _read_features(path: Path) -> Tensor | None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gan_dist.data.gather import Gather, gather
+from gan_dist.data.order import rank_slice
 from gan_dist.data.shards import Dataset
+from gan_dist.distributed import World
 from gan_dist.watch.pictures import grid, save_png
 
 REFERENCES = 64
 """Real images, spread over the set, whose own nearest neighbours give the distance to hold a sample's against."""
-CHUNK = 2048
+CHUNK = 128
+"""Real images in float32 at a time: with 512 and more, the memory they take costs a CPU more than the products do."""
+LOOK_EVERY = 16 * CHUNK
+"""Real images between two looks at who wants to stop."""
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -50,37 +59,58 @@ def find_neighbours(samples: Tensor, dataset: Dataset) -> Neighbours:
 
     Raises ValueError when their size is not the dataset's.
     """
+    where, distances, usual = nearest(samples, dataset)
+    indices = where.tolist()
+    return Neighbours(gather(dataset, where.numpy()), indices, _sources(dataset, indices), distances.tolist(), usual)
+
+
+def nearest(
+    samples: Tensor, dataset: Dataset, world: World = ALONE, check: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor, float | None]:
+    """Returns indices, int64 [N], distances, float32 [N], and `usual`, as in Neighbours, of `samples`, uint8
+    [N, 3, S, S].
+
+    A collective: the ranks, which give the same samples, share the real images. `check` is called now and then, equally
+    often on every rank, and may raise. Raises ValueError when the samples' size is not the dataset's.
+    """
     size = dataset.resolution
     if tuple(samples.shape[1:]) != (3, size, size):
         raise ValueError(f"samples of shape {tuple(samples.shape)}, but the dataset's images are 3x{size}x{size}")
     count = min(REFERENCES, dataset.num_samples) if dataset.num_samples > 1 else 0
     own = torch.arange(count) * dataset.num_samples // max(1, count)
-    queries = torch.cat([samples, _take(dataset, own)]).flatten(1).float()
-    best = torch.full((len(queries),), torch.inf)
-    where = torch.zeros(len(queries), dtype=torch.int64)
-    start = 0
-    for shard in range(len(dataset.shard_sizes)):
-        for part in torch.split(dataset.shard_view(shard), CHUNK):
-            real = part.flatten(1).float()
-            # |a|^2 - 2ab + |b|^2 is a matrix product; what float32 loses in it is made good below, for the nearest.
-            squares = queries.square().sum(1)[:, None] - 2 * queries @ real.T + real.square().sum(1)
+    queries = torch.cat([samples, gather(dataset, own.numpy())]).flatten(1).float()
+    where = _nearest(queries, own, dataset, world, check)
+    distances = (queries - gather(dataset, where.numpy()).flatten(1).float()).square().mean(1).sqrt()
+    mine, theirs = distances.tensor_split([len(samples)])
+    return where[: len(samples)], mine, theirs.median().item() if count else None
+
+
+def _nearest(queries: Tensor, own: Tensor, dataset: Dataset, world: World, check: Callable[[], None]) -> Tensor:
+    """Returns the place in the dataset, int64 [Q], of the real image nearest to each of `queries`, float32 [Q, P].
+
+    The last queries are themselves the real images at `own`, which count for none of their own.
+    """
+    read, on_device = Gather(dataset), queries.to(world.device)
+    norms = on_device.square().sum(1)[:, None]
+    rows = torch.arange(len(queries) - len(own), len(queries))
+    best, where = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.int64)
+    lo, hi = rank_slice(dataset.num_samples, world.rank, world.size)
+    for turn in range(0, -(-dataset.num_samples // world.size), LOOK_EVERY):  # as many on every rank
+        check()
+        for start in range(lo + turn, min(hi, lo + turn + LOOK_EVERY), CHUNK):
+            places = np.arange(start, min(hi, start + CHUNK))
+            pixels = torch.empty(len(places), 3, dataset.resolution, dataset.resolution, dtype=torch.uint8)
+            real = read.into(pixels, places).to(world.device).flatten(1).float()
+            # |a|^2 - 2ab + |b|^2 is a matrix product; what float32 loses in it is made good later, for the nearest.
+            squares = (norms - 2 * on_device @ real.T + real.square().sum(1)).cpu()
             inside = (own >= start) & (own < start + len(real))
-            squares[len(samples) + inside.nonzero().flatten(), own[inside] - start] = torch.inf
+            squares[rows[inside], own[inside] - start] = torch.inf
             nearest, index = squares.min(1)
-            better = nearest < best
-            best = torch.where(better, nearest, best)
-            where = torch.where(better, index + start, where)
-            start += len(real)
-    found = _take(dataset, where)
-    distances = (queries - found.flatten(1).float()).square().mean(1).sqrt()
-    mine = slice(0, len(samples))
-    return Neighbours(
-        images=found[mine],
-        indices=where[mine].tolist(),
-        sources=_sources(dataset, where[mine].tolist()),
-        distances=distances[mine].tolist(),
-        usual=distances[len(samples) :].median().item() if count else None,
-    )
+            where = torch.where(nearest < best, index + start, where)
+            best = torch.minimum(nearest, best)
+    told = world.gather_objects((best, where))
+    winner = torch.stack([distances for distances, _ in told]).argmin(0, keepdim=True)
+    return torch.stack([places for _, places in told]).gather(0, winner)[0]
 
 
 def draw_neighbours(samples: Tensor, dataset: Dataset, out: Path) -> Neighbours:
@@ -99,13 +129,6 @@ def _locate(dataset: Dataset, index: int) -> tuple[int, int]:
             return shard, index
         index -= size
     raise IndexError(index)
-
-
-def _take(dataset: Dataset, indices: Tensor) -> Tensor:
-    places = [_locate(dataset, int(index)) for index in indices]
-    size = dataset.resolution
-    taken = [dataset.shard_view(shard)[place] for shard, place in places]
-    return torch.stack(taken) if taken else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
 def _sources(dataset: Dataset, indices: list[int]) -> list[str]:

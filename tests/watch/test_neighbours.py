@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from gan_dist.data.gather import gather
 from gan_dist.data.shards import FORMAT, MANIFEST, Dataset, Manifest, ShardWriter, open_dataset
+from gan_dist.distributed import join
 from gan_dist.watch import neighbours
-from gan_dist.watch.neighbours import draw_neighbours, find_neighbours
+from gan_dist.watch.neighbours import draw_neighbours, find_neighbours, nearest
+from tests.ranks import run_ranks
 
 
 def write_set(root: Path, images: torch.Tensor, shard: int) -> Dataset:
@@ -67,6 +71,19 @@ def test_what_is_unlike_is_no_copy_and_one_image_has_no_usual_distance(images: t
     assert alone.usual is None and alone.indices == [0] * 5 and "unknown" in alone.lines()[0]
     with pytest.raises(ValueError, match="images are 3x8x8"):
         find_neighbours(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), write_set(tmp_path / "two", images, 50))
+
+
+def search(rank: int, root: str) -> None:
+    with join("cpu") as world, open_dataset(root) as dataset:
+        samples = gather(dataset, np.array([49, 0, 24, 7])).roll(1, 3)
+        alone, shared = nearest(samples, dataset), nearest(samples, dataset, world)
+        assert torch.equal(alone[0], shared[0]) and torch.equal(alone[1], shared[1]) and alone[2] == shared[2]
+
+
+@pytest.mark.chaos
+def test_ranks_share_the_search(images: torch.Tensor, tmp_path: Path) -> None:
+    write_set(tmp_path / "set", images, 12)
+    run_ranks(3, search, str(tmp_path / "set"))
 
 
 def test_the_sheet_pairs_sample_and_neighbour(images: torch.Tensor, tmp_path: Path) -> None:
