@@ -12,6 +12,8 @@ import typer
 from gan_dist.errors import UserError
 
 NONE = "none"
+PATIENCE_S = 7200.0
+"""Precision and recall of 50,000 samples keep rank 0 this long on a slow CPU; a rank that dies is noticed at once."""
 
 
 def evaluate(
@@ -34,7 +36,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, or with --all-checkpoints a list.")
-    ] = (False),
+    ] = False,
 ) -> None:
     """Measure a run's generator: sliced Wasserstein distance, FID, KID, precision, recall, collapse and copies.
 
@@ -47,7 +49,9 @@ def evaluate(
 
     if step is not None and all_checkpoints:
         raise UserError("--step and --all-checkpoints say different things; give one of them")
-    with join(device) as world:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu or cuda, found {device}")
+    with join(device, timeout_s=PATIENCE_S) as world:
         first = world.rank == 0
         rows: list[dict[str, Any]] = evaluate_run(
             world,
@@ -66,8 +70,6 @@ def evaluate(
         )
         if not first:
             return
-        if as_json:
-            print(json.dumps(rows if all_checkpoints else rows[0], indent=2))
-            return
-        for line in [*as_lines(rows), *(f"WARNING: {line}" for line in warnings(rows[-1]))]:
-            print(line)
+        print(json.dumps(rows if all_checkpoints else rows[0], indent=2) if as_json else "\n".join(as_lines(rows)))
+        for line in warnings(rows[-1]):
+            print(f"WARNING: {line}", file=sys.stderr)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gan_dist.config import expand_path
-from gan_dist.data.shards import open_dataset
+from gan_dist.config import EvaluateConfig, expand_path
+from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.distributed import World
-from gan_dist.errors import UserError
+from gan_dist.errors import GanDistError, UserError
 from gan_dist.evaluate import Evaluation, accuracy
 from gan_dist.metrics.inception import FEWEST, Inception, load_inception
 from gan_dist.model.networks import Discriminator
@@ -40,35 +42,72 @@ def evaluate_run(
     """Returns one row of figures a checkpoint, oldest first; see Evaluation for what is in it. A collective.
 
     With `insist`, missing Inception weights are an error; without, a line, and the other metrics alone. Rows are kept
-    in evaluations.jsonl of the run, one a step. Raises UserError for a run without checkpoints, too few samples, or a
-    dataset of another resolution.
+    in evaluations.jsonl of the run, one a step and protocol. Of several checkpoints, a damaged one is left out with a
+    line. Raises UserError for a run without checkpoints, too few samples, or a dataset of another resolution.
     """
     path = run_path(run)
-    found = [load(one) for one in reversed(step_directories(path / "checkpoints"))] if all_checkpoints else []
-    found = found or [find(path, step)]
-    config = found[-1].state["config"]
-    real = open_dataset(dataset or config["data"]["shards"])
-    others = open_dataset(held_out) if held_out else None
-    for one in (real, others):
-        if one is not None and one.resolution != config["model"]["resolution"]:
-            raise UserError(
-                f"{one.root} holds {one.resolution}x{one.resolution} images, but {path} draws "
-                f"{config['model']['resolution']}x{config['model']['resolution']} ones; name another --dataset"
-            )
-    count = samples if samples is not None else config["evaluate"]["samples"]
-    features = _inception(world, weights, count, insist, say) if with_inception else None
-    evaluation = Evaluation(world, real, count, seed=seed, features=features)
-    rows = []
-    for loaded in found:
-        rows.append(_row(world, evaluation, loaded, averaged))
-        if others is not None:
-            judge = _discriminator(loaded, world)
-            rows[-1]["accuracy_training"] = accuracy(judge, real, count, seed)
-            rows[-1]["accuracy_held_out"] = accuracy(judge, others, count, seed)
-        say(f"step {loaded.step}: swd {rows[-1]['swd']:.4g}")
+    # Rank 0 chooses: a run in progress adds and prunes while others look.
+    directories, config, passed_over = world.from_first(lambda: _choose(path, step, all_checkpoints))
+    for line in passed_over:
+        say(f"note: passed over {line}")
+
+    def open_as_the_run(address: str | None) -> Dataset | None:
+        return open_dataset(address, config["data"].get("cache_dir")) if address else None
+
+    with ExitStack() as opened:
+        real, others = world.together(
+            lambda: [open_as_the_run(one) for one in (dataset or config["data"]["shards"], held_out)]
+        )
+        assert real is not None
+        for one in (real, others):
+            if one is not None:
+                opened.enter_context(one)
+                _must_fit(one, path, config["model"]["resolution"])
+        count = samples if samples is not None else _usual_samples(config, real, say)
+        features = _inception(world, weights, count, insist, say) if with_inception else None
+        evaluation = Evaluation(world, real, count, seed=seed, features=features)
+        rows: list[dict[str, Any]] = []
+        for number, directory in enumerate(directories, 1):
+            say(f"checkpoint {number} of {len(directories)}: {count} images against as many of {real.root}")
+            try:
+                loaded = world.together(partial(load, directory))
+            except GanDistError as error:
+                if number == len(directories) and not rows:
+                    raise
+                say(f"note: left out: {error}")
+                continue
+            row = _row(world, evaluation, loaded, averaged)
+            if others is not None:
+                row |= world.from_first(partial(_judge, world, loaded, real, others, count, seed))
+            say(f"step {loaded.step}: swd {row['swd']:.4g}")
+            rows.append(row)
     if world.rank == 0:
         _keep(path, rows, say)
     return rows
+
+
+def _choose(run: Path, step: int | None, everything: bool) -> tuple[list[Path], dict[str, Any], tuple[str, ...]]:
+    """Returns the checkpoints to evaluate, oldest first, the newest one's configuration, and what was passed over."""
+    found = find(run, step)
+    if not everything:
+        return [found.path], found.state["config"], found.skipped
+    return step_directories(run / "checkpoints")[::-1], found.state["config"], ()
+
+
+def _must_fit(dataset: Dataset, run: Path, resolution: int) -> None:
+    if dataset.resolution != resolution:
+        raise UserError(
+            f"{dataset.root} holds {dataset.resolution}x{dataset.resolution} images, but {run} draws "
+            f"{resolution}x{resolution} ones; name another --dataset"
+        )
+
+
+def _usual_samples(config: dict[str, Any], real: Dataset, say: Callable[[str], None]) -> int:
+    """Returns how many images to compare where nobody said: the run's evaluate.samples, or all of a smaller dataset."""
+    usual = int(config.get("evaluate", EvaluateConfig().model_dump())["samples"])
+    if real.num_samples < usual:
+        say(f"note: {real.root} holds {real.num_samples} images, so that many are compared, not {usual}")
+    return min(usual, real.num_samples)
 
 
 def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool) -> dict[str, Any]:
@@ -95,11 +134,16 @@ def _inception(
         return None
 
 
-def _discriminator(loaded: Loaded, world: World) -> Discriminator:
+def _judge(world: World, loaded: Loaded, real: Dataset, others: Dataset, count: int, seed: int) -> dict[str, float]:
+    """Returns how well a checkpoint's discriminator knows its training images, and others."""
     model = loaded.state["config"]["model"]
     judge = Discriminator(model["resolution"], model["d_channels"], model["leaky_slope"])
     judge.load_state_dict(loaded.state["discriminator"])
-    return judge.to(device=world.device).eval()
+    judge.to(device=world.device).eval()
+    return {
+        "accuracy_training": accuracy(judge, real, count, seed),
+        "accuracy_held_out": accuracy(judge, others, count, seed),
+    }
 
 
 def _keep(run: Path, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:

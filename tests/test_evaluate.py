@@ -18,11 +18,12 @@ from gan_dist.data.shards import open_dataset
 from gan_dist.data.synthetic import paint_folder
 from gan_dist.data.verify import verify
 from gan_dist.distributed import World, join
-from gan_dist.errors import UserError
+from gan_dist.errors import GanDistError, UserError
 from gan_dist.evaluate import Evaluation, warnings
 from gan_dist.evaluating import evaluate_run
 from gan_dist.metrics import inception
 from gan_dist.model.networks import Generator, initialise
+from gan_dist.train.checkpoint import find
 from gan_dist.train.trainer import train
 from gan_dist.watch.record import read_evaluations
 from tests.ranks import run_ranks
@@ -139,6 +140,24 @@ def test_bad_input_is_one_line(run: Path, many: Path, dataset: Path, tmp_path: P
     refused("holds 64x64 images, but .* draws 32x32 ones", dataset=str(big))
 
 
+def test_a_damaged_checkpoint_is_left_out_and_a_small_set_is_compared_whole(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    torn = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.pt"
+    torn.write_bytes(torn.read_bytes()[:100])
+    said: list[str] = []
+    rows = evaluate_run(World(), tmp_path / "run", all_checkpoints=True, with_inception=False, say=said.append)
+    assert [row["step"] for row in rows] == [0, 4]
+    assert any("left out: " in line and "state.pt has 100 bytes" in line for line in said)
+    assert any("holds 130 images, so that many are compared, not 10000" in line for line in said)
+    with pytest.raises(GanDistError, match="has 100 bytes"):
+        evaluate_run(World(), tmp_path / "run", step=2, with_inception=False)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json"
+    newest.write_text("{}")
+    said.clear()
+    (row,) = evaluate_run(World(), tmp_path / "run", with_inception=False, say=said.append)
+    assert row["step"] == 0 and len([line for line in said if "passed over" in line]) == 2
+
+
 def evaluate_ranks(rank: int, run: str, out: str) -> None:
     with join("cpu") as world:
         rows = evaluate_run(world, run, samples=SAMPLES, with_inception=False)
@@ -157,6 +176,27 @@ def test_the_figures_are_the_same_on_one_two_and_three_ranks(run: Path, tmp_path
     for other in others:
         assert other.pop("protocol") == one["protocol"]
         assert other == pytest.approx({k: v for k, v in one.items() if k != "protocol"}, rel=1e-5)
+
+
+def evaluate_with_a_stray(rank: int, run: str, elsewhere: str) -> None:
+    with join("cpu") as world:
+        with pytest.raises(UserError, match="is not a dataset"):
+            evaluate_run(world, run, samples=SAMPLES, dataset=elsewhere if rank == 1 else None, with_inception=False)
+        with open_dataset(find(Path(run)).state["config"]["data"]["shards"]) as real:
+            evaluation = Evaluation(world, real, SAMPLES)
+            if rank == 1:
+                evaluation._reals = no_disk  # type: ignore[method-assign]
+            with pytest.raises(OSError, match="the disk is gone"):
+                evaluation(Generator(32, 8, 4), 8, averaged=False)
+
+
+def no_disk(lo: int, hi: int) -> Tensor:
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.chaos
+def test_no_rank_waits_for_one_that_cannot_read(run: Path, tmp_path: Path) -> None:
+    run_ranks(2, evaluate_with_a_stray, str(run), str(tmp_path / "nowhere"))
 
 
 class Projection(nn.Module):
