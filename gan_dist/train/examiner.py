@@ -17,6 +17,7 @@ from gan_dist.distributed import World
 from gan_dist.errors import UserError
 from gan_dist.evaluate import Evaluation, accuracy, warnings
 from gan_dist.train.checkpoint import read_best
+from gan_dist.watch.record import PROTOCOL
 from gan_dist.watch.telemetry import Telemetry
 
 JUDGED = 1000
@@ -49,12 +50,12 @@ class Examiner:
         self._generator, self._discriminator = generator, discriminator
         self._began, self._spent = time.monotonic(), 0.0
         self._best: dict[str, Any] | None = None
-        self._found: dict[str, Any] = {}
+        self._told: dict[str, Any] = {}  # the protocol that the run's history has already
         if not self._every:
             return
-        if config.data.placement == "windowed":
+        if config.data.placement == "windowed" or (dataset.cache is not None and dataset.cache.windowed):
             raise UserError(
-                "evaluate.every_steps: data.placement=windowed keeps only a part of the dataset here; "
+                "evaluate.every_steps: a windowed placement keeps only a part of the dataset here; "
                 "set evaluate.every_steps=0, and `gan-dist evaluate RUN --all-checkpoints` afterwards"
             )
         self._evaluation = Evaluation(world, dataset, config.evaluate.samples)
@@ -85,9 +86,12 @@ class Examiner:
         seconds = time.monotonic() - began
         self._spent += seconds
         if found is None:
-            telemetry.say(f"the evaluation of step {step} was left off; evaluate its checkpoint instead")
+            telemetry.say(f"the evaluation of step {step} was left off; `gan-dist evaluate` takes what is saved next")
             return {"evaluate/seconds": seconds}
         protocol = found.pop("protocol")
+        if protocol != self._told:
+            telemetry.event(PROTOCOL, step, **protocol)
+            self._told = protocol
         key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
         leads = self._best is None or self._best["protocol"] != key or found["swd"] < self._best["swd"]
         if leads:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from gan_dist.watch.charts import Chart, Series
-from gan_dist.watch.record import Run
+from gan_dist.watch.record import Run, by_protocol
 
 
 def points_of(run: Run, tag: str, x: str = "step") -> list[tuple[float, float | None]]:
@@ -100,8 +100,9 @@ def curves(run: Run) -> list[Chart]:
         ),
     ]
     if run.evaluations:
-        names = sorted({key for row in run.evaluations for key in row if key.startswith("swd")}, key=len)
-        series = [Series(name, [(float(row["step"]), row.get(name)) for row in run.evaluations]) for name in names]
+        rows = by_protocol(run.evaluations)[0]
+        names = sorted({key for row in rows for key in row if key.startswith("swd")}, key=len)
+        series = [Series(name, [(float(row["step"]), row.get(name)) for row in rows]) for name in names]
         note = "Sliced Wasserstein distance of patches, in all and at each size of structure; lower is nearer."
         charts.append(Chart("Distance from real images", series, note, marks=marks, low=0.0))
     # Set by hand or well-known elsewhere on the page; everything else that was logged gets its place.

@@ -18,6 +18,8 @@ from gan_dist.watch.console import line_of
 
 TEXTS = "texts"
 """The event that notes at which step TensorBoard got texts; of no interest to people."""
+PROTOCOL = "protocol"
+"""The event that says how the evaluations after it were made; told beside their figures."""
 LIVE_WITHIN_S = 600
 """A run that was neither ended nor stopped counts as in progress while its files are younger than this."""
 
@@ -62,7 +64,7 @@ def details(event: Mapping[str, Any]) -> str:
 
 def happenings(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the events among the lines of a metrics.jsonl that tell a person something."""
-    return [line for line in lines if "event" in line and line["event"] != TEXTS]
+    return [line for line in lines if "event" in line and line["event"] not in (TEXTS, PROTOCOL)]
 
 
 def history_table(lines: Sequence[dict[str, Any]]) -> str:
@@ -171,20 +173,38 @@ def read_run(path: str | Path) -> Run:
         samples=tuple(samples),
         real=real if real.is_file() else None,
         checkpoints=tuple(step for step in checkpoints if step >= 0),
-        evaluations=_evaluations(root, points),
+        evaluations=_evaluations(root, lines),
         dataset=_mapping(root / "dataset.json"),
         touched=max(written, default=0.0),
     )
 
 
-def _evaluations(root: Path, points: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    during = [
-        {"step": point["step"], **{tag.removeprefix("evaluate/"): point[tag] for tag in point if "evaluate/" in tag}}
-        for point in points
-        if point.get("evaluate/swd") is not None
-    ]
-    rows = {row["step"]: row for row in [*during, *read_evaluations(root)]}
-    return tuple(rows[step] for step in sorted(rows))
+def _evaluations(root: Path, lines: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    during, protocol = [], None
+    for line in lines:
+        if line.get("event") == PROTOCOL:
+            protocol = {key: value for key, value in line.items() if key not in ("event", "step", "time")}
+        elif line.get("evaluate/swd") is not None:
+            row = {tag.removeprefix("evaluate/"): line[tag] for tag in line if tag.startswith("evaluate/")}
+            during.append({"step": line["step"], **row, "protocol": protocol})
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in [*during, *read_evaluations(root)]:
+        # What was measured again is still one row; Inception's metrics come on top of the others.
+        rows.setdefault((row["step"], comparable(row)), {}).update(row)
+    return tuple(sorted(rows.values(), key=lambda row: int(row["step"])))
+
+
+def comparable(row: Mapping[str, Any]) -> str:
+    """Returns what two rows of figures must have in common for their distances to be held against each other."""
+    return json.dumps({**(row.get("protocol") or {}), "inception": None}, sort_keys=True)
+
+
+def by_protocol(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Returns rows of evaluations in groups that may be compared, the largest group first, steps in order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(comparable(row), []).append(row)
+    return sorted(groups.values(), key=len, reverse=True)
 
 
 def step_of(path: Path) -> int:

@@ -35,7 +35,7 @@ from gan_dist.watch.page import (
     table,
 )
 from gan_dist.watch.pictures import write_atomically
-from gan_dist.watch.record import Run, read_run, when
+from gan_dist.watch.record import Run, by_protocol, read_run, when
 
 FILM_BUDGET = 5_500_000
 """Bytes that the pictures of the evolution take on a page, over all its runs; a page stays below 10 MB."""
@@ -153,16 +153,23 @@ def _evolution(run: Run) -> str:
 
 
 def _evaluations(run: Run) -> str:
-    keys = [key for key in run.evaluations[-1] if key not in ("step", "protocol", "images_seen")]
-    rows = [(f"step {row['step']:,}", [_figure(row.get(key)) for key in keys]) for row in run.evaluations]
-    best = min(run.evaluations, key=lambda row: row["swd"])
-    protocol: Mapping[str, Any] = next((row["protocol"] for row in reversed(run.evaluations) if "protocol" in row), {})
-    return section(
-        "How good it is",
-        f"Sliced Wasserstein distance from real images, lower is better; the best so far is step {best['step']:,}.",
-        table(("checkpoint", *map(escape, keys)), rows)
-        + (f"<details><summary>How it was measured</summary>{facts(protocol)}</details>" if protocol else ""),
-    )
+    told = []
+    for rows in by_protocol(run.evaluations):
+        keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("step", "protocol", "images_seen")))
+        cells = [(f"step {row['step']:,}", [_figure(row.get(key)) for key in keys]) for row in rows]
+        protocol = next((row["protocol"] for row in reversed(rows) if row.get("protocol")), None)
+        best = min(rows, key=lambda row: row["swd"])
+        whose = ""
+        if protocol:
+            averaged = "Averaged" if protocol["averaged"] else "Trained"
+            whose = f"{averaged} generator, {protocol['samples']:,} images against as many real ones: "
+        told.append(
+            f'<p class="lead">{whose}nearest at step {best["step"]:,}.</p>'
+            + table(("checkpoint", *map(escape, keys)), cells)
+            + (f"<details><summary>How it was measured</summary>{facts(protocol)}</details>" if protocol else "")
+        )
+    lead = "Sliced Wasserstein distance (swd) from real images: lower is better, within one table."
+    return section("How good it is", lead, "".join(told))
 
 
 def _figure(value: Any) -> str:

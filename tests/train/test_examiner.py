@@ -12,12 +12,14 @@ import pytest
 
 from gan_dist.data.prepare import prepare
 from gan_dist.data.synthetic import paint_folder
+from gan_dist.distributed import World
 from gan_dist.errors import UserError
 from gan_dist.evaluate import Evaluation
+from gan_dist.evaluating import evaluate_run
 from gan_dist.stop import StopRequest
 from gan_dist.train.checkpoint import find, read_best, save, step_directories
 from gan_dist.train.trainer import train
-from gan_dist.watch.record import read_run
+from gan_dist.watch.record import by_protocol, read_run
 from gan_dist.watch.report import make_report
 from tests.ranks import run_ranks
 from tests.train.test_trainer import assert_identical, small
@@ -53,6 +55,23 @@ def test_not_a_bit_of_the_game_is_changed(many: Path, dataset: Path, tmp_path: P
     steps = [point["step"] for point in points if "event" not in point]
     assert steps == sorted(set(steps)), "a step stands twice"
     assert "How good it is" in make_report(run.path).read_text()
+
+
+def test_figures_of_two_protocols_are_told_apart(many: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    play(many, run, steps=4)
+    play(many, run, "evaluate.samples=110", steps=6)
+    evaluate_run(World(), run, samples=100, with_inception=False)
+    rows = read_run(run).evaluations
+    assert [(row["step"], row["protocol"]["samples"]) for row in rows] == [(2, 100), (4, 100), (6, 110), (6, 100)]
+    assert all(row["protocol"]["averaged"] and row["protocol"]["dataset"] for row in rows)
+    assert [[row["step"] for row in group] for group in by_protocol(rows)] == [[2, 4, 6], [6]]
+    page = make_report(run).read_text()
+    assert "100 images against as many" in page and "110 images against as many" in page
+    assert "Protocol at step" not in page  # it stands beside the figures, not among what happened
+    # Measured again in the same way, what training noted beside the figures stays.
+    evaluate_run(World(), run, step=6, samples=110, with_inception=False)
+    assert len(read_run(run).evaluations) == 4 and read_run(run).evaluations[2]["seconds"] > 0
 
 
 def test_the_best_checkpoint_is_marked_and_kept(many: Path, tmp_path: Path) -> None:
@@ -127,6 +146,10 @@ def test_what_it_cannot_have_is_refused_before_anything_is_written(many: Path, d
         ("expected 100 or more", ["evaluate.samples=99"]),
         ("evaluate.held_out: .* holds 64x64 images", [f"evaluate.held_out={tmp_path / 'big'}"]),
         ("keeps only a part of the dataset here", ["data.placement=windowed", "data.window_shards=1"]),
+        (
+            "keeps only a part of the dataset here",
+            [f"data.shards=file://{many}", "data.window_shards=1", f"data.cache_dir={tmp_path / 'cache'}"],
+        ),
     ):
         with pytest.raises(UserError, match=match):
             play(many, tmp_path / "run", *words)
