@@ -147,9 +147,10 @@ def test_two_trainers_on_one_run_cannot_both_write(dataset: Path, tmp_path: Path
     config, run = config_file(dataset, tmp_path), tmp_path / "run"
     os.environ["GAN_DIST_LEASE_TERM_S"] = "4"
     try:
-        first = Ranks(1, config, run)
+        endless = "train.epochs=100000"  # the second one looks for seconds whether the first is alive
+        first = Ranks(1, config, run, endless)
         wait_for_step(run, 3)
-        second = Ranks(1, config, tmp_path / "run", "--max-steps", "5")
+        second = Ranks(1, config, tmp_path / "run", endless)
         assert second.processes[0].wait(LIMIT) == 2
         assert "is being trained by process" in second.log(0)
         first.processes[0].send_signal(signal.SIGTERM)
