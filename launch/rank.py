@@ -23,10 +23,12 @@ from typing import Any
 from gan_dist.data.files import publish
 from gan_dist.errors import EXIT_FAILED, GanDistError
 from launch.rendezvous import Place, meet, place_of
-from launch.signals import STOP, listen
+from launch.signals import STOP, deafen, hold_back, listen
 
 ATTEMPT = "GAN_DIST_ATTEMPT"
 """Environment variable: the directory of this start of the job, where ranks leave their words."""
+LOG = "GAN_DIST_LOG"
+"""Environment variable: what the logs of torchrun's ranks are called, up to the host; srun logs its own tasks apart."""
 MEET_S = 300.0
 
 
@@ -74,6 +76,8 @@ class TrainJob:
             traceback.print_exc()
             leave_word(attempt, place, EXIT_FAILED, "error", f"{type(error).__name__}: {error}")
             return EXIT_FAILED
+        finally:
+            deafen()
         if int(os.environ.get("RANK") or 0) == 0:
             self._tell(attempt, outcome)
         return 0
@@ -114,14 +118,26 @@ def leave_word(attempt: Path, place: Place | None, status: int, kind: str, why: 
         print(f"gan-dist: cannot write {attempt}: {error}", file=sys.stderr, flush=True)
 
 
+def log_apart(prefix: str) -> None:
+    """Sends what this rank prints to PREFIX-HOST-RANK.log, as srun does with the tasks that it starts itself."""
+    name = f"{prefix}-{os.environ.get('SLURMD_NODENAME') or os.uname().nodename}-{os.environ['RANK']}.log"
+    log = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+
+
 def main() -> None:
     """Runs the rank that the arguments describe."""
-    listen()
     if sys.argv[1:2] == ["submitit"]:
+        hold_back()  # until TrainJob listens: Submitit's own handler would requeue the job from within the rank
         from submitit.core.submission import process_job
 
         process_job(sys.argv[2])
         return
+    listen()
+    if LOG in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
+        log_apart(os.environ[LOG])
     parser = argparse.ArgumentParser(prog="python -m launch.rank", description="One rank of a SLURM job.")
     parser.add_argument("command", choices=["train"])
     parser.add_argument("config")

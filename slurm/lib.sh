@@ -3,7 +3,8 @@
 #
 #   gan_dist_begin RUN SUBMISSION      names this start of the job, makes its directories
 #   gan_dist_preflight PYTHON...       asks every node whether it sees the run directory and the interpreter
-#   gan_dist_srun COMMAND...           the ranks, one log each: logs/JOB-RESTART-HOST-RANK.log
+#   gan_dist_srun COMMAND...           the ranks, one log each: logs/JOB-RESTART-HOST-RANK.log; torchrun's agents
+#                                      log as $task_log in place of the rank, and their ranks by themselves
 #   gan_dist_finish $?                 requeues or ends the job by the words that the ranks left
 #
 # It runs on the job's first node, outside any container, and needs only bash, coreutils and SLURM's own commands.
@@ -45,11 +46,11 @@ gan_dist_preflight() {
 }
 
 gan_dist_srun() {
-  local logs=${run//%/%%}/logs/$job-$restart-%N-%t.log
+  export GAN_DIST_LOG=$run/logs/$job-$restart
   # 22.05 and later do not hand the batch script's --cpus-per-task down. Without --kill-on-bad-exit ranks whose sibling
   # died run on until their collective times out.
   srun --unbuffered --kill-on-bad-exit=1 --wait=60 --mpi=none ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    --output="$logs" "$@" 2> >(tee -a "$attempt/srun.err" >&2)
+    --output="${GAN_DIST_LOG//%/%%}-%N-${task_log:-%t}.log" "$@" 2> >(tee -a "$attempt/srun.err" >&2)
 }
 
 # Sets what the controller says of this job: state, reason, restarts. RUNNING, or a time limit that has just passed,
@@ -57,7 +58,7 @@ gan_dist_srun() {
 # Asked by $job: the id of an array's last element is the whole array's.
 gan_dist_ask() {
   local try told
-  for try in 1 2 3 4 5 6; do
+  for try in {1..20}; do # minutes: a controller that restarts is no cancellation, and a job cancelled ends here anyway
     told=$(scontrol show job -o "$job" 2>/dev/null)
     if [[ -n $told ]]; then break; fi
     sleep "$try"
@@ -82,7 +83,7 @@ gan_dist_cause() {
   else
     read -r host rank <<<"$(sed -nE 's/^srun: error: ([^:]+): tasks? ([0-9]+).*: Exited .*/\1 \2/p' "$attempt/srun.err" | head -n 1)"
     if [[ -n $rank ]]; then # it ended before it could leave a word
-      printf 'lost\trank %s on %s ended, its last line: %s\n' "$rank" "$host" "$(grep . "$run/logs/$job-$restart-$host-$rank.log" | tail -n 1)"
+      printf 'lost\trank %s on %s ended, its last line: %s\n' "$rank" "$host" "$(grep . "$GAN_DIST_LOG-$host-${task_log:-$rank}.log" | tail -n 1)"
     else
       printf 'lost\t%s\n' "$(grep -m 1 -hE '^(srun|slurmstepd).*error' "$attempt/srun.err" || echo "srun ended with status $1")"
     fi
@@ -121,6 +122,10 @@ gan_dist_finish() { # STATUS OF SRUN
     gan_dist_note lost "SLURM requeued the job: $why"
     exit 75
   fi
+  if [[ -z $state ]]; then # cut off, most likely: whatever becomes of the job is decided elsewhere
+    gan_dist_note lost "SLURM's controller does not answer from here"
+    exit $((rc ? rc : 1))
+  fi
   if [[ -e $attempt/stopped ]]; then
     read -r what why <"$attempt/stopped"
     if [[ -z $ours ]]; then
@@ -136,7 +141,7 @@ gan_dist_finish() { # STATUS OF SRUN
     exit 75
   fi
   if [[ -z $ours ]]; then
-    gan_dist_note cancelled "SLURM ended the job (${state:-it does not answer}) before the ranks had saved"
+    gan_dist_note cancelled "SLURM ended the job ($state) before the ranks had saved"
     exit $((rc ? rc : 1))
   fi
   if [[ $reason == TimeLimit ]]; then

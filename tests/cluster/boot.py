@@ -24,7 +24,6 @@ from gan_dist.data.files import publish
 from tests.cluster.conf import Layout, cgroup_conf, hosts_file, slurm_conf
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter", "setpriv")
-FREEZER = Path("/sys/fs/cgroup/freezer")
 DIE_WITH_ME = ("setpriv", "--pdeathsig", "KILL")
 
 # Runs as process 1 of a host: bash reaps whatever daemons leave behind. The network is plugged in from outside.
@@ -33,19 +32,33 @@ hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 mkdir -p "$2/private" "$2/private-$1"
 mount --bind "$2/private-$1" "$2/private"
-if [[ -n $3 ]]; then mkdir -p "$3" && mount --bind "$3" /sys/fs/cgroup/freezer || exit 1; fi
+if [[ -n $3 ]]; then
+  mount -t cgroup -o freezer cgroup "$2/cgroup/freezer" && mkdir -p "$2/cgroup/freezer/$3" || exit 1
+  mount --bind "$2/cgroup/freezer/$3" "$2/cgroup/freezer" || exit 1
+fi
 until ip -4 -o address show dev net0 2>/dev/null | grep -q inet; do sleep 0.05; done
 slurmd -D -N "$1" -f "$2/slurm.conf" &
+trap 'kill -TERM $!' TERM
 wait $!
+wait $!
+"""
+# Whatever hosts have left of themselves in the kernel's hierarchy; mounted for as long as this takes.
+SWEEP = """
+mount -t cgroup -o freezer cgroup "$1/cgroup/freezer"
+find "$1/cgroup/freezer/" -mindepth 1 -depth -type d -path "*/freezer/$2-*" -exec rmdir {} +
 """
 
 
-def missing() -> str:
+def missing(proctrack: str = "linuxproc") -> str:
     """Returns why no cluster can be booted here, or nothing."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if absent:
         return f"needs {', '.join(absent)} (Debian: slurm-wlm munge iproute2)"
-    return "" if os.geteuid() == 0 else "needs root, to make namespaces and bridges"
+    if os.geteuid() != 0:
+        return "needs root, to make namespaces and bridges"
+    if proctrack == "cgroup" and "\nfreezer\t" not in Path("/proc/cgroups").read_text():
+        return "needs a cgroup v1 freezer, which this kernel was built without"
+    return ""
 
 
 def _path() -> str:
@@ -91,7 +104,7 @@ class Host:
     def boot(self) -> None:
         """Starts the host and plugs it into the bridge."""
         cluster, link = self.cluster, self.link
-        cgroup = str(FREEZER / f"{cluster.tag}-{self.name}") if cluster.layout.proctrack == "cgroup" else ""
+        cgroup = f"{cluster.tag}-{self.name}" if cluster.layout.proctrack == "cgroup" else ""
         namespaces = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         words = (*DIE_WITH_ME, *namespaces, "bash", "-c", INIT, "init", self.name, str(cluster.directory), cgroup)
         with (cluster.directory / f"{self.name}.log").open("ab") as log:
@@ -104,6 +117,16 @@ class Host:
         _sh(*inside, "link", "set", "lo", "up")
         _sh(*inside, "link", "set", "net0", "up")
         _sh(*inside, "address", "add", f"{self.address}/24", "dev", "net0")
+
+    def stop(self) -> None:
+        """Shuts the host down in order: slurmd says goodbye, then every other process ends."""
+        if self.process is not None:
+            init = self.process.pid
+            for child in Path(f"/proc/{init}/task/{init}/children").read_text().split():
+                os.kill(int(child), signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+        self.kill()
 
     def kill(self) -> None:
         """Pulls the plug: every process of the host is gone at once."""
@@ -192,10 +215,9 @@ class Cluster:
             daemon.kill()
             daemon.wait()
         _delete_link(self.tag)
-        for folder in FREEZER.glob(f"{self.tag}-*"):
-            for inner, _, _ in os.walk(folder, topdown=False):
-                with suppress(OSError):
-                    os.rmdir(inner)  # noqa: PTH106 (a cgroup's files cannot be removed, its directories can)
+        if self.proctrack == "cgroup":
+            sweep = ("unshare", "--mount", "bash", "-c", SWEEP, "sweep", str(self.directory), self.tag)
+            subprocess.run(sweep, capture_output=True, check=False)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def configure(self, **settings: Any) -> None:
@@ -203,7 +225,7 @@ class Cluster:
         self.layout = replace(self.layout, **settings)
         # Whole or not at all: a daemon that is still reading for the last change dies of half a file.
         publish(self.directory / "slurm.conf", slurm_conf(self.layout).encode())
-        publish(self.directory / "cgroup.conf", cgroup_conf().encode())
+        publish(self.directory / "cgroup.conf", cgroup_conf(self.layout).encode())
         publish(self.directory / "hosts", hosts_file(self.layout).encode())
         if settings:
             self.run("scontrol", "reconfigure")
@@ -211,6 +233,7 @@ class Cluster:
     def _boot(self) -> None:
         at = self.directory
         (at / "state").mkdir()
+        (at / "cgroup" / "freezer").mkdir(parents=True)
         self.configure()
         _sh("ip", "link", "add", self.tag, "type", "bridge")
         _sh("ip", "address", "add", f"{self.layout.head}/24", "dev", self.tag)

@@ -25,7 +25,7 @@ class Layout:
     """Processors that each host claims to have; all of them are this machine's."""
     user_signal: bool = False
     """Whether preemption first sends the signal a job asked for (preempt_send_user_signal) instead of CONT and TERM."""
-    kill_wait_s: int = 20
+    kill_wait_s: int = 12
     """Seconds between TERM and KILL when a job is cancelled or its time is over."""
     lost_after_s: int = 10
     """Seconds without an answer after which a host counts as down."""
@@ -37,7 +37,7 @@ def slurm_conf(layout: Layout) -> str:
     """Returns slurm.conf: no accounting, requeueing by default, short waits, and two partitions that preempt a third.
 
     A requeued job becomes eligible one second after the credential of its last start has expired: 120 s by default,
-    6 s here.
+    4 s here.
     """
     at = layout.directory
     options = ["SlurmctldParameters=preempt_send_user_signal"] if layout.user_signal else []
@@ -54,7 +54,7 @@ def slurm_conf(layout: Layout) -> str:
         "SlurmdPort=6818",
         "SlurmUser=root",
         "AuthType=auth/munge",
-        f"AuthInfo=socket={at}/munge.socket,cred_expire=6",
+        f"AuthInfo=socket={at}/munge.socket,cred_expire=4",
         f"StateSaveLocation={at}/state",
         f"SlurmctldPidFile={at}/slurmctld.pid",
         f"SlurmctldLogFile={at}/slurmctld.log",
@@ -84,7 +84,7 @@ def slurm_conf(layout: Layout) -> str:
         "MessageTimeout=10",
         "TCPTimeout=2",
         "InactiveLimit=0",
-        "MinJobAge=60",
+        "MinJobAge=1800",
         f"KillWait={layout.kill_wait_s}",
         "UnkillableStepTimeout=120",
         *nodes,
@@ -96,11 +96,14 @@ def slurm_conf(layout: Layout) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cgroup_conf() -> str:
-    """Returns cgroup.conf for a v1 hierarchy that is mounted already: processes are tracked, nothing is limited."""
+def cgroup_conf(layout: Layout) -> str:
+    """Returns cgroup.conf for a v1 hierarchy that each host mounts: processes are tracked, nothing is limited.
+
+    The kernel has it beside a unified hierarchy as well, so it matters little which of the two this machine uses.
+    """
     lines = (
         "CgroupPlugin=cgroup/v1",
-        "CgroupMountpoint=/sys/fs/cgroup",
+        f"CgroupMountpoint={layout.directory}/cgroup",
         "CgroupAutomount=no",
         "ConstrainCores=no",
         "ConstrainDevices=no",

@@ -8,19 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.boot import FREEZER, Cluster, missing
-from tests.cluster.jobs import STEPS, Run, small_config
+from tests.cluster.boot import Cluster, missing
+from tests.cluster.jobs import STEPS, Run, slowly, small_config
+
+_booted: list[Cluster] = []
 
 
 def _boot(proctrack: str) -> Iterator[Cluster]:
-    if reason := missing():
+    if reason := missing(proctrack):
         pytest.skip(reason)
-    if proctrack == "cgroup" and not FREEZER.is_dir():
-        pytest.skip(f"needs a cgroup v1 hierarchy at {FREEZER}")  # of the kernel: CI cannot install it
     # CI's time limit ends the session, fixtures and all, instead of the process: no bridge is left behind.
     signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("terminated", 143))
     with Cluster(3, proctrack) as cluster:
+        _booted.append(cluster)
         yield cluster
+        _booted.remove(cluster)
+
+
+@pytest.fixture(autouse=True)
+def _no_job_outlives_its_test() -> Iterator[None]:
+    """What a failed test leaves in the queue would slow down the others, or make them fail."""
+    yield
+    for cluster in _booted:
+        cluster.run("scancel", "--user=root", check=False)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +43,23 @@ def linuxproc() -> Iterator[Cluster]:
 def cgroup() -> Iterator[Cluster]:
     """Three hosts whose signals reach the tasks of a step only; the freezer kills what they leave."""
     yield from _boot("cgroup")
+
+
+@pytest.fixture(scope="session")
+def limited(config: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A slow run on a cluster of its own that meets its time limit."""
+    if reason := missing("cgroup"):
+        pytest.skip(reason)
+    words = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10", slowly(tmp_path_factory.mktemp("slowly")))
+    with Cluster(2, "cgroup") as cluster:
+        yield Run.submit(cluster, config, tmp_path_factory.mktemp("limited") / "run", *words)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _begin_early(request: pytest.FixtureRequest) -> None:
+    """The least that SLURM knows is a minute, in which others can be tested."""
+    if any("limited" in getattr(item, "fixturenames", ()) for item in request.session.items) and not missing("cgroup"):
+        request.getfixturevalue("limited")
 
 
 @pytest.fixture(params=["linuxproc", "cgroup"])

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,52 @@ START_S = 100
 """Seconds that a job may take from submission, or from a requeue, to its first steps on a busy machine."""
 
 
-def launch(cluster: Cluster, *words: str, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+HOOK = """
+import importlib.abc, importlib.util, os, sys, time
+
+def change(module):
+{change}
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != {module!r}:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (execute(module), change(module))
+        return spec
+
+if {when}:
+    sys.meta_path.insert(0, Hook())
+"""
+
+
+def hook(folder: Path, module: str, change: str, when: str = "True") -> str:
+    """Returns the option by which every Python of a job runs the lines `change` on `module` once that is loaded.
+
+    `when` is asked of each process: a condition on os.environ.
+    """
+    folder.mkdir(exist_ok=True)
+    lines = textwrap.indent(textwrap.dedent(change).strip(), "    ")
+    (folder / "sitecustomize.py").write_text(HOOK.format(module=module, change=lines, when=when))
+    return f"job.env={{PYTHONPATH: {folder}}}"
+
+
+def slowly(folder: Path) -> str:
+    """Returns the option that makes a run's first start slow: schedulers may take their time to end it."""
+    step = """
+        step = module.Update.step
+        module.Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
+    """
+    return hook(folder, "gan_dist.train.update", step, "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'")
+
+
+def launch(
+    cluster: Cluster, *words: str, check: bool = True, cwd: Path = ROOT, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Returns what `python -m launch WORDS` said on the cluster's login node."""
-    env = {**cluster.environment(), "OMP_NUM_THREADS": "1"}
+    env = {**cluster.environment(), "OMP_NUM_THREADS": "1", **env}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [sys.executable, "-m", "launch", *words],

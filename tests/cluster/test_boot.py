@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.boot import FREEZER, Cluster, wait_until
+from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.conf import Layout, hosts_file, slurm_conf
 
 LAYOUT = Layout(Path("/c"), "10.0.0.1", {"node1": "10.0.0.11", "node2": "10.0.0.12"}, 21000)
@@ -39,16 +40,54 @@ def test_a_job_runs_on_hosts_of_their_own_and_signals_find_it(either: Cluster, t
 
 
 @pytest.mark.cluster
-def test_a_cluster_leaves_nothing_behind_and_hosts_come_back() -> None:
-    with Cluster(2, "cgroup") as cluster:
+def test_a_cluster_leaves_nothing_behind_and_hosts_come_back(cgroup: Cluster) -> None:
+    with Cluster(3, cgroup.proctrack) as cluster:
         cluster.hosts["node2"].kill()
-        wait_until(
-            lambda: "node2 down" in cluster.run("sinfo", "-hN", "-o", "%N %t").stdout.replace("*", ""), 60, "loss"
-        )
-        cluster.hosts["node2"].boot()
+        cluster.hosts["node3"].stop()
+        assert cluster.hosts["node3"].process is None
+
+        def lost() -> bool:
+            told = cluster.run("sinfo", "-hN", "-p", "main", "-o", "%N %t").stdout.replace("*", "")
+            return "node2 down" in told and "node3 down" in told
+
+        wait_until(lost, 60, "loss")
+        assert "Slurmd shutdown completing" in (cluster.directory / "slurmd-node3.log").read_text()
+        for name in ("node2", "node3"):
+            cluster.hosts[name].boot()
         cluster.wait_for_hosts()
         at, tag = cluster.directory, cluster.tag
         pids = [host.process.pid for host in cluster.hosts.values() if host.process]
-    assert not at.exists() and not list(FREEZER.glob(f"{tag}-*"))
+    assert not at.exists() and not left_in_the_freezer(tag)
+    assert left_in_the_freezer(cgroup.tag)  # one that is up is seen by the same eyes
     assert tag not in subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def left_in_the_freezer(tag: str) -> str:
+    """Returns the names of a cluster's cgroups."""
+    look = 'mount -t cgroup -o freezer cgroup /mnt && ls /mnt | grep -e "$1-"'
+    words = ["unshare", "--mount", "bash", "-c", look, "look", tag]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.cluster
+def test_the_program_boots_a_cluster_to_play_with() -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "tests.cluster",
+        "1",
+        "--",
+        "srun",
+        "--immediate=30",
+        "bash",
+        "-c",
+        "hostname; exit 3",
+    ]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=100, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 3 and done.stdout.splitlines()[0].startswith("1 hosts; logs in "), done.stderr
+    assert done.stdout.splitlines()[1] == "node1"
+    tag = Path(done.stdout.split(";")[1].removeprefix(" logs in ")).name[:7]
+    assert tag not in subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout

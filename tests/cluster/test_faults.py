@@ -11,70 +11,59 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import STEPS, Run, launch, leftovers
+from tests.cluster.jobs import STEPS, Run, hook, launch, leftovers, slowly
 from tests.train.test_trainer import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-FAULT = '''
-"""Makes a rank raise in the step that FAULT_STEP names, on every start or (FAULT_ONCE) on the first."""
-import importlib.abc, importlib.util, os, sys
-
-class Hook(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "gan_dist.train.update":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            step, count = module.Update.step, [0]
-            def failing(self, *words):
-                count[0] += 1
-                if count[0] == 15:
-                    raise ValueError("the disk of this rank is on fire")
-                return step(self, *words)
-            module.Update.step = failing
-        spec.loader.exec_module = exec_module
-        return spec
-
-if os.environ.get("SLURM_PROCID") == "1":
-    sys.meta_path.insert(0, Hook())
-'''
+FAULT = """
+step, count = module.Update.step, [0]
+def failing(self, *words):
+    count[0] += 1
+    if count[0] == 15:
+        raise ValueError("the disk of this rank is on fire")
+    return step(self, *words)
+module.Update.step = failing
+"""
 
 
-@pytest.mark.parametrize("how", ["killed", "cut off"])
+def failing(folder: Path) -> str:
+    """Returns the option that makes rank 1 raise in the 15th step of each start."""
+    return hook(folder, "gan_dist.train.update", FAULT, "os.environ.get('SLURM_PROCID') == '1'")
+
+
 def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
-    linuxproc: Cluster, config: str, whole: Path, tmp_path: Path, how: str
+    linuxproc: Cluster, config: str, whole: Path, tmp_path: Path
 ) -> None:
-    run = Run.submit(linuxproc, config, tmp_path / "run", *STEPS)
-    run.wait_for_step(30)
-    # Of the host with rank 0 and the batch script, nobody is left to tell the tale but SLURM.
-    lost = linuxproc.hosts["node2" if how == "killed" else "node1"]
-    if how == "killed":
-        lost.kill()
-    else:
-        lost.cut()
-    try:
-        run.wait_for("done", limit_s=150)
-        starts = [event["step"] for event in run.events("start")]
-        assert len(starts) == 2 and starts[1] >= 20 and starts[1] % 10 == 0
-        hosts = {file.name.split("-")[2] for file in (run.path / "logs").glob("*-1-*-*.log")}
-        assert hosts == {"node1", "node2", "node3"} - {lost.name}
-        assert_identical(run.path, whole)
-        if how == "cut off":
-            lost.mend()  # it comes back with whatever still runs there, which writes nothing any more
-            wait_until(lambda: not run.ranks()["node1"], 30, "end of the ranks that were cut off")
-    finally:
-        lost.kill()
-        lost.boot()
-        linuxproc.wait_for_hosts()
-    wait_until(lambda: not leftovers(linuxproc), 60, "empty hosts")
-    if how == "killed":  # SLURM's own requeueing and the batch script's have not both counted
-        assert [line[1] for line in run.history()] in (["lost", "done"], ["crashed", "done"]) and run.restarts() == 1
-        assert "rank 1 on node2 was lost" in run.status()
-    assert_identical(run.path, whole)  # the host that was cut off has come back and written nothing
+    """Two clusters at once, for most of this is waiting: on one a host is killed, on the other one is cut off."""
+    slow = slowly(tmp_path / "hook")
+    with Cluster(3) as other:
+        killed = Run.submit(linuxproc, config, tmp_path / "killed", *STEPS, slow)
+        cut_off = Run.submit(other, config, tmp_path / "cut off", *STEPS, slow)
+        # Of the host with rank 0 and the batch script, nobody is left to tell the tale but SLURM.
+        dead, silent = linuxproc.hosts["node2"], other.hosts["node1"]
+        killed.wait_for_step(22)
+        dead.kill()
+        cut_off.wait_for_step(22)
+        silent.cut()
+        try:
+            for run, lost in ((killed, dead), (cut_off, silent)):
+                run.wait_for("done", limit_s=150)
+                starts = [event["step"] for event in run.events("start")]
+                assert len(starts) == 2 and starts[1] >= 20 and starts[1] % 10 == 0
+                hosts = {file.name.split("-")[2] for file in (run.path / "logs").glob("*-1-*-*.log")}
+                assert hosts == {"node1", "node2", "node3"} - {lost.name}
+                assert_identical(run.path, whole)
+        finally:
+            dead.boot()
+            linuxproc.wait_for_hosts()
+        # SLURM's own requeueing and the batch script's have not both counted.
+        assert [line[1] for line in killed.history()] in (["lost", "done"], ["crashed", "done"])
+        assert killed.restarts() == 1 and "rank 1 on node2 was lost" in killed.status()
+        silent.mend()  # it comes back with whatever still runs there, which writes nothing any more
+        wait_until(lambda: not leftovers(linuxproc) + leftovers(other), 60, "empty hosts")
+        assert [line[1] for line in cut_off.history() if line[1] != "lost"] == ["done"]
+    assert_identical(cut_off.path, whole)
 
 
 @pytest.mark.parametrize(("fault", "proctrack"), [("killed", "linuxproc"), ("hangs", "linuxproc"), ("hangs", "cgroup")])
@@ -99,9 +88,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(
 def test_a_rank_that_raises_ends_the_run_at_the_second_time_with_its_words(
     linuxproc: Cluster, config: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(FAULT)
-    words = (f"job.env={{PYTHONPATH: {tmp_path / 'hook'}}}", "checkpoint.every_steps=1000")
+    words = (failing(tmp_path / "hook"), "checkpoint.every_steps=1000")
     run = Run.submit(linuxproc, config, tmp_path / "run", *words)
     told = run.wait_for("failed")
     cause = "rank 1 on node2: ValueError: the disk of this rank is on fire"
@@ -113,9 +100,7 @@ def test_a_rank_that_raises_ends_the_run_at_the_second_time_with_its_words(
 
 
 def test_a_crash_budget_ends_what_fails_at_ever_new_steps(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(FAULT)
-    words = (f"job.env={{PYTHONPATH: {tmp_path / 'hook'}}}", "job.max_crashes=1")
+    words = (failing(tmp_path / "hook"), "job.max_crashes=1")
     run = Run.submit(linuxproc, config, tmp_path / "run", *words)
     told = run.wait_for("failed")
     assert told[3].startswith("2 crashes (job.max_crashes=1), the last one: rank 1 on node2: ValueError")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from gan_dist.train.checkpoint import find
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import STEPS, Run, launch, leftovers
+from tests.cluster.jobs import ROOT, STEPS, Run, hook, launch, leftovers, slowly
 from tests.train.test_trainer import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -24,6 +27,8 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     before = {name: sent(name) for name in linuxproc.hosts}
     run = Run.submit(linuxproc, config, tmp_path / "run", "--max-steps", "20", ranks=2)
     code = {file: file.stat().st_mtime_ns for file in (run.folder / "code").rglob("*")}
+    words = [sys.executable, "-m", "launch", "logs", "-f", "--rank", "0", str(run.path)]
+    following = subprocess.Popen(words, cwd=ROOT, env=linuxproc.environment(), stdout=subprocess.PIPE, text=True)
     run.wait_for("done")
     linuxproc.wait_for_job(run.job, "COMPLETED")
     assert json.loads((run.path / "environment.json").read_text())["world_size"] == 4
@@ -38,15 +43,25 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     assert {file: file.stat().st_mtime_ns for file in (run.folder / "code").rglob("*")} == code
     status = run.status()
     assert f"job {job} (train, 4 rank(s)): done: 20" in status and "done step=20/20" in status, status
-    assert "done: step 20" in launch(linuxproc, "logs", str(run.path)).stdout
+    assert f"==> {logs[3]}\n" in launch(linuxproc, "logs", "--rank", "3", str(run.path)).stdout
     assert launch(linuxproc, "logs", "--rank", "batch", str(run.path)).stdout.count("gan_dist: done") == 1
+    time.sleep(1)
+    following.terminate()
+    said, _ = following.communicate(timeout=20)
+    assert said.startswith(f"==> {logs[0]}\n") and "done: step 20" in said, said
+    # What sbatch was given is what --dry-run prints, and that is what is recorded.
+    words = ["submit", config, "--dry-run", "slurm.nodes=2", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1"]
+    dry = launch(linuxproc, *words, "slurm.time=10", "--run-dir", str(run.path)).stdout
+    name = re.findall(r"launch/(\d{8}-\d{6}-[0-9a-f]{6})/", dry)[0]
+    assert (run.folder / f"{job}_submission.sh").read_text() == dry.replace(name, run.folder.name)
     wait_until(lambda: not leftovers(linuxproc), 30, "empty hosts")
 
 
 def interrupted_once(run: Run, whole: Path, by: str) -> None:
     """Asserts that the run was stopped once by `by`, requeued once, and ended as if nothing had happened."""
-    what = run.wait_for("requeued")
-    assert what[0] == "0" and what[3] == by, run.story()
+    run.wait_for("requeued", "done")
+    what = run.history()[0]
+    assert what[:2] == ("0", "requeued") and what[3] == by, run.story()
     saved = [event["step"] for event in run.events("stop")]
     assert len(saved) == 1 and what[2] == f"step-{saved[0]:08d}"
     assert "requeued at step-" in run.status()
@@ -63,56 +78,26 @@ def test_usr2_saves_requeues_once_and_changes_no_bit(either: Cluster, config: st
     interrupted_once(run, whole, "SIGUSR2")
 
 
-def test_the_time_limit_saves_and_requeues_until_the_run_is_done(
-    linuxproc: Cluster, config: str, tmp_path: Path
-) -> None:
-    run = Run.submit(linuxproc, config, tmp_path / "run", "slurm.time=1", "slurm.signal_lead_s=25")
-    what = run.wait_for("requeued")
-    assert what[3] == "SIGUSR2" and len(run.events("stop")) == 1
-    linuxproc.wait_for_job(run.job, "PENDING")
-    assert "was waiting; it is cancelled" in launch(linuxproc, "stop", str(run.path)).stdout
-    linuxproc.wait_for_job(run.job, "CANCELLED")
-    assert not (run.path / "stop").exists()
+def test_the_time_limit_saves_requeues_and_changes_no_bit(limited: Run, whole: Path) -> None:
+    interrupted_once(limited, whole, "SIGUSR2")
 
 
-SLOWLY = """
-import importlib.abc, importlib.util, os, sys, time
-
-class Hook(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "gan_dist.train.update":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            step = module.Update.step
-            module.Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
-        spec.loader.exec_module = exec_module
-        return spec
-
-if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-    sys.meta_path.insert(0, Hook())
-"""
-
-
-@pytest.mark.parametrize("user_signal", [False, True], ids=["term", "user-signal"])
+@pytest.mark.parametrize(("by", "proctrack"), [("SIGTERM", "cgroup"), ("SIGUSR2", "linuxproc")])
 def test_preemption_saves_requeues_once_and_changes_no_bit(
-    linuxproc: Cluster, config: str, whole: Path, tmp_path: Path, user_signal: bool
+    request: pytest.FixtureRequest, config: str, whole: Path, tmp_path: Path, by: str, proctrack: str
 ) -> None:
-    linuxproc.configure(user_signal=user_signal)
-    (tmp_path / "sitecustomize.py").write_text(SLOWLY)  # a busy scheduler may take its time to preempt
+    cluster: Cluster = request.getfixturevalue(proctrack)
+    cluster.configure(user_signal=by == "SIGUSR2")
     try:
-        slow = f"job.env={{PYTHONPATH: {tmp_path}}}"
-        run = Run.submit(linuxproc, config, tmp_path / "run", *STEPS, "slurm.partition=low", slow)
+        low = ("slurm.partition=low", slowly(tmp_path / "hook"))
+        run = Run.submit(cluster, config, tmp_path / "run", *STEPS, *low)
         run.wait_for_step(6)
         words = ("sbatch", "--parsable", "-phigh", "-N3", "--exclusive", "-o/dev/null", "--wrap", "sleep 3")
-        urgent = linuxproc.run(*words).stdout.strip()
-        interrupted_once(run, whole, "SIGUSR2" if user_signal else "SIGTERM")
-        linuxproc.wait_for_job(urgent, "COMPLETED")
+        urgent = cluster.run(*words).stdout.strip()
+        interrupted_once(run, whole, by)
+        cluster.wait_for_job(urgent, "COMPLETED")
     finally:
-        linuxproc.configure(user_signal=False)
+        cluster.configure(user_signal=False)
 
 
 def test_a_plain_cancel_saves_does_not_requeue_and_leaves_no_process(
@@ -128,9 +113,35 @@ def test_a_plain_cancel_saves_does_not_requeue_and_leaves_no_process(
     assert "cancelled: saved and stopped by SIGTERM" in run.status()
 
 
+def test_a_cancel_that_leaves_no_time_to_save_leaves_the_last_checkpoint(
+    linuxproc: Cluster, config: str, tmp_path: Path
+) -> None:
+    slow = hook(
+        tmp_path / "hook",
+        "gan_dist.train.saver",
+        """
+        save = module.save
+        module.save = lambda *words, **more: (words[1]["step"] and time.sleep(60), save(*words, **more))
+    """,
+    )
+    linuxproc.configure(kill_wait_s=4)
+    try:
+        run = Run.submit(linuxproc, config, tmp_path / "run", slow, "checkpoint.every_steps=1000", nodes=1)
+        run.wait_for_step(10)
+        linuxproc.run("scancel", run.job)
+        assert linuxproc.wait_for_job(run.job, "CANCELLED")["Restarts"] == "0"
+        wait_until(lambda: not leftovers(linuxproc), 40, "empty hosts")
+    finally:
+        linuxproc.configure(kill_wait_s=12)
+    assert "CANCELLED" in run.status() and find(run.path).step == 0 and not run.events("stop")
+
+
 def test_stop_saves_and_ends_and_the_next_submission_goes_on(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
     run = Run.submit(linuxproc, config, tmp_path / "run", nodes=1)
     run.wait_for_step(10)
+    status = run.status()
+    assert re.search(rf"job {run.job} \(train, 1 rank\(s\)\): RUNNING on node\d, \S+ left\n", status), status
+    assert re.search(r"\n  running step=\d+/\d+ .*images/s=\S+ loss_d=\S+ .*left=\S+, told \d+ s ago\n", status), status
     launch(linuxproc, "stop", str(run.path))
     assert "stop" in run.wait_for("stopped", limit_s=40)[3]
     linuxproc.wait_for_job(run.job, "FAILED")  # with status 75: what waits for a finished run must not start
@@ -141,14 +152,29 @@ def test_stop_saves_and_ends_and_the_next_submission_goes_on(linuxproc: Cluster,
     assert [event["step"] for event in again.events("start")] == [0, step]
 
 
+def test_a_job_that_waits_is_known_to_wait_and_taken_out_by_stop(
+    linuxproc: Cluster, config: str, tmp_path: Path
+) -> None:
+    run = Run.submit(linuxproc, config, tmp_path / "run", "slurm.extra={begin: now+600}")
+    assert re.search(
+        rf"not begun\n  job {run.job} \(train, 2 rank\(s\)\): PENDING \(BeginTime\), starts 20", run.status()
+    )
+    again = launch(linuxproc, "submit", config, "--run-dir", str(run.path), check=False)
+    assert again.returncode == 2 and f"has job {run.job} already (PENDING" in again.stderr, again.stderr
+    silent = launch(linuxproc, "status", str(run.path), SLURM_CONF="/dev/null").stdout
+    assert f"job {run.job} (train, 2 rank(s)): not known: squeue said: " in silent, silent  # and not: ended
+    assert "was waiting; it is cancelled" in launch(linuxproc, "stop", str(run.path)).stdout
+    linuxproc.wait_for_job(run.job, "CANCELLED")
+    assert not (run.path / "stop").exists()
+
+
 def test_code_edited_while_queued_changes_nothing(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    root = Path(__file__).parents[2]
-    files = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
         if name.startswith(("gan_dist/", "launch/", "slurm/", "configs/", "pyproject")):
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            (checkout / name).write_bytes((root / name).read_bytes())
+            (checkout / name).write_bytes((ROOT / name).read_bytes())
     words = (
         "--run-dir",
         str(tmp_path / "run"),
@@ -157,9 +183,12 @@ def test_code_edited_while_queued_changes_nothing(linuxproc: Cluster, config: st
         "6",
         "slurm.extra={begin: now+8}",
     )
+    with (checkout / "gan_dist" / "errors.py").open("a") as edited:
+        edited.write("\nprint('this is the code as it was submitted')\n")
     launch(linuxproc, "submit", config, *words, cwd=checkout)
     for file in (checkout / "gan_dist").rglob("*.py"):
         file.write_text("raise RuntimeError('edited while queued')\n")
     job = json.loads(next((tmp_path / "run" / "launch").glob("*/job.json")).read_text())["job"]
     run = Run(linuxproc, tmp_path / "run", job)
     run.wait_for("done")
+    assert "this is the code as it was submitted" in launch(linuxproc, "logs", str(run.path)).stdout

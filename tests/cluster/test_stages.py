@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import ROOT, START_S, Run, launch, leftovers
+from tests.cluster.jobs import ROOT, START_S, Run, hook, launch, leftovers
 from tests.train.test_trainer import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -57,7 +58,11 @@ def test_one_element_killed_redoes_its_shards_only_and_training_follows(
         "if task and 'gan_dist' in ' '.join(sys.orig_argv):\n"
         "    (at / f'started-{task}-{again}').touch()\n"
         "    def kill():\n"
-        "        while not list((at / 'shards').glob('shard-0000[25].tar')): time.sleep(0.002)\n"
+        "        kept = at / 'shards' / '.prepare'\n"
+        "        while not list(kept.glob('shard-0000[25].tar.json')): time.sleep(0.002)\n"
+        "        done = [kept.parent / file.stem for file in kept.glob('shard-*.tar.json')]\n"
+        "        done = {file.name: file.stat().st_mtime_ns for file in done}\n"
+        "        (at / 'done').write_text(repr(done))\n"
         "        os.kill(os.getpid(), 9)\n"
         "    if task == '2' and again == '0': threading.Thread(target=kill, daemon=True).start()\n"
     )
@@ -83,6 +88,9 @@ def test_one_element_killed_redoes_its_shards_only_and_training_follows(
     wait_until(lambda: (run / "grid.png").exists() and (run / "report.html").exists(), 2 * START_S, "pipeline's end")
     started = sorted(file.name for file in tmp_path.glob("started-*"))
     assert started == ["started-0-0", "started-1-0", "started-2-0", "started-2-1"]
+    # What was finished when the element died was written once.
+    done = ast.literal_eval((tmp_path / "done").read_text())
+    assert done and done == {name: (shards / name).stat().st_mtime_ns for name in done}
     status = launch(linuxproc, "status", str(run)).stdout
     assert "(prepare, 3 rank(s)): done" in status and "crashed" in status and "done step=4/4" in status, status
     history = next((run / "launch").glob(f"*/attempts/{jobs[0]}_2/history")).read_text()
@@ -105,7 +113,9 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
 ) -> None:
     options = ("--resolution", "32", "--shard-samples", "16", "--max-reject-fraction", "0.5")
     mine, plain = tmp_path / "mine", tmp_path / "plain"
-    said = launch(linuxproc, "prepare", str(paintings), str(mine), *options, "--tasks", "2", *ONE).stdout
+    slow = "square = module.square; module.square = lambda *a, **k: (time.sleep(0.2), square(*a, **k))[1]"
+    first = hook(tmp_path / "hook", "gan_dist.data.images", slow, "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'")
+    said = launch(linuxproc, "prepare", str(paintings), str(mine), *options, "--tasks", "2", *ONE, first).stdout
     out = ("--output", str(tmp_path / "log-%a"))
     words = (
         "--array=0-1",
@@ -117,9 +127,14 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
         str(paintings),
     )
     sbatch(linuxproc, *words, *options)
+    job = re.findall(r"job (\d+)", said)[0]
+    wait_until(lambda: list(mine.glob("shard-*.tar")), START_S, "shard")
+    linuxproc.run("scancel", "--signal=USR2", job)  # to every process there is: workers leave it to their parent
     wait_until(lambda: (mine / "manifest.json").exists() and (plain / "manifest.json").exists(), START_S, "manifests")
     assert (mine / "manifest.json").read_bytes() == (plain / "manifest.json").read_bytes()
-    linuxproc.wait_for_job(re.findall(r"job (\d+)", said)[0], "COMPLETED")
+    linuxproc.wait_for_job(job, "COMPLETED")
+    told = [file.read_text().split("\t")[1] for file in tmp_path.glob(f"mine.launch/launch/*/attempts/{job}_*/history")]
+    assert told == ["requeued", "requeued"]
     for dataset in (mine, plain):
         status = launch(linuxproc, "status", f"{dataset}.launch").stdout
         assert "(prepare, " in status and "no job of this run" not in status, status
@@ -155,36 +170,20 @@ def test_plain_sbatch_speaks_the_same_protocol_and_knows_the_same_run(
     assert (tmp_path / "wrapped").read_text().count("-m launch.rank train") == 4
 
 
-SLOW = '''
-"""Makes each save take 40 s more, once the run was asked to stop."""
-import importlib.abc, importlib.util, sys, time
-
-class Hook(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "gan_dist.train.trainer":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            save = module.Trainer._save
-            def slow(self, **words):
-                if self.stop:
-                    time.sleep(40)
-                return save(self, **words)
-            module.Trainer._save = slow
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Hook())
-'''
+SLOW = """
+write = module.save
+def slow(*words, **more):
+    if sys.modules["launch.signals"].STOP:
+        time.sleep(32)
+    return write(*words, **more)
+module.save = slow
+"""
 
 
 def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
     linuxproc: Cluster, config: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    hook(tmp_path / "hook", "gan_dist.train.saver", SLOW, "os.environ.get('RANK') == '0'")
     words = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=10", "slurm/train_torchrun.sbatch")
     run = Run(linuxproc, tmp_path / "run", "")
     run.job = sbatch(
@@ -197,14 +196,14 @@ def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
         "--max-steps",
         "150",
         "dist.timeout_s=90",
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=str(tmp_path / "hook"),
         GAN_DIST_RANKS_PER_NODE="1",
     )
     run.wait_for_step(20)
     linuxproc.run("scancel", "--signal=USR2", run.job)
     began = time.monotonic()
     what = run.wait_for("requeued", limit_s=120)
-    assert what[3] == "SIGUSR2" and time.monotonic() - began > 38
+    assert what[3] == "SIGUSR2" and time.monotonic() - began > 31
     saved = run.events("stop")[0]["step"]
     run.wait_for_step(saved + 15)
     lost = next(name for name in ("node1", "node2", "node3") if linuxproc.hosts[name].pids("launch.torchrun"))
@@ -216,6 +215,10 @@ def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
         linuxproc.wait_for_hosts()
     starts = [event["step"] for event in run.events("start")]
     assert starts[:2] == [0, saved] and len(starts) == 3 and starts[2] >= saved
+    logs = {file.name.removeprefix(f"{run.job}-0-") for file in (run.path / "logs").glob("*-0-*-*.log")}
+    assert logs == {"node1-torchrun.log", "node1-0.log", "node2-torchrun.log", "node2-1.log"}
+    agents = "".join(file.read_text() for file in (run.path / "logs").glob("*-0-*-torchrun.log"))
+    assert "SIGUSR2" not in agents, agents  # sent again and again, it hit nobody who was on the way out
     wait_until(lambda: not leftovers(linuxproc), 60, "empty hosts")
 
 
@@ -247,6 +250,11 @@ def test_tensorboard_as_a_job_tells_the_way_to_it(linuxproc: Cluster, tmp_path: 
     with pytest.raises(OSError):  # nobody else on the cluster's network can reach it
         urllib.request.urlopen(f"http://{host.address}:{port[0]}/", timeout=3)
     linuxproc.run("scancel", job)
+    log = tmp_path / "plain.log"
+    words = ("--time=5", "--output", str(log), "slurm/tensorboard.sbatch", str(tmp_path / "runs"))
+    job = sbatch(linuxproc, *words)
+    wait_until(lambda: log.exists() and re.search(r"ssh -N -J root@\S+ -L", log.read_text()), START_S, "way in")
+    linuxproc.run("scancel", job)
     wait_until(lambda: not leftovers(linuxproc), 40, "empty hosts")
 
 
@@ -258,7 +266,3 @@ def test_local_trains_two_ranks_and_usr2_saves(config: str, tmp_path: Path) -> N
     os.kill(process.pid, signal.SIGUSR2)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "stopped by SIGUSR2" in said, said
-    again = subprocess.run(
-        [*words, "--max-steps", "3"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert again.returncode == 0, again.stderr
