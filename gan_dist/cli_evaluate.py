@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from gan_dist.errors import UserError
 
@@ -52,23 +54,29 @@ def evaluate(
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device: expected auto, cpu or cuda, found {device}")
     with join(device, timeout_s=PATIENCE_S) as world:
-        first = world.rank == 0
-        rows: list[dict[str, Any]] = evaluate_run(
-            world,
-            run,
-            step=step,
-            all_checkpoints=all_checkpoints,
-            samples=samples,
-            seed=seed,
-            dataset=dataset,
-            held_out=held_out,
-            weights=None if weights in ("auto", NONE) else Path(weights),
-            with_inception=weights != NONE,
-            insist=weights not in ("auto", NONE),
-            averaged=averaged,
-            say=(lambda line: print(line, file=sys.stderr, flush=True)) if first else (lambda line: None),
-        )
-        if not first:
+        console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=world.rank != 0)
+        with console.status("starting") as status:  # on a terminal alone
+
+            def say(line: str) -> None:
+                console.print(line, markup=False)
+                status.update(escape(line))
+
+            rows: list[dict[str, Any]] = evaluate_run(
+                world,
+                run,
+                step=step,
+                all_checkpoints=all_checkpoints,
+                samples=samples,
+                seed=seed,
+                dataset=dataset,
+                held_out=held_out,
+                weights=None if weights in ("auto", NONE) else Path(weights),
+                with_inception=weights != NONE,
+                insist=weights not in ("auto", NONE),
+                averaged=averaged,
+                say=say,
+            )
+        if world.rank != 0:
             return
         print(json.dumps(rows if all_checkpoints else rows[0], indent=2) if as_json else "\n".join(as_lines(rows)))
         for line in warnings(rows[-1]):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gan_dist.config import EvaluateConfig, expand_path
+from gan_dist.config import EvaluateConfig
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.distributed import World
 from gan_dist.errors import GanDistError, UserError
@@ -81,8 +81,8 @@ def evaluate_run(
                 row |= world.from_first(partial(_judge, world, loaded, real, others, count, seed))
             say(f"step {loaded.step}: swd {row['swd']:.4g}")
             rows.append(row)
-    if world.rank == 0:
-        _keep(path, rows, say)
+            if world.rank == 0:
+                _keep(path, row, say)
     return rows
 
 
@@ -146,12 +146,13 @@ def _judge(world: World, loaded: Loaded, real: Dataset, others: Dataset, count: 
     }
 
 
-def _keep(run: Path, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
-    """Adds `rows` to the run's evaluations.jsonl, each in the place of an earlier one of the same step and protocol."""
-    everything = [*read_evaluations(run), *rows]
-    kept = {json.dumps([row["step"], row.get("protocol")], sort_keys=True): row for row in everything}
-    content = "".join(json.dumps(row) + "\n" for row in sorted(kept.values(), key=lambda row: int(row["step"])))
+def _keep(run: Path, row: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Adds `row` to the run's evaluations.jsonl, in the place of an earlier one of the same step and protocol."""
+    rows = {
+        json.dumps([one["step"], one.get("protocol")], sort_keys=True): one for one in [*read_evaluations(run), row]
+    }
+    content = "".join(json.dumps(one) + "\n" for one in sorted(rows.values(), key=lambda one: int(one["step"])))
     try:
         write_atomically(run / "evaluations.jsonl", content.encode())
     except OSError as error:
-        say(f"note: the figures could not be kept in {expand_path(str(run))}: {error.strerror}")
+        say(f"note: the figures could not be kept in {run}: {error.strerror}")
