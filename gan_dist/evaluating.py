@@ -65,7 +65,7 @@ def evaluate_run(
                 _must_fit(one, path, config["model"]["resolution"])
         count = samples if samples is not None else _usual_samples(config, real, say)
         features = _inception(world, weights, count, insist, say) if with_inception else None
-        evaluation = Evaluation(world, real, count, seed=seed, features=features)
+        evaluation = Evaluation(world, real, count, seed=seed, features=features, say=say)
         rows: list[dict[str, Any]] = []
         for number, directory in enumerate(directories, 1):
             say(f"checkpoint {number} of {len(directories)}: {count} images against as many of {real.root}")

@@ -99,7 +99,13 @@ def test_an_empty_picture_is_no_copy_of_an_empty_picture(tmp_path: Path) -> None
 def test_neither_the_generator_nor_random_numbers_are_disturbed(many: Path) -> None:
     generator = Generator(32, 8, 4).train()
     before, state = {k: v.clone() for k, v in generator.state_dict().items()}, torch.get_rng_state()
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv
+    precision, used = convolutions.fp32_precision, set()
+    generator.register_forward_pre_hook(lambda *_: used.add(convolutions.fp32_precision))
     drawn_by(generator, many)
+    # The same arithmetic whoever evaluates: training sets TF32 as its configuration says, torch allows it by default.
+    assert used == {"ieee"} and convolutions.fp32_precision == precision
     assert generator.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
 
@@ -219,11 +225,14 @@ def test_features_of_real_images_are_kept_beside_the_dataset(
     monkeypatch.setattr(inception, "FEWEST", 100)
     shutil.copytree(many, tmp_path / "shards")
 
+    said: list[str] = []
+
     def seen(**asked: Any) -> tuple[int, dict[str, Any]]:
         network = Projection()
         features = inception.Inception(network, asked.pop("weights", "a" * 64))
         with open_dataset(tmp_path / "shards") as real:
-            figures = Evaluation(World(), real, SAMPLES, features=features, **asked)(fresh, 8, averaged=False)
+            evaluation = Evaluation(World(), real, SAMPLES, features=features, say=said.append, **asked)
+            figures = evaluation(fresh, 8, averaged=False)
         assert figures is not None and figures["protocol"]["inception"] == features.weights
         return network.seen, figures
 
@@ -236,6 +245,10 @@ def test_features_of_real_images_are_kept_beside_the_dataset(
     assert not verify(tmp_path / "shards")
     kept.write_bytes(kept.read_bytes()[:1000])
     assert seen() == (2 * SAMPLES, figures)  # a torn file is made anew
+    assert not said
+    kept.unlink()
+    kept.mkdir()  # where nothing can be written, as good as a disk that one may only read
+    assert seen() == (2 * SAMPLES, figures) and "cannot be kept" in said[0]
     assert seen(seed=1)[0] == seen(weights="b" * 64)[0] == 2 * SAMPLES  # another protocol, another file
 
 

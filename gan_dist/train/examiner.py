@@ -99,7 +99,7 @@ class Examiner:
         share = self._spent / max(time.monotonic() - self._began, 1e-9)
         telemetry.say(
             f"evaluated step {step}: swd {found['swd']:.4g}{' (the best so far)' if leads else ''}, "
-            f"diversity {found['diversity']:.2f}; {seconds:.1f} s, {share:.1%} of the time so far"
+            f"diversity {found['diversity']:.2f}{_judgement(found)}; {seconds:.1f} s, {share:.1%} of the time so far"
         )
         for line in warnings({**found, "diversity": 1.0} if step < self._young else found):
             telemetry.warn(line, step)
@@ -120,3 +120,10 @@ class Examiner:
             }
         finally:
             self._discriminator.train(training)
+
+
+def _judgement(found: dict[str, Any]) -> str:
+    if "accuracy_held_out" not in found:
+        return ""
+    training, others = found["accuracy_training"], found["accuracy_held_out"]
+    return f", D takes {training:.0%} of its images and {others:.0%} of held-out ones for real"

@@ -37,11 +37,14 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def play(many: Path, run: Path, *words: str, steps: int = 5, **more: Any) -> Any:
-    return train(small(many), [*EVALUATE, *words], run_dir=run, max_steps=steps, console=False, **more)
+    return train(small(many), [*EVALUATE, *words], run_dir=run, max_steps=steps, **{"console": False, **more})
 
 
-def test_not_a_bit_of_the_game_is_changed(many: Path, dataset: Path, tmp_path: Path) -> None:
-    play(many, tmp_path / "examined", f"evaluate.held_out={dataset}")
+def test_not_a_bit_of_the_game_is_changed(
+    many: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play(many, tmp_path / "examined", f"evaluate.held_out={dataset}", console=True)
+    assert "of held-out ones for real" in capsys.readouterr().out
     play(many, tmp_path / "left_alone", "evaluate.every_steps=0")
     assert_identical(tmp_path / "examined", tmp_path / "left_alone")
     run = read_run(tmp_path / "examined")
