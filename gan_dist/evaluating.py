@@ -76,7 +76,7 @@ def evaluate_run(
                     raise
                 say(f"note: left out: {error}")
                 continue
-            row = _row(world, evaluation, loaded, averaged)
+            row = _row(world, evaluation, loaded, averaged, real.num_samples)
             if others is not None:
                 row |= world.from_first(partial(_judge, world, loaded, real, others, count, seed))
             say(f"step {loaded.step}: swd {row['swd']:.4g}")
@@ -110,13 +110,15 @@ def _usual_samples(config: dict[str, Any], real: Dataset, say: Callable[[str], N
     return min(usual, real.num_samples)
 
 
-def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool) -> dict[str, Any]:
+def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, epoch: int) -> dict[str, Any]:
+    """Returns the figures of a checkpoint, and how far it had come; an `epoch` has so many images."""
     state = loaded.state if averaged else {k: v for k, v in loaded.state.items() if k != "generator_ema"}
     generator = build_generator(state, world.device)
     latent_dim = state["config"]["model"]["latent_dim"]
     figures = evaluation(generator, latent_dim, averaged="generator_ema" in state)
     assert figures is not None  # nobody asks to stop
-    return {"step": loaded.step, "images_seen": int(loaded.state["images_seen"]), **figures}
+    seen = int(loaded.state["images_seen"])
+    return {"step": loaded.step, "images_seen": seen, "epoch": round(seen / epoch, 2), **figures}
 
 
 def _inception(
