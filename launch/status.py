@@ -87,7 +87,7 @@ def _progress(run: Path, running: bool) -> str:
         return "not begun"
     if not running and told.startswith("running "):
         told = re.sub(r" left=\S+", "", told.replace("running", "interrupted", 1))
-    return f"{told}, told {age:,.0f} s ago"
+    return f"{told}, told {max(age, 0):,.0f} s ago"
 
 
 def _submission_lines(

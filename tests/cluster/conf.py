@@ -37,7 +37,7 @@ def slurm_conf(layout: Layout) -> str:
     """Returns slurm.conf: no accounting, requeueing by default, short waits, and two partitions that preempt a third.
 
     A requeued job becomes eligible one second after the credential of its last start has expired: 120 s by default,
-    4 s here.
+    the least that SLURM takes, 5 s, here.
     """
     at = layout.directory
     options = ["SlurmctldParameters=preempt_send_user_signal"] if layout.user_signal else []
@@ -54,7 +54,7 @@ def slurm_conf(layout: Layout) -> str:
         "SlurmdPort=6818",
         "SlurmUser=root",
         "AuthType=auth/munge",
-        f"AuthInfo=socket={at}/munge.socket,cred_expire=4",
+        f"AuthInfo=socket={at}/munge.socket,cred_expire=5",
         f"StateSaveLocation={at}/state",
         f"SlurmctldPidFile={at}/slurmctld.pid",
         f"SlurmctldLogFile={at}/slurmctld.log",

@@ -66,23 +66,32 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
     assert_identical(cut_off.path, whole)
 
 
-@pytest.mark.parametrize(("fault", "proctrack"), [("killed", "linuxproc"), ("hangs", "linuxproc"), ("hangs", "cgroup")])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
 def test_a_lost_rank_is_named_and_the_run_goes_on(
-    request: pytest.FixtureRequest, config: str, whole: Path, tmp_path: Path, fault: str, proctrack: str
+    linuxproc: Cluster, cgroup: Cluster, config: str, whole: Path, tmp_path: Path, fault: signal.Signals
 ) -> None:
-    run = Run.submit(request.getfixturevalue(proctrack), config, tmp_path / "run", *STEPS)
-    run.wait_for_step(20)
-    (pid,) = run.ranks()["node2"]
-    os.kill(pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
-    what = run.wait_for("crashed", limit_s=75)
-    assert what[3].startswith("rank 1 on node2"), what
-    assert ("Killed" if fault == "killed" else "was lost") in what[3]
-    wait_until(lambda: not any(run.ranks().values()), 20, "end of the siblings")
-    status = run.status()
-    assert "1 restart(s); the last one: crashed at step-" in status and "rank 1 on node2" in status, status
-    run.wait_for("done")
-    assert run.restarts() == 1
-    assert_identical(run.path, whole)
+    slow = slowly(tmp_path / "hook")
+    clusters = [linuxproc] if fault == signal.SIGKILL else [linuxproc, cgroup]
+    runs = [Run.submit(cluster, config, tmp_path / cluster.proctrack, *STEPS, slow) for cluster in clusters]
+    ranks: list[int] = []
+    for run in runs:
+        run.wait_for_step(12)
+        ranks += [pid for pids in run.ranks().values() for pid in pids]
+        (pid,) = run.ranks()["node2"]
+        os.kill(pid, fault)
+    assert len(ranks) == 2 * len(runs)
+    for run in runs:
+        run.wait_for("crashed", "done", limit_s=75)
+        _, what, _, why, *_ = run.history()[0]
+        assert what == "crashed" and why.startswith("rank 1 on node2"), why
+        assert ("Killed" if fault == signal.SIGKILL else "was lost") in why
+        status = run.status()
+        assert "1 restart(s); the last one: crashed at step-" in status and "rank 1 on node2" in status, status
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 20, "end of the siblings")
+    for run in runs:
+        run.wait_for("done")
+        assert run.restarts() == 1
+        assert_identical(run.path, whole)
 
 
 def test_a_rank_that_raises_ends_the_run_at_the_second_time_with_its_words(
