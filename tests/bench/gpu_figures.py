@@ -7,6 +7,7 @@ Parts, in order; each writes FOLDER/PART.json or .txt, and a part that fails doe
   variants   what was left to measure: compiled passes inside the graph, padded 3-channel layers, layouts, groups
   profile    where the time of a step goes, by kernel
   headline   the thesis' whole job on stand-in images: 103,250 of 64x64, 30 epochs, batch 128, samples and checkpoints
+  evaluation what evaluating 10,000 images takes while a run trains on headline's shards, and that it changes no bit
 With several GPUs: python -m torch.distributed.run --nproc-per-node N -m tests.bench.gpu_figures --out F --only scaling
 """
 
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -32,8 +33,11 @@ from torch.profiler import ProfilerActivity, profile
 from gan_dist.data.synthetic import paint
 from gan_dist.distributed import World, join
 from gan_dist.train.bench_step import SWEEP, bench_step, build, time_steps
+from gan_dist.train.checkpoint import find
 from gan_dist.train.runner import Captured, Compiled, Eager
+from gan_dist.train.trainer import train
 from gan_dist.train.update import Update
+from gan_dist.watch.record import read_run
 from tests.bench.compare_step import compare
 
 SHAPE = {"resolution": 64, "latent_dim": 100, "channels": 64}
@@ -191,6 +195,25 @@ def headline(out: Path) -> dict[str, Any]:
     }
 
 
+def evaluation(out: Path, steps: int = 4000, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Two runs of `steps` steps, one of them evaluated four times: seconds, share of the time, and equal weights."""
+    states = {}
+    for name, every in (("examined", steps // 4), ("left_alone", 0)):
+        run = out / name
+        asked = [f"data.shards={out / 'shards'}", "train.deterministic=true", f"evaluate.every_steps={every}", *words]
+        train("configs/paintings64.yaml", asked, run_dir=run, max_steps=steps)
+        states[name] = find(run).state["generator"]
+    rows = read_run(out / "examined").evaluations
+    same = all(torch.equal(tensor, states["left_alone"][key]) for key, tensor in states["examined"].items())
+    return {
+        "samples": rows[-1]["protocol"]["samples"],
+        "seconds": [row["seconds"] for row in rows],
+        "share_of_time": rows[-1]["share_of_time"],
+        "swd": [row["swd"] for row in rows],
+        "same_weights": same,
+    }
+
+
 PARTS: dict[str, Callable[[Path], Any]] = {
     "tests": tests,
     "peer": peer,
@@ -198,6 +221,7 @@ PARTS: dict[str, Callable[[Path], Any]] = {
     "variants": variants,
     "profile": step_profile,
     "headline": headline,
+    "evaluation": evaluation,
     "scaling": scaling,
 }
 
