@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import ROOT, START_S, Run, hook, launch, leftovers
+from tests.cluster.jobs import ROOT, START_S, Run, hook, launch, leftovers, slowly
 from tests.train.test_trainer import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 ONE = ("slurm.cpus_per_task=1", "slurm.time=5")
 
 
-def sbatch(cluster: Cluster, *words: str, cwd: Path = ROOT, **env: str) -> str:
+def sbatch(cluster: Cluster, *words: str, **env: str) -> str:
     """Returns the id of a job submitted by plain sbatch, with this environment's python on PATH."""
     path = f"{Path(sys.executable).parent}:{cluster.environment()['PATH']}"
     done = subprocess.run(
@@ -35,7 +35,7 @@ def sbatch(cluster: Cluster, *words: str, cwd: Path = ROOT, **env: str) -> str:
         text=True,
         timeout=30,
         check=False,
-        cwd=cwd,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -183,43 +183,42 @@ module.save = slow
 def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
     linuxproc: Cluster, config: str, tmp_path: Path
 ) -> None:
-    hook(tmp_path / "hook", "gan_dist.train.saver", SLOW, "os.environ.get('RANK') == '0'")
-    words = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=10", "slurm/train_torchrun.sbatch")
-    run = Run(linuxproc, tmp_path / "run", "")
-    run.job = sbatch(
-        linuxproc,
-        "--output",
-        str(tmp_path / "log"),
-        *words,
-        str(run.path),
-        config,
-        "--max-steps",
-        "150",
-        "dist.timeout_s=90",
-        PYTHONPATH=str(tmp_path / "hook"),
-        GAN_DIST_RANKS_PER_NODE="1",
-    )
-    run.wait_for_step(20)
-    linuxproc.run("scancel", "--signal=USR2", run.job)
-    began = time.monotonic()
-    what = run.wait_for("requeued", limit_s=120)
-    assert what[3] == "SIGUSR2" and time.monotonic() - began > 31
-    saved = run.events("stop")[0]["step"]
-    run.wait_for_step(saved + 15)
-    lost = next(name for name in ("node1", "node2", "node3") if linuxproc.hosts[name].pids("launch.torchrun"))
-    linuxproc.hosts[lost].kill()
-    try:
-        run.wait_for("done", limit_s=200)
-    finally:
-        linuxproc.hosts[lost].boot()
-        linuxproc.wait_for_hosts()
-    starts = [event["step"] for event in run.events("start")]
-    assert starts[:2] == [0, saved] and len(starts) == 3 and starts[2] >= saved
-    logs = {file.name.removeprefix(f"{run.job}-0-") for file in (run.path / "logs").glob("*-0-*-*.log")}
-    assert logs == {"node1-torchrun.log", "node1-0.log", "node2-torchrun.log", "node2-1.log"}
-    agents = "".join(file.read_text() for file in (run.path / "logs").glob("*-0-*-torchrun.log"))
-    assert "SIGUSR2" not in agents, agents  # sent again and again, it hit nobody who was on the way out
-    wait_until(lambda: not leftovers(linuxproc), 60, "empty hosts")
+    """Two clusters at once, for most of this is waiting: on one a save takes long, on the other a host is lost."""
+
+    def start(cluster: Cluster, name: str, *more: str) -> Run:
+        run = Run(cluster, tmp_path / name, "")
+        words = ("--nodes=2", "--cpus-per-task=2", "--time=10", f"--output={tmp_path / name}.log")
+        rest = (str(run.path), config, "--max-steps", "120", *more)
+        env = {"PYTHONPATH": str(tmp_path / f"hook-{name}"), "GAN_DIST_RANKS_PER_NODE": "1"}
+        run.job = sbatch(cluster, *words, "slurm/train_torchrun.sbatch", *rest, **env)
+        return run
+
+    hook(tmp_path / "hook-patient", "gan_dist.train.saver", SLOW, "os.environ.get('RANK') == '0'")
+    slowly(tmp_path / "hook-robbed")
+    with Cluster(3) as other:
+        patient = start(linuxproc, "patient", "dist.timeout_s=90")
+        robbed = start(other, "robbed")
+        patient.wait_for_step(20)
+        linuxproc.run("scancel", "--signal=USR2", patient.job)
+        began = time.monotonic()
+        robbed.wait_for_step(22)
+        assert other.hosts["node1"].pids("launch.torchrun")  # and the batch script
+        other.hosts["node1"].kill()
+
+        assert patient.wait_for("requeued", limit_s=120)[3] == "SIGUSR2" and time.monotonic() - began > 31
+        logs = {file.name.removeprefix(f"{patient.job}-0-") for file in (patient.path / "logs").glob("*-0-*-*.log")}
+        assert logs == {"node1-torchrun.log", "node1-0.log", "node2-torchrun.log", "node2-1.log"}
+        agents = "".join(file.read_text() for file in (patient.path / "logs").glob("*-0-*-torchrun.log"))
+        assert "SIGUSR2" not in agents, agents  # sent again and again, it hit nobody who was on the way out
+        for run in (patient, robbed):
+            run.wait_for("done", limit_s=200)
+            assert run.restarts() == 1
+        saved = patient.events("stop")[0]["step"]
+        assert [event["step"] for event in patient.events("start")] == [0, saved]
+        starts = [event["step"] for event in robbed.events("start")]
+        assert len(starts) == 2 and starts[1] >= 20
+        wait_until(lambda: not leftovers(linuxproc) + leftovers(other), 60, "empty hosts")
+    assert_identical(patient.path, robbed.path)
 
 
 def test_doctor_says_a_line_a_node_and_passes_refusals_on(linuxproc: Cluster, tmp_path: Path) -> None:
