@@ -27,7 +27,7 @@ from tests.train.test_trainer import assert_identical, cli, config_file, small, 
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
-KILLS = int(os.environ.get("GAN_DIST_CHAOS_KILLS") or 8)
+KILLS = int(os.environ.get("GAN_DIST_CHAOS_KILLS") or 5)
 STEPS = 30 * KILLS
 
 
