@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.boot import Cluster, wait_until
+from tests.cluster.boot import Cluster, free_networks, wait_until
 from tests.cluster.conf import Layout, hosts_file, slurm_conf
 
 LAYOUT = Layout(Path("/c"), "10.0.0.1", {"node1": "10.0.0.11", "node2": "10.0.0.12"}, 21000)
@@ -60,7 +60,13 @@ def test_a_cluster_leaves_nothing_behind_and_hosts_come_back(cgroup: Cluster) ->
     assert not at.exists() and not left_in_the_freezer(tag)
     assert left_in_the_freezer(cgroup.tag)  # one that is up is seen by the same eyes
     assert tag not in subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
+    assert network(cgroup) not in free_networks() and network(cluster) in free_networks()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def network(cluster: Cluster) -> str:
+    """Returns what the addresses of a cluster's hosts begin with."""
+    return cluster.layout.head.rpartition(".")[0]
 
 
 def left_in_the_freezer(tag: str) -> str:

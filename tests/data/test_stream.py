@@ -138,10 +138,13 @@ def test_waiting_is_what_the_reader_waited_and_no_more(opened: Dataset, monkeypa
     order = Order(opened.shard_sizes, 1)
     with Stream(opened, order, position=0, global_batch=4, device=CPU) as stream:
         stream.await_first()
+        waits = []
         for _ in range(20):
+            before = stream.wait_seconds
             stream.next()
-            time.sleep(0.01)  # a step: there is always a batch by then
-        assert stream.wait_seconds < 0.1
+            waits.append(stream.wait_seconds - before)
+            time.sleep(0.01)  # a step: by then there is a batch, unless this machine has much else to do
+        assert sorted(waits)[5] < 0.003, waits
     monkeypatch.setattr(Gather, "into", slowly)
     with Stream(opened, order, position=0, global_batch=4, device=CPU) as stream:
         began = time.monotonic()
