@@ -68,12 +68,14 @@ def submit(
     The job runs a snapshot of code and configuration with this environment's Python, saves before its time is over,
     and is requeued until the run is done.
     """
+    from launch.snapshot import CHECKOUT, code_of
     from launch.submit import check_config, new_id, run_directory, submit_training, training_batch
 
     options, overrides = _options(cluster, words)
     run = run_directory(config, options, name, run_dir)
     if dry_run:
         check_config(config, overrides)
+        code_of(CHECKOUT)
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
     made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run)

@@ -12,7 +12,7 @@ from gan_dist.errors import UserError
 CHECKOUT = Path(__file__).resolve().parents[1]
 LARGEST_MIB = 200
 LEFT_OUT = {"build", "dist", "runs", "data", "wheelhouse", "gan-dist-demo"}
-"""Directories at the top of a checkout without git that are not copied: builds, data and runs."""
+"""Directories at the top of a checkout that are not copied unless git tracks them: builds, data and runs."""
 
 
 def files_of(root: Path) -> list[Path]:
@@ -21,9 +21,11 @@ def files_of(root: Path) -> list[Path]:
     Without git: all but hidden directories, virtual environments and what LEFT_OUT names.
     """
     if (root / ".git").exists() and shutil.which("git"):
-        listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-        if listed is not None:
-            names = sorted({Path(name) for name in listed.split("\0") if name})
+        tracked = _git(root, "ls-files", "-z", "--cached")
+        left_out = [f"--exclude=/{name}/" for name in sorted(LEFT_OUT)]
+        new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", *left_out)
+        if tracked is not None and new is not None:
+            names = sorted({Path(name) for name in (tracked + new).split("\0") if name})
             return [name for name in names if (root / name).is_file()]  # one that was deleted is listed still
     found: list[Path] = []
     for folder, folders, files in root.walk() if hasattr(root, "walk") else _walk(root):
@@ -51,11 +53,8 @@ def commit_of(root: Path) -> str | None:
     return told.strip() if told else None
 
 
-def take(root: Path, target: Path) -> None:
-    """Copies the code to `target` and compiles it there, so that jobs write nothing into it.
-
-    Raises UserError when the files are too large to be code: then data lies in the checkout, not ignored.
-    """
+def code_of(root: Path) -> list[Path]:
+    """Returns files_of(root). Raises UserError when they are too large to be code: then there is data among them."""
     files = files_of(root)
     sizes = {name: (root / name).stat().st_size for name in files}
     if sum(sizes.values()) > LARGEST_MIB * 2**20:
@@ -64,7 +63,12 @@ def take(root: Path, target: Path) -> None:
             f"the checkout {root} holds {sum(sizes.values()) / 2**20:,.0f} MiB that git does not ignore, {largest} "
             f"most of all; expected code of {LARGEST_MIB} MiB at most: move data elsewhere or name it in .gitignore"
         )
-    for name in files:
+    return files
+
+
+def take(root: Path, target: Path) -> None:
+    """Copies the code to `target` and compiles it there, so that jobs write nothing into it. Raises as code_of does."""
+    for name in code_of(root):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, target / name)
     compileall.compile_dir(target, quiet=2)

@@ -157,12 +157,13 @@ def test_a_snapshot_holds_what_is_there_and_nothing_that_git_ignores(tmp_path: P
     (root / "a/kept.py").write_text("x = 2\n")
     (root / "new file.py").write_text("")
     (root / "gone.py").unlink()
-    (root / "big").mkdir()
-    for name in ("big/data.bin", "model.pt"):
+    for name in ("big/data.bin", "model.pt", "data/paintings64/shard-000000.tar", "a/data/new.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     snapshot.take(root, copy)
     names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file() and file.suffix != ".pyc"}
-    assert names == {"a/kept.py", "new file.py", ".gitignore"} and (copy / "a/kept.py").read_text() == "x = 2\n"
+    assert names == {"a/kept.py", "a/data/new.py", "new file.py", ".gitignore"}
+    assert (copy / "a/kept.py").read_text() == "x = 2\n"
     assert snapshot.commit_of(root) == f"{commit}-dirty"
 
 
