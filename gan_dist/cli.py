@@ -286,7 +286,7 @@ def report(
 ) -> None:
     """Make one self-contained page of a run: pictures, curves, data, configuration, history."""
     from gan_dist.config import presets
-    from gan_dist.train.rundir import run_path
+    from gan_dist.naming import run_path
     from gan_dist.watch.report import make_report
 
     out.print(str(make_report([run_path(run) for run in runs], page, presets())), markup=False)

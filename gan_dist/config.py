@@ -6,32 +6,29 @@ key says otherwise; configs/paintings64.yaml spells out the thesis' recipe.
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from gan_dist.errors import UserError
+from gan_dist.settings import (
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    expand_path,
+    read_yaml,
+    validate,
+    with_overrides,
+)
 
 RESOLUTIONS = (32, 64, 128, 256)
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Target = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A group of keys: unknown ones are refused, types are not guessed, nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class DataConfig(Section):
@@ -208,121 +205,6 @@ FIXED_FROM = ("model.",)
 """What a new run that starts from another's checkpoint (`--from`) must share with it: the shapes."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with `2e-4` as a number, as people write it (YAML 1.1 wants `2.0e-4`), and each key once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def expand_path(text: str, base: Path | None = None) -> str:
-    """Returns `text` as an absolute path with `~` and `$VAR` expanded; addresses (http:, s3:, pipe:, ...) pass.
-
-    Relative paths are taken from `base` (the working directory by default). Raises UserError for an unset variable.
-    """
-    if re.match(r"^(?:[a-z][a-z0-9+.-]*://|pipe:)", text):
-        return text
-    expanded = os.path.expandvars(Path(text).expanduser())
-    if missing := re.search(r"\$\{?(\w+)", expanded):
-        raise UserError(f"{text}: the environment variable {missing[1]} is not set; set it or write the path out")
-    return os.path.abspath((base or Path.cwd()) / expanded)  # noqa: PTH100 (resolve() would follow links)
-
-
-def _sections(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel] | None]]:
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        yield name, annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def known_keys() -> list[str]:
-    """Returns every key as `section.key`, and the section names themselves."""
-    keys: list[str] = []
-    for name, section in _sections(Config):
-        keys.append(name)
-        keys += [f"{name}.{key}" for key in section.model_fields] if section else []
-    return keys
-
-
-def _nearest(key: str) -> str:
-    """Returns a hint that names the valid key most like `key`: same last word first, then by spelling."""
-    known = known_keys()
-    last = key.rsplit(".", 1)[-1]
-    same_word = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    close = same_word or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    if not close:
-        tails = {name.rsplit(".", 1)[-1]: name for name in known}
-        close = [tails[tail] for tail in difflib.get_close_matches(last, tails, n=1, cutoff=0.4)]
-    return f"; did you mean {close[0]}?" if close else f"; sections are {', '.join(n for n, _ in _sections(Config))}"
-
-
-def _explain(error: ValidationError, origin: str) -> UserError:
-    """Returns the first fault of a validation as one line: key, expected, found."""
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-")))
-    found = fault.get("input")
-    if fault["type"] == "extra_forbidden":
-        return UserError(f"{origin}: unknown key {key}{_nearest(key)}")
-    if fault["type"] == "missing":
-        return UserError(f"{origin}: {key} is missing" + ("; name a dataset" if key == "data.shards" else ""))
-    if fault["type"] == "value_error":
-        return UserError(f"{origin}: {fault['msg'].removeprefix('Value error, ')}")
-    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return UserError(f"{origin}: {key}: expected {expected}, found {found!r}")
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Returns {"section.key": value} from `section.key=value` words, values read as YAML.
-
-    Raises UserError for a word of another form.
-    """
-    parsed = {}
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not re.fullmatch(r"[\w.]+", key):
-            raise UserError(f"expected section.key=value, found {word!r} (for example train.global_batch=256)")
-        try:
-            parsed[key] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise UserError(f"{key}: the value {text!r} is not valid YAML") from None
-    return parsed
-
-
-def read_yaml(path: Path, example: str = "configs/paintings64.yaml") -> dict[str, Any]:
-    """Returns a YAML file's mapping, read as configurations are. Raises UserError with one line; `example` is named."""
-    try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"no configuration at {path}; expected a YAML file such as {example}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: expected sections with keys (data:, model:, ...), found {type(loaded).__name__}")
-    return loaded
-
-
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """Returns the validated configuration of a YAML file or a plain mapping, with `section.key=value` words applied.
 
@@ -333,29 +215,13 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     elif isinstance(source, Mapping):
         values, origin = {key: dict(v) if isinstance(v, Mapping) else v for key, v in source.items()}, "configuration"
     else:
-        path = Path(expand_path(str(source)))
-        values, origin = read_yaml(path), str(source)
-    for key, value in parse_overrides(overrides).items():
-        head, _, tail = key.partition(".")
-        if key not in known_keys():
-            raise UserError(f"unknown key {key}{_nearest(key)}")
-        if not tail and (section_model := dict(_sections(Config))[head]):
-            raise UserError(f"{key} is a section; set one of its keys: {', '.join(section_model.model_fields)}")
-        if tail:
-            section = values.get(head)
-            values[head] = {**section, tail: value} if isinstance(section, dict) else {tail: value}
-        else:
-            values[head] = value
-    # An empty section ("optim:" with nothing under it) reads as null; it means the defaults.
-    values = {key: {} if value is None and dict(_sections(Config)).get(key) else value for key, value in values.items()}
+        values, origin = read_yaml(Path(expand_path(str(source)))), str(source)
+    values = with_overrides(Config, values, overrides)
     for head, key in (("data", "shards"), ("data", "cache_dir"), ("evaluate", "held_out")):
         section = values.get(head)
         if isinstance(section, dict) and isinstance(section.get(key), str):
             values[head] = {**section, key: expand_path(section[key])}
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise _explain(error, origin) from None
+    return validate(Config, values, origin, overrides)
 
 
 def preset(name: str) -> Config:

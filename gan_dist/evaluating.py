@@ -16,8 +16,8 @@ from gan_dist.errors import GanDistError, UserError
 from gan_dist.evaluate import Evaluation, accuracy
 from gan_dist.metrics.inception import FEWEST, Inception, load_inception
 from gan_dist.model.networks import Discriminator
+from gan_dist.naming import run_path
 from gan_dist.train.checkpoint import Loaded, find, load, step_directories
-from gan_dist.train.rundir import run_path
 from gan_dist.watch.pictures import write_atomically
 from gan_dist.watch.record import read_evaluations
 from gan_dist.watch.sample import build_generator

@@ -12,8 +12,8 @@ from gan_dist.data.files import expand
 from gan_dist.data.shards import open_dataset
 from gan_dist.errors import UserError
 from gan_dist.model.networks import Generator
+from gan_dist.naming import run_path
 from gan_dist.train.checkpoint import find, load
-from gan_dist.train.rundir import run_path
 from gan_dist.watch.export import export_generator, load_weights
 from gan_dist.watch.neighbours import draw_neighbours
 from gan_dist.watch.sample import animate, build_generator, draw

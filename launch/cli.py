@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gan_dist.errors import GanDistError, UserError
+from gan_dist.naming import choose_run_dir
 from launch.options import ClusterOptions, load_cluster, split_overrides
 
 app = typer.Typer(
@@ -69,10 +70,10 @@ def submit(
     and is requeued until the run is done.
     """
     from launch.snapshot import CHECKOUT, code_of
-    from launch.submit import check_config, new_id, run_directory, submit_training, training_batch
+    from launch.submit import check_config, new_id, submit_training, training_batch
 
     options, overrides = _options(cluster, words)
-    run = run_directory(config, options, name, run_dir)
+    run = choose_run_dir(config, name, run_dir, options.job.runs)
     if dry_run:
         check_config(config, overrides)
         code_of(CHECKOUT)
@@ -177,10 +178,9 @@ def local(
 ) -> None:
     """Train on this machine through torchrun: all its GPUs, or as many ranks as you say."""
     from launch.local import train_here
-    from launch.submit import run_directory
 
     options, overrides = _options(None, words)
-    run = run_directory(config, options, name, run_dir)
+    run = choose_run_dir(config, name, run_dir, options.job.runs)
     more = [*(["--max-steps", str(max_steps)] if max_steps else []), *(["--from", from_run] if from_run else [])]
     raise typer.Exit(train_here(config, overrides, run, ranks, more))
 
@@ -231,12 +231,11 @@ def pipeline(
 ) -> None:
     """Prepare, then train, then sample and report: three jobs, each waiting for the one before to end well."""
     from launch.stages import submit_pipeline
-    from launch.submit import run_directory
 
     if not source:
         raise UserError("--source: expected one source or more; what shall be prepared?")
     options, overrides = _options(cluster, words)
-    run = run_directory(config, options, name, run_dir)
+    run = choose_run_dir(config, name, run_dir, options.job.runs)
     told = [*source, *shlex.split(preparing)]
     for made in submit_pipeline(config, overrides, told, tasks, options, run, max_steps=max_steps):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
@@ -270,12 +269,12 @@ def doctor(
 ) -> None:
     """Run a short job on every node asked for: gan-dist doctor, an all-reduce and ten steps; print a line a node."""
     from launch.checkup import examine
-    from launch.submit import new_id, run_directory
+    from launch.submit import new_id
 
     options, rest = _options(cluster, words)
     if rest:
         raise UserError(f"expected slurm. and job. keys only, found {rest[0]}")
-    home = run_directory("doctor", options, f"doctor-{new_id()}", None)
+    home = choose_run_dir("doctor", f"doctor-{new_id()}", None, options.job.runs)
     for line in examine(home, options, 60 * limit_minutes):
         print(line, flush=True)
 

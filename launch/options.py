@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from gan_dist.config import NonNegative, Positive, Section, expand_path, parse_overrides, read_yaml
-from gan_dist.errors import UserError
+from gan_dist.settings import NonNegative, Positive, Section, expand_path, read_yaml, validate, with_overrides
 
 OURS = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
 """sbatch options that the protocol of saving and requeueing sets; `slurm.extra` may not."""
@@ -114,21 +112,13 @@ class ClusterOptions(Section):
     job: JobOptions = JobOptions()
 
 
-_SECTIONS: dict[str, type[Section]] = {"slurm": SlurmOptions, "job": JobOptions}
-
-
-def known_keys() -> list[str]:
-    """Returns every key of a cluster file as `section.key`, and the section names themselves."""
-    return [*_SECTIONS, *(f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields)]
-
-
 def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
     """Returns (the words for the cluster, the words for the training configuration)."""
     ours: list[str] = []
     theirs: list[str] = []
     for word in words:
         key, equals, _ = word.partition("=")
-        (ours if equals and key.partition(".")[0] in _SECTIONS else theirs).append(word)
+        (ours if equals and key.partition(".")[0] in ClusterOptions.model_fields else theirs).append(word)
     return ours, theirs
 
 
@@ -137,33 +127,6 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
 
     Raises UserError with one line naming the key, its nearest valid name, or expected and found.
     """
-    origin = str(path) if path else "cluster options"
     values: dict[str, Any] = read_yaml(Path(expand_path(str(path))), "configs/clusters/slurm.yaml") if path else {}
-    for key, value in parse_overrides(overrides).items():
-        section, _, name = key.partition(".")
-        if key not in known_keys() or not name:
-            raise UserError(f"unknown key {key}{_nearest(key)}")
-        values[section] = {**(values.get(section) or {}), name: value}
-    values = {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
-    try:
-        return ClusterOptions.model_validate(values)
-    except ValidationError as error:
-        raise _explain(error, origin) from None
-
-
-def _nearest(key: str) -> str:
-    tails = {name.rsplit(".", 1)[-1]: name for name in known_keys()}
-    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-    close = close or [tails[tail] for tail in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1)]
-    return f"; did you mean {close[0]}?" if close else f"; sections are {', '.join(_SECTIONS)}"
-
-
-def _explain(error: ValidationError, origin: str) -> UserError:
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int", "bool"))
-    if fault["type"] == "extra_forbidden":
-        return UserError(f"{origin}: unknown key {key}{_nearest(key)}")
-    if fault["type"] == "value_error":
-        return UserError(f"{origin}: {fault['msg'].removeprefix('Value error, ')}")
-    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return UserError(f"{origin}: {key}: expected {expected}, found {fault.get('input')!r}")
+    values = with_overrides(ClusterOptions, values, overrides)
+    return validate(ClusterOptions, values, str(path) if path else "cluster options", overrides)

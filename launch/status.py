@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gan_dist.config import expand_path
 from gan_dist.errors import GanDistError, UserError
+from gan_dist.naming import run_path, runs_home
 from launch import slurm
-from launch.submit import Submission, runs_home, submissions
+from launch.submit import Submission, submissions
 
 FINAL = ("done", "failed", "stopped", "cancelled")
 
@@ -33,8 +32,7 @@ def find_run(run: str, runs: str | None = None) -> Path:
 
     Raises UserError when nothing was ever submitted there.
     """
-    direct = Path(expand_path(run))
-    found = direct if direct.is_dir() or os.sep in run else runs_home(runs) / run
+    found = run_path(run, runs)
     if not (found / "launch").is_dir() and not (found / "config.yaml").is_file():
         raise UserError(f"no run at {found}; expected a run directory, or a name under $GAN_DIST_RUNS (default ./runs)")
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import time
 import uuid
@@ -17,9 +16,10 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from gan_dist.config import Config, change_rule, changes, expand_path, load_config, read_yaml, to_yaml
+from gan_dist.config import Config, change_rule, changes, load_config, to_yaml
 from gan_dist.data.files import publish
 from gan_dist.errors import UserError
+from gan_dist.settings import read_yaml
 from launch import slurm, snapshot
 from launch.options import ClusterOptions
 from launch.rank import TrainJob
@@ -57,18 +57,6 @@ class Executor(submitit.SlurmExecutor):
 def new_id() -> str:
     """Returns a name for a submission: sortable by time, never used twice."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-
-
-def runs_home(runs: str | None = None) -> Path:
-    """Returns the directory of runs known by name, as gan_dist.train.rundir has it; torch is not loaded for that."""
-    return Path(expand_path(runs or os.environ.get("GAN_DIST_RUNS") or "runs"))
-
-
-def run_directory(config: str, cluster: ClusterOptions, name: str | None, run_dir: str | None) -> Path:
-    """Returns where the run lies: absolute, the same on every node and at every restart."""
-    if name and run_dir:
-        raise UserError("--name and --run-dir both say where the run lies; give one of them")
-    return Path(expand_path(run_dir)) if run_dir else runs_home(cluster.job.runs) / (name or Path(config).stem)
 
 
 def training_batch(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gan_dist.config import change_rule, changes, expand_path, known_keys, load_config, to_yaml
+from gan_dist.config import Config, change_rule, changes, load_config, to_yaml
 from gan_dist.errors import UserError
+from gan_dist.settings import expand_path, known_keys
 
 BASE = {"data": {"shards": "/tmp/set"}}
 
@@ -54,6 +55,9 @@ def test_yaml_written_reads_back_equal(tmp_path: Path) -> None:
         ("optim.g_lr=.inf", "optim.g_lr: expected a finite number, found inf"),
         ("train.global_batch", "expected section.key=value, found 'train.global_batch'"),
         ("optim.betas=[0.5", "optim.betas: the value '[0.5' is not valid YAML"),
+        ("optim.betas=0.5", "optim.betas: expected a list of numbers such as [0.5, 0.999], found 0.5"),
+        ("foo.bar=3", "unknown key foo.bar; sections are data, model, loss, optim, train, log,"),
+        ("log.picture=3", "unknown key log.picture; log has scalars_every, samples_every, grid"),
     ],
 )
 def test_refusals_name_the_key_and_the_remedy(override: str, words: str) -> None:
@@ -62,13 +66,22 @@ def test_refusals_name_the_key_and_the_remedy(override: str, words: str) -> None
 
 def test_minimax_takes_no_generator_target() -> None:
     words = refusal(BASE, "loss.name=minimax", "loss.generator_target=0.9")
-    assert words.startswith("configuration: loss.generator_target: minimax takes no generator target")
+    assert words.startswith("loss.generator_target: minimax takes no generator target")
 
 
 def test_unknown_key_in_a_file_names_the_file_and_the_nearest_key(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("data: {shards: x}\noptim: {glr: 1}\n")
     assert refusal(file) == f"{file}: unknown key optim.glr; did you mean optim.g_lr?"
+
+
+def test_a_file_is_not_blamed_for_what_was_said_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {shards: x}\ntrain: {epochs: 0}\n")
+    assert refusal(file) == f"{file}: train.epochs: expected greater than 0, found 0"
+    file.write_text("data: {shards: x}\n")
+    assert refusal(file, "train.epochs=0") == "train.epochs: expected greater than 0, found 0"
+    assert refusal(file, "loss.name=minimax", "loss.generator_target=0.9").startswith("loss.generator_target: minimax")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +124,7 @@ def test_every_key_is_documented() -> None:
         value = getattr(config, section)
         fields = getattr(type(value), "model_fields", {})
         assert all(field.description for field in fields.values()), section
-    assert "checkpoint.every_minutes" in known_keys()
+    assert "checkpoint.every_minutes" in known_keys(Config)
 
 
 def test_changes_and_their_rules() -> None:

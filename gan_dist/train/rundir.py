@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,41 +16,18 @@ from gan_dist.config import (
     Config,
     change_rule,
     changes,
-    expand_path,
     flatten,
     load_config,
     to_yaml,
 )
 from gan_dist.errors import UserError
 from gan_dist.model.networks import Generator
+from gan_dist.naming import run_path
 from gan_dist.train.checkpoint import Loaded, find, load_newest, replace_atomically
 from gan_dist.watch.sample import build_generator
 
 LAUNCHER = ("launch", "logs", "stop")
 """What a launcher may leave in a run's directory before the run itself begins."""
-
-
-def runs_home() -> Path:
-    """Returns the directory that holds runs known by name: $GAN_DIST_RUNS, or ./runs."""
-    return Path(expand_path(os.environ.get("GAN_DIST_RUNS") or "runs"))
-
-
-def run_path(run: str | Path) -> Path:
-    """Returns the directory that a RUN argument means: a path, or a name under $GAN_DIST_RUNS."""
-    direct = Path(expand_path(str(run)))
-    named = runs_home() / str(run)
-    return direct if direct.is_dir() or os.sep in str(run) else named
-
-
-def choose_run_dir(source: object, name: str | None, run_dir: str | Path | None) -> Path:
-    """Returns the directory of the run that `train` makes or continues; its name is the config's stem unless given."""
-    if name and run_dir:
-        raise UserError("--name and --run-dir both say where the run lies; give one of them")
-    if run_dir:
-        return Path(expand_path(str(run_dir)))
-    if name is None and not isinstance(source, str | Path):
-        raise UserError("a configuration that is not a file gives the run no name; pass name= or run_dir=")
-    return runs_home() / (name or Path(str(source)).stem)
 
 
 @dataclass(frozen=True)

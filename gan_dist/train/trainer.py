@@ -19,6 +19,7 @@ from gan_dist.data.shards import Dataset
 from gan_dist.data.stream import Stream
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
+from gan_dist.naming import choose_run_dir
 from gan_dist.stop import StopRequest
 from gan_dist.train.build import build_average, build_update
 from gan_dist.train.examiner import Examiner
@@ -29,7 +30,7 @@ from gan_dist.train.opening import open_for
 from gan_dist.train.patience import patiently
 from gan_dist.train.postmortem import watched
 from gan_dist.train.preflight import check_disk, preflight
-from gan_dist.train.rundir import Start, choose_run_dir, prepare_start, resolved_changes, write_start
+from gan_dist.train.rundir import Start, prepare_start, resolved_changes, write_start
 from gan_dist.train.runner import make_runner, resolve_precision
 from gan_dist.train.saver import Saver
 from gan_dist.train.scalars import Scalars

@@ -210,7 +210,7 @@ def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:
         (["submit", "CONFIG", "slurm.nods=2"], "launch: unknown key slurm.nods; did you mean slurm.nodes?"),
         (["submit", "CONFIG", "model.nods=2"], "launch: unknown key model.nods"),
         (["prepare", "only-one", "--cluster", "CLUSTER"], "launch: expected SOURCE... OUT"),
-        (["prepare", "a", "b", "--resolution", "32", "slurm.time=x"], "launch: cluster options: slurm.time: expected"),
+        (["prepare", "a", "b", "--resolution", "32", "slurm.time=x"], "launch: slurm.time: expected"),
         (["pipeline", "CONFIG"], "launch: --source: expected one source or more"),
         (["doctor", "train.epochs=3"], "launch: expected slurm. and job. keys only, found train.epochs=3"),
         (["status", "nowhere"], "launch: no run at"),
