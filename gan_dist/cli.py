@@ -320,7 +320,7 @@ def train(
     from_run: Annotated[
         str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start a new run from another's checkpoint.")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="End the whole run at this step.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End the whole run at this step.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every figure that is logged.")] = False,
@@ -333,11 +333,15 @@ def train(
     listen_for_signals(stop)
     words = ["gan-dist", "train", config, *(overrides or [])]
     from gan_dist.config import load_config, to_yaml
+    from gan_dist.data.files import is_address
+    from gan_dist.data.shards import read_manifest
 
     settings = load_config(config, overrides or [])  # a slip in it is told before torch has loaded
     if dry_run:
         out.print(to_yaml(settings), end="", markup=False)
         return
+    if "RANK" not in os.environ and not is_address(settings.data.shards):
+        read_manifest(settings.data.shards)  # so is a dataset that is not there
     from gan_dist.train.trainer import train as train_run
 
     outcome = train_run(

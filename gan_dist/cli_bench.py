@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -23,13 +23,26 @@ def _figures(figures: Mapping[str, Any], as_json: bool, indent: str = "") -> Non
             print(f"{indent}{name}")
             _figures(value, False, indent + "  ")
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            for row in value:
-                print(f"{indent}{name}: " + " ".join(f"{k}={_short(v)}" for k, v in row.items()))
+            if len(value) > 1:  # a single one has just been told
+                print("\n".join(["", *_table(value)]))
         else:
             print(f"{indent}{name:<24} {_short(value)}")
 
 
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns rows as a head and a line each: numbers and single words in columns."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    kept = [
+        key for key in keys if not any(isinstance(row.get(key), Mapping) or " " in _short(row.get(key)) for row in rows)
+    ]
+    lines = [kept, *([_short(row.get(key, "")) for key in kept] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_short, value))
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 

@@ -10,6 +10,7 @@ from gan_dist.data.prepare import prepare
 from gan_dist.data.synthetic import paint_folder
 from gan_dist.stop import StopRequest
 from gan_dist.train.trainer import Outcome, train
+from gan_dist.watch.history import typed
 
 PAINTINGS = 2000
 BROKEN = 12
@@ -31,6 +32,5 @@ def run_demo(directory: Path, stop: StopRequest, say: Callable[[str], None]) -> 
     return outcome, [
         f"  shards       {shards}",
         f"  rejects      {shards / 'rejects.jsonl'}",
-        f"  continue     gan-dist demo --out {directory}",
-        f"  more samples gan-dist sample {run} --out grid.png",
+        *([f"  go on        {typed(f'gan-dist demo --out {directory}')}"] if outcome.stopped else []),
     ]

@@ -27,7 +27,7 @@ from gan_dist.distributed import World
 from gan_dist.errors import UserError
 from gan_dist.metrics import inception, swd
 from gan_dist.metrics.diversity import pairwise_distance
-from gan_dist.watch.neighbours import nearest
+from gan_dist.watch.neighbours import copies, nearest
 from gan_dist.watch.pictures import write_atomically
 from gan_dist.watch.sample import generate
 
@@ -181,10 +181,7 @@ class Evaluation:
     def _near_copies(self, images: Tensor, look: Callable[[], None]) -> float:
         """Returns the share of `images`, uint8 [n, 3, S, S] and alike on every rank, that are nearly real ones."""
         _, distances, usual = nearest(images, self._dataset, self._world, look)
-        # An almost empty picture is near to every other empty one and is no copy: it must lack less than it shows.
-        contrast = images.flatten(1).float().std(1).tolist()
-        near = [d < (usual or 0) / 3 and d < c / 2 for d, c in zip(distances.tolist(), contrast, strict=True)]
-        return float(sum(near) / len(near))
+        return copies(images, distances, usual) / len(images)
 
     def _real_features(self) -> Tensor:
         """Returns the real images' features, from beside the dataset where they have been computed before."""

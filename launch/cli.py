@@ -35,7 +35,7 @@ ClusterFile = Annotated[
 Run = Annotated[str, typer.Argument(help="A run's directory, or its name where runs lie.")]
 Name = Annotated[str | None, typer.Option(help="The run's name. [default: CONFIG's]")]
 RunDir = Annotated[str | None, typer.Option(help="The run's directory, instead of a name.")]
-MaxSteps = Annotated[int | None, typer.Option(help="End the whole run at this step.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="End the whole run at this step.")]
 FromRun = Annotated[str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start from another's checkpoint.")]
 
 
@@ -114,17 +114,18 @@ def logs(
 ) -> None:
     """Print the newest log of a rank."""
     from launch import status
+    from launch.submit import submissions
 
     where = _find(run, cluster)
     found = status.logs_of(where, rank)
+    if not found and (not follow or not submissions(where)):
+        raise UserError(status.no_log(where, rank))
     if follow:
         try:
             for text in status.follow(where, rank):
                 print(text, end="", flush=True)
         except KeyboardInterrupt:
             return
-    if not found:
-        raise UserError(f"no log of rank {rank} in {where / 'logs'} yet")
     print(f"==> {found[-1].name}\n{found[-1].read_text(errors='replace')}", end="")
 
 
@@ -170,7 +171,7 @@ def cancel(run: Run, cluster: ClusterFile = None) -> None:
 def local(
     config: Config,
     words: Words = None,
-    ranks: Annotated[int | None, typer.Option(help="Processes. [default: one a GPU, or one]")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a GPU, or one]")] = None,
     name: Name = None,
     run_dir: RunDir = None,
     max_steps: MaxSteps = None,
@@ -180,12 +181,14 @@ def local(
     from launch.local import train_here
 
     options, overrides = _options(None, words)
+    if unused := [word for word in words or [] if word not in overrides and not word.startswith("job.runs=")]:
+        print(f"note: {unused[0]} is for jobs and changes nothing here; --ranks says how many", file=sys.stderr)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
     more = [*(["--max-steps", str(max_steps)] if max_steps else []), *(["--from", from_run] if from_run else [])]
     raise typer.Exit(train_here(config, overrides, run, ranks, more))
 
 
-Tasks = Annotated[int, typer.Option(help="Elements of the job array that prepares.")]
+Tasks = Annotated[int, typer.Option(min=1, help="Elements of the job array that prepares.")]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

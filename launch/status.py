@@ -131,6 +131,13 @@ def logs_of(run: Path, rank: str) -> list[Path]:
     return sorted(found, key=lambda file: file.stat().st_mtime)
 
 
+def no_log(run: Path, rank: str) -> str:
+    """Returns why there is no log of a rank, for a person."""
+    if submissions(run) or not (run / "config.yaml").is_file():
+        return f"no log of rank {rank} in {run / 'logs'} yet"
+    return f"{run} was not started as a job: what it said went to its terminal; `gan-dist report` tells its history"
+
+
 def follow(run: Path, rank: str, every_s: float = 0.5, over: float | None = None) -> Iterator[str]:
     """Yields what is appended to the newest log of a rank, going on with the next restart's; without end by itself."""
     at: dict[Path, int] = {}

@@ -15,6 +15,7 @@ from typing import Any
 from gan_dist.data.files import clear_temporaries, expand, publish
 from gan_dist.data.plan import FOLDER
 from gan_dist.data.shards import Manifest, ShardInfo, member_fault, quick_fault, read_manifest
+from gan_dist.errors import UserError
 
 COMMAND = "command.json"
 """Beside the plan: the arguments of the last run, so that a fault can name the command that mends it."""
@@ -39,8 +40,13 @@ def verify(root: str | Path, progress: Callable[[int, int], None] | None = None)
     Raises:
         UserError: no dataset there, or its manifest cannot be read.
     """
-    manifest, root = read_manifest(root), expand(root)
+    root = expand(root)
     again = f"run `{mending_command(root)}` again (it rewrites only what is bad)"
+    try:
+        manifest = read_manifest(root)
+    except UserError as error:
+        what, _, advice = str(error).rpartition(": ")
+        raise (UserError(f"{what}: {again}") if advice.startswith("run ") and remembered(root) else error) from None
     faults: list[Fault] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
         checks = pool.map(lambda shard: list(_shard_faults(root, shard, manifest)), manifest.shards)

@@ -55,7 +55,8 @@ def load_inception(weights: str | Path | None, device: torch.device) -> Inceptio
         network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except OSError as error:
         raise UserError(
-            f"Inception's weights cannot be had ({error}); download {name} elsewhere and pass it as --inception FILE"
+            f"Inception's weights cannot be had ({error}); download {URL_INCEPTION_V3} elsewhere and pass the "
+            "file as --inception FILE"
         ) from None
     except Exception as error:  # whatever torch.load says of a file that is none
         first_line = str(error).strip().split("\n")[0]

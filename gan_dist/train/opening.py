@@ -61,6 +61,8 @@ def _make_ready(
         print(f"{shown(config.data.shards)} is staged in {dataset.root}, {what}", flush=True)
     elif spoken and placement != "device" and NETWORK.search(kind := file_system(dataset.root)):
         print(f"note: the samples lie on {kind}; data.shards=file://{dataset.root} brings them here first", flush=True)
+    if spoken and (batch := config.train.global_batch) > dataset.num_samples:
+        print(f"note: train.global_batch is {batch}, the dataset has {dataset.num_samples} images: batches repeat some")
     with transfers(spoken) as progress:
         warning = stage(dataset, placement, first=world.local_rank == 0, progress=progress, called_off=called_off)
     if warning and spoken:

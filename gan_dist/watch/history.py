@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,12 @@ def commands(run: Run) -> list[tuple[str, str]]:
             ("Start a new run from it", f"gan-dist train CONFIG --name NEW --from {shlex.quote(f'{run.path}@{step}')}")
         )
     offered.append(("Look closer", f"tensorboard --logdir {shlex.quote(str(run.path / 'tensorboard'))}"))
-    return offered
+    return [(what, typed(words)) for what, words in offered]
+
+
+def typed(command: str) -> str:
+    """Returns a command of this environment as it is to be typed: after `uv run`, where that started this program."""
+    return f"uv run {command}" if os.environ.get("UV") else command
 
 
 def closing_lines(run: Run) -> list[str]:

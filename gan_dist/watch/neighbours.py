@@ -31,7 +31,7 @@ class Neighbours:
 
     images: uint8 [N, 3, S, S], the nearest real images; indices: their places in the dataset; sources: where they came
     from; distances: root mean square differences in grey levels (0 to 255); usual: the median distance from a real
-    image to the nearest other one, or None in a set of one.
+    image to the nearest other one, or None in a set of one; copies: samples that are nearly real ones.
     """
 
     images: Tensor
@@ -39,11 +39,7 @@ class Neighbours:
     sources: list[str]
     distances: list[float]
     usual: float | None
-
-    @property
-    def copies(self) -> int:
-        """Samples nearer to a real image than a third of the usual distance: look at these."""
-        return 0 if self.usual is None else sum(distance < self.usual / 3 for distance in self.distances)
+    copies: int
 
     def lines(self) -> list[str]:
         """Returns what a person should know, in words."""
@@ -61,7 +57,18 @@ def find_neighbours(samples: Tensor, dataset: Dataset) -> Neighbours:
     """
     where, distances, usual = nearest(samples, dataset)
     indices = where.tolist()
-    return Neighbours(gather(dataset, where.numpy()), indices, _sources(dataset, indices), distances.tolist(), usual)
+    images, sources = gather(dataset, where.numpy()), _sources(dataset, indices)
+    return Neighbours(images, indices, sources, distances.tolist(), usual, copies(samples, distances, usual))
+
+
+def copies(samples: Tensor, distances: Tensor, usual: float | None) -> int:
+    """Returns how many of `samples`, uint8 [N, 3, S, S], are nearly real ones, by what `nearest` told of them.
+
+    Those are nearer to a real image than a third of the usual distance, and than half of their own contrast: an almost
+    empty picture is near to every other empty one and is no copy.
+    """
+    contrast = samples.flatten(1).float().std(1)
+    return int(((distances < (usual or 0) / 3) & (distances < contrast / 2)).sum())
 
 
 def nearest(

@@ -108,6 +108,25 @@ def test_a_manifest_of_nonsense_is_a_fault_or_one_line(tmp_path: Path) -> None:
                 assert "\n" not in str(error)
 
 
+def test_a_damaged_manifest_is_mended_by_the_command_that_made_it(tmp_path: Path) -> None:
+    source, out = fill(tmp_path / "in put", 4), tmp_path / "out"
+    prepare(source, out, shard_samples=2, workers=0)
+    whole = contents(out)
+    (out / "manifest.json").write_bytes(whole["manifest.json"][:-100])
+    with pytest.raises(
+        UserError, match=r"manifest\.json is damaged .*: run `gan-dist prepare .* --shard-samples 2 .*` again"
+    ) as told:
+        verify(out)
+    words = shlex.split(str(told.value).split("`")[1])
+    assert words[2:4] == [str(source), str(out)]
+    prepare(source, out, shard_samples=2, workers=0)
+    assert verify(out) == [] and contents(out) == whole
+    newer = json.loads(whole["manifest.json"]) | {"format": 99}
+    (out / "manifest.json").write_text(json.dumps(newer))
+    with pytest.raises(UserError, match="reads up to 1: update gan_dist"):
+        verify(out)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_damaged_notes_of_a_preparation_are_noticed(notes: tuple[Path, dict[str, bytes]], place: int, by: int) -> None:

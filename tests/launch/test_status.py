@@ -11,7 +11,7 @@ import pytest
 from gan_dist.errors import UserError
 from launch.board import way_in
 from launch.command import share_of
-from launch.status import all_runs, find_run, follow, logs_of, starts_of, status_lines
+from launch.status import all_runs, find_run, follow, logs_of, no_log, starts_of, status_lines
 from launch.submit import Submission, submissions
 
 
@@ -82,6 +82,12 @@ def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) ->
         if text == "two\n":
             break
     assert seen == ["==> 8-0-gpu-17-0.log\n", "one\n", "==> 8-1-gpu-18-0.log\n", "two\n"]
+
+
+def test_why_there_is_no_log_is_told(run: Path, tmp_path: Path) -> None:
+    assert no_log(run, "1") == f"no log of rank 1 in {run / 'logs'} yet"
+    (tmp_path / "config.yaml").write_text("")
+    assert no_log(tmp_path, "0").startswith(f"{tmp_path} was not started as a job: what it said went to its terminal")
 
 
 def test_a_run_that_was_never_submitted_is_refused(run: Path) -> None:

@@ -93,3 +93,10 @@ def test_the_sheet_pairs_sample_and_neighbour(images: torch.Tensor, tmp_path: Pa
         assert sheet.size == (4 * (18 + 8) + 8, 2 * (8 + 8) + 8)
         left, right = sheet.crop((8, 8, 16, 16)), sheet.crop((18, 8, 26, 16))
         assert left.tobytes() == right.tobytes() == images[0].permute(1, 2, 0).contiguous().numpy().tobytes()
+
+
+def test_an_empty_picture_is_near_to_every_empty_one_and_no_copy_of_it(images: torch.Tensor, tmp_path: Path) -> None:
+    grey = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8)
+    dataset = write_set(tmp_path / "set", torch.cat([grey, images]), 51)
+    found = find_neighbours(torch.cat([grey, images[:1]]), dataset)
+    assert found.distances == [0, 0] and found.indices == [0, 1] and found.copies == 1
