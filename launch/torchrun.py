@@ -33,7 +33,7 @@ def run_torchrun(options: Sequence[str], words: Sequence[str]) -> int:
     # A signal that is ignored stays so in the agent; of the ranks' own handlers launch.rank takes care.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (*HANDED_ON, signal.SIGINT)}
     heard: set[int] = set()
-    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=0", "--signals-to-handle=SIGHUP"]
+    command = [sys.executable, "-m", "launch.agent", "--max-restarts=0", "--signals-to-handle=SIGHUP"]
     agent = subprocess.Popen([*command, *options, "-m", "launch.rank", *words], env=env)
 
     def hand_on(number: int, frame: object = None) -> None:

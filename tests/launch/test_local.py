@@ -1,0 +1,32 @@
+"""Training on this box through the launcher."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.train.test_trainer import config_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def local(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch", "local", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def test_what_is_refused_is_one_line_however_many_ranks_refuse_it(dataset: Path, tmp_path: Path) -> None:
+    config = config_file(dataset, tmp_path)
+    refused = local(config, "--ranks", 2, "--run-dir", tmp_path / "run", "model.resolution=256", "slurm.nodes=2")
+    note, line = refused.stderr.splitlines()
+    assert note == "note: slurm.nodes=2 is for jobs and changes nothing here; --ranks says how many"
+    assert refused.returncode == 2 and line.startswith("gan-dist: model.resolution is 256, but"), refused.stderr
+    nobody = local(config, "--ranks", 0, "--run-dir", tmp_path / "run")
+    assert nobody.returncode == 2 and "'--ranks'" in nobody.stderr and "Traceback" not in nobody.stderr
