@@ -166,11 +166,15 @@ def prepare(
     A picture may take 800 MiB to decode, as a PNG of 160 million pixels does; larger ones are rejected. JPEGs are
     decoded at a reduced scale: only progressive ones have a limit, of 130 million pixels.
     """
+    from gan_dist.config import RESOLUTIONS
     from gan_dist.data.account import TooManyRejects
     from gan_dist.data.prepare import prepare as prepare_dataset
 
     if len(sources) < 2:
         raise UserError("expected SOURCE... OUT: one source or more, then the dataset's directory")
+    if resolution not in RESOLUTIONS:
+        trained = ", ".join(map(str, RESOLUTIONS))
+        print(f"note: {resolution} pixels are for other programs; gan-dist trains on {trained}", file=sys.stderr)
     account = None
     try:
         with _interruptible(), _bar("preparing") as progress:

@@ -106,3 +106,14 @@ def test_every_option_reaches_the_dataset(tmp_path: Path) -> None:
     assert totals["classes"] == {"a": 3, "b": 4} and totals["flags"] == {"truncated": 1}
     for line in ("seen        11", "of these    1 truncated", "classes     2: 4 b, 3 a"):
         assert line in done.stdout, done.stdout
+
+
+def test_a_size_that_no_network_here_has_is_said_before_the_work(tmp_path: Path) -> None:
+    fill(tmp_path / "in", 2)
+    for size, note in (
+        ("48", "note: 48 pixels are for other programs; gan-dist trains on 32, 64, 128, 256\n"),
+        ("32", ""),
+    ):
+        words = [*COMMAND, str(tmp_path / "in"), str(tmp_path / size), "--resolution", size]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stderr == note, done.stderr
