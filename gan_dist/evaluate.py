@@ -69,7 +69,7 @@ class Evaluation:
 
     Every rank makes one and calls it alike. Inception's features of the real images are kept beside the dataset as
     well, where it can be written (`say` is told where not); the distance's descriptors, 28 KB an image at 64x64, are
-    not: making 10,000 images' takes 4 s of a core, in an evaluation of 80. Raises UserError when the dataset, or
+    not: making 10,000 images' takes 4 s of a core, in an evaluation of 90. Raises UserError when the dataset, or
     `samples`, is too small.
     """
 
