@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,10 +47,10 @@ class SlurmOptions(Section):
     extra: dict[str, str | int | bool] = Field(default={})
     """Other options of sbatch by their long names (exclude: node7, exclusive: true)."""
 
-    @field_validator("time")
+    @field_validator("time", mode="before")
     @classmethod
-    def _time_is_a_time(cls, value: str | int) -> str | int:
-        if isinstance(value, str) and not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", value):
+    def _time_is_a_time(cls, value: object) -> object:
+        if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", str(value)):
             raise ValueError(f"slurm.time: expected minutes or [days-]hours:minutes:seconds, found {value!r}")
         return value
 
@@ -57,7 +58,8 @@ class SlurmOptions(Section):
     def _facts_agree(self) -> SlurmOptions:
         if self.signal_lead_s >= self.seconds:
             raise ValueError(
-                f"slurm.signal_lead_s: {self.signal_lead_s} s is all of slurm.time ({self.seconds} s); lower it"
+                f"slurm.signal_lead_s: {self.signal_lead_s} s is all of slurm.time ({self.seconds} s); lower it, or ask "
+                "for more time"
             )
         if self.gpus_per_node and self.gres:
             raise ValueError("slurm.gres: slurm.gpus_per_node asks for GPUs already; set one of the two")
@@ -103,6 +105,22 @@ class JobOptions(Section):
     """How often one submission may be requeued after it has saved and stopped."""
     max_crashes: NonNegative = 3
     """How often one submission may be started again after a crash or a lost host."""
+
+    @field_validator("env")
+    @classmethod
+    def _variables_have_names(cls, value: dict[str, str]) -> dict[str, str]:
+        if odd := [name for name in value if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
+            raise ValueError(f"job.env: expected names of variables such as NCCL_DEBUG, found {odd[0]!r}")
+        return value
+
+    @field_validator("container")
+    @classmethod
+    def _container_is_words(cls, value: str | None) -> str | None:
+        try:
+            shlex.split(value or "")
+        except ValueError as error:
+            raise ValueError(f"job.container: expected words as for a shell, found {value!r}: {error}") from None
+        return value
 
 
 class ClusterOptions(Section):

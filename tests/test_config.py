@@ -57,6 +57,14 @@ def test_yaml_written_reads_back_equal(tmp_path: Path) -> None:
         ("optim.betas=[0.5", "optim.betas: the value '[0.5' is not valid YAML"),
         ("optim.betas=0.5", "optim.betas: expected a list of numbers such as [0.5, 0.999], found 0.5"),
         ("foo.bar=3", "unknown key foo.bar; sections are data, model, loss, optim, train, log,"),
+        ("evaluate.every_step=3", "unknown key evaluate.every_step; did you mean evaluate.every_steps?"),
+        ("slurm.tim=3", "unknown key slurm.tim; sections are data, model"),
+        ("train.epochs.x=3", "unknown key train.epochs.x; train.epochs is one key and set whole"),
+        ("optim.betas=[0.5]", "optim.betas: expected a list of numbers such as [0.5, 0.999], found [0.5]"),
+        ("data.shards=3", "data.shards: expected string, found 3; put it in quotes, in a shell in two kinds"),
+        ("seed=010", "seed: expected integer, found '010'"),
+        ("seed=!!int x", "seed: the value '!!int x' is not valid YAML"),
+        ("seed=99999999999999999999", "seed: expected less than 9223372036854775808"),
         ("log.picture=3", "unknown key log.picture; log has scalars_every, samples_every, grid"),
     ],
 )
@@ -82,6 +90,16 @@ def test_a_file_is_not_blamed_for_what_was_said_beside_it(tmp_path: Path) -> Non
     file.write_text("data: {shards: x}\n")
     assert refusal(file, "train.epochs=0") == "train.epochs: expected greater than 0, found 0"
     assert refusal(file, "loss.name=minimax", "loss.generator_target=0.9").startswith("loss.generator_target: minimax")
+    assert refusal(file, "data.placement=windowed").startswith("data.window_shards: placement windowed")
+    file.write_text("data: {shards: x}\ntrain: 3\n")
+    assert refusal(file, "train.epochs=3").startswith(f"{file}: train is a section; expected its keys (device, epochs")
+
+
+def test_numbers_are_numbers_and_all_else_is_text(tmp_path: Path) -> None:
+    for word, seed in (("seed=12", 12), ("seed=1_000", 1000), ("seed=0x10", 16), ("seed=0", 0)):
+        assert load_config(BASE, [word]).seed == seed
+    for folder in ("2024-01-31", "2020-13-45", "24:00:00", "~nobody-of-that-name"):
+        assert load_config(BASE, [f"data.shards={folder}"]).data.shards == str(Path.cwd() / folder)
 
 
 @pytest.mark.parametrize(
@@ -89,16 +107,23 @@ def test_a_file_is_not_blamed_for_what_was_said_beside_it(tmp_path: Path) -> Non
     [
         ("- 1\n", "expected sections with keys"),
         ("data: {shards: x\n", "not valid YAML"),
-        ("train: {}\n", "data is missing"),
+        ("train: {}\n", "data.shards is missing; name a dataset"),
+        ("dta: {shards: x}\n", "unknown key dta; did you mean data?"),
+        ("data: {shards: x}\ntrain.epochs: 3\n", "unknown key train.epochs; write train: {epochs: ...}"),
+        ("{{ shards }}: x\n", "run.yaml line 1: not valid YAML: a key is a word"),
+        ("[" * 5000, "run.yaml: not valid YAML"),
+        ("data: \0\n", "run.yaml: not valid YAML"),
+        ("1: 2\n", "unknown key 1; sections are data,"),
+        ("", "expected sections with keys, as in configs/paintings64.yaml, found nothing"),
         ("data: {}\n", "data.shards is missing; name a dataset"),
         ("data: {shards: x}\nseed: 1\nseed: 2\n", "'seed' stands twice"),
-        ("data: {shards: x}\ntrain: 3\n", "train: expected"),
+        ("data: {shards: x}\ntrain: 3\n", "train is a section; expected its keys (device, epochs,"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    assert words in refusal(file)
+    assert words in refusal(file) and "\n" not in refusal(file)
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:

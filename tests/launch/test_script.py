@@ -87,9 +87,9 @@ def test_arrays_and_dependencies_are_told_in_the_header(tmp_path: Path) -> None:
     ("time", "seconds"),
     [
         (90, 5400),
-        ("90", 5400),
         ("1:30", 90),
         ("2:00:00", 7200),
+        ("24:00:00", 86400),  # of which YAML 1.1 would make 86400, here minutes
         ("1-0", 86400),
         ("1-2:30", 95400),
         ("1-00:00:01", 86401),
@@ -97,6 +97,7 @@ def test_arrays_and_dependencies_are_told_in_the_header(tmp_path: Path) -> None:
 )
 def test_times_mean_what_slurm_means(time: str | int, seconds: int) -> None:
     assert SlurmOptions(time=time, signal_lead_s=10).seconds == seconds
+    assert load_cluster(None, [f"slurm.time={time}", "slurm.signal_lead_s=10"]).slurm.time == time
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,12 @@ def test_times_mean_what_slurm_means(time: str | int, seconds: int) -> None:
         (["slurm.time=1", "slurm.signal_lead_s=60"], "slurm.signal_lead_s: 60 s is all of slurm.time (60 s); lower it"),
         (["slurm.gres=gpu:4", "slurm.gpus_per_node=4"], "slurm.gres: slurm.gpus_per_node asks for GPUs already"),
         (["slurm.extra={requeue: true}"], "slurm.extra: requeue belongs to the protocol"),
+        (["slurm.time=1.5"], "slurm.time: expected minutes or [days-]hours:minutes:seconds, found 1.5"),
+        (["slurm.time="], "slurm.time: expected minutes or [days-]hours:minutes:seconds, found None"),
         (["job.env={A: 1}"], "job.env.A: expected string, found 1"),
+        (["job.env={A B: x}"], "job.env: expected names of variables such as NCCL_DEBUG, found 'A B'"),
+        (["job.env.A=x"], "unknown key job.env.A; job.env is one key and set whole"),
+        (["job.container=apptainer exec 'x"], "job.container: expected words as for a shell, found"),
     ],
 )
 def test_wrong_options_are_one_line(words: list[str], line: str) -> None:
@@ -125,6 +131,14 @@ def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -
         load_cluster(cluster_file(tmp_path, "slurm: {gpu_per_node: 4}"))
     with pytest.raises(UserError, match="expected a YAML file such as configs/clusters/slurm"):
         load_cluster(tmp_path / "nowhere.yaml")
+
+
+def test_a_file_is_not_blamed_for_a_disagreement_with_what_was_said(tmp_path: Path) -> None:
+    file = cluster_file(tmp_path, "slurm: {time: 9}")
+    with pytest.raises(UserError, match=r"^slurm\.signal_lead_s: 600 s is all of slurm\.time \(540 s\); lower it, or"):
+        load_cluster(file, ["slurm.signal_lead_s=600"])
+    with pytest.raises(UserError, match=r"^slurm\.signal_lead_s: 120 s is all of slurm\.time \(60 s\)"):
+        load_cluster(file, ["slurm.time=1"])
 
 
 def test_words_for_the_cluster_and_for_the_trainer_are_told_apart() -> None:
