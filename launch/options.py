@@ -58,8 +58,8 @@ class SlurmOptions(Section):
     def _facts_agree(self) -> SlurmOptions:
         if self.signal_lead_s >= self.seconds:
             raise ValueError(
-                f"slurm.signal_lead_s: {self.signal_lead_s} s is all of slurm.time ({self.seconds} s); lower it, or ask "
-                "for more time"
+                f"slurm.signal_lead_s: {self.signal_lead_s} s is all of slurm.time ({self.seconds} s); lower it, or "
+                "ask for more time"
             )
         if self.gpus_per_node and self.gres:
             raise ValueError("slurm.gres: slurm.gpus_per_node asks for GPUs already; set one of the two")
