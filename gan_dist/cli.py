@@ -320,7 +320,7 @@ def train(
     config: Annotated[str, typer.Argument(help="A YAML file, for example configs/paintings64.yaml.")],
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="The run's name under $GAN_DIST_RUNS. [default: CONFIG's]")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="The run's directory, instead of a name.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="The run's directory, instead of a name.")] = None,
     from_run: Annotated[
         str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start a new run from another's checkpoint.")
     ] = None,

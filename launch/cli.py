@@ -70,12 +70,13 @@ def submit(
     and is requeued until the run is done.
     """
     from launch.snapshot import CHECKOUT, code_of
-    from launch.submit import check_config, new_id, submit_training, training_batch
+    from launch.submit import check_config, new_id, parent_of, submit_training, training_batch
 
     options, overrides = _options(cluster, words)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
     if dry_run:
-        check_config(config, overrides)
+        check_config(config, overrides, options, run)
+        parent_of(from_run, options)
         code_of(CHECKOUT)
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
@@ -116,6 +117,8 @@ def logs(
     from launch import status
     from launch.submit import submissions
 
+    if rank != "batch" and not rank.isdigit():
+        raise UserError(f"--rank: expected a number, or batch, found {rank!r}")
     where = _find(run, cluster)
     found = status.logs_of(where, rank)
     if not found and (not follow or not submissions(where)):
@@ -178,13 +181,17 @@ def local(
     from_run: FromRun = None,
 ) -> None:
     """Train on this machine through torchrun: all its GPUs, or as many ranks as you say."""
+    from gan_dist.config import load_config
     from launch.local import train_here
+    from launch.submit import parent_of
 
     options, overrides = _options(None, words)
     if unused := [word for word in words or [] if word not in overrides and not word.startswith("job.runs=")]:
         print(f"note: {unused[0]} is for jobs and changes nothing here; --ranks says how many", file=sys.stderr)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
-    more = [*(["--max-steps", str(max_steps)] if max_steps else []), *(["--from", from_run] if from_run else [])]
+    load_config(config, overrides)  # a slip in it is told once, not by every rank
+    parent = parent_of(from_run, options)
+    more = [*(["--max-steps", str(max_steps)] if max_steps else []), *(["--from", parent] if parent else [])]
     raise typer.Exit(train_here(config, overrides, run, ranks, more))
 
 
@@ -202,7 +209,7 @@ def prepare(
     tasks: Tasks = 8,
 ) -> None:
     """Prepare a dataset as a job array; finished shards are kept whatever happens to an element."""
-    from gan_dist.data.files import expand
+    from gan_dist.data.files import expand_directory
     from launch.stages import prepare_array
 
     options, given = _options(cluster, [*words, *context.args])
@@ -213,7 +220,7 @@ def prepare(
     end = next((number for number, word in enumerate(given) if word.startswith("-")), len(given))
     if end < 2:
         raise UserError("expected SOURCE... OUT before the options of gan-dist prepare")
-    out, rest = expand(given[end - 1]), given[end:]
+    out, rest = expand_directory(given[end - 1]), given[end:]
     beside, made = prepare_array([*given[: end - 1], *rest], out, tasks, options)
     print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {beside}")
 
@@ -239,7 +246,10 @@ def pipeline(
         raise UserError("--source: expected one source or more; what shall be prepared?")
     options, overrides = _options(cluster, words)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
-    told = [*source, *shlex.split(preparing)]
+    try:
+        told = [*source, *shlex.split(preparing)]
+    except ValueError as error:
+        raise UserError(f"--prepare: expected options as for a shell, found {preparing!r}: {error}") from None
     for made in submit_pipeline(config, overrides, told, tasks, options, run, max_steps=max_steps):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
     print(f"  python -m launch status {run}")

@@ -86,6 +86,7 @@ class TrainJob:
         """Returns the trainer's Outcome."""
         from gan_dist.train.trainer import train
 
+        how = "submit" if "SLURM_JOB_ID" in os.environ else "local"
         return train(
             self.config,
             list(self.overrides),
@@ -93,7 +94,7 @@ class TrainJob:
             from_run=self.from_run,
             max_steps=self.max_steps,
             stop=STOP,
-            command=["python", "-m", "launch", "submit", self.config, *self.overrides],
+            command=["python", "-m", "launch", how, self.config, *self.overrides],
         )
 
     def _tell(self, attempt: Path, outcome: Any) -> None:

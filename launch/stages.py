@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from gan_dist.config import load_config
-from gan_dist.data.files import publish
+from gan_dist.data.files import expand_directory, publish
 from gan_dist.errors import GanDistError, UserError
 from launch import slurm
 from launch.options import ClusterOptions, SlurmOptions
 from launch.script import Batch, batch_script, interpreter
-from launch.submit import Submission, fresh, record, submit_training
+from launch.submit import Submission, check_config, fresh, record, submit_training
 
 
 def on_cpus(options: SlurmOptions) -> SlurmOptions:
@@ -74,7 +73,7 @@ def submit_pipeline(
 
     A stage that cannot run any more is cancelled by SLURM. When a later stage is refused, earlier ones are taken back.
     """
-    out = load_config(config, overrides).data.shards
+    out = str(expand_directory(check_config(config, overrides, cluster, run).data.shards))
     made: list[Submission] = []
     try:
         made.append(submit_commands(run, "prepare", [["prepare", *sources, out]], cluster, array=tasks))

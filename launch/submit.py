@@ -19,6 +19,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from gan_dist.config import Config, change_rule, changes, load_config, to_yaml
 from gan_dist.data.files import publish
 from gan_dist.errors import UserError
+from gan_dist.naming import run_and_step
 from gan_dist.settings import read_yaml
 from launch import slurm, snapshot
 from launch.options import ClusterOptions
@@ -70,9 +71,26 @@ def training_batch(
     return batch_script(Batch(name, run, submission, code, body, after=after), cluster)
 
 
-def check_config(config: str, overrides: Sequence[str]) -> Config:
-    """Returns the validated configuration. Raises UserError before anything is submitted."""
-    return load_config(config, overrides)
+def check_config(config: str, overrides: Sequence[str], cluster: ClusterOptions, run: Path) -> Config:
+    """Returns the validated configuration. Raises UserError for what ranks would refuse after hours in the queue."""
+    settings = load_config(config, overrides)
+    ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
+    if ranks > settings.train.global_batch:
+        raise UserError(
+            f"{ranks} ranks, but train.global_batch is {settings.train.global_batch}: each rank needs an image"
+        )
+    refuse_another_game(run, settings)
+    return settings
+
+
+def parent_of(from_run: str | None, cluster: ClusterOptions) -> str | None:
+    """Returns RUN[@STEP] with the run's absolute path: in a job the working directory and names are others."""
+    if from_run is None:
+        return None
+    parent, step = run_and_step(from_run, cluster.job.runs)
+    if not (parent / "checkpoints").is_dir():
+        raise UserError(f"--from: no run at {parent}; expected a run's directory, or its name where runs lie")
+    return str(parent) if step is None else f"{parent}@{step}"
 
 
 def refuse_another_game(run: Path, settings: Config) -> None:
@@ -110,20 +128,15 @@ def submit_training(
     Raises UserError for a run that has a job already, for a disk that cannot be written, and with sbatch's own words
     when it refuses.
     """
-    settings = check_config(config, overrides)
+    settings, parent = check_config(config, overrides, cluster, run), parent_of(from_run, cluster)
     slurm.need("sbatch", "srun", "scontrol")
-    refuse_another_game(run, settings)
     if alone and (busy := slurm.queue([each.job for each in submissions(run)])):
         raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
     with fresh(run) as folder:
         (run / "stop").unlink(missing_ok=True)  # a wish that came too late for an earlier job is none for this one
         publish(folder / "config.yaml", to_yaml(settings).encode())
         ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
-        if ranks > settings.train.global_batch:
-            raise UserError(
-                f"{ranks} ranks, but train.global_batch is {settings.train.global_batch}: each rank needs an image"
-            )
-        job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, from_run)
+        job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, parent)
         text = training_batch(run, folder, cluster, run.name, after)
         executor = Executor(folder, text, ranks)
         executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gan_dist.errors import UserError
-from gan_dist.naming import choose_run_dir, run_path
+from gan_dist.naming import choose_run_dir, run_and_step, run_path
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +32,29 @@ def test_names_are_plain() -> None:
     assert choose_run_dir("configs/a.yaml", None, None).name == "a"
     for name in ("monet-2", "x", "Claude Monet", "v1.2", "épreuve"):
         assert choose_run_dir("a.yaml", name, None).name == name
-    for name in ("", ".", "..", "x/../../y", "a/b", "-x", " ", "x ", "a\nb", ".hidden"):
+    for name in ("", ".", "..", "x/../../y", "a/b", "-x", " ", "x ", "a\nb", ".hidden", "n" * 201, "é" * 101):
         with pytest.raises(UserError, match=r"--name: expected a plain name such as monet-2"):
             choose_run_dir("a.yaml", name, None)
     with pytest.raises(UserError, match="give one of them"):
         choose_run_dir("a.yaml", "", "there")
+
+
+def test_runs_lie_in_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="s3://b/x: expected a directory, found an address"):
+        choose_run_dir("a.yaml", None, "s3://b/x")
+    with pytest.raises(UserError, match="http://there/x: expected a directory"):
+        run_path("http://there/x")
+    monkeypatch.setenv("GAN_DIST_RUNS", "gs://bucket")
+    with pytest.raises(UserError, match="gs://bucket: expected a directory"):
+        choose_run_dir("a.yaml", "x", None)
+
+
+def test_a_step_may_be_named_with_a_run(tmp_path: Path) -> None:
+    home = tmp_path / "all runs"
+    assert run_and_step("a@12") == (home / "a", 12) and run_and_step("a") == (home / "a", None)
+    assert run_and_step("a@12", str(tmp_path)) == (tmp_path / "a", 12)
+    assert run_and_step("/me@home/a") == (Path("/me@home/a"), None)
+    assert run_and_step("/me@home/a@0") == (Path("/me@home/a"), 0)
+    for text in ("", "@", "@3", "a@", "a@x", "a@-1", "a@²"):
+        with pytest.raises(UserError, match="--from: expected RUN or RUN@STEP, found"):
+            run_and_step(text)

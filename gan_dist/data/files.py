@@ -25,11 +25,18 @@ def expand(text: str | Path) -> Path:
     Raises:
         UserError: a variable in it is not set.
     """
-    expanded = os.path.expandvars(Path(text).expanduser())
+    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (Path's fails where nobody is called that)
     missing = re.search(r"\$\{?([A-Za-z_]\w*)", expanded)
     if missing and not present(Path(expanded)):  # a file may well be called $HOMELESS
         raise UserError(f"{text}: the environment variable {missing[1]} is not set: set it or write the path out")
     return Path(os.path.abspath(expanded))  # noqa: PTH100 (resolve() would follow links)
+
+
+def expand_directory(text: str | Path) -> Path:
+    """Returns `text` as expand does, for a directory that is written. Raises UserError for an address, too."""
+    if is_address(str(text)):
+        raise UserError(f"{text}: expected a directory, found an address")
+    return expand(text)
 
 
 def present(path: Path) -> bool:

@@ -17,7 +17,15 @@ from time import perf_counter
 from typing import Any
 
 from gan_dist.data.account import Account, TooManyRejects
-from gan_dist.data.files import clear_temporaries, expand, present, publish, publish_record, read_record
+from gan_dist.data.files import (
+    clear_temporaries,
+    expand,
+    expand_directory,
+    present,
+    publish,
+    publish_record,
+    read_record,
+)
 from gan_dist.data.images import RESAMPLE, Recipe
 from gan_dist.data.locks import Locks
 from gan_dist.data.plan import FOLDER, Options, Plan, claim, make_plan, settle
@@ -88,7 +96,7 @@ def prepare(
         raise UserError(f"workers {workers}: expected 0 or more")
     if not 0 <= max_reject_fraction <= 1:
         raise UserError(f"max_reject_fraction {max_reject_fraction}: expected 0 to 1")
-    target = expand(out)
+    target = expand_directory(out)
     texts = spread([sources] if isinstance(sources, str | Path) else sources)
     if not texts:
         raise UserError("no source given: expected folders, zips or tars")

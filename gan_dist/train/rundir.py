@@ -22,7 +22,7 @@ from gan_dist.config import (
 )
 from gan_dist.errors import UserError
 from gan_dist.model.networks import Generator
-from gan_dist.naming import run_path
+from gan_dist.naming import run_and_step, run_path
 from gan_dist.train.checkpoint import Loaded, find, load_newest, replace_atomically
 from gan_dist.watch.sample import build_generator
 
@@ -67,10 +67,10 @@ def prepare_start(
     loaded = load_newest(run_dir / "checkpoints")
     notes: list[str] = []
     if loaded is None:
-        parent = find_parent(from_run, config) if from_run else None
+        parent = find_parent(from_run, config) if from_run is not None else None
         return Start(parent, _parent_name(parent), True, tuple(parent.skipped if parent else ()))
     recorded = loaded.manifest.get("parent")
-    if from_run and recorded != (wanted := _parent_name(find_parent(from_run, config))):
+    if from_run is not None and recorded != (wanted := _parent_name(find_parent(from_run, config))):
         raise UserError(
             f"{run_dir} already holds a run that started from {recorded or 'nothing'}, not from {wanted}; "
             f"choose another name for the new one: {_new_run(run_dir, command)}"
@@ -102,10 +102,7 @@ def _parent_name(parent: Loaded | None) -> str | None:
 
 def find_parent(from_run: str, config: Config) -> Loaded:
     """Returns the checkpoint that `RUN[@STEP]` names, whose networks must have the shapes that `config` asks for."""
-    name, at, step = from_run.rpartition("@") if "@" in from_run else (from_run, "", "")
-    if at and not step.isdigit():
-        raise UserError(f"--from: expected RUN or RUN@STEP, found {from_run}")
-    parent = find(run_path(name), int(step) if step else None)
+    parent = find(*run_and_step(from_run))
     for key, (old, new) in changes(parent.state["config"], config.to_dict()).items():
         if key.startswith(FIXED_FROM) and key != "model.init_std":
             raise UserError(

@@ -236,3 +236,10 @@ def test_bad_options_are_refused(tmp_path: Path, options: dict[str, object]) -> 
     with pytest.raises(UserError):
         prepare(source, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_address_is_no_place_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where `s3:` would be a folder
+    with pytest.raises(UserError, match="s3://bucket/set: expected a directory, found an address"):
+        prepare(fill(tmp_path / "in"), "s3://bucket/set")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -28,5 +28,7 @@ def test_what_is_refused_is_one_line_however_many_ranks_refuse_it(dataset: Path,
     note, line = refused.stderr.splitlines()
     assert note == "note: slurm.nodes=2 is for jobs and changes nothing here; --ranks says how many"
     assert refused.returncode == 2 and line.startswith("gan-dist: model.resolution is 256, but"), refused.stderr
+    again = local(config, "--ranks", 2, "--run-dir", tmp_path / "run", "train.epochs=x")
+    assert again.returncode == 2 and again.stderr == "launch: train.epochs: expected number, found 'x'\n"
     nobody = local(config, "--ranks", 0, "--run-dir", tmp_path / "run")
     assert nobody.returncode == 2 and "'--ranks'" in nobody.stderr and "Traceback" not in nobody.stderr

@@ -16,7 +16,7 @@ from gan_dist.errors import UserError
 from launch import snapshot
 from launch.options import SlurmOptions, load_cluster, split_overrides
 from launch.script import Batch, batch_script
-from launch.submit import refuse_another_game, training_batch
+from launch.submit import parent_of, refuse_another_game, training_batch
 
 RECORDED = Path(__file__).parent / "recorded"
 ROOT = Path(__file__).parents[2]
@@ -215,6 +215,15 @@ def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:
         refuse_another_game(tmp_path, load_config(values, ["train.epochs=1", "seed=3"]))
 
 
+def test_a_parent_is_told_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere" / "old" / "checkpoints").mkdir(parents=True)
+    cluster = load_cluster(None, ["job.runs=elsewhere"])
+    assert parent_of("old", cluster) == str(tmp_path / "elsewhere" / "old")
+    assert parent_of("old@7", cluster) == parent_of("elsewhere/old@7", cluster) == f"{tmp_path}/elsewhere/old@7"
+    assert parent_of(None, cluster) is None
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -222,6 +231,19 @@ def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:
         (["pipeline", "CONFIG", "--run-dir", "RUN", "--source", "a"], "launch: sbatch is not on PATH"),
         (["doctor", "job.runs=nowhere"], "launch: sbatch is not on PATH"),
         (["submit", "CONFIG", "slurm.nods=2"], "launch: unknown key slurm.nods; did you mean slurm.nodes?"),
+        (["submit", "CONFIG", "slurm.nodes=200"], "launch: 200 ranks, but train.global_batch is 128"),
+        (["submit", "CONFIG", "--dry-run", "slurm.nodes=200"], "launch: 200 ranks, but train.global_batch is 128"),
+        (["submit", "CONFIG", "--dry-run", "--from", "nowhere@3"], "launch: --from: no run at"),
+        (["submit", "CONFIG", "--dry-run", "--from", ""], "launch: --from: expected RUN or RUN@STEP, found ''"),
+        (["submit", "CONFIG", "--run-dir", "s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
+        (["submit", "CONFIG", "job.runs=s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
+        (["prepare", "a", "s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
+        (["pipeline", "CONFIG", "--source", "a", "data.shards=s3://b/x"], "launch: s3://b/x: expected a directory"),
+        (
+            ["pipeline", "CONFIG", "--source", "a", "--prepare", "'"],
+            "launch: --prepare: expected options as for a shell",
+        ),
+        (["logs", "anything", "--rank", "**/"], "launch: --rank: expected a number, or batch, found '**/'"),
         (["submit", "CONFIG", "model.nods=2"], "launch: unknown key model.nods"),
         (["prepare", "only-one", "--cluster", "CLUSTER"], "launch: expected SOURCE... OUT"),
         (["prepare", "a", "b", "--resolution", "32", "slurm.time=x"], "launch: slurm.time: expected"),
