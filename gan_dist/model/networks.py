@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gan_dist.errors import UserError
 from gan_dist.model.batchnorm import BatchNorm
+from gan_dist.model.convolution import collapse, double, halve, project
 
 RESOLUTIONS = (32, 64, 128, 256)
 IMAGE_CHANNELS = 3
@@ -45,10 +46,10 @@ class Generator(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Returns images [B, 3, S, S] in [-1, 1] for `latents` [B, latent_dim]."""
-        x = self.convt1(latents[:, :, None, None])
+        x = project(latents, self.convt1.weight)
         for i in range(1, self.depth):
-            x = torch.relu(getattr(self, f"bn{i}")(x))
-            x = getattr(self, f"convt{i + 1}")(x)
+            x = torch.relu_(getattr(self, f"bn{i}")(x))
+            x = double(x, getattr(self, f"convt{i + 1}").weight)
         return torch.tanh(x)
 
 
@@ -72,12 +73,11 @@ class Discriminator(nn.Module):
 
         In train mode the batch is normalised in `groups` equal parts, each by its own statistics.
         """
-        x = nn.functional.leaky_relu(self.conv1(images), self.leaky_slope)
+        x = nn.functional.leaky_relu_(halve(images, self.conv1.weight), self.leaky_slope)
         for i in range(2, self.depth):
-            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x), groups)
-            x = nn.functional.leaky_relu(x, self.leaky_slope)
-        logits: Tensor = getattr(self, f"conv{self.depth}")(x)
-        return logits.flatten()
+            x = getattr(self, f"bn{i}")(halve(x, getattr(self, f"conv{i}").weight), groups)
+            x = nn.functional.leaky_relu_(x, self.leaky_slope)
+        return collapse(x, getattr(self, f"conv{self.depth}").weight)
 
 
 def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
