@@ -95,16 +95,22 @@ def bench_step(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
     seconds: Annotated[float, typer.Option(help="Seconds to measure each for.")] = 5.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch. [default: torch's choice]")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure a range of batches.")] = False,
     as_json: Json = False,
 ) -> None:
     """Images a second of the whole update; under torchrun, how it scales over the ranks."""
+    import torch
+
     from gan_dist.distributed import join
     from gan_dist.train.bench_step import SWEEP
     from gan_dist.train.bench_step import bench_step as measure
+    from gan_dist.train.machine import settled
 
     batches = batch or (list(SWEEP) if sweep else [128])
-    with join(device) as world:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with join(device) as world, settled(world.device):
         first = world.rank == 0
         figures = measure(
             world,

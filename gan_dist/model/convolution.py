@@ -25,7 +25,7 @@ def project(latents: Tensor, weight: Tensor) -> Tensor:
     weight: [Z, C, 4, 4].
     """
     rows = latents @ weight.permute(0, 2, 3, 1).flatten(1)
-    return rows.unflatten(1, (KERNEL, KERNEL, -1)).permute(0, 3, 1, 2)
+    return rows.view(len(rows), KERNEL, KERNEL, -1).permute(0, 3, 1, 2)
 
 
 def collapse(maps: Tensor, weight: Tensor) -> Tensor:
@@ -89,4 +89,4 @@ def _correlate(small: Tensor, large: Tensor) -> Tensor:
     shape, stride = (batch, steps, steps, KERNEL, KERNEL * channels), (image, STRIDE * row, STRIDE * pixel, row, 1)
     patches = padded.as_strided(shape, stride).reshape(batch * steps * steps, -1)
     pixels = small.permute(0, 2, 3, 1).reshape(len(patches), -1)
-    return (pixels.T @ patches).unflatten(1, (KERNEL, KERNEL, channels)).permute(0, 3, 1, 2)
+    return (pixels.T @ patches).view(-1, KERNEL, KERNEL, channels).permute(0, 3, 1, 2)

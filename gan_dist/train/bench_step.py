@@ -229,13 +229,14 @@ def _patched(module: Any, names: Sequence[str], change: Callable[[Any], Any]) ->
 
 
 class _ConvolutionTraffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that convolutions read and write: what is left when everything else is fused into them."""
+    """Counts the bytes that convolutions, and products in their place, read and write: what is left when everything
+    else is fused into them."""
 
     num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if "convolution" in func.__name__:
+        if "convolution" in func.__name__ or func.__name__ in ("mm.default", "mv.default"):
             tensors = [t for t in tree_flatten((args, out))[0] if isinstance(t, Tensor)]
             self.num_bytes += sum(t.numel() * t.element_size() for t in tensors)
         return out

@@ -26,6 +26,7 @@ from gan_dist.train.examiner import Examiner
 from gan_dist.train.keeper import Keeper
 from gan_dist.train.lease import Lease, claim
 from gan_dist.train.lifecycle import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
+from gan_dist.train.machine import settled
 from gan_dist.train.opening import open_for
 from gan_dist.train.patience import patiently
 from gan_dist.train.postmortem import watched
@@ -88,6 +89,7 @@ def train(
         try:
             with (
                 watched(world, directory),
+                settled(world.device, settings.train.deterministic),
                 open_for(settings, world, stop if stop is not None else StopRequest(), voice) as dataset,
             ):
                 # Where a dataset lies may differ between hosts; what is asked of the ranks may not.
@@ -256,8 +258,7 @@ class Trainer:
             self.watchman.forget_file()
         elif self.first:
             self._report()
-        images = (self.step - first_step) * self.config.optim.d_steps * self.batch
-        rate = images / seconds if seconds > 0 else 0.0
+        rate = (self.step - first_step) * self.config.optim.d_steps * self.batch / max(seconds, 1e-9)
         return Outcome(self.run_dir, self.step, self.end, self.images_seen, stopped, rate, seconds)
 
     def _await_data(self) -> bool:
@@ -286,7 +287,7 @@ class Trainer:
             if self.average is not None:
                 self.average.update(self.images_seen)
             word = words.push(stats)
-            decision = self._hear(word) if word is not None else Decision()
+            decision = self._hear(word, self.step - words.lag) if word is not None else Decision()
             self.telemetry.progress(self.step)
             due = self.examiner.is_due(self.step, self.end) and not decision.stop
             examined = self.examiner.examine(self.step, self.telemetry, self._asked) if due else {}
@@ -300,38 +301,36 @@ class Trainer:
                 return self._why()
             if self.keeper.is_due(self.step, epoch_ended, decision.save or bool(self.examiner.best(self.step))):
                 self._save(kept=self.keeper.is_for_good(epoch_ended))
-        for word in words.drain():
-            self._hear(word)
+        left = words.drain()
+        for index, word in enumerate(left, start=self.step - len(left) + 1):
+            self._hear(word, index)
         return None
 
     def _draw(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Returns this rank's slice of the next d_steps batches: uint8 images and latents, all keyed by position."""
         reals, latents = [], []
+        width, device = self.config.model.latent_dim, self.world.device
         for k in range(self.config.optim.d_steps):
             position = self.images_seen + k * self.batch
             draw = (self.config.seed, position, self.batch)
             real = self.stream.next()
             if self.config.data.x_flip:
-                flips = draw_flips(*draw, self.lo, self.hi, self.world.device)
+                flips = draw_flips(*draw, self.lo, self.hi, device)
                 real = torch.where(flips[:, None, None, None], real.flip(-1), real)
             elif k + 1 < self.config.optim.d_steps:
                 real = real.clone()  # the stream reuses its buffer at the following call
             reals.append(real)
-            latents.append(
-                draw_latents(
-                    *draw, self.config.model.latent_dim, self.lo, self.hi, self.world.device, self.update.dtype
-                )
-            )
+            latents.append(draw_latents(*draw, width, self.lo, self.hi, device, self.update.dtype))
         return reals, latents
 
-    def _hear(self, word: list[float]) -> Decision:
-        """Returns what the ranks decided with the step that `word` tells of; raises when the game is lost."""
+    def _hear(self, word: list[float], step: int) -> Decision:
+        """Returns what the ranks decided with `step`, of which `word` tells; raises when the game is lost."""
         decision = self.referee.hear(word)
         if decision.skipped:
-            self.telemetry.warn(f"step {self.step}: an update was skipped, its gradients were not finite", self.step)
+            self.telemetry.warn(f"step {step}: an update was skipped, its gradients were not finite", self.step)
         if self.referee.lost:
             raise GanDistError(
-                f"the last {self.referee.in_a_row} steps up to {self.step} had non-finite gradients and were skipped; "
+                f"the last {self.referee.in_a_row} steps up to {step} had non-finite gradients and were skipped; "
                 f"the last checkpoint is of step {self.keeper.saved_step}; lower optim.g_lr and optim.d_lr"
             )
         return decision

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import ctypes
+import resource
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gan_dist.config import load_config
+from gan_dist.train import trainer
+from gan_dist.train.machine import settled
+from tests.train.games import CPU
+
+PAGES = 2**25 // resource.getpagesize()
+"""Pages of the smallest tensor that `_work` makes."""
+
+
+def _work() -> int:
+    """Returns the fewest page faults of several rounds of large tensors: what is left once memory has been found."""
+    counts = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        x = torch.ones(1, 2**20)
+        for images in (8, 16, 32, 16, 8):
+            x = torch.relu(x[:1].expand(images, -1) + 1)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(counts)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
+    if _work() < PAGES:
+        pytest.skip("this kernel backs large allocations with huge pages by itself")
+    with settled(CPU):
+        assert _work() < PAGES // 10
+    assert _work() > PAGES
+    with settled(torch.device("cuda")):  # tensors of a GPU's run are not the C library's
+        assert _work() > PAGES
+
+
+def test_deterministic_asks_torch_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with settled(CPU, deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        with warnings.catch_warnings(record=True) as told:  # told of, and no end
+            warnings.simplefilter("always")
+            _indeterminate()
+        assert bool(told) == torch.cuda.is_available()
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(ZeroDivisionError), settled(CPU, deterministic=True):
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def _indeterminate() -> None:
+    """Does what has no deterministic kernel on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.bincount(torch.tensor([0, 1], device=device), weights=torch.ones(2, device=device))
+
+
+def test_training_is_settled_as_its_configuration_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[bool] = []
+
+    class Stop(Exception):
+        pass
+
+    def opened(*args: Any) -> Any:
+        found.append(torch.are_deterministic_algorithms_enabled())
+        raise Stop
+
+    monkeypatch.setattr(trainer, "open_for", opened)
+    for wanted in (False, True):
+        config = load_config("configs/demo.yaml", [f"train.deterministic={str(wanted).lower()}", "data.shards=/none"])
+        with pytest.raises(Stop):
+            trainer.train(config, run_dir=tmp_path / "run", console=False)
+    assert found == [False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_deterministic_games_on_a_gpu_have_the_same_bits() -> None:
+    from gan_dist.distributed import World
+    from gan_dist.train.runner import make_runner
+    from tests.train.games import batches, game, tensors
+
+    device = torch.device("cuda", 0)
+    found = []
+    with settled(device, deterministic=True):
+        for _ in range(2):
+            update = game(World(device=device), precision="bf16")
+            runner = make_runner("captured", update)
+            for step in range(20):
+                runner.step(*batches(update, step))
+            found.append(tensors(update))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
