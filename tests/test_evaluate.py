@@ -19,9 +19,10 @@ from gan_dist.data.synthetic import paint_folder
 from gan_dist.data.verify import verify
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
-from gan_dist.evaluate import Evaluation, warnings
+from gan_dist.evaluate import YOUNG_IMAGES, Evaluation, accuracy, warnings
 from gan_dist.evaluating import evaluate_run
 from gan_dist.metrics import inception
+from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.networks import Generator, initialise
 from gan_dist.train.checkpoint import find
 from gan_dist.train.trainer import train
@@ -84,9 +85,62 @@ def test_a_generator_that_copies_is_near_and_is_found_out(many: Path) -> None:
     assert any("copies of real images" in line and "data.x_flip" in line for line in warnings(copying))
     assert alike["diversity"] == 0
     assert any("collapse" in line and "optim.g_lr" in line for line in warnings(alike))
-    assert not warnings({**alike, "near_copies": 0, "epoch": 1})  # it is young: little is learned yet
+    assert alike["repeated"] == 1 and copying["repeated"] < 0.2
     assert copying["swd"] < untrained["swd"] / 3
     assert untrained["near_copies"] == 0
+
+
+def test_what_is_warned_of() -> None:
+    sound = {"diversity": 0.9, "repeated": 0.01, "near_copies": 0.0, "images_seen": YOUNG_IMAGES}
+    young = {**sound, "images_seen": YOUNG_IMAGES - 1}
+    assert not warnings(sound, most_diverse=0.95)
+    (line,) = warnings({**sound, "diversity": 0.4})
+    assert "differ 40% as much as real images do: the generator collapses" in line and "optim.g_lr" in line
+    assert not warnings({**young, "diversity": 0.4, "repeated": 0.9}, most_diverse=0.4)  # little is learned yet
+    (line,) = warnings({**young, "diversity": 0.4}, most_diverse=0.7)  # but what was learned may be lost
+    assert "do, after 70%: the generator collapses" in line
+    (line,) = warnings({**sound, "repeated": 0.3})
+    assert "30% of the samples looked at are nearly the same as another one" in line and "optim.g_lr" in line
+    assert not warnings({**sound, "accuracy_training": 0.9, "accuracy_held_out": 0.8})
+    (line,) = warnings({**sound, "accuracy_training": 0.9, "accuracy_held_out": 0.5})
+    assert "knows 90% of the training images but 50% of the others" in line and "data.x_flip=true" in line
+
+
+class Bright(nn.Module):
+    """A discriminator that takes an image for real where it is brighter than its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchNorm(3)
+        self.batches: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        brightness: Tensor = self.norm(images).mean((1, 2, 3))
+        return brightness
+
+
+def test_the_discriminator_is_judged_as_it_plays(tmp_path: Path) -> None:
+    grey = [30 if index % 4 else 90 for index in range(200)]  # a quarter is bright, and none by a fixed measure
+    (tmp_path / "greys").mkdir()
+    for index, level in enumerate(grey):
+        Image.new("RGB", (32, 32), (level, level, level)).save(tmp_path / "greys" / f"{index:03d}.png")
+    prepare([tmp_path / "greys"], tmp_path / "shards", resolution=32)
+    judge = Bright().eval()
+    with open_dataset(tmp_path / "shards") as real:
+        assert accuracy(judge, real, 200) == pytest.approx(0.25, abs=0.03)
+    assert judge.batches == [64, 64, 64]  # whole ones, each normalised by itself
+
+
+def test_the_published_distance_is_added_when_asked_for(many: Path) -> None:
+    with open_dataset(many) as real:
+        asked = Evaluation(World(), real, SAMPLES, published=True)
+        images = torch.cat([real.shard_view(shard) for shard in range(3)])
+        figures, faded = (asked(Copier(one), 8, averaged=False) for one in (images, 64 + images // 2))
+    assert figures is not None and faded is not None
+    assert figures["swd_progan"] == pytest.approx((figures["swd_progan_32"] + figures["swd_progan_16"]) / 2)
+    assert figures["swd_progan"] < 30 and faded["swd"] > 3 * faded["swd_progan"]  # blind to contrast, as published
+    assert "swd_progan" not in drawn_by(Copier(images), many)
 
 
 def test_an_empty_picture_is_no_copy_of_an_empty_picture(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A sign of collapse that a person can check by eye."""
+"""Signs of collapse that a person can check by eye: samples that differ little, and samples that come again."""
 
 from __future__ import annotations
 
@@ -24,3 +24,23 @@ def pairwise_distance(world: World, images: Tensor) -> float:
     total, squares, count = world.all_reduce(sums.to(world.device))
     variance = squares / count - (total / count).square()
     return float((2 * variance.clamp(min=0).mean()).sqrt())
+
+
+def repeated(images: Tensor, real: Tensor) -> float:
+    """Returns the share of `images`, uint8 [n, 3, S, S], that are nearly the same as another of them.
+
+    Nearly: nearer than a third of the median distance from one of `real`, as many as they, to the nearest other one.
+    A generator that knows only k pictures repeats itself in any n > k (the birthday test of Arora and Zhang 2017,
+    arXiv:1706.08224, without the eye), however far those are apart.
+    """
+    return float((_nearest_other(images) < _nearest_other(real).median() / 3).float().mean())
+
+
+def _nearest_other(images: Tensor) -> Tensor:
+    """Returns each image's root mean square distance to the nearest other one in grey levels, float32 [n]."""
+    flat = images.flatten(1).float()
+    flat = flat - flat.mean(0)  # the products below then lose less
+    norms = flat.square().sum(1)
+    squares = norms[:, None] - 2 * flat @ flat.T + norms
+    squares.fill_diagonal_(torch.inf)
+    return (squares.min(1).values.clamp(min=0) / flat.shape[1]).sqrt()

@@ -3,8 +3,11 @@
 It needs no trained network: patches of 7x7 pixels from each level of the pyramid are compared as distributions, along
 random directions. A level tells of structures of its size. In two things it differs from the paper's own program: both
 sets are normalised by the *real* one's mean and deviation a channel, where each set's own would hide a shift of colour
-and a loss of contrast; and PATCHES are taken of an image, not 128. Two samples of one distribution are not at 0: the
-fewer the patches, the further apart. So compare figures of one protocol, and hold them against real against real.
+and a loss of contrast; and PATCHES are taken of an image, not 128. `published=True` and PUBLISHED_PATCHES are the
+paper's own form, for figures that stand beside published ones.
+
+Two samples of one distribution are not at 0: the fewer the patches, the further apart. So compare figures of one
+protocol, and hold them against real against real.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ COARSEST = 16
 """Side of the pyramid's smallest level in pixels."""
 SIDE = 7
 PATCHES = 16
+PUBLISHED_PATCHES = 128
 DIRECTIONS = 512
 AT_ONCE = 64
 """Directions projected together: bounds the memory, and the time between two looks at who wants to stop."""
@@ -57,29 +61,31 @@ def _blur(side: int) -> Tensor:
     return matrix
 
 
-def positions(samples: int, resolution: int, seed: int) -> list[Tensor]:
-    """Returns where each image's patches lie, int64 [samples, PATCHES, 2] a level: (top, left), keyed by `seed`."""
+def positions(samples: int, resolution: int, seed: int, patches: int = PATCHES) -> list[Tensor]:
+    """Returns where each image's patches lie, int64 [samples, patches, 2] a level: (top, left), keyed by `seed`."""
     source = torch.Generator().manual_seed(seed)
-    return [torch.randint(side - SIDE + 1, (samples, PATCHES, 2), generator=source) for side in levels(resolution)]
+    return [torch.randint(side - SIDE + 1, (samples, patches, 2), generator=source) for side in levels(resolution)]
 
 
-def descriptors(images: Tensor, where: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
-    """Returns the patches of uint8 [N, 3, S, S] at `where` [N, PATCHES, 2], a level each: float32 [N * PATCHES, 147].
+def descriptors(images: Tensor, where: Sequence[Tensor | None], device: torch.device | None = None) -> list[Tensor]:
+    """Returns the patches of uint8 [N, 3, S, S] at `where` [N, k, 2], a level each: float32 [N * k, 147].
 
-    They lie on `device`, by default the images'.
+    They lie on `device`, by default the images'. A level whose `where` is None is left out.
     """
     device = device or images.device
-    found = [torch.empty(len(images) * PATCHES, 3 * SIDE * SIDE, device=device) for _ in where]
+    wanted = [(number, corners) for number, corners in enumerate(where) if corners is not None]
+    found = [torch.empty(corners.shape[0] * corners.shape[1], 3 * SIDE * SIDE, device=device) for _, corners in wanted]
     for start in range(0, len(images), SLICE):
         part = slice(start, min(len(images), start + SLICE))
-        signed = images[part].to(device).float() / 127.5 - 1
-        for level, corners, out in zip(pyramid(signed), where, found, strict=True):
-            out[part.start * PATCHES : part.stop * PATCHES] = _cut(level, corners[part].to(device))
+        signed = pyramid(images[part].to(device).float() / 127.5 - 1)
+        for (number, corners), out in zip(wanted, found, strict=True):
+            patches = corners.shape[1]
+            out[part.start * patches : part.stop * patches] = _cut(signed[number], corners[part].to(device))
     return found
 
 
 def _cut(level: Tensor, corners: Tensor) -> Tensor:
-    """Returns the patches [n * PATCHES, 147] whose top left pixels are at `corners` [n, PATCHES, 2] of [n, 3, s, s]."""
+    """Returns the patches [n * k, 147] whose top left pixels are at `corners` [n, k, 2] of [n, 3, s, s]."""
     count, channels, side, _ = level.shape
     image = torch.arange(count, device=level.device)[:, None] * (channels * side * side)
     first = (image + corners[..., 0] * side + corners[..., 1]).reshape(-1, 1)
@@ -95,31 +101,39 @@ def sliced_wasserstein(
     fake: Sequence[Tensor],
     seed: int,
     check: Callable[[], None] = lambda: None,
+    *,
+    published: bool = False,
 ) -> list[float]:
     """Returns 1,000 times the distance of each level; 0 for equal sets. Lower is nearer.
 
     real, fake: each level's descriptors, float32 [n, 147] with n alike, whole on every rank. A collective: the ranks
     share the directions, so the figure does not depend on how many they are, beyond rounding. `check` is called now and
-    then, equally often on every rank, and may raise.
+    then, equally often on every rank, and may raise. `published` normalises each set by its own mean and deviation.
     """
     source = torch.Generator().manual_seed(seed)
     sums = []
     for theirs, ours in zip(real, fake, strict=True):
         directions = torch.randn(theirs.shape[1], DIRECTIONS, generator=source)
         directions = (directions / directions.norm(dim=0)).to(theirs.device)
-        # Each channel's 49 columns share a mean and a deviation; both sets take the real one's.
-        deviation, mean = torch.std_mean(theirs.view(len(theirs), 3, -1), (0, 2))
-        shift, scale = (one.repeat_interleave(SIDE * SIDE) for one in (mean, 1 / deviation.clamp(min=1e-6)))
+        own = [_normalisation(one) for one in ((theirs, ours) if published else (theirs, theirs))]
         total = 0.0
         for block in _shares(world, directions.split(AT_ONCE, dim=1)):
             check()
             if block is not None:
-                weighted = scale[:, None] * block
-                lines = [_sorted(weighted.t() @ one.t() - (shift @ weighted)[:, None]) for one in (theirs, ours)]
+                lines = []
+                for one, (shift, scale) in zip((theirs, ours), own, strict=True):
+                    weighted = scale[:, None] * block
+                    lines.append(_sorted(weighted.t() @ one.t() - (shift @ weighted)[:, None]))
                 total += (lines[0] - lines[1]).abs_().mean(1, dtype=torch.float64).sum().item()
         sums.append(total)
     reduced = world.all_reduce(torch.tensor(sums, dtype=torch.float64, device=world.device))
     return (1000 / DIRECTIONS * reduced).tolist()
+
+
+def _normalisation(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (shift, scale), float32 [147] each: a channel's 49 columns share a mean and a deviation."""
+    deviation, mean = torch.std_mean(rows.view(len(rows), 3, -1), (0, 2))
+    return mean.repeat_interleave(SIDE * SIDE), (1 / deviation.clamp(min=1e-6)).repeat_interleave(SIDE * SIDE)
 
 
 def _shares(world: World, blocks: Sequence[Tensor]) -> Iterator[Tensor | None]:

@@ -16,6 +16,7 @@ from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.distributed import World
 from gan_dist.errors import UserError
 from gan_dist.evaluate import Evaluation, accuracy, warnings
+from gan_dist.model.networks import Discriminator
 from gan_dist.train.checkpoint import read_best
 from gan_dist.watch.record import PROTOCOL
 from gan_dist.watch.telemetry import Telemetry
@@ -41,12 +42,14 @@ class Examiner:
         checkpoints: Path,
     ) -> None:
         self._every, self._latent_dim = config.evaluate.every_steps, config.model.latent_dim
-        self._epochs_a_step = config.optim.d_steps * config.train.global_batch / dataset.num_samples
+        self._images_a_step = config.optim.d_steps * config.train.global_batch
         self._averaged = config.train.ema_half_life_images > 0
         self._world, self._dataset = world, dataset
         self._generator, self._discriminator = generator, discriminator
         self._began, self._spent = time.monotonic(), 0.0
         self._best: dict[str, Any] | None = None
+        self._most_diverse = 0.0  # of this start's evaluations
+        self._judging: Discriminator | None = None
         self._told: dict[str, Any] = {}  # the protocol that the run's history has already
         if not self._every:
             return
@@ -63,6 +66,9 @@ class Examiner:
                 f"evaluate.held_out: {held_out} holds {self._held_out.resolution}x{self._held_out.resolution} images, "
                 f"the run learns from {dataset.resolution}x{dataset.resolution} ones; prepare it alike"
             )
+        if self._held_out is not None:
+            model, living = config.model, next(discriminator.parameters())
+            self._judging = Discriminator(model.resolution, model.d_channels, model.leaky_slope).to(living)
         self._best = world.from_first(lambda: read_best(checkpoints))
 
     def is_due(self, step: int, end: int) -> bool:
@@ -98,25 +104,22 @@ class Examiner:
             f"evaluated step {step}: swd {found['swd']:.4g}{' (the best so far)' if leads else ''}, "
             f"diversity {found['diversity']:.2f}{_judgement(found)}; {seconds:.1f} s, {share:.1%} of the time so far"
         )
-        for line in warnings({**found, "epoch": step * self._epochs_a_step}):
+        for line in warnings({**found, "images_seen": step * self._images_a_step}, self._most_diverse):
             telemetry.warn(line, step)
+        self._most_diverse = max(self._most_diverse, found["diversity"])
         return {f"evaluate/{name}": float(value) for name, value in found.items()} | {
             "evaluate/seconds": seconds,
             "evaluate/share_of_time": share,
         }
 
     def _judge(self) -> dict[str, float]:
-        """Returns how well the discriminator knows its training images, and others; in eval mode, its mode restored."""
-        assert self._held_out is not None
-        training = self._discriminator.training
-        self._discriminator.eval()
-        try:
-            return {
-                "accuracy_training": accuracy(self._discriminator, self._dataset, JUDGED),
-                "accuracy_held_out": accuracy(self._discriminator, self._held_out, JUDGED),
-            }
-        finally:
-            self._discriminator.train(training)
+        """Returns how well the discriminator, as it stands, knows its training images, and others."""
+        assert self._held_out is not None and self._judging is not None
+        self._judging.load_state_dict(self._discriminator.state_dict())
+        return {
+            "accuracy_training": accuracy(self._judging, self._dataset, JUDGED),
+            "accuracy_held_out": accuracy(self._judging, self._held_out, JUDGED),
+        }
 
 
 def _judgement(found: dict[str, Any]) -> str:

@@ -65,7 +65,8 @@ def copies(samples: Tensor, distances: Tensor, usual: float | None) -> int:
     """Returns how many of `samples`, uint8 [N, 3, S, S], are nearly real ones, by what `nearest` told of them.
 
     Those are nearer to a real image than a third of the usual distance, and than half of their own contrast: an almost
-    empty picture is near to every other empty one and is no copy.
+    empty picture is near to every other empty one and is no copy. What is shifted by a pixel or more, or turned, is not
+    found: pixels are compared in place, and mirrored.
     """
     contrast = samples.flatten(1).float().std(1)
     return int(((distances < (usual or 0) / 3) & (distances < contrast / 2)).sum())
@@ -75,7 +76,7 @@ def nearest(
     samples: Tensor, dataset: Dataset, world: World = ALONE, check: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, Tensor, float | None]:
     """Returns indices, int64 [N], distances, float32 [N], and `usual`, as in Neighbours, of `samples`, uint8
-    [N, 3, S, S].
+    [N, 3, S, S], or of their mirror images where those are nearer: with data.x_flip a copy may be one.
 
     A collective: the ranks, which give the same samples, share the real images. `check` is called now and then, equally
     often on every rank, and may raise. Raises ValueError when the samples' size is not the dataset's.
@@ -85,11 +86,14 @@ def nearest(
         raise ValueError(f"samples of shape {tuple(samples.shape)}, but the dataset's images are 3x{size}x{size}")
     count = min(REFERENCES, dataset.num_samples) if dataset.num_samples > 1 else 0
     own = torch.arange(count) * dataset.num_samples // max(1, count)
-    queries = torch.cat([samples, gather(dataset, own.numpy())]).flatten(1).float()
+    queries = torch.cat([samples, samples.flip(-1), gather(dataset, own.numpy())]).flatten(1).float()
     where = _nearest(queries, own, dataset, world, check)
     distances = (queries - gather(dataset, where.numpy()).flatten(1).float()).square().mean(1).sqrt()
-    mine, theirs = distances.tensor_split([len(samples)])
-    return where[: len(samples)], mine, theirs.median().item() if count else None
+    parts = [len(samples), 2 * len(samples)]
+    plain, mirrored, theirs = distances.tensor_split(parts)
+    as_it_is, as_mirrored, _ = where.tensor_split(parts)
+    found = torch.where(mirrored < plain, as_mirrored, as_it_is)
+    return found, torch.minimum(plain, mirrored), theirs.median().item() if count else None
 
 
 def _nearest(queries: Tensor, own: Tensor, dataset: Dataset, world: World, check: Callable[[], None]) -> Tensor:

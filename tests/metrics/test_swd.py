@@ -51,24 +51,26 @@ def reference_pyramid(image: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     return [*found, image]
 
 
-def reference_distance(real: Tensor, fake: Tensor) -> list[float]:
-    """The distance patch by patch and direction by direction, in float64."""
+def reference_distance(real: Tensor, fake: Tensor, *, patches: int = 16, own: bool = False) -> list[float]:
+    """The distance patch by patch and direction by direction, in float64; `own`: each set normalised by itself."""
     levels = []
-    for number, where in enumerate(swd.positions(len(real), real.shape[-1], 0)):
+    for number, where in enumerate(swd.positions(len(real), real.shape[-1], 0, patches)):
         sets = []
         for images in (real, fake):
-            patches = []
+            cut = []
             for image, corners in zip(images.double().numpy() / 127.5 - 1, where.tolist(), strict=True):
                 level = reference_pyramid(image)[number]
-                patches += [level[:, top : top + 7, left : left + 7].ravel() for top, left in corners]
-            sets.append(np.stack(patches))
+                cut += [level[:, top : top + 7, left : left + 7].ravel() for top, left in corners]
+            sets.append(np.stack(cut))
         source = torch.Generator().manual_seed(0)
         # The directions of this level: the levels draw theirs one after the other.
         drawn = [torch.randn(147, swd.DIRECTIONS, generator=source) for _ in range(number + 1)][-1].double().numpy()
         drawn /= np.linalg.norm(drawn, axis=0)
-        channels = sets[0].reshape(len(sets[0]), 3, 49)
-        mean, deviation = channels.mean((0, 2)).repeat(49), channels.std((0, 2), ddof=1).repeat(49)
-        lines = [np.sort((one - mean) / deviation @ drawn, axis=0) for one in sets]
+        lines = []
+        for one in sets:
+            channels = (one if own else sets[0]).reshape(-1, 3, 49)
+            mean, deviation = channels.mean((0, 2)).repeat(49), channels.std((0, 2), ddof=1).repeat(49)
+            lines.append(np.sort((one - mean) / deviation @ drawn, axis=0))
         levels.append(1000 * float(np.abs(lines[0] - lines[1]).mean()))
     return levels
 
@@ -76,6 +78,27 @@ def reference_distance(real: Tensor, fake: Tensor) -> list[float]:
 def test_it_matches_a_plain_reference(paintings: Tensor) -> None:
     real, fake = paintings[:30], paintings[30:60]
     assert between(real, fake) == pytest.approx(reference_distance(real, fake), rel=1e-4)
+
+
+def test_the_published_form_matches_a_plain_reference_and_is_blind_to_tint_and_contrast(paintings: Tensor) -> None:
+    real, fake = paintings[:20], paintings[20:40]
+
+    def published(fake: Tensor) -> list[float]:
+        where = swd.positions(20, 64, 0, swd.PUBLISHED_PATCHES)
+        at, there = (swd.descriptors(images, where) for images in (real, fake))
+        return swd.sliced_wasserstein(ALONE, at, there, 0, published=True)
+
+    found = published(fake)
+    assert found == pytest.approx(reference_distance(real, fake, patches=128, own=True), rel=1e-4)
+    faded = (64 + fake * 0.5).round().byte()
+    assert sum(published(faded)) < 1.5 * sum(found) < sum(between(real, faded))
+
+
+def test_a_level_may_be_left_out(paintings: Tensor) -> None:
+    where = swd.positions(5, 64, 0)
+    for level, expected in enumerate(swd.descriptors(paintings[:5], where)):
+        (found,) = swd.descriptors(paintings[:5], [w if i == level else None for i, w in enumerate(where)])
+        assert torch.equal(found, expected)
 
 
 def test_equal_sets_are_at_no_distance_and_order_does_not_matter(paintings: Tensor) -> None:

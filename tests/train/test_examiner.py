@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gan_dist import evaluate
 from gan_dist.data.prepare import prepare
 from gan_dist.data.synthetic import paint_folder
 from gan_dist.distributed import World
@@ -43,6 +44,7 @@ def play(many: Path, run: Path, *words: str, steps: int = 5, **more: Any) -> Any
 def test_not_a_bit_of_the_game_is_changed(
     many: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    began = time.monotonic()
     play(many, tmp_path / "examined", f"evaluate.held_out={dataset}", console=True)
     assert "of held-out ones for real" in capsys.readouterr().out
     play(many, tmp_path / "left_alone", "evaluate.every_steps=0")
@@ -52,12 +54,29 @@ def test_not_a_bit_of_the_game_is_changed(
     assert {"swd_32", "swd_16", "diversity", "near_copies", "accuracy_training", "accuracy_held_out", "seconds"} <= set(
         run.evaluations[0]
     )
-    assert 0 < run.evaluations[-1]["share_of_time"] < 1
+    spent, whole = sum(row["seconds"] for row in run.evaluations), time.monotonic() - began
+    assert spent / whole < run.evaluations[-1]["share_of_time"] < 1
     assert run.evaluations[-1]["diversity"] < 0.5 and not [e for e in run.events if e["event"] == "warning"]
     points = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     steps = [point["step"] for point in points if "event" not in point]
     assert steps == sorted(set(steps)), "a step stands twice"
     assert "How good it is" in make_report(run.path).read_text()
+
+
+def test_what_is_evaluated_is_what_will_be_drawn(many: Path, tmp_path: Path) -> None:
+    """The averaged generator where there is one: the checkpoint's, by the same protocol, gives the same figure."""
+    for name, words in (("averaged", []), ("plain", ["train.ema_half_life_images=0"])):
+        run = tmp_path / name
+        play(many, run, "optim.g_lr=0.05", *words, steps=4)
+        row = read_run(run).evaluations[-1]
+        (again,) = evaluate_run(World(), run, samples=100, with_inception=False)
+        assert again["swd"] == pytest.approx(row["swd"], rel=1e-4)
+        assert row["protocol"]["averaged"] == (name == "averaged")
+    living, averaged = (
+        evaluate_run(World(), tmp_path / "averaged", samples=100, with_inception=False, averaged=which)[0]["swd"]
+        for which in (False, True)
+    )
+    assert living != pytest.approx(averaged, rel=1e-2)
 
 
 def test_figures_of_two_protocols_are_told_apart(many: Path, tmp_path: Path) -> None:
@@ -122,10 +141,22 @@ def test_a_wish_to_stop_is_heard_within_an_evaluation(
     assert_identical(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_collapse_is_told_with_what_to_try(many: Path, tmp_path: Path) -> None:
+def test_a_collapse_is_told_with_what_to_try(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "YOUNG_IMAGES", 45 * 6)
     play(many, tmp_path / "run", "optim.g_lr=1e-9", "evaluate.every_steps=45", "log.samples_every=99", steps=45)
     (told,) = [event["reason"] for event in read_run(tmp_path / "run").events if event["event"] == "warning"]
     assert "collapses to few" in told and "try a lower optim.g_lr" in told
+
+
+def test_a_young_runs_collapse_is_told_by_what_it_had(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distances = iter([0.2, 1, 0.45, 1, 0.25, 1])  # of samples and of real images, at steps 2, 4 and 6
+    monkeypatch.setattr(evaluate, "pairwise_distance", lambda *_: next(distances))
+    play(many, tmp_path / "run", steps=6)
+    told = [event for event in read_run(tmp_path / "run").events if event["event"] == "warning"]
+    assert [event["step"] for event in told] == [6]
+    assert "differ 25% as much as real images do, after 45%: the generator collapses" in told[0]["reason"]
 
 
 def test_rates_tell_of_training_alone(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,12 @@ def test_the_nearest_of_all_shards_is_found(
     assert found.copies == 4 and "4 may be copies" in found.lines()[0]
 
 
+def test_a_mirrored_copy_is_one(images: torch.Tensor, tmp_path: Path) -> None:
+    found = find_neighbours(images[[7, 31]].flip(-1), write_set(tmp_path / "set", images, 20))
+    assert found.indices == [7, 31] and found.distances == [0, 0] and found.copies == 2
+    assert torch.equal(found.images, images[[7, 31]])  # shown as they are in the set
+
+
 def test_distances_between_real_images_leave_out_themselves(images: torch.Tensor, tmp_path: Path) -> None:
     found = find_neighbours(images[:3], write_set(tmp_path / "set", images, 20))
     assert found.distances == [0, 0, 0]
