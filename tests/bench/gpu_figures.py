@@ -4,7 +4,8 @@ Parts, in order; each writes FOLDER/PART.json or .txt, and a part that fails doe
   tests      the tests marked gpu: captured equals eager, GPU equals CPU, no host sync, NCCL equals gloo (two GPUs)
   peer       the tutorial's step and ours, interleaved, at batch 128 and 1024
   sweep      images/s over batches and runners with the shares of the matmul and copy rates and peak memory
-  variants   what was left to measure: compiled passes inside the graph, padded 3-channel layers, layouts, groups
+  variants   what was left to measure: compiled passes inside the graph, cuDNN's kernels by trial, padded 3-channel
+             layers, layouts, products for the small end's convolutions, groups
   profile    where the time of a step goes, by kernel
   headline   the thesis' whole job on stand-in images: 103,250 of 64x64, 30 epochs, batch 128, samples and checkpoints
   evaluation what evaluating 10,000 images takes while a run trains on headline's shards, and that it changes no bit
@@ -32,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gan_dist.data.synthetic import paint
 from gan_dist.distributed import World, join
+from gan_dist.model.convolution import collapse, project
 from gan_dist.train.bench_step import SWEEP, bench_step, build, time_steps
 from gan_dist.train.checkpoint import find
 from gan_dist.train.runner import Captured, Compiled, Eager
@@ -97,6 +99,17 @@ def _layer_both_ways(layer: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     return call
 
 
+class _As(nn.Module):
+    """A layer that does `function` with a weight."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], weight: nn.Parameter) -> None:
+        super().__init__()
+        self.function, self.weight = function, weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.weight)
+
+
 def variants(out: Path) -> dict[str, Any]:
     world, found = _world(), {}
     for batch in (128, 1024):
@@ -109,11 +122,17 @@ def variants(out: Path) -> dict[str, Any]:
             Compiled(update, "inside")
             return Captured(update, "outside")
 
+        def chosen_by_trial(update: Update) -> Captured:
+            torch.backends.cudnn.benchmark = True
+            return Captured(update, "")
+
         found[f"{batch} images/s"] = {
             "eager": images_per_second(lambda update: Eager(update, "")),
             "captured": images_per_second(lambda update: Captured(update, "")),
             "captured around compiled passes": images_per_second(both),
+            "captured, cuDNN's kernels chosen by trial": images_per_second(chosen_by_trial),
         }
+        torch.backends.cudnn.benchmark = False
         layers: dict[str, float] = {}
         for name, layout in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
             for padded in (3, 4, 8):
@@ -125,6 +144,20 @@ def variants(out: Path) -> dict[str, Any]:
                 layers[f"G's last layer, {padded} channels, {name}"] = _microseconds(_layer_both_ways(last, maps))
         found[f"{batch} microseconds, both ways"] = layers
         update, _reals, latents = build(world, batch, "bf16", SHAPE)
+        ends: dict[str, nn.Module] = {
+            "G's first layer, a product": _As(project, update.g.network.get_parameter("convt1.weight")),
+            "G's first layer, a convolution": _As(
+                lambda z, weight: nn.functional.conv_transpose2d(z[:, :, None, None], weight),
+                update.g.network.get_parameter("convt1.weight"),
+            ),
+            "D's last layer, a product": _As(collapse, update.d.network.get_parameter("conv5.weight")),
+            "D's last layer, a convolution": _As(nn.functional.conv2d, update.d.network.get_parameter("conv5.weight")),
+        }
+        maps = torch.randn(batch, 512, 4, 4, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+        z = latents[0].clone().requires_grad_()
+        layers |= {
+            name: _microseconds(_layer_both_ways(end, z if name[0] == "G" else maps)) for name, end in ends.items()
+        }
         fake = update.generate(latents[0]).detach()
         signed = fake.clone()
 
