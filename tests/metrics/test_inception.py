@@ -11,7 +11,7 @@ import torch
 from gan_dist.distributed import World
 from gan_dist.errors import UserError
 from gan_dist.metrics.diversity import pairwise_distance
-from gan_dist.metrics.inception import frechet, kernel, load_inception, precision_recall
+from gan_dist.metrics.inception import distances, frechet, kernel, load_inception, precision_recall
 
 
 def normal(count: int, features: int, mean: float, scale: float, seed: int) -> torch.Tensor:
@@ -82,3 +82,29 @@ def test_weights_that_are_none_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(UserError, match="does not hold Inception's weights"):
         load_inception(tmp_path / "junk", torch.device("cpu"))
+
+
+def test_a_file_of_weights_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"fc.weight": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
+    with pytest.raises(UserError, match="holds more than tensors, which is never run") as caught:
+        load_inception(tmp_path / "trap.pth", torch.device("cpu"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_what_is_told_of_an_evaluation_is_called_by_its_name() -> None:
+    left, right = normal(500, 4, 0.0, 1.0, 0), normal(500, 4, 100.0, 1.0, 1)
+    found = distances(torch.cat([left, right]), left)  # half of what there is, and that well
+    assert set(found) == {"fid", "kid", "kid_std", "precision", "recall"}
+    assert found["precision"] > 0.95 and found["recall"] == pytest.approx(0.5, abs=0.05)
+    assert found["fid"] == pytest.approx(frechet(torch.cat([left, right]), left))
+    assert (found["kid"], found["kid_std"]) == kernel(torch.cat([left, right]), left)
