@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from gan_dist.watch.charts import Chart, Series, bucketed, log_ticks, render, sh
 from gan_dist.watch.films import film
 from gan_dist.watch.history import closing_lines
 from gan_dist.watch.pictures import save_png
-from gan_dist.watch.record import read_run, status_line
+from gan_dist.watch.record import by_protocol, merged, read_run, status_line
 from gan_dist.watch.report import make_report
 from tests.browser import browser
 from tests.watch.runs import Game
@@ -162,6 +163,27 @@ def test_states_and_their_line(run: Path, dataset: Path, tmp_path: Path) -> None
     assert "Not heard of since" in make_report(game.run_dir).read_text()
     game.play(4, 5, last_word="stop")
     assert status_line(game.run_dir).endswith("(SIGTERM)") and " stopped " in status_line(game.run_dir)
+
+
+def measured(step: int, *, inception: str | None = None, samples: int = 100, **figures: Any) -> dict[str, Any]:
+    protocol = {"samples": samples, "averaged": True, "inception": inception}
+    return {"step": step, "swd": float(step), **figures, "protocol": protocol}
+
+
+def test_figures_of_other_weights_or_held_out_sets_are_not_laid_side_by_side() -> None:
+    plain, first, second = measured(4), measured(4, inception="a", fid=10.0), measured(4, inception="b", fid=20.0)
+    for rows in itertools.permutations([plain, first, second]):
+        found = merged([measured(2), *rows])
+        assert sorted((row["protocol"]["inception"], row["fid"]) for row in found[1:]) == [("a", 10.0), ("b", 20.0)]
+        assert found[0] == measured(2) and [row["step"] for row in found] == [2, 4, 4]
+        groups = by_protocol([*found, measured(6, inception="a", fid=5.0)])
+        assert [[row.get("fid") for row in group] for group in groups] == [[None, 10.0, 5.0], [20.0]]
+    one, other = measured(4, held_out="x", accuracy_held_out=0.5), measured(4, held_out="y", accuracy_held_out=0.9)
+    for rows in itertools.permutations([plain, one, other]):
+        assert sorted((row["held_out"], row["accuracy_held_out"]) for row in merged(rows)) == [("x", 0.5), ("y", 0.9)]
+    assert merged([plain, first, one]) == [{**first, **one, "protocol": first["protocol"]}]
+    assert len(merged([plain, measured(4, samples=200)])) == 2
+    assert merged([{**first, "fid": 11.0}, first]) == [first]  # measured again
 
 
 def test_the_last_lines_of_a_command(run: Path, dataset: Path, tmp_path: Path) -> None:
