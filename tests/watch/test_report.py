@@ -186,6 +186,49 @@ def test_figures_of_other_weights_or_held_out_sets_are_not_laid_side_by_side() -
     assert merged([{**first, "fid": 11.0}, first]) == [first]  # measured again
 
 
+EVERYTHING: dict[str, Any] = {
+    "images_seen": 10**6,
+    "swd": 124.1234,
+    "swd_64": 223.4567,
+    "swd_32": 145.6789,
+    "swd_16": 112.3456,
+    "epoch": 12.34,
+    "diversity": 0.56789,
+    "near_copies": 0.015625,
+    "repeated": 0.0123456,
+    "fid": 124.7071,
+    "kid": 0.0976543,
+    "kid_std": 0.00456789,
+    "precision": 0.66789,
+    "recall": 0.23456,
+    "accuracy_training": 0.98765,
+    "accuracy_held_out": 0.87654,
+    "held_out": "ab" * 32,
+}
+
+
+def test_all_that_evaluations_find_is_in_sight(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    rows = [measured(step, inception="cd" * 32, **{**EVERYTHING, "swd": 9.0 * step}) for step in (3, 6, 12)]
+    rows.append(measured(12, inception="ef" * 32, fid=77.77))
+    (tmp_path / "run" / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page_file = make_report(tmp_path / "run")
+    assert page_file.read_text().count("<td>77.77</td>") == 1 and "swd_64" not in page_file.read_text()
+    with browser() as page:
+        for width, mobile in ((1200, False), (390, True)):
+            page.open(page_file.as_uri(), width=width, mobile=mobile)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+            boxes = page.evaluate("""[...document.querySelectorAll('.figures .scroll')].map(box =>
+                [box.scrollWidth, box.clientWidth, getComputedStyle(box).overflowX])""")
+            assert len(boxes) == 2 and all(how == "auto" for _, _, how in boxes)
+            assert mobile or max(inner / outer for inner, outer, _ in boxes) < 1.1, "too wide for a desk"
+            heights = page.evaluate("[...document.querySelectorAll('.figures td')].map(cell => cell.clientHeight)")
+            assert len(heights) > 45 and max(heights) < 40, "a number is broken in two"
+        titles = page.evaluate("[...document.querySelectorAll('.chart figcaption b')].map(title => title.textContent)")
+        assert {"FID", "KID", "Precision and recall", "Do samples differ?", "Near copies"} <= set(titles)
+        assert "Epoch" not in titles and len(titles) == len(set(titles)) and page.complaints == []
+
+
 def test_the_last_lines_of_a_command(run: Path, dataset: Path, tmp_path: Path) -> None:
     lines = closing_lines(read_run(run))
     assert lines[0].startswith("done: step 12 of 12, 48 images seen, 100.0 images/s")
