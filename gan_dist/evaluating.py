@@ -65,11 +65,10 @@ def evaluate_run(
         say(f"note: passed over {line}")
     with ExitStack() as opened:
         real, own, others = _open_sets(world, opened, path, newest, dataset, held_out, say)
-        count = samples if samples is not None else _usual_samples(newest.state["config"], real, say)
+        fewest = max(inception.FEWEST if with_inception and insist else FEWEST, world.size)
+        count = samples if samples is not None else _usual_samples(newest.state["config"], real, fewest, say)
         # Before Inception's weights are fetched, or missed.
-        said = "--samples" if samples is not None else "evaluate.samples"
-        fewest = inception.FEWEST if with_inception and insist else FEWEST
-        check_samples(count, real, max(fewest, world.size), said)
+        check_samples(count, real, fewest, "--samples" if samples is not None else "evaluate.samples")
         features = _inception(world, weights, count, insist, say) if with_inception else None
         evaluation = Evaluation(world, real, count, seed=seed, learned_from=own, features=features, say=say)
         rows: list[dict[str, Any]] = []
@@ -142,10 +141,10 @@ def _open_sets(
     return real, own, others
 
 
-def _usual_samples(config: dict[str, Any], real: Dataset, say: Callable[[str], None]) -> int:
+def _usual_samples(config: dict[str, Any], real: Dataset, fewest: int, say: Callable[[str], None]) -> int:
     """Returns how many images to compare where nobody said: the run's evaluate.samples, or all of a smaller dataset."""
     usual = int(config.get("evaluate", EvaluateConfig().model_dump())["samples"])
-    if FEWEST <= real.num_samples < usual:
+    if fewest <= real.num_samples < usual:
         say(f"note: {real.root} holds {real.num_samples} images, so that many are compared, not {usual}")
     return min(usual, real.num_samples)
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from gan_dist.data.prepare import prepare
 from gan_dist.data.shards import open_dataset
 from gan_dist.data.synthetic import paint_folder
-from gan_dist.data.verify import verify
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.evaluate import Evaluation, warnings
@@ -299,56 +298,3 @@ def no_disk(lo: int, hi: int) -> Tensor:
 @pytest.mark.chaos
 def test_no_rank_waits_for_one_that_cannot_read(run: Path, tmp_path: Path) -> None:
     run_ranks(2, evaluate_with_a_stray, str(run), str(tmp_path / "nowhere"))
-
-
-class Projection(nn.Module):
-    """Stands where Inception would: a few fixed projections of the pixels, and a count of the images it has seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        source = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(3 * 32 * 32, 8, generator=source))
-        self.seen = 0
-
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        self.seen += len(images)
-        return (images.flatten(1).float() / 255 @ self.weight,)
-
-
-def test_features_of_real_images_are_kept_beside_the_dataset(
-    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inception, "FEWEST", 100)
-    shutil.copytree(many, tmp_path / "shards")
-
-    said: list[str] = []
-
-    def seen(**asked: Any) -> tuple[int, dict[str, Any]]:
-        network = Projection()
-        features = inception.Inception(network, asked.pop("weights", "a" * 64))
-        with open_dataset(tmp_path / "shards") as real:
-            evaluation = Evaluation(World(), real, SAMPLES, features=features, say=said.append, **asked)
-            figures = evaluation(fresh, 8, averaged=False)
-        assert figures is not None and figures["protocol"]["inception"] == features.weights
-        return network.seen, figures
-
-    fresh = Generator(32, 8, 4)
-    initialise(fresh, 0.02, torch.Generator().manual_seed(0))
-    first, figures = seen()
-    assert first == 2 * SAMPLES and figures["fid"] > 0 and {"kid", "precision", "recall"} <= set(figures)
-    assert seen() == (SAMPLES, figures)  # the real ones were at hand
-    (kept,) = (tmp_path / "shards").glob("inception-*")
-    assert not verify(tmp_path / "shards")
-    kept.write_bytes(kept.read_bytes()[:1000])
-    assert seen() == (2 * SAMPLES, figures)  # a torn file is made anew
-    assert not said
-    kept.unlink()
-    kept.mkdir()  # where nothing can be written, as good as a disk that one may only read
-    assert seen() == (2 * SAMPLES, figures) and "cannot be kept" in said[0]
-    assert seen(seed=1)[0] == seen(weights="b" * 64)[0] == 2 * SAMPLES  # another protocol, another file
-
-
-def test_every_metric_has_its_fewest(many: Path) -> None:
-    network = inception.Inception(network=None, weights="0" * 64)
-    with open_dataset(many) as real, pytest.raises(UserError, match="these metrics need 2049 or more"):
-        Evaluation(World(), real, SAMPLES, features=network)
