@@ -14,6 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
+from gan_dist import evaluating
 from gan_dist.data.prepare import prepare
 from gan_dist.data.shards import open_dataset
 from gan_dist.data.synthetic import paint_folder
@@ -163,10 +164,13 @@ def test_held_out_sets_are_kept_apart(run: Path, unseen: Path, dataset: Path, tm
 
 
 def test_a_runs_own_set_tells_its_epochs_copies_and_training_images(
-    run: Path, many: Path, unseen: Path, dataset: Path, tmp_path: Path
+    run: Path, many: Path, unseen: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with open_dataset(many) as real:
+        images = torch.cat([real.shard_view(shard) for shard in range(3)])
+    monkeypatch.setattr(evaluating, "build_generator", lambda *_: Copier(images))
     own, notes = evaluated(run, held_out=str(dataset))
-    assert notes == []
+    assert notes == [] and own["near_copies"] == 1
     other, notes = evaluated(run, held_out=str(dataset), dataset=str(unseen))
     assert notes == [] and other["swd"] != own["swd"] and other["protocol"]["dataset"] != own["protocol"]["dataset"]
     assert [other[key] for key in LEARNED] == [own[key] for key in LEARNED]
