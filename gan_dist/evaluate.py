@@ -70,6 +70,7 @@ class _CalledOff(Exception):
 
 class Evaluation:
     """Evaluates generators against one dataset; what depends on the real images alone is computed once.
+    Near copies are looked for in `learned_from`, where that is another one.
 
     Every rank makes one and calls it alike. Inception's features of the real images are kept beside the dataset as
     well, where it can be written (`say` is told where not); the distance's descriptors, 28 KB an image at 64x64, are
@@ -85,23 +86,18 @@ class Evaluation:
         samples: int,
         *,
         seed: int = 0,
+        learned_from: Dataset | None = None,
         features: inception.Inception | None = None,
         published: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        fewest = max(inception.FEWEST if features else FEWEST, world.size)
-        if samples < fewest:
-            raise UserError(f"evaluate.samples: expected {fewest} or more for these metrics, found {samples}")
-        if samples > dataset.num_samples:
-            raise UserError(
-                f"evaluate.samples: expected {dataset.num_samples} or fewer, as many as {dataset.root} holds, "
-                f"found {samples}"
-            )
+        check_samples(samples, dataset, max(inception.FEWEST if features else FEWEST, world.size))
         self._world, self._dataset, self._samples, self._seed = world, dataset, samples, seed
         self._features, self._published, self._say = features, published, say
         self._lo, self._hi = rank_slice(samples, world.rank, world.size)
         self._where = swd.positions(samples, dataset.resolution, seed)
         self._real: list[Tensor] | None = None
+        self._learned_from = learned_from or dataset
 
     def __call__(
         self,
@@ -214,7 +210,7 @@ class Evaluation:
 
     def _near_copies(self, images: Tensor, look: Callable[[], None]) -> float:
         """Returns the share of `images`, uint8 [n, 3, S, S] and alike on every rank, that are nearly real ones."""
-        _, distances, usual = nearest(images, self._dataset, self._world, look)
+        _, distances, usual = nearest(images, self._learned_from, self._world, look)
         return copies(images, distances, usual) / len(images)
 
     def _real_features(self) -> Tensor:
@@ -235,6 +231,20 @@ class Evaluation:
             write_atomically(path, save({"features": features.contiguous()}))
         except OSError as error:
             self._say(f"note: real images' features cannot be kept in {path.parent} ({error.strerror}): made each time")
+
+
+def check_samples(samples: int, dataset: Dataset, fewest: int, said: str = "evaluate.samples") -> None:
+    """Raises UserError where `samples`, which was said as `said`, or the dataset, is too small for the metrics."""
+    if dataset.num_samples < fewest:
+        raise UserError(
+            f"{dataset.root} holds {dataset.num_samples} images; these metrics need {fewest} or more real ones"
+        )
+    if samples < fewest:
+        raise UserError(f"{said}: expected {fewest} or more for these metrics, found {samples}")
+    if samples > dataset.num_samples:
+        raise UserError(
+            f"{said}: expected {dataset.num_samples} or fewer, as many as {dataset.root} holds, found {samples}"
+        )
 
 
 @contextmanager
@@ -317,7 +327,7 @@ def accuracy(discriminator: nn.Module, dataset: Dataset, count: int, seed: int =
 
 def as_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Returns evaluations as a table: a line each, their figures in columns."""
-    keys = [key for key in rows[0] if key != "protocol"]
+    keys = [key for key in rows[0] if key not in ("protocol", "held_out")]
     width = {key: max(len(key), *(len(_short(row.get(key))) for row in rows)) for key in keys}
     head = "  ".join(f"{key:>{width[key]}}" for key in keys)
     return [head, *("  ".join(f"{_short(row.get(key)):>{width[key]}}" for key in keys) for row in rows)]

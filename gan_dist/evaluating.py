@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gan_dist.config import EvaluateConfig
+from gan_dist.data.fetch import never
+from gan_dist.data.flock import FileLock
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.distributed import World
 from gan_dist.errors import GanDistError, UserError
-from gan_dist.evaluate import Evaluation, accuracy
-from gan_dist.metrics.inception import FEWEST, Inception, load_inception
+from gan_dist.evaluate import FEWEST, Evaluation, accuracy, check_samples
+from gan_dist.metrics import inception
+from gan_dist.metrics.inception import Inception, load_inception
 from gan_dist.model.networks import Discriminator
 from gan_dist.naming import run_path
 from gan_dist.train.checkpoint import Loaded, find, load, step_directories
 from gan_dist.watch.pictures import write_atomically
-from gan_dist.watch.record import read_evaluations
+from gan_dist.watch.record import merged, read_evaluations
 from gan_dist.watch.sample import build_generator
+
+MOST_SEED = 2**63 - 1
+"""The largest seed, here as in a configuration: what torch takes."""
+UNKNOWN = "epoch, near_copies and accuracy_training are left out"
+"""What only the set that a run learned from can tell."""
 
 
 def evaluate_run(
@@ -41,31 +50,27 @@ def evaluate_run(
 ) -> list[dict[str, Any]]:
     """Returns one row of figures a checkpoint, oldest first; see Evaluation for what is in it. A collective.
 
-    With `insist`, missing Inception weights are an error; without, a line, and the other metrics alone. Rows are kept
-    in evaluations.jsonl of the run, one a step and protocol. Of several checkpoints, a damaged one is left out with a
-    line. Raises UserError for a run without checkpoints, too few samples, or a dataset of another resolution.
+    With `dataset`, distances are from that one; epochs, near copies and training images are those of the run's own set
+    all the same, and left out with a line where it is not at hand. With `insist`, missing Inception weights are an
+    error; without, a line, and the other metrics alone. Rows are kept in evaluations.jsonl of the run, one a step,
+    protocol and held-out set. Of several checkpoints, a damaged one is left out with a line. Raises UserError for a run
+    without checkpoints, too few samples, a dataset of another resolution, or training images as held-out ones.
     """
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"--seed: expected a whole number from 0 to {MOST_SEED}, found {seed}")
     path = run_path(run)
     # Rank 0 chooses: a run in progress adds and prunes while others look.
-    directories, config, passed_over = world.from_first(lambda: _choose(path, step, all_checkpoints))
-    for line in passed_over:
+    directories, newest = world.from_first(lambda: _choose(path, step, all_checkpoints))
+    for line in () if all_checkpoints else newest.skipped:
         say(f"note: passed over {line}")
-
-    def open_as_the_run(address: str | None) -> Dataset | None:
-        return open_dataset(address, config["data"].get("cache_dir")) if address else None
-
     with ExitStack() as opened:
-        real, others = world.together(
-            lambda: [open_as_the_run(one) for one in (dataset or config["data"]["shards"], held_out)]
-        )
-        assert real is not None
-        for one in (real, others):
-            if one is not None:
-                opened.enter_context(one)
-                _must_fit(one, path, config["model"]["resolution"])
-        count = samples if samples is not None else _usual_samples(config, real, say)
+        real, own, others = _open_sets(world, opened, path, newest, dataset, held_out, say)
+        fewest = max(inception.FEWEST if with_inception and insist else FEWEST, world.size)
+        count = samples if samples is not None else _usual_samples(newest.state["config"], real, fewest, say)
+        # Before Inception's weights are fetched, or missed.
+        check_samples(count, real, fewest, "--samples" if samples is not None else "evaluate.samples")
         features = _inception(world, weights, count, insist, say) if with_inception else None
-        evaluation = Evaluation(world, real, count, seed=seed, features=features, say=say)
+        evaluation = Evaluation(world, real, count, seed=seed, learned_from=own, features=features, say=say)
         rows: list[dict[str, Any]] = []
         for number, directory in enumerate(directories, 1):
             say(f"checkpoint {number} of {len(directories)}: {count} images against as many of {real.root}")
@@ -76,9 +81,9 @@ def evaluate_run(
                     raise
                 say(f"note: left out: {error}")
                 continue
-            row = _row(world, evaluation, loaded, averaged, real.num_samples)
+            row = _row(world, evaluation, loaded, averaged, own)
             if others is not None:
-                row |= world.from_first(partial(_judge, world, loaded, real, others, count, seed))
+                row |= world.from_first(partial(_judge, world, loaded, own, others, count, seed))
             say(f"step {loaded.step}: swd {row['swd']:.4g}")
             rows.append(row)
             if world.rank == 0:
@@ -86,47 +91,83 @@ def evaluate_run(
     return rows
 
 
-def _choose(run: Path, step: int | None, everything: bool) -> tuple[list[Path], dict[str, Any], tuple[str, ...]]:
-    """Returns the checkpoints to evaluate, oldest first, the newest one's configuration, and what was passed over."""
+def _choose(run: Path, step: int | None, everything: bool) -> tuple[list[Path], Loaded]:
+    """Returns the directories of the checkpoints to evaluate, oldest first, and the newest one, without its tensors."""
     found = find(run, step)
-    if not everything:
-        return [found.path], found.state["config"], found.skipped
-    return step_directories(run / "checkpoints")[::-1], found.state["config"], ()
+    told = replace(found, state={"config": found.state["config"]})
+    return (step_directories(run / "checkpoints")[::-1] if everything else [found.path]), told
 
 
-def _must_fit(dataset: Dataset, run: Path, resolution: int) -> None:
-    if dataset.resolution != resolution:
-        raise UserError(
-            f"{dataset.root} holds {dataset.resolution}x{dataset.resolution} images, but {run} draws "
-            f"{resolution}x{resolution} ones; name another --dataset"
+def _open_sets(
+    world: World,
+    opened: ExitStack,
+    run: Path,
+    newest: Loaded,
+    dataset: str | None,
+    held_out: str | None,
+    say: Callable[[str], None],
+) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """Returns the real images to compare with, those that the run learned from (None, with a line, where they are not
+    at hand), and the held-out ones; `opened` closes them."""
+    config, recorded = newest.state["config"], newest.manifest.get("dataset")
+    home, side = config["data"]["shards"], config["model"]["resolution"]
+
+    def ready(address: str, option: str) -> Dataset:
+        one = opened.enter_context(world.together(lambda: open_dataset(address, config["data"].get("cache_dir"))))
+        if one.resolution != side:
+            raise UserError(
+                f"{one.root} holds {one.resolution}x{one.resolution} images, but {run} draws {side}x{side} ones; "
+                f"name another {option}"
+            )
+        return one
+
+    real = ready(dataset or home, "--dataset")
+    own: Dataset | None = real
+    if dataset and real.identity != recorded:
+        try:
+            own = ready(home, "--dataset")
+        except (GanDistError, OSError) as error:
+            own = None
+            say(f"note: the set that the run learned from is not at hand ({error}): {UNKNOWN}")
+    if own and recorded not in (None, own.identity):
+        say(
+            f"note: {home} has manifest {own.identity[:12]}, the run learned from the set with {recorded[:12]}: "
+            f"{UNKNOWN}"
         )
+        own = None
+    others = ready(held_out, "--held-out") if held_out else None
+    if others and others.identity in (recorded, own and own.identity):
+        raise UserError(f"--held-out: {run} learned from {held_out} itself; name a set that it never saw")
+    return real, own, others
 
 
-def _usual_samples(config: dict[str, Any], real: Dataset, say: Callable[[str], None]) -> int:
+def _usual_samples(config: dict[str, Any], real: Dataset, fewest: int, say: Callable[[str], None]) -> int:
     """Returns how many images to compare where nobody said: the run's evaluate.samples, or all of a smaller dataset."""
     usual = int(config.get("evaluate", EvaluateConfig().model_dump())["samples"])
-    if real.num_samples < usual:
+    if fewest <= real.num_samples < usual:
         say(f"note: {real.root} holds {real.num_samples} images, so that many are compared, not {usual}")
     return min(usual, real.num_samples)
 
 
-def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, epoch: int) -> dict[str, Any]:
-    """Returns the figures of a checkpoint, and how far it had come; an `epoch` has so many images."""
+def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, own: Dataset | None) -> dict[str, Any]:
+    """Returns the figures of a checkpoint, and how far it had come; in epochs, too, where its `own` set is known."""
     state = loaded.state if averaged else {k: v for k, v in loaded.state.items() if k != "generator_ema"}
     generator = build_generator(state, world.device)
     latent_dim = state["config"]["model"]["latent_dim"]
-    figures = evaluation(generator, latent_dim, averaged="generator_ema" in state)
+    drawn_by_average = "generator_ema" in state
+    figures = evaluation(generator, latent_dim, averaged=drawn_by_average, near_copies=own is not None)
     assert figures is not None  # nobody asks to stop
     seen = int(loaded.state["images_seen"])
-    return {"step": loaded.step, "images_seen": seen, "epoch": round(seen / epoch, 2), **figures}
+    epoch = {"epoch": round(seen / own.num_samples, 2)} if own else {}
+    return {"step": loaded.step, "images_seen": seen, **epoch, **figures}
 
 
 def _inception(
     world: World, weights: Path | None, count: int, insist: bool, say: Callable[[str], None]
 ) -> Inception | None:
     try:
-        if count < FEWEST and not insist:
-            raise UserError(f"Inception's metrics need {FEWEST} samples or more, found {count}")
+        if count < inception.FEWEST:
+            raise UserError(f"Inception's metrics need {inception.FEWEST} samples or more, found {count}")
         world.from_first(lambda: load_inception(weights, world.device) and None)  # downloads once
         return world.together(lambda: load_inception(weights, world.device))
     except UserError as error:
@@ -136,25 +177,26 @@ def _inception(
         return None
 
 
-def _judge(world: World, loaded: Loaded, real: Dataset, others: Dataset, count: int, seed: int) -> dict[str, float]:
-    """Returns how well a checkpoint's discriminator knows its training images, and others."""
+def _judge(world: World, loaded: Loaded, own: Dataset | None, others: Dataset, count: int, seed: int) -> dict[str, Any]:
+    """Returns how well a checkpoint's discriminator knows its training images, and others, and which those are."""
     model = loaded.state["config"]["model"]
     judge = Discriminator(model["resolution"], model["d_channels"], model["leaky_slope"])
     judge.load_state_dict(loaded.state["discriminator"])
     judge.to(device=world.device).eval()
-    return {
-        "accuracy_training": accuracy(judge, real, count, seed),
-        "accuracy_held_out": accuracy(judge, others, count, seed),
-    }
+    training = {"accuracy_training": accuracy(judge, own, count, seed)} if own else {}
+    return {**training, "accuracy_held_out": accuracy(judge, others, count, seed), "held_out": others.identity}
 
 
 def _keep(run: Path, row: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Adds `row` to the run's evaluations.jsonl, in the place of an earlier one of the same step and protocol."""
-    rows = {
-        json.dumps([one["step"], one.get("protocol")], sort_keys=True): one for one in [*read_evaluations(run), row]
-    }
-    content = "".join(json.dumps(one) + "\n" for one in sorted(rows.values(), key=lambda one: int(one["step"])))
+    """Adds `row` to the run's evaluations.jsonl, in one with earlier figures of the same step, protocol and held-out
+    set; a figure that was measured again is the newer one."""
     try:
-        write_atomically(run / "evaluations.jsonl", content.encode())
+        with FileLock(run / ".evaluations.lock") as lock:  # another evaluation of the run may be at the same point
+            lock.take(exclusive=True, wait=never)
+            try:
+                content = "".join(json.dumps(one) + "\n" for one in merged([*read_evaluations(run), row]))
+                write_atomically(run / "evaluations.jsonl", content.encode())
+            finally:
+                lock.path.unlink(missing_ok=True)
     except OSError as error:
         say(f"note: the figures could not be kept in {run}: {error.strerror}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gan_dist.config import Config, change_rule, changes, load_config, to_yaml
+from gan_dist.config import Config, change_rule, changes, load_config, preset, to_yaml
 from gan_dist.errors import UserError
 from gan_dist.settings import expand_path, known_keys
 
@@ -150,6 +150,10 @@ def test_every_key_is_documented() -> None:
         fields = getattr(type(value), "model_fields", {})
         assert all(field.description for field in fields.values()), section
     assert "checkpoint.every_minutes" in known_keys(Config)
+
+
+def test_the_thesis_keeps_no_averaged_generator() -> None:
+    assert preset("paintings64").train.ema_half_life_images == 0
 
 
 def test_changes_and_their_rules() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,18 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
+from gan_dist import evaluating
 from gan_dist.data.prepare import prepare
 from gan_dist.data.shards import open_dataset
 from gan_dist.data.synthetic import paint_folder
-from gan_dist.data.verify import verify
 from gan_dist.distributed import World, join
 from gan_dist.errors import GanDistError, UserError
 from gan_dist.evaluate import YOUNG_IMAGES, Evaluation, accuracy, warnings
-from gan_dist.evaluating import evaluate_run
+from gan_dist.evaluating import _keep, evaluate_run
 from gan_dist.metrics import inception
 from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.networks import Generator, initialise
-from gan_dist.train.checkpoint import find
+from gan_dist.train.checkpoint import find, save
 from gan_dist.train.trainer import train
 from gan_dist.watch.record import read_evaluations
 from tests.ranks import run_ranks
@@ -170,35 +171,132 @@ def test_it_can_be_called_off(many: Path) -> None:
         assert Evaluation(World(), real, SAMPLES)(Generator(32, 8, 4), 8, averaged=False, stopped=lambda: True) is None
 
 
-def test_the_command_keeps_its_figures_with_their_protocol(run: Path, many: Path) -> None:
-    rows = evaluate_run(World(), run, all_checkpoints=True, samples=SAMPLES, held_out=str(many), with_inception=False)
+def test_the_command_keeps_its_figures_with_their_protocol(run: Path, many: Path, dataset: Path) -> None:
+    asked: dict[str, Any] = {"samples": SAMPLES, "with_inception": False}
+    rows = evaluate_run(World(), run, all_checkpoints=True, held_out=str(dataset), **asked)
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert rows[-1]["protocol"]["samples"] == SAMPLES and rows[-1]["protocol"]["averaged"]
     with open_dataset(many) as real:
         assert rows[-1]["protocol"]["dataset"] == real.identity
-    assert rows[-1]["accuracy_training"] == pytest.approx(rows[-1]["accuracy_held_out"], abs=0.1)
-    evaluate_run(World(), run, samples=SAMPLES, held_out=str(many), with_inception=False)
-    assert json.dumps(rows) == json.dumps(read_evaluations(run))  # measured again: the same figure, in the same place
-    (plain,) = evaluate_run(World(), run, samples=SAMPLES, with_inception=False, averaged=False)
+        assert [row["epoch"] for row in rows] == [round(8 * row["step"] / real.num_samples, 2) for row in rows]
+    with open_dataset(dataset) as others:
+        assert rows[-1]["held_out"] == others.identity
+    for again in (str(dataset), None):
+        evaluate_run(World(), run, **asked, held_out=again)
+        assert json.dumps(rows) == json.dumps(read_evaluations(run))  # measured again: the same, in the same place
+    (plain,) = evaluate_run(World(), run, **asked, averaged=False)
     assert not plain["protocol"]["averaged"] and plain["swd"] != rows[-1]["swd"]
+    (other,) = evaluate_run(World(), run, **asked, seed=1)
+    assert other["protocol"]["seed"] == 1 and other["swd"] != rows[-1]["swd"]
+    assert [row["step"] for row in read_evaluations(run)] == [0, 2, 4, 4, 4]
+    assert not list(run.glob(".evaluations*"))
 
 
-def test_bad_input_is_one_line(run: Path, many: Path, dataset: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """110 paintings at 32x32 that no run here has learned from."""
+    folder = tmp_path_factory.mktemp("unseen")
+    paint_folder(folder / "paintings", 110, seed=7)
+    prepare([folder / "paintings"], folder / "shards", resolution=32)
+    return folder / "shards"
+
+
+def evaluated(run: Path, **asked: Any) -> tuple[dict[str, Any], list[str]]:
+    """Returns the newest checkpoint's figures by 110 samples, and the notes."""
+    said: list[str] = []
+    (row,) = evaluate_run(World(), run, **{"samples": 110, "with_inception": False, **asked}, say=said.append)
+    return row, [line for line in said if line.startswith("note: ")]
+
+
+def test_held_out_sets_are_kept_apart(run: Path, unseen: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    rows = [evaluated(tmp_path / "run", held_out=str(one))[0] for one in (unseen, dataset)]
+    assert rows[0]["protocol"] == rows[1]["protocol"] and rows[0]["held_out"] != rows[1]["held_out"]
+    evaluated(tmp_path / "run")
+    kept = read_evaluations(tmp_path / "run")
+    assert [row for row in kept if row["protocol"] == rows[0]["protocol"]] == rows
+
+
+def test_a_runs_own_set_tells_its_epochs_copies_and_training_images(
+    run: Path, many: Path, unseen: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_dataset(many) as real:
+        images = torch.cat([real.shard_view(shard) for shard in range(3)])
+    monkeypatch.setattr(evaluating, "build_generator", lambda *_: Copier(images))
+    own, notes = evaluated(run, held_out=str(dataset))
+    assert notes == [] and own["near_copies"] == 1
+    other, notes = evaluated(run, held_out=str(dataset), dataset=str(unseen))
+    assert notes == [] and other["swd"] != own["swd"] and other["protocol"]["dataset"] != own["protocol"]["dataset"]
+    assert [other[key] for key in LEARNED] == [own[key] for key in LEARNED]
+
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    (away := tmp_path / "away").mkdir()
+    shutil.copytree(many, away / "many")
+    re_address(path, str(away / "nowhere"))
+    left, notes = evaluated(path, held_out=str(dataset), dataset=str(unseen))
+    assert not LEARNED & set(left) and left["accuracy_held_out"] == own["accuracy_held_out"]
+    assert len(notes) == 1 and f"not at hand ({away / 'nowhere'} is not a dataset" in notes[0]
+    moved, notes = evaluated(path, held_out=str(dataset), dataset=str(away / "many"))  # it is known wherever it lies
+    assert notes == [] and moved == own
+    re_address(path, str(unseen))
+    with open_dataset(many) as real, open_dataset(unseen) as unknown:
+        words = f"{unseen} has manifest {unknown.identity[:12]}, the run learned from the set with {real.identity[:12]}"
+    changed, notes = evaluated(path, held_out=str(dataset))
+    assert not LEARNED & set(changed) and "accuracy_held_out" in changed
+    assert len(notes) == 1 and words in notes[0]
+
+
+LEARNED = {"epoch", "near_copies", "accuracy_training"}
+
+
+def re_address(run: Path, shards: str) -> None:
+    """Lets the run's newest checkpoint say that it learned from `shards`."""
+    found = find(run)
+    state = {**found.state, "config": {**found.state["config"], "data": {"shards": shards}}}
+    shutil.rmtree(found.path)
+    save(run / "checkpoints", state, {"dataset": found.manifest["dataset"]}, keep=9)
+
+
+def test_evaluations_at_once_lose_no_row(run: Path, tmp_path: Path) -> None:
+    rows = [{"step": step, "swd": 1.0, "protocol": None} for step in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: _keep(tmp_path, row, pytest.fail), rows))
+    assert read_evaluations(tmp_path) == rows
+
+
+def test_bad_input_is_one_line(
+    run: Path, many: Path, unseen: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(match: str, where: Path = run, **asked: Any) -> None:
         with pytest.raises(UserError, match=match):
             evaluate_run(World(), where, **{"samples": SAMPLES, "with_inception": False, **asked})
 
-    refused("expected 100 or more for these metrics, found 10", samples=10)
-    refused("expected 130 or fewer, as many as .* holds, found 131", samples=131)
+    said: list[str] = []
+    refused(
+        "^--samples: expected 100 or more for these metrics, found 10", samples=10, with_inception=True, say=said.append
+    )
+    assert said == []
+    refused("^--samples: expected 130 or fewer, as many as .* holds, found 131", samples=131)
+    refused("holds 130 images; these metrics need 2049 or more", with_inception=True, insist=True, samples=None)
+    refused("holds 66 images; these metrics need 100 or more", samples=None, dataset=str(dataset))
+    for seed in (-1, 2**63, 10**25):
+        refused(f"^--seed: expected a whole number from 0 to 9223372036854775807, found {seed}", seed=seed)
     refused("no run at", tmp_path / "nothing")
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
     refused("has no checkpoints yet", tmp_path / "young")
     refused("has no checkpoints yet", tmp_path / "young", all_checkpoints=True)
-    refused("no Inception weights at", with_inception=True, insist=True, weights=tmp_path / "none.pth")
+    monkeypatch.setattr(inception, "FEWEST", 100)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused(f"no Inception weights at {tmp_path}/no", with_inception=True, insist=True, weights=Path("~/no"))
+    refused("variable UNSET_HERE is not set", with_inception=True, insist=True, weights=Path("$UNSET_HERE/a.pth"))
     big = tmp_path / "big"
     paint_folder(tmp_path / "few", 4)
     prepare([tmp_path / "few"], big, resolution=64)
-    refused("holds 64x64 images, but .* draws 32x32 ones", dataset=str(big))
+    refused("holds 64x64 images, but .* draws 32x32 ones; name another --dataset", dataset=str(big))
+    refused("holds 64x64 images, but .* draws 32x32 ones; name another --held-out", held_out=str(big))
+    refused("^--held-out: .* learned from .*; name a set that it never saw", held_out=str(many))
+    refused("^--held-out: .* learned from", held_out=str(many), dataset=str(unseen), samples=110)
 
 
 def test_a_damaged_checkpoint_is_left_out_and_a_small_set_is_compared_whole(run: Path, tmp_path: Path) -> None:
@@ -258,56 +356,3 @@ def no_disk(lo: int, hi: int) -> Tensor:
 @pytest.mark.chaos
 def test_no_rank_waits_for_one_that_cannot_read(run: Path, tmp_path: Path) -> None:
     run_ranks(2, evaluate_with_a_stray, str(run), str(tmp_path / "nowhere"))
-
-
-class Projection(nn.Module):
-    """Stands where Inception would: a few fixed projections of the pixels, and a count of the images it has seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        source = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(3 * 32 * 32, 8, generator=source))
-        self.seen = 0
-
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        self.seen += len(images)
-        return (images.flatten(1).float() / 255 @ self.weight,)
-
-
-def test_features_of_real_images_are_kept_beside_the_dataset(
-    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inception, "FEWEST", 100)
-    shutil.copytree(many, tmp_path / "shards")
-
-    said: list[str] = []
-
-    def seen(**asked: Any) -> tuple[int, dict[str, Any]]:
-        network = Projection()
-        features = inception.Inception(network, asked.pop("weights", "a" * 64))
-        with open_dataset(tmp_path / "shards") as real:
-            evaluation = Evaluation(World(), real, SAMPLES, features=features, say=said.append, **asked)
-            figures = evaluation(fresh, 8, averaged=False)
-        assert figures is not None and figures["protocol"]["inception"] == features.weights
-        return network.seen, figures
-
-    fresh = Generator(32, 8, 4)
-    initialise(fresh, 0.02, torch.Generator().manual_seed(0))
-    first, figures = seen()
-    assert first == 2 * SAMPLES and figures["fid"] > 0 and {"kid", "precision", "recall"} <= set(figures)
-    assert seen() == (SAMPLES, figures)  # the real ones were at hand
-    (kept,) = (tmp_path / "shards").glob("inception-*")
-    assert not verify(tmp_path / "shards")
-    kept.write_bytes(kept.read_bytes()[:1000])
-    assert seen() == (2 * SAMPLES, figures)  # a torn file is made anew
-    assert not said
-    kept.unlink()
-    kept.mkdir()  # where nothing can be written, as good as a disk that one may only read
-    assert seen() == (2 * SAMPLES, figures) and "cannot be kept" in said[0]
-    assert seen(seed=1)[0] == seen(weights="b" * 64)[0] == 2 * SAMPLES  # another protocol, another file
-
-
-def test_every_metric_has_its_fewest(many: Path) -> None:
-    network = inception.Inception(network=None, weights="0" * 64)
-    with open_dataset(many) as real, pytest.raises(UserError, match="expected 2049 or more"):
-        Evaluation(World(), real, SAMPLES, features=network)

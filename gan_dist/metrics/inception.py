@@ -1,8 +1,13 @@
-"""FID, KID, precision and recall, on Inception's features: all through torch-fidelity, network and formulas."""
+"""FID, KID, precision and recall, on Inception's features: all through torch-fidelity, network and formulas.
+
+Precision and recall are told of Inception's features too, so that one network serves all; the paper that brought them
+up, and torch-fidelity where nothing else is said, take VGG16's, whose figures are others.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gan_dist.data.files import expand
 from gan_dist.errors import UserError
 
 FEWEST = 2049
@@ -38,12 +44,12 @@ class Inception:
 def load_inception(weights: str | Path | None, device: torch.device) -> Inception:
     """Returns Inception with the weights in file `weights`, or with torch-fidelity's own, downloaded once.
 
-    Raises UserError in one line where they cannot be had.
+    Raises UserError in one line where they cannot be had, or where the file holds more than tensors.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     name = URL_INCEPTION_V3.rpartition("/")[2]
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = expand(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / name
     if weights and not path.is_file():
         raise UserError(f"no Inception weights at {path}; expected torch-fidelity's {name}")
     before = socket.getdefaulttimeout()
@@ -52,13 +58,20 @@ def load_inception(weights: str | Path | None, device: torch.device) -> Inceptio
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), progress=False)
+        # torch-fidelity's own reading runs whatever code the file holds.
+        torch.load(path, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except OSError as error:
         raise UserError(
             f"Inception's weights cannot be had ({error}); download {URL_INCEPTION_V3} elsewhere and pass the "
             "file as --inception FILE"
         ) from None
-    except Exception as error:  # whatever torch.load says of a file that is none
+    except pickle.UnpicklingError:  # its words are of how to run the file's code nevertheless
+        raise UserError(
+            f"{path} does not hold Inception's weights: it is damaged, or holds more than tensors, which is never run; "
+            f"expected torch-fidelity's {name}"
+        ) from None
+    except Exception as error:  # whatever else torch.load says of a file that is none
         first_line = str(error).strip().split("\n")[0]
         raise UserError(f"{path} does not hold Inception's weights: {first_line}") from None
     finally:

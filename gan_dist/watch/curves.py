@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 
 from gan_dist.watch.charts import Chart, Series
 from gan_dist.watch.record import Run, by_protocol
+
+COSTS = ("evaluate/seconds", "evaluate/share_of_time")
+"""What evaluations during training took."""
+UNDRAWN = {"epoch", "kid_std", "seconds", "share_of_time"}
+"""Figures of an evaluation that have no curve of their own."""
 
 
 def points_of(run: Run, tag: str, x: str = "step") -> list[tuple[float, float | None]]:
@@ -99,18 +105,51 @@ def curves(run: Run) -> list[Chart]:
             high=0.05,
         ),
     ]
-    if run.evaluations:
-        rows = by_protocol(run.evaluations)[0]
-        names = sorted({key for row in rows for key in row if key.startswith("swd")}, key=len)
-        series = [Series(name, [(float(row["step"]), row.get(name)) for row in rows]) for name in names]
-        note = "Sliced Wasserstein distance of patches, in all and at each size of structure; lower is nearer."
-        charts.append(Chart("Distance from real images", series, note, marks=marks, low=0.0))
+    charts += _evaluations(run, marks)
     # Set by hand or well-known elsewhere on the page; everything else that was logged gets its place.
     used |= {"throughput/step_seconds", "updates/skipped", "learning_rate/discriminator", "learning_rate/generator"}
     others = sorted({tag for point in run.points for tag in point if "/" in tag} - used)
-    others = [tag for tag in others if not tag.startswith("evaluate/swd")]
+    others = [tag for tag in others if not tag.startswith("evaluate/") or tag in COSTS]
     charts += [chart(tag, {tag: tag.rpartition("/")[2].replace("_", " ")}) for tag in others]
     return [one for one in charts if one.series]
+
+
+def _evaluations(run: Run, marks: Sequence[float]) -> list[Chart]:
+    """Returns the charts of what evaluations found, of those figures that may be held against each other."""
+    rows = by_protocol(run.evaluations)[0] if run.evaluations else []
+    drawn: set[str] = set()
+
+    def chart(title: str, keys: Sequence[str], note: str, high: float | None = None) -> Chart:
+        drawn.update(keys)
+        points = {key: [(float(row["step"]), row[key]) for row in rows if row.get(key) is not None] for key in keys}
+        series = [Series(key.replace("_", " "), points[key]) for key in keys if points[key]]
+        return Chart(title, series, note, low=0.0, high=high, marks=marks)
+
+    sizes = {int(key[4:]) for row in rows for key in row if re.fullmatch(r"swd_\d+", key)}
+    charts = [
+        chart(
+            "Distance from real images",
+            ["swd", *(f"swd_{size}" for size in sorted(sizes, reverse=True))],
+            "Sliced Wasserstein distance of patches, in all and at each size of structure; lower is nearer.",
+        ),
+        chart("FID", ["fid"], "Frechet distance of Inception's features; lower is nearer."),
+        chart("KID", ["kid"], "Kernel distance of Inception's features; lower is nearer."),
+        chart(
+            "Precision and recall",
+            ["precision", "recall"],
+            "The share of drawn images that might be real, and of real ones that might be drawn.",
+            high=1.0,
+        ),
+        chart(
+            "Does the discriminator know what it never saw?",
+            ["accuracy_training", "accuracy_held_out"],
+            "The share of real images that it takes for real; far apart, it learns its own by heart.",
+            high=1.0,
+        ),
+        chart("Do samples differ?", ["diversity"], "As much as real images do: 1; all alike: 0."),
+    ]
+    rest = sorted({key for row in rows for key in row if isinstance(row[key], float)} - drawn - UNDRAWN)
+    return charts + [chart(key.replace("_", " ").capitalize(), [key], "") for key in rest]
 
 
 def compared(runs: Sequence[Run]) -> list[Chart]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,24 +188,59 @@ def _evaluations(root: Path, lines: Sequence[dict[str, Any]]) -> tuple[dict[str,
         elif line.get("evaluate/swd") is not None:
             row = {tag.removeprefix("evaluate/"): line[tag] for tag in line if tag.startswith("evaluate/")}
             during.append({"step": line["step"], **row, "protocol": protocol})
-    rows: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in [*during, *read_evaluations(root)]:
-        # What was measured again is still one row; Inception's metrics come on top of the others.
-        rows.setdefault((row["step"], comparable(row)), {}).update(row)
-    return tuple(sorted(rows.values(), key=lambda row: int(row["step"])))
+    return tuple(merged([*during, *read_evaluations(root)]))
+
+
+def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows of evaluations by step, those in one that tell of the same; what was measured again is the later.
+
+    Weights of Inception and held-out sets are told apart: a row that has none comes on top of, or below, one that has.
+    """
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike = found.setdefault((int(row["step"]), comparable(row)), [])
+        earlier = next((one for one in alike if _agree(one, row)), None)
+        if earlier is None:
+            alike.append(dict(row))
+        else:
+            whole = row if inception_of(row) else earlier
+            earlier.update({**row, "protocol": whole.get("protocol")})
+    return sorted((row for alike in found.values() for row in alike), key=lambda row: int(row["step"]))
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    pairs = ((inception_of(one), inception_of(other)), (one.get("held_out"), other.get("held_out")))
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def inception_of(row: Mapping[str, Any]) -> str | None:
+    """Returns the hash of the weights that a row's FID and its like were measured with, or None."""
+    return (row.get("protocol") or {}).get("inception")
 
 
 def comparable(row: Mapping[str, Any]) -> str:
-    """Returns what two rows of figures must have in common for their distances to be held against each other."""
+    """Returns what two rows of figures must have in common for their distances without Inception to be held against
+    each other."""
     return json.dumps({**(row.get("protocol") or {}), "inception": None}, sort_keys=True)
 
 
 def by_protocol(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Returns rows of evaluations in groups that may be compared, the largest group first, steps in order."""
+    """Returns rows of evaluations in groups that may be compared, the largest group first, steps in order.
+
+    Rows without Inception stand among those of the weights that were used most.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(comparable(row), []).append(row)
-    return sorted(groups.values(), key=len, reverse=True)
+    told: list[list[dict[str, Any]]] = []
+    for group in groups.values():
+        used = Counter(weights for row in group if (weights := inception_of(row)))
+        most = max(used, key=used.__getitem__, default=None)
+        split: dict[str | None, list[dict[str, Any]]] = {}
+        for row in group:
+            split.setdefault(inception_of(row) or most, []).append(row)
+        told += split.values()
+    return sorted(told, key=len, reverse=True)
 
 
 def step_of(path: Path) -> int:

@@ -156,8 +156,10 @@ def _evaluations(run: Run) -> str:
     told = []
     for rows in by_protocol(run.evaluations):
         keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("step", "protocol", "images_seen")))
-        cells = [(f"step {row['step']:,}", [_figure(row.get(key)) for key in keys]) for row in rows]
-        protocol = next((row["protocol"] for row in reversed(rows) if row.get("protocol")), None)
+        cells = [(f"{row['step']:,}", [_figure(row.get(key)) for key in keys]) for row in rows]
+        heads = [escape(key.replace("_", " ")) for key in keys]
+        known = [row["protocol"] for row in reversed(rows) if row.get("protocol")]
+        protocol = max(known, key=lambda one: one.get("inception") is not None, default=None)
         best = min(rows, key=lambda row: row["swd"])
         whose = ""
         if protocol:
@@ -165,7 +167,7 @@ def _evaluations(run: Run) -> str:
             whose = f"{averaged} generator, {protocol['samples']:,} images against as many real ones: "
         told.append(
             f'<p class="lead">{whose}nearest at step {best["step"]:,}.</p>'
-            + table(("checkpoint", *map(escape, keys)), cells)
+            + f'<div class="figures">{table(("step", *heads), cells)}</div>'
             + (f"<details><summary>How it was measured</summary>{facts(protocol)}</details>" if protocol else "")
         )
     lead = "Sliced Wasserstein distance (swd) from real images: lower is better, within one table."
@@ -173,7 +175,10 @@ def _evaluations(run: Run) -> str:
 
 
 def _figure(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    """Returns a cell: shares with three digits, distances with four, hashes by what they begin with."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
+    return "" if value is None else escape(str(value)[:8])
 
 
 def _dataset(card: Mapping[str, Any]) -> str:

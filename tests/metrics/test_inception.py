@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
+from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from gan_dist.distributed import World
 from gan_dist.errors import UserError
 from gan_dist.metrics.diversity import pairwise_distance
-from gan_dist.metrics.inception import frechet, kernel, load_inception, precision_recall
+from gan_dist.metrics.inception import distances, frechet, kernel, load_inception, precision_recall
 
 
 def normal(count: int, features: int, mean: float, scale: float, seed: int) -> torch.Tensor:
@@ -82,3 +86,88 @@ def test_weights_that_are_none_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(UserError, match="does not hold Inception's weights"):
         load_inception(tmp_path / "junk", torch.device("cpu"))
+
+
+def test_a_file_of_weights_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"fc.weight": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
+    with pytest.raises(UserError, match="holds more than tensors, which is never run") as caught:
+        load_inception(tmp_path / "trap.pth", torch.device("cpu"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+def random_weights(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes weights of torch-fidelity's Inception that nobody trained: no download, the same network and format."""
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("inception", ["2048"])
+    source = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, generator=source)
+    torch.save(network.state_dict(), file)
+
+
+def test_all_figures_are_those_that_torch_fidelity_tells_of_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_weights(file := tmp_path / "inception.pth", monkeypatch)
+    network = load_inception(file, torch.device("cpu"))
+    assert network.weights == hashlib.sha256(file.read_bytes()).hexdigest()
+    source = torch.Generator().manual_seed(1)
+    real = torch.randint(0, 256, (20, 3, 32, 32), generator=source, dtype=torch.uint8)
+    paler = torch.randint(90, 200, (14, 3, 32, 32), generator=source, dtype=torch.uint8)
+    fake = torch.cat([real[:6] // 2 * 2, paler])
+    found = distances(network.features(real), network.features(fake))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(fake),
+        input2=Images(real),
+        fid=True,
+        kid=True,
+        prc=True,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(file),
+        feature_layer_prc="2048",
+        kid_subset_size=20,
+        rng_seed=0,
+        cuda=False,
+        cache=False,
+        verbose=False,
+        save_cpu_ram=True,  # and no worker processes
+    )
+    told = {"fid": "frechet_inception_distance", "precision": "precision", "recall": "recall"}
+    told |= {"kid": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std"}
+    assert found == pytest.approx({ours: theirs[name] for ours, name in told.items()}, rel=1e-4, abs=1e-6)
+    assert found["fid"] > 1 and 0 < found["precision"] < 0.5 < found["recall"]
+
+
+class Images(torch.utils.data.Dataset[torch.Tensor]):
+    """What torch-fidelity takes for a set of images."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
+def test_what_is_told_of_an_evaluation_is_called_by_its_name() -> None:
+    left, right = normal(500, 4, 0.0, 1.0, 0), normal(500, 4, 100.0, 1.0, 1)
+    found = distances(torch.cat([left, right]), left)  # half of what there is, and that well
+    assert set(found) == {"fid", "kid", "kid_std", "precision", "recall"}
+    assert found["precision"] > 0.95 and found["recall"] == pytest.approx(0.5, abs=0.05)
+    assert found["fid"] == pytest.approx(frechet(torch.cat([left, right]), left))
+    assert (found["kid"], found["kid_std"]) == kernel(torch.cat([left, right]), left)

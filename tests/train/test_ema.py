@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gan_dist.config import load_config
+from gan_dist.distributed import World
+from gan_dist.train.build import build_average, build_update
 from gan_dist.train.checkpoint import find
 from gan_dist.train.ema import RAMP, Average
-from gan_dist.train.rundir import load_generator
+from gan_dist.train.rundir import Start, load_generator
 from gan_dist.train.trainer import train
 from tests.ranks import run_ranks
 from tests.train.test_trainer import assert_identical, small
@@ -65,6 +68,20 @@ def test_running_statistics_are_averaged_and_counters_follow() -> None:
     mean, halfway = network.running_mean, average.network.get_buffer("running_mean")
     assert mean is not None and torch.allclose(halfway, mean / 2)
     assert int(average.network.get_buffer("num_batches_tracked")) == 1
+
+
+@pytest.mark.parametrize("d_steps", [1, 3])
+def test_a_step_counts_all_images_that_it_shows(dataset: Path, d_steps: int) -> None:
+    config = load_config(small(dataset), ["train.ema_half_life_images=64", f"optim.d_steps={d_steps}"])
+    update = build_update(config, World(), "fp32")
+    average = build_average(config, update, Start(parent="another@1"))  # without a ramp
+    assert average is not None
+    before = average.network.get_parameter("convt1.weight").clone()
+    with torch.no_grad():
+        update.g.network.get_parameter("convt1.weight").add_(1.0)
+    average.update(10**6)
+    moved = float((average.network.get_parameter("convt1.weight") - before).mean())
+    assert moved == pytest.approx(1 - 0.5 ** (d_steps * config.train.global_batch / 64), rel=1e-4)
 
 
 def test_it_is_kept_sampled_and_continued_bit_for_bit(dataset: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from gan_dist.watch.charts import Chart, Series, bucketed, log_ticks, render, sh
 from gan_dist.watch.films import film
 from gan_dist.watch.history import closing_lines
 from gan_dist.watch.pictures import save_png
-from gan_dist.watch.record import read_run, status_line
+from gan_dist.watch.record import by_protocol, merged, read_run, status_line
 from gan_dist.watch.report import make_report
 from tests.browser import browser
 from tests.watch.runs import Game
@@ -162,6 +163,70 @@ def test_states_and_their_line(run: Path, dataset: Path, tmp_path: Path) -> None
     assert "Not heard of since" in make_report(game.run_dir).read_text()
     game.play(4, 5, last_word="stop")
     assert status_line(game.run_dir).endswith("(SIGTERM)") and " stopped " in status_line(game.run_dir)
+
+
+def measured(step: int, *, inception: str | None = None, samples: int = 100, **figures: Any) -> dict[str, Any]:
+    protocol = {"samples": samples, "averaged": True, "inception": inception}
+    return {"step": step, "swd": float(step), **figures, "protocol": protocol}
+
+
+def test_figures_of_other_weights_or_held_out_sets_are_not_laid_side_by_side() -> None:
+    plain, first, second = measured(4), measured(4, inception="a", fid=10.0), measured(4, inception="b", fid=20.0)
+    for rows in itertools.permutations([plain, first, second]):
+        found = merged([measured(2), *rows])
+        assert sorted((row["protocol"]["inception"], row["fid"]) for row in found[1:]) == [("a", 10.0), ("b", 20.0)]
+        assert found[0] == measured(2) and [row["step"] for row in found] == [2, 4, 4]
+        groups = by_protocol([*found, measured(6, inception="a", fid=5.0)])
+        assert [[row.get("fid") for row in group] for group in groups] == [[None, 10.0, 5.0], [20.0]]
+    one, other = measured(4, held_out="x", accuracy_held_out=0.5), measured(4, held_out="y", accuracy_held_out=0.9)
+    for rows in itertools.permutations([plain, one, other]):
+        assert sorted((row["held_out"], row["accuracy_held_out"]) for row in merged(rows)) == [("x", 0.5), ("y", 0.9)]
+    assert merged([plain, first, one]) == [{**first, **one, "protocol": first["protocol"]}]
+    assert len(merged([plain, measured(4, samples=200)])) == 2
+    assert merged([{**first, "fid": 11.0}, first]) == [first]  # measured again
+
+
+EVERYTHING: dict[str, Any] = {
+    "images_seen": 10**6,
+    "swd": 124.1234,
+    "swd_64": 223.4567,
+    "swd_32": 145.6789,
+    "swd_16": 112.3456,
+    "epoch": 12.34,
+    "diversity": 0.56789,
+    "near_copies": 0.015625,
+    "repeated": 0.0123456,
+    "fid": 124.7071,
+    "kid": 0.0976543,
+    "kid_std": 0.00456789,
+    "precision": 0.66789,
+    "recall": 0.23456,
+    "accuracy_training": 0.98765,
+    "accuracy_held_out": 0.87654,
+    "held_out": "ab" * 32,
+}
+
+
+def test_all_that_evaluations_find_is_in_sight(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    rows = [measured(step, inception="cd" * 32, **{**EVERYTHING, "swd": 9.0 * step}) for step in (3, 6, 12)]
+    rows.append(measured(12, inception="ef" * 32, fid=77.77))
+    (tmp_path / "run" / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page_file = make_report(tmp_path / "run")
+    assert page_file.read_text().count("<td>77.77</td>") == 1 and "swd_64" not in page_file.read_text()
+    with browser() as page:
+        for width, mobile in ((1200, False), (390, True)):
+            page.open(page_file.as_uri(), width=width, mobile=mobile)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+            boxes = page.evaluate("""[...document.querySelectorAll('.figures .scroll')].map(box =>
+                [box.scrollWidth, box.clientWidth, getComputedStyle(box).overflowX])""")
+            assert len(boxes) == 2 and all(how == "auto" for _, _, how in boxes)
+            assert mobile or max(inner / outer for inner, outer, _ in boxes) < 1.1, "too wide for a desk"
+            heights = page.evaluate("[...document.querySelectorAll('.figures td')].map(cell => cell.clientHeight)")
+            assert len(heights) > 45 and max(heights) < 40, "a number is broken in two"
+        titles = page.evaluate("[...document.querySelectorAll('.chart figcaption b')].map(title => title.textContent)")
+        assert {"FID", "KID", "Precision and recall", "Do samples differ?", "Near copies"} <= set(titles)
+        assert "Epoch" not in titles and len(titles) == len(set(titles)) and page.complaints == []
 
 
 def test_the_last_lines_of_a_command(run: Path, dataset: Path, tmp_path: Path) -> None:
