@@ -15,7 +15,7 @@ from gan_dist.config import load_config, to_yaml
 from gan_dist.errors import UserError
 from launch import snapshot
 from launch.options import SlurmOptions, load_cluster, split_overrides
-from launch.script import Batch, batch_script
+from launch.script import Batch, batch_script, interpreter
 from launch.submit import parent_of, refuse_another_game, training_batch
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -115,6 +115,11 @@ def test_times_mean_what_slurm_means(time: str | int, seconds: int) -> None:
         (["job.env={A: 1}"], "job.env.A: expected string, found 1"),
         (["job.env={A B: x}"], "job.env: expected names of variables such as NCCL_DEBUG, found 'A B'"),
         (["job.env.A=x"], "unknown key job.env.A; job.env is one key and set whole"),
+        (
+            ["job.python=$NOT_SET/python"],
+            "job.python: the environment variable NOT_SET is not set; set it or write $NOT",
+        ),
+        (["job.container=run ${NOT_SET}/i.sif"], "job.container: the environment variable NOT_SET is not set; set it"),
         (["job.container=apptainer exec 'x"], "job.container: expected words as for a shell, found"),
     ],
 )
@@ -122,6 +127,42 @@ def test_wrong_options_are_one_line(words: list[str], line: str) -> None:
     with pytest.raises(UserError) as caught:
         load_cluster(None, words)
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("python", "container", "words"),
+    [
+        (".venv/bin/python", None, ["HERE/.venv/bin/python"]),
+        ("~/x/bin/python", None, ["/home/ada/x/bin/python"]),
+        ("$ENVS/p/bin/python", None, ["/envs/p/bin/python"]),
+        ("python3.12", None, ["python3.12"]),
+        ("bin/python", "./wrapit", ["HERE/wrapit", "bin/python"]),
+        (
+            "/opt/python",
+            "apptainer exec --nv image.sif",
+            ["apptainer", "exec", "--nv", "HERE/image.sif", "/opt/python"],
+        ),
+        (
+            "p",
+            "exec exec -B $ENVS:/e ~/i.sif not.there",
+            ["exec", "exec", "-B", "/envs:/e", "/home/ada/i.sif", "not.there", "p"],
+        ),
+        ("p", """bash -c 'exec "$0" "$RANK"'""", ["bash", "-c", 'exec "$0" "$RANK"', "p"]),
+        (None, None, ["/submits/python"]),
+    ],
+)
+def test_paths_of_a_job_mean_what_they_mean_where_it_is_submitted(
+    python: str | None, container: str | None, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("ENVS", "/envs")
+    monkeypatch.delenv("RANK", raising=False)
+    for name in ("wrapit", "image.sif", "exec"):
+        (tmp_path / name).touch()
+    told = cluster_file(tmp_path, yaml.safe_dump({"job": {"python": python, "container": container}}))
+    found = interpreter(load_cluster(told), "/submits/python")
+    assert found == [word.replace("HERE", str(tmp_path)) for word in words]
 
 
 def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
