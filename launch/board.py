@@ -11,13 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from gan_dist.data.files import publish
 from gan_dist.errors import GanDistError
 from launch import slurm
 from launch.options import ClusterOptions
 from launch.script import Batch, batch_script, interpreter
 from launch.stages import on_cpus
-from launch.submit import fresh, record
+from launch.submit import enqueue, fresh
 
 STARTS_WITHIN_S = 120
 
@@ -71,9 +70,7 @@ def as_job(runs: Path, cluster: ClusterOptions) -> list[str]:
         words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch", "tensorboard", str(runs)]
         body = (f"exec {shlex.join(words)}",)
         text = batch_script(Batch("tensorboard", home, folder, folder / "code", body), cluster, small)
-        publish(folder / "submission.sh", text.encode())
-        job = slurm.submit(text)
-        record(home, folder, "tensorboard", job, [str(runs)], 1)
+        job = enqueue(home, folder, "tensorboard", text, [str(runs)], 1).job
     log = home / "logs" / f"{job}-batch.log"
     deadline = time.monotonic() + STARTS_WITHIN_S
     while time.monotonic() < deadline and slurm.queue([job]):

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
+import shutil
 import sys
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from gan_dist.config import Config, change_rule, changes, load_config, to_yaml
 from gan_dist.data.files import publish
-from gan_dist.errors import UserError
+from gan_dist.errors import GanDistError, UserError
 from gan_dist.naming import run_and_step
 from gan_dist.settings import read_yaml
 from launch import slurm, snapshot
@@ -42,17 +41,15 @@ class Submission:
 
 
 class Executor(submitit.SlurmExecutor):
-    """Submitit's bookkeeping (pickle, submission file, job id) around a batch script of ours."""
+    """Submitit's bookkeeping (the pickled job, by the job's id) around a submission of ours."""
 
-    def __init__(self, folder: Path, text: str, tasks: int) -> None:
+    def __init__(self, folder: Path, enqueue: Callable[[], Submission]) -> None:
         super().__init__(str(folder).replace("%", "%%"))
-        self._text, self._tasks = text, tasks
+        self._enqueue = enqueue
 
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return self._text
-
-    def _num_tasks(self) -> int:
-        return self._tasks
+    def _submit_command(self, command: str) -> Any:
+        self.made = self._enqueue()
+        return self.job_class(folder=self.folder, job_id=self.made.job, tasks=list(range(self.made.ranks)))
 
 
 def new_id() -> str:
@@ -130,30 +127,29 @@ def submit_training(
     """
     settings, parent = check_config(config, overrides, cluster, run), parent_of(from_run, cluster)
     slurm.need("sbatch", "srun", "scontrol")
-    if alone and (busy := slurm.queue([each.job for each in submissions(run)])):
-        raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
+    if alone:
+        refuse_busy(run)
     with fresh(run) as folder:
         (run / "stop").unlink(missing_ok=True)  # a wish that came too late for an earlier job is none for this one
         publish(folder / "config.yaml", to_yaml(settings).encode())
         ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
         job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, parent)
         text = training_batch(run, folder, cluster, run.name, after)
-        executor = Executor(folder, text, ranks)
+        executor = Executor(folder, lambda: enqueue(run, folder, "train", text, [config, *overrides], ranks, after))
         executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
-        with slurm.submission_environment():
-            try:
-                with redirect_stderr(io.StringIO()):  # Submitit prints a refusal before it raises it
-                    queued = executor.submit(job)
-            except (FailedJobError, FailedSubmissionError) as error:
-                raise slurm.refusal(str(error)) from None
-        return record(run, folder, "train", queued.job_id, [config, *overrides], ranks, after)
+        executor.submit(job)
+        return executor.made
+
+
+def refuse_busy(run: Path) -> None:
+    """Returns if no job of the run is in the queue. Raises UserError when one is: two would write the same files."""
+    if busy := slurm.queue([each.job for each in submissions(run)]):
+        raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
 
 
 @contextmanager
-def fresh(run: Path) -> Any:
+def fresh(run: Path) -> Iterator[Path]:
     """Yields a new submission's directory with the snapshot in it; gone again when the submission fails."""
-    import shutil
-
     folder = run / "launch" / new_id()
     try:
         folder.mkdir(parents=True)
@@ -163,24 +159,39 @@ def fresh(run: Path) -> Any:
     try:
         snapshot.take(snapshot.CHECKOUT, folder / "code")
         yield folder
-    except BaseException:
+    except BaseException as error:
+        for made in submissions(run):  # interrupted in the moment after it was queued
+            if made.id == folder.name:
+                with suppress(GanDistError):
+                    slurm.ask("scancel", made.job)
         shutil.rmtree(folder, ignore_errors=True)
         for left in (folder.parent, run / "logs", run):
             try:
                 left.rmdir()
             except OSError:
                 break
+        if isinstance(error, OSError):
+            raise GanDistError(
+                f"cannot write the submission: {error.strerror or error} ({error.filename or run}); nothing is queued, "
+                "make room or put runs elsewhere (job.runs)"
+            ) from None
         raise
 
 
-def record(
-    run: Path, folder: Path, kind: str, job: str, words: Sequence[str], ranks: int, after: str | None = None
+def enqueue(
+    run: Path, folder: Path, kind: str, text: str, words: Sequence[str], ranks: int, after: str | None = None
 ) -> Submission:
-    """Returns the submission after writing it down in its directory."""
-    commit = snapshot.commit_of(snapshot.CHECKOUT)
-    made = Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after)
-    publish(folder / "job.json", (json.dumps(asdict(made), indent=2) + "\n").encode())
-    return made
+    """Returns the submission of the batch script `text`: queued and written down in its directory, or neither."""
+    commit = snapshot.commit_of(snapshot.CHECKOUT)  # takes its time, and there is none once there is a job
+    publish(folder / "submission.sh", text.encode())
+    made: list[Submission] = []
+
+    def keep(job: str) -> None:
+        made.append(Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after))
+        publish(folder / "job.json", (json.dumps(asdict(made[0]), indent=2) + "\n").encode())
+
+    slurm.submit(text, keep)
+    return made[0]
 
 
 def submissions(run: Path) -> list[Submission]:

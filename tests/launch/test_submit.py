@@ -1,0 +1,220 @@
+"""Submitting against programs that stand in for SLURM's: what sbatch is given, and what is left when it goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gan_dist.data.files import publish
+from gan_dist.errors import GanDistError, UserError
+from launch import slurm, snapshot, submit
+from launch.options import load_cluster
+from launch.stages import prepare_array, submit_pipeline
+from launch.submit import submissions, submit_training
+
+
+@dataclass
+class Slurm:
+    """A PATH that begins with programs of ours."""
+
+    bin: Path
+
+    def program(self, name: str, body: str) -> None:
+        """Makes a program that writes its arguments down and then runs `body`, in this directory."""
+        file = self.bin / name
+        file.write_text(f'#!/bin/bash\ncd {self.bin} && echo "$*" >>{name}.told\n{body}\n')
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+    def told(self, name: str) -> list[str]:
+        """Returns the arguments of each call of a program."""
+        file = self.bin / f"{name}.told"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+SBATCH = """
+cat >script-$(wc -l <sbatch.told)
+env -0 >environment-$(wc -l <sbatch.told)
+read -r _ _ _ _ _ session _ </proc/self/stat; echo $session >session
+echo "7$(wc -l <sbatch.told)"
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    """A SLURM that takes every job, and a checkout of one file."""
+    for name in ("bin", "checkout"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkout" / "code.py").touch()
+    monkeypatch.setattr(snapshot, "CHECKOUT", tmp_path / "checkout")
+    made = Slurm(tmp_path / "bin")
+    for name in ("srun", "scontrol", "scancel", "squeue"):
+        made.program(name, "")
+    made.program("sbatch", SBATCH)
+    monkeypatch.setenv("PATH", f"{made.bin}:{os.environ['PATH']}")
+    return made
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    file = tmp_path / "art.yaml"
+    file.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
+    return str(file)
+
+
+def environment(fake: Slurm, number: int) -> dict[str, str]:
+    """Returns what the `number`th sbatch found in its environment."""
+    text = (fake.bin / f"environment-{number}").read_text()
+    return dict(word.split("=", 1) for word in text.split("\0") if word and not word.startswith(("_=", "SHLVL=")))
+
+
+def test_a_job_submitted_from_within_another_is_as_one_from_outside(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    submit_training(config, [], load_cluster(None), tmp_path / "a")
+    foreign = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "9"}
+    foreign |= {"SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "8", "SLURM_EXPORT_ENV": "NONE", "SUBMITIT_FOLDER": "/x"}
+    foreign |= {"SBATCH_MEM_BIND_TYPE": "local", "RANK": "3", "MASTER_PORT": "1", "GAN_DIST_ATTEMPT": "/x"}
+    for key, value in foreign.items():
+        monkeypatch.setenv(key, value)
+    submit_training(config, [], load_cluster(None), tmp_path / "b")
+    assert environment(fake, 1) == environment(fake, 2) and environment(fake, 1)["SLURM_CONF"] == "/etc/slurm.conf"
+    assert os.environ["SLURM_JOB_ID"] == "1"
+
+
+def test_what_a_person_sets_for_sbatch_stands_where_the_cluster_file_says_nothing() -> None:
+    mine = {"SBATCH_ACCOUNT": "art", "SBATCH_PARTITION": "old", "SBATCH_QOS": "low", "SBATCH_TIMELIMIT": "1"}
+    mine |= {"SBATCH_MEM_PER_CPU": "1G", "SBATCH_GPUS": "1", "SBATCH_RESERVATION": "r", "SBATCH_CPUS_PER_GPU": "2"}
+    broken = {"SBATCH_ARRAY_INX": "0-9", "SBATCH_NO_REQUEUE": "1", "SBATCH_OUTPUT": "o", "SBATCH_ERROR": "e"}
+    broken |= {"SBATCH_WAIT": "1", "SBATCH_EXPORT": "NONE", "SBATCH_OPEN_MODE": "truncate", "SBATCH_SIGNAL": "USR1"}
+    cluster = load_cluster(None, ["slurm.partition=new", "slurm.mem=9G", "slurm.gpus_per_node=2"])
+    text = submit.training_batch(Path("/r"), Path("/r/launch/i"), cluster, "r")
+    kept = {"SBATCH_ACCOUNT": "art", "SBATCH_QOS": "low", "SBATCH_RESERVATION": "r"}
+    assert slurm.submission_environment(mine | broken | {"HOME": "/h"}, text) == kept | {"HOME": "/h"}
+    text = submit.training_batch(Path("/r"), Path("/r/launch/i"), load_cluster(None), "r")
+    named = {"SBATCH_TIMELIMIT", "SBATCH_CPUS_PER_GPU"}
+    assert slurm.submission_environment(mine | broken, text).keys() == mine.keys() - named
+
+
+def full(*words: object, **more: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_job(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    line = rf"^cannot write the submission: No space left on device \({run}\); nothing is queued, make room or"
+    with monkeypatch.context() as patch, pytest.raises(GanDistError, match=line):
+        patch.setattr(snapshot, "take", full)
+        submit_training(config, [], load_cluster(None), run)
+    assert not run.exists() and not fake.told("sbatch")
+    monkeypatch.setattr(
+        submit, "publish", lambda path, text: (full if path.name == "job.json" else publish)(path, text)
+    )
+    with pytest.raises(GanDistError, match=line):
+        submit_training(config, [], load_cluster(None), run)
+    assert not run.exists() and fake.told("scancel") == ["71"]
+
+
+def test_ctrl_c_in_the_moment_after_sbatch_takes_the_job_back(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("submitit.core.utils.JobPaths.move_temporary_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert fake.told("scancel") == ["71"] and not (tmp_path / "run").exists()
+
+
+INTERRUPTED = "kill -INT $PPID; sleep 0.2" + SBATCH
+
+
+def test_ctrl_c_while_sbatch_works_takes_the_job_back(fake: Slurm, config: str, tmp_path: Path) -> None:
+    fake.program("sbatch", INTERRUPTED)
+    with pytest.raises(KeyboardInterrupt):
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert set(fake.told("scancel")) == {"71"} and not (tmp_path / "run").exists()
+    assert int((fake.bin / "session").read_text()) != os.getsid(0)  # where a terminal's Ctrl-C does not reach
+
+
+def test_ctrl_c_before_sbatch_is_asked_leaves_nothing(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(root: Path) -> None:
+        assert not fake.told("sbatch")  # git may take its time: a job would be queued and in no book
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshot, "commit_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert not fake.told("sbatch") and not (tmp_path / "run").exists()
+
+
+def test_sbatch_that_does_not_answer_is_one_line(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.program("sbatch", "exec sleep 20")
+    monkeypatch.setattr(slurm, "SBATCH_S", 0.3)
+    with pytest.raises(GanDistError, match=r"^sbatch did not answer within 0\.3 s; is the SLURM controller up\?"):
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("third", [INTERRUPTED, "echo no such partition >&2; exit 1", "exec sleep 20"])
+def test_a_pipeline_that_cannot_be_submitted_whole_is_taken_back(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: str
+) -> None:
+    fake.program("sbatch", f"if (($(wc -l <sbatch.told) > 2)); then\n{third}\nfi\n{SBATCH}")
+    monkeypatch.setattr(slurm, "SBATCH_S", 1)
+    with pytest.raises((GanDistError, KeyboardInterrupt)):
+        submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
+    assert [job for job in fake.told("scancel") if job != "73"] == ["71", "72"]
+
+
+def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, tmp_path: Path) -> None:
+    made = submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
+    assert [(each.kind, each.job, each.after) for each in made] == [
+        ("prepare", "71", None),
+        ("train", "72", "71"),
+        ("report", "73", "72"),
+    ]
+    assert [each.id for each in submissions(tmp_path / "run")] == [each.id for each in made]
+    prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
+    fake.program("squeue", "echo '71_0|PENDING|1:00||(Priority)|N/A'")
+    with pytest.raises(UserError, match=r"/run has job 71_0 already \(PENDING \(Priority\)\); wait for it, or end it"):
+        submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
+    with pytest.raises(UserError, match=r"/set\.launch has job 71_0 already"):
+        prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
+    assert len(fake.told("sbatch")) == 4
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "sacct", "state"),
+    [
+        ("echo 'JobId=7 JobState=TIMEOUT Reason=TimeLimit'", "echo FAILED", "TIMEOUT"),
+        ("echo 'Invalid job id' >&2; exit 1", "echo NODE_FAIL; echo", "NODE_FAIL"),
+        ("exit 1", "echo 'CANCELLED by 0'", "CANCELLED by 0"),
+        ("exit 1", "echo 'Slurm accounting storage is disabled' >&2; exit 1", ""),
+        ("exit 1", "echo", ""),
+        ("exit 1", None, ""),
+    ],
+)
+def test_an_ended_job_is_asked_for_wherever_it_may_be_known(
+    fake: Slurm, monkeypatch: pytest.MonkeyPatch, scontrol: str, sacct: str | None, state: str
+) -> None:
+    monkeypatch.setenv("PATH", str(fake.bin))
+    fake.program("scontrol", scontrol)
+    if sacct:
+        fake.program("sacct", sacct)
+    assert slurm.ended("7") == state
+    assert fake.told("scontrol") == ["show job -o 7"]
+    assert fake.told("sacct") == ([] if state == "TIMEOUT" or not sacct else ["-nPX -o State -j 7"])
