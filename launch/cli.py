@@ -134,25 +134,30 @@ def logs(
 
 @app.command()
 def stop(run: Run, cluster: ClusterFile = None) -> None:
-    """Ask a run to save and end, without being requeued. A job that still waits is taken out of the queue."""
+    """Ask a run to save and end, without being requeued. What still waits, or does not train, is cancelled."""
     from launch import slurm
     from launch.submit import submissions
 
     where = _find(run, cluster)
+    kinds = {each.job: each.kind for each in submissions(where)}
     deadline = time.monotonic() + 40
-    while queued := slurm.queue([each.job for each in submissions(where)]):
+    while queued := slurm.queue(list(kinds)):
         if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in queued):
             break
         time.sleep(1)  # between two starts: in a moment it waits in the queue again, or is gone
     if not queued:
         raise UserError(f"{where} has no job in the queue; nothing to stop")
-    for line in queued:
-        if line.state == "PENDING":
-            slurm.ask("scancel", "--state=PENDING", line.job)
-            print(f"job {line.job} was waiting; it is cancelled, the run is as its last checkpoint left it")
+    states = {line.job.partition("_")[0]: line.state for line in queued}
+    for job in sorted(states, key=int, reverse=True):  # what waits for another goes first, or SLURM cancels it itself
+        if kinds[job] != "train":  # nobody there reads a stop file
+            slurm.ask("scancel", job)
+            print(f"job {job} ({kinds[job]}) is cancelled; what it has finished is kept")
+        elif states[job] == "PENDING":
+            slurm.ask("scancel", "--state=PENDING", job)
+            print(f"job {job} was waiting; it is cancelled, the run is as its last checkpoint left it")
         else:
             (where / "stop").touch()
-            print(f"job {line.job} is asked to save and end; see: python -m launch status {where}")
+            print(f"job {job} is asked to save and end; see: python -m launch status {where}")
 
 
 @app.command()

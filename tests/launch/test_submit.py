@@ -14,6 +14,7 @@ import yaml
 from gan_dist.data.files import publish
 from gan_dist.errors import GanDistError, UserError
 from launch import slurm, snapshot, submit
+from launch.cli import stop
 from launch.options import load_cluster
 from launch.stages import prepare_array, submit_pipeline
 from launch.submit import submissions, submit_training
@@ -195,6 +196,30 @@ def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, 
     with pytest.raises(UserError, match=r"/set\.launch has job 71_0 already"):
         prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
     assert len(fake.told("sbatch")) == 4
+
+
+def queue(fake: Slurm, *lines: str) -> None:
+    fake.program("squeue", "\n".join(f"echo '{line}|1:00|node1|(None)|N/A'" for line in lines))
+
+
+def test_stop_asks_training_and_cancels_what_does_not_train(
+    fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside, _ = prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
+    queue(fake, "71_0|RUNNING", "71_1|PENDING")
+    stop(str(beside))
+    assert capsys.readouterr().out == "job 71 (prepare) is cancelled; what it has finished is kept\n"
+    assert fake.told("scancel") == ["71"] and not (beside / "stop").exists()
+    fake.program("squeue", "")
+    run = tmp_path / "run"
+    submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), run)
+    queue(fake, "72_0|RUNNING", "73|PENDING", "74|PENDING")
+    stop(str(run))
+    assert fake.told("scancel")[1:] == ["74", "--state=PENDING 73", "72"] and not (run / "stop").exists()
+    queue(fake, "73|RUNNING", "74|PENDING")
+    stop(str(run))
+    assert fake.told("scancel")[4:] == ["74"] and (run / "stop").exists()
+    assert "job 73 is asked to save and end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
