@@ -65,7 +65,7 @@ def as_job(runs: Path, cluster: ClusterOptions) -> list[str]:
     """Returns the lines to print after TensorBoard was queued as a job of one CPU: the way in, once it has started."""
     slurm.need("sbatch", "srun")
     home = runs / ".tensorboard"
-    with fresh(home) as folder:
+    with fresh(home, cluster.job.runs) as folder:
         small = on_cpus(cluster.slurm).model_copy(update={"cpus_per_task": 1})
         words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch", "tensorboard", str(runs)]
         body = (f"exec {shlex.join(words)}",)

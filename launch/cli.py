@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gan_dist.errors import GanDistError, UserError
-from gan_dist.naming import choose_run_dir
+from gan_dist.naming import choose_run_dir, runs_home
 from launch.options import ClusterOptions, load_cluster, split_overrides
 
 app = typer.Typer(
@@ -77,7 +77,7 @@ def submit(
     if dry_run:
         check_config(config, overrides, options, run)
         parent_of(from_run, options)
-        code_of(CHECKOUT)
+        code_of(CHECKOUT, [run, runs_home(options.job.runs)])
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
     made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run)

@@ -41,7 +41,7 @@ def submit_commands(
 ) -> Submission:
     """Returns the submission of gan-dist commands as one CPU job, or as an array of `array` elements."""
     slurm.need("sbatch", "srun", "scontrol")
-    with fresh(run) as folder:
+    with fresh(run, cluster.job.runs) as folder:
         lines = command_lines(cluster, commands)
         name = f"{run.name}-{kind}"
         batch = Batch(name, run, folder, folder / "code", lines, array=array, home=Path.cwd(), after=after)

@@ -18,7 +18,7 @@ import submitit
 from gan_dist.config import Config, change_rule, changes, load_config, to_yaml
 from gan_dist.data.files import publish
 from gan_dist.errors import GanDistError, UserError
-from gan_dist.naming import run_and_step
+from gan_dist.naming import run_and_step, runs_home
 from gan_dist.settings import read_yaml
 from launch import slurm, snapshot
 from launch.options import ClusterOptions
@@ -129,7 +129,7 @@ def submit_training(
     slurm.need("sbatch", "srun", "scontrol")
     if alone:
         refuse_busy(run)
-    with fresh(run) as folder:
+    with fresh(run, cluster.job.runs) as folder:
         (run / "stop").unlink(missing_ok=True)  # a wish that came too late for an earlier job is none for this one
         publish(folder / "config.yaml", to_yaml(settings).encode())
         ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
@@ -148,8 +148,11 @@ def refuse_busy(run: Path) -> None:
 
 
 @contextmanager
-def fresh(run: Path) -> Iterator[Path]:
-    """Yields a new submission's directory with the snapshot in it; gone again when the submission fails."""
+def fresh(run: Path, runs: str | None = None) -> Iterator[Path]:
+    """Yields a new submission's directory with the snapshot in it; gone again when the submission fails.
+
+    `runs` is job.runs: where code that is new is none.
+    """
     folder = run / "launch" / new_id()
     try:
         folder.mkdir(parents=True)
@@ -157,7 +160,7 @@ def fresh(run: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write the run directory {run}: {error.strerror}") from None
     try:
-        snapshot.take(snapshot.CHECKOUT, folder / "code")
+        snapshot.take(snapshot.CHECKOUT, folder / "code", [run, runs_home(runs)])
         yield folder
     except BaseException as error:
         for made in submissions(run):  # interrupted in the moment after it was queued

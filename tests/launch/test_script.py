@@ -239,6 +239,40 @@ def test_a_checkout_without_git_is_copied_without_environments_and_data(tmp_path
     assert snapshot.commit_of(root) is None
 
 
+@pytest.mark.parametrize("with_git", [True, False])
+def test_a_snapshot_holds_no_earlier_run_and_keeps_links(with_git: bool, tmp_path: Path) -> None:
+    root, copy = tmp_path / "checkout", tmp_path / "deep" / "copy"
+    for name in (
+        "launch/cli.py",
+        "configs/config.yaml",
+        "out/notes.py",
+        "out/r1/launch/1/job.json",
+        "out/r1/logs/1-batch.log",
+        "out/r2/launch/2/code/launch/cli.py",  # killed while it was submitted
+        "out/local/checkpoints/latest",
+        "out/local/config.yaml",
+        "out/new/launch/3/config.yaml",
+        "home/doctor/words",
+        "../elsewhere/x.py",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    (root / "same").symlink_to("configs")
+    (root / "other").symlink_to("../elsewhere")
+    (root / "gone").symlink_to("nowhere")
+    if with_git:
+        git(root, "init", "-q")
+        git(root, "init", "-q", "another")  # listed as a directory
+        git(root, "add", "launch", "configs", "same", "other", "gone", "home/doctor/words")
+    snapshot.take(root, copy, [root / "out/new", root / "home", root, tmp_path])
+    names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+    tracked = {"home/doctor/words"} if with_git else set()
+    assert (
+        names - {"same/config.yaml", "other/x.py"} == {"launch/cli.py", "configs/config.yaml", "out/notes.py"} | tracked
+    )
+    assert (copy / "same").resolve() == copy / "configs" and (copy / "other").resolve() == tmp_path / "elsewhere"
+
+
 def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "LARGEST_MIB", 1)
     (tmp_path / "checkout").mkdir()

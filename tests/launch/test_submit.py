@@ -198,6 +198,18 @@ def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, 
     assert len(fake.told("sbatch")) == 4
 
 
+def test_runs_in_the_checkout_are_no_code(fake: Slurm, config: str, tmp_path: Path) -> None:
+    home = tmp_path / "checkout" / "home"
+    home.mkdir()
+    (home / "words").touch()
+    for run in (home / "a", tmp_path / "checkout" / "b", home / "a"):
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        (run / "samples" / "1.png").touch()
+        made = submit_training(config, [], load_cluster(None, [f"job.runs={home}"]), run)
+        code = run / "launch" / made.id / "code"
+        assert {file.name for file in code.rglob("*") if file.suffix != ".pyc"} == {"code.py", "__pycache__"}
+
+
 def queue(fake: Slurm, *lines: str) -> None:
     fake.program("squeue", "\n".join(f"echo '{line}|1:00|node1|(None)|N/A'" for line in lines))
 
