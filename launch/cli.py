@@ -263,6 +263,7 @@ def pipeline(
 @app.command()
 def tensorboard(
     runs: Annotated[str, typer.Argument(help="A directory of runs, or one run.")],
+    words: Words = None,
     port: Annotated[int | None, typer.Option(help="Port on the loopback address. [default: a free one]")] = None,
     cluster: ClusterFile = None,
 ) -> None:
@@ -273,9 +274,12 @@ def tensorboard(
     where = expand(runs)
     if not where.is_dir():
         raise UserError(f"no directory {where}; expected where runs lie, or one run")
+    options, rest = _options(cluster, words)
+    if rest or (words and cluster is None):
+        raise UserError(f"expected slurm. and job. keys, with --cluster, found {(rest or words or [])[0]}")
     if cluster is None:
         raise typer.Exit(serve(where, port))
-    for line in as_job(where, _options(cluster, [])[0]):
+    for line in as_job(where, options, {word.partition("=")[0] for word in words or []}, port):
         print(line, flush=True)
 
 

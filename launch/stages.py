@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from launch.submit import Submission, check_config, enqueue, fresh, refuse_busy,
 
 def on_cpus(options: SlurmOptions) -> SlurmOptions:
     """Returns what a job of one process asks for where training asks for `options`: a node's share without GPUs."""
-    one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None}
+    extra = {key: value for key, value in options.extra.items() if not re.search("gpu|gres|tres", key)}
+    one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None, "extra": extra}
     return options.model_copy(update=one)
 
 

@@ -326,6 +326,11 @@ def test_a_parent_is_told_by_its_path(tmp_path: Path, monkeypatch: pytest.Monkey
         (["doctor", "train.epochs=3"], "launch: expected slurm. and job. keys only, found train.epochs=3"),
         (["status", "nowhere"], "launch: no run at"),
         (["tensorboard", "nowhere"], "launch: no directory"),
+        (["tensorboard", ".", "train.epochs=3", "--cluster", "CLUSTER"], "launch: expected slurm. and job. keys, with"),
+        (
+            ["tensorboard", ".", "slurm.mem=3G"],
+            "launch: expected slurm. and job. keys, with --cluster, found slurm.mem",
+        ),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ import yaml
 from gan_dist.data.files import publish
 from gan_dist.errors import GanDistError, UserError
 from launch import slurm, snapshot, submit
-from launch.cli import stop
+from launch.board import serve, small, way_in
+from launch.cli import stop, tensorboard
 from launch.options import load_cluster
-from launch.stages import prepare_array, submit_pipeline
+from launch.stages import on_cpus, prepare_array, submit_pipeline
+from launch.status import all_runs
 from launch.submit import submissions, submit_training
 
 
@@ -232,6 +235,53 @@ def test_stop_asks_training_and_cancels_what_does_not_train(
     stop(str(run))
     assert fake.told("scancel")[4:] == ["74"] and (run / "stop").exists()
     assert "job 73 is asked to save and end" in capsys.readouterr().out
+
+
+def test_tensorboard_asks_for_little_of_what_training_asks_for() -> None:
+    extra = "{gpus-per-task: 1, exclusive: true, mem-per-cpu: 9G, exclude: n7, reservation: art}"
+    training = ["slurm.constraint=h100", "slurm.mem=200G", f"slurm.extra={extra}", "slurm.gres=gpu:4", "slurm.nodes=9"]
+    cluster = load_cluster(None, [*training, "slurm.partition=gpu", "slurm.cpus_per_task=8", "slurm.qos=low"])
+    open_keys = {"extra": {"exclude": "n7", "reservation": "art"}, "mem": None, "constraint": None, "gres": None}
+    told = small(cluster.slurm).model_dump()
+    assert open_keys.items() <= told.items() and (told["partition"], told["qos"]) == ("gpu", "low")
+    assert (told["nodes"], told["cpus_per_task"], told["tasks_per_node"], told["gpus_per_node"]) == (1, 1, 1, 0)
+    told = small(cluster.slurm, {"slurm.mem", "slurm.cpus_per_task", "slurm.extra"}).model_dump()
+    assert (told["mem"], told["cpus_per_task"], told["constraint"]) == ("200G", 8, None) and len(told["extra"]) == 5
+    assert on_cpus(cluster.slurm).extra.keys() == {"exclusive", "mem-per-cpu", "exclude", "reservation"}
+
+
+def test_tensorboard_as_a_job_tells_the_way_in_or_why_there_is_none(
+    fake: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, file = tmp_path / "runs", tmp_path / "cluster.yaml"
+    runs.mkdir()
+    file.write_text("slurm: {partition: gpu}")
+    way = way_in(runs, 6007, "node1", "login", "ada")
+    said = "\n".join(["loading module", "gan_dist: start 0", "and another", *way, "TensorBoard 2.21 at ..."])
+    log = runs / ".tensorboard" / "logs" / "71-batch.log"
+    fake.program("squeue", f"echo '71|RUNNING|1:00|node1|(None)|N/A'; cat >{log} <<'EOF'\n{said}\nEOF")
+    tensorboard(str(runs), ["slurm.partition=cpu"], port=6007, cluster=str(file))
+    assert capsys.readouterr().out.splitlines() == ["job 71; end it with: scancel 71", *way]
+    script = (fake.bin / "script-1").read_text()
+    assert script.endswith(f"-u -m launch tensorboard {runs} --port 6007\n") and "--partition=cpu\n" in script
+    fake.program("squeue", "")
+    fake.program("scontrol", "echo ' JobState=FAILED '")
+    log.with_name("72-batch.log").write_text("gan_dist: start 0\nno module named tensorboard\n\n")
+    with pytest.raises(GanDistError, match=r"job 72 has ended \(FAILED\): no module named tensorboard; see ") as caught:
+        tensorboard(str(runs), cluster=str(file))
+    assert caught.value.exit_status == 1
+    with pytest.raises(UserError, match="no run was submitted in"):
+        all_runs(str(runs))
+
+
+def test_tensorboard_says_when_its_port_is_taken(tmp_path: Path) -> None:
+    with (
+        socket.socket() as other,
+        pytest.raises(UserError, match=r"--port \d+ on .*: .*in use; leave it out for a free"),
+    ):
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        serve(tmp_path, other.getsockname()[1])
 
 
 @pytest.mark.parametrize(
