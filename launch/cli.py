@@ -82,8 +82,8 @@ def submit(
         return
     made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run)
     print(f"job {made.job}: {made.ranks} rank(s), code {made.commit or 'without a commit'}, run {run}")
-    print(f"  python -m launch status {run}")
-    print(f"  python -m launch logs -f {run}")
+    print(f"  python -m launch status {shlex.quote(str(run))}")
+    print(f"  python -m launch logs -f {shlex.quote(str(run))}")
 
 
 def _find(run: str, cluster: str | None) -> Path:
@@ -157,7 +157,7 @@ def stop(run: Run, cluster: ClusterFile = None) -> None:
             print(f"job {job} was waiting; it is cancelled, the run is as its last checkpoint left it")
         else:
             (where / "stop").touch()
-            print(f"job {job} is asked to save and end; see: python -m launch status {where}")
+            print(f"job {job} is asked to save and end; see: python -m launch status {shlex.quote(str(where))}")
 
 
 @app.command()
@@ -227,7 +227,7 @@ def prepare(
         raise UserError("expected SOURCE... OUT before the options of gan-dist prepare")
     out, rest = expand_directory(given[end - 1]), given[end:]
     beside, made = prepare_array([*given[: end - 1], *rest], out, tasks, options)
-    print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {beside}")
+    print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {shlex.quote(str(beside))}")
 
 
 @app.command()
@@ -257,7 +257,7 @@ def pipeline(
         raise UserError(f"--prepare: expected options as for a shell, found {preparing!r}: {error}") from None
     for made in submit_pipeline(config, overrides, told, tasks, options, run, max_steps=max_steps):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
-    print(f"  python -m launch status {run}")
+    print(f"  python -m launch status {shlex.quote(str(run))}")
 
 
 @app.command()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import sys
 import time
@@ -71,6 +73,7 @@ def training_batch(
 def check_config(config: str, overrides: Sequence[str], cluster: ClusterOptions, run: Path) -> Config:
     """Returns the validated configuration. Raises UserError for what ranks would refuse after hours in the queue."""
     settings = load_config(config, overrides)
+    refuse_patterns(run)
     ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
     if ranks > settings.train.global_batch:
         raise UserError(
@@ -88,6 +91,14 @@ def parent_of(from_run: str | None, cluster: ClusterOptions) -> str | None:
     if not (parent / "checkpoints").is_dir():
         raise UserError(f"--from: no run at {parent}; expected a run's directory, or its name where runs lie")
     return str(parent) if step is None else f"{parent}@{step}"
+
+
+def refuse_patterns(run: Path) -> None:
+    """Returns if SLURM and Submitit take a run's path as it is. Raises UserError where they would fill something in."""
+    if pattern := re.search(r"%\w", str(run)):
+        raise UserError(
+            f"{run}: {pattern[0]} in a path means something else to SLURM and Submitit; choose another name or place"
+        )
 
 
 def refuse_another_game(run: Path, settings: Config) -> None:
@@ -144,7 +155,8 @@ def submit_training(
 def refuse_busy(run: Path) -> None:
     """Returns if no job of the run is in the queue. Raises UserError when one is: two would write the same files."""
     if busy := slurm.queue([each.job for each in submissions(run)]):
-        raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
+        ending = f"launch stop {shlex.quote(str(run))}"
+        raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: {ending}")
 
 
 @contextmanager
@@ -153,6 +165,7 @@ def fresh(run: Path, runs: str | None = None) -> Iterator[Path]:
 
     `runs` is job.runs: where code that is new is none.
     """
+    refuse_patterns(run)
     folder = run / "launch" / new_id()
     try:
         folder.mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import socket
 import stat
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from gan_dist.data.files import publish
 from gan_dist.errors import GanDistError, UserError
 from launch import slurm, snapshot, submit
 from launch.board import serve, small, way_in
-from launch.cli import stop, tensorboard
+from launch.cli import pipeline, stop, tensorboard
+from launch.cli import submit as submit_command
 from launch.options import load_cluster
 from launch.stages import on_cpus, prepare_array, submit_pipeline
 from launch.status import all_runs
@@ -199,6 +201,32 @@ def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, 
     with pytest.raises(UserError, match=r"/set\.launch has job 71_0 already"):
         prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
     assert len(fake.told("sbatch")) == 4
+
+
+def test_paths_that_slurm_would_read_as_patterns_are_refused(fake: Slurm, config: str, tmp_path: Path) -> None:
+    for out in ("100%job", "%N"):
+        with pytest.raises(
+            UserError, match="in a path means something else to SLURM and Submitit; choose another name"
+        ):
+            prepare_array(["a.zip"], tmp_path / out, 2, load_cluster(None))
+    submit_training(config, [], load_cluster(None), tmp_path / "100% art")
+    assert len(fake.told("sbatch")) == 1 and not list(tmp_path.glob("*%[jN]*"))
+
+
+def test_what_is_said_can_be_pasted(
+    fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit_command(config, run_dir=str(tmp_path / "my run"))
+    told = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    run = str(tmp_path / "my run")
+    assert told == [["python", "-m", "launch", "status", run], ["python", "-m", "launch", "logs", "-f", run]]
+    pipeline(config, source=["a.zip"], run_dir=str(tmp_path / "my pipe"), tasks=1)
+    assert capsys.readouterr().out.endswith(f"launch status '{tmp_path / 'my pipe'}'\n")
+    queue(fake, "71|RUNNING")
+    stop(run)
+    assert capsys.readouterr().out.endswith(f"launch status '{run}'\n")
+    with pytest.raises(UserError, match=f"or end it: launch stop '{run}'"):
+        submit_command(config, run_dir=run)
 
 
 def test_runs_in_the_checkout_are_no_code(fake: Slurm, config: str, tmp_path: Path) -> None:
