@@ -172,7 +172,9 @@ def test_plain_sbatch_speaks_the_same_protocol_and_knows_the_same_run(
     words = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10", "slurm/train.sbatch")
     run = Run(linuxproc, tmp_path / "run", "")
     out = ("--output", str(tmp_path / "log"))
-    run.job = sbatch(linuxproc, *out, *words, str(run.path), config, "--max-steps", "100", GAN_DIST_CONTAINER=str(wrap))
+    # NCCL reads a list of prefixes, gloo the whole name of an interface that is there.
+    env = {"GAN_DIST_CONTAINER": str(wrap), "NCCL_SOCKET_IFNAME": "en,net"}
+    run.job = sbatch(linuxproc, *out, *words, str(run.path), config, "--max-steps", "100", **env)
     run.wait_for_step(20)
     linuxproc.run("scancel", "--signal=USR2", run.job)
     assert run.wait_for("requeued")[3] == "SIGUSR2"
