@@ -187,9 +187,10 @@ def fresh(run: Path, runs: str | None = None) -> Iterator[Path]:
             except OSError:
                 break
         if isinstance(error, OSError):
+            where = error.filename2 or error.filename or run
             raise GanDistError(
-                f"cannot write the submission: {error.strerror or error} ({error.filename or run}); nothing is queued, "
-                "make room or put runs elsewhere (job.runs)"
+                f"cannot write the submission: {error.strerror or error} ({where}); nothing is queued, make room or "
+                "put runs elsewhere (job.runs)"
             ) from None
         raise
 
