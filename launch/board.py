@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import shlex
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
-from gan_dist.data.files import publish
-from gan_dist.errors import GanDistError
+from gan_dist.errors import GanDistError, UserError
 from launch import slurm
-from launch.options import ClusterOptions
+from launch.options import ClusterOptions, SlurmOptions
 from launch.script import Batch, batch_script, interpreter
 from launch.stages import on_cpus
-from launch.submit import fresh, record
+from launch.submit import enqueue, fresh
 
 STARTS_WITHIN_S = 120
+INTRODUCTION = "On your laptop, one of:"
+WARNING = "TensorBoard asks for no password"
+MUCH = "gpu|gres|tres|mem|exclusive|ntasks|nodelist|switches"
+"""What sbatch's options are called that ask for more than one processor anywhere."""
 
 
 def free_port() -> int:
@@ -36,10 +41,10 @@ def way_in(runs: Path, port: int, host: str, login: str | None, user: str) -> li
     door = login or host
     keep = "--include='*/' --include='tensorboard/**' --include='samples/**' --include='report.html' --exclude='*'"
     return [
-        "On your laptop, one of:",
+        INTRODUCTION,
         f"  ssh -N {jump}-L {port}:localhost:{port} {user}@{host}      # then open http://localhost:{port}",
         f"  rsync -avzm {keep} {user}@{door}:{shlex.quote(f'{runs}/')} runs/      # the files instead",
-        f"TensorBoard asks for no password: whoever is logged in to {host} can open port {port} too.",
+        f"{WARNING}: whoever is logged in to {host} can open port {port} too.",
         *(
             []
             if jump
@@ -50,7 +55,17 @@ def way_in(runs: Path, port: int, host: str, login: str | None, user: str) -> li
 
 def serve(runs: Path, port: int | None = None) -> int:
     """Returns TensorBoard's exit status after it has run here, on the loopback address alone, until Ctrl-C."""
-    port = port or free_port()
+    if not port:
+        port = free_port()
+    else:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a server does that was there a moment ago
+            try:
+                probe.bind(("127.0.0.1", port))
+            except (OSError, OverflowError) as error:
+                raise UserError(
+                    f"--port {port} on {socket.gethostname()}: {error}; leave it out for a free one"
+                ) from None
     login = os.environ.get("SLURM_SUBMIT_HOST") if os.environ.get("SLURM_JOB_ID") else None
     print("\n".join(way_in(runs, port, socket.gethostname(), login, getpass.getuser())), flush=True)
     words = ["--logdir", str(runs), "--host", "127.0.0.1", "--port", str(port)]
@@ -62,23 +77,42 @@ def serve(runs: Path, port: int | None = None) -> int:
         raise GanDistError(f"TensorBoard does not start: {error}") from None
 
 
-def as_job(runs: Path, cluster: ClusterOptions) -> list[str]:
-    """Returns the lines to print after TensorBoard was queued as a job of one CPU: the way in, once it has started."""
+def small(options: SlurmOptions, said: Collection[str] = ()) -> SlurmOptions:
+    """Returns what a job of one processor asks for where training asks for `options`.
+
+    The keys `said` (slurm.mem) were meant for this job and stand; of the others, those go that ask for much.
+    """
+    extra = {key: value for key, value in options.extra.items() if not re.search(MUCH, key)}
+    less = {"cpus_per_task": 1, "mem": None, "constraint": None, "extra": extra}
+    kept = {key: getattr(options, key) for key in type(options).model_fields if f"slurm.{key}" in said}
+    return on_cpus(options).model_copy(update=less | kept)
+
+
+def as_job(runs: Path, cluster: ClusterOptions, said: Collection[str] = (), port: int | None = None) -> list[str]:
+    """Returns the lines to print after TensorBoard was queued as a job of one CPU: the way in, once it has started.
+
+    Raises GanDistError when the job has ended before.
+    """
     slurm.need("sbatch", "srun")
     home = runs / ".tensorboard"
-    with fresh(home) as folder:
-        small = on_cpus(cluster.slurm).model_copy(update={"cpus_per_task": 1})
+    with fresh(home, cluster.job.runs) as folder:
         words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch", "tensorboard", str(runs)]
+        words += ["--port", str(port)] if port else []
         body = (f"exec {shlex.join(words)}",)
-        text = batch_script(Batch("tensorboard", home, folder, folder / "code", body), cluster, small)
-        publish(folder / "submission.sh", text.encode())
-        job = slurm.submit(text)
-        record(home, folder, "tensorboard", job, [str(runs)], 1)
+        batch = Batch("tensorboard", home, folder, folder / "code", body)
+        text = batch_script(batch, cluster, small(cluster.slurm, said))
+        job = enqueue(home, folder, "tensorboard", text, [str(runs)], 1).job
     log = home / "logs" / f"{job}-batch.log"
     deadline = time.monotonic() + STARTS_WITHIN_S
-    while time.monotonic() < deadline and slurm.queue([job]):
-        told = log.read_text() if log.exists() else ""
-        if "TensorBoard asks for no password" in told:
-            return [f"job {job}; end it with: scancel {job}", *told.splitlines()[1:]]
+    while time.monotonic() < deadline:
+        queued = slurm.queue([job])
+        told = log.read_text(errors="replace").splitlines() if log.exists() else []
+        if not queued:
+            last = next((line for line in reversed(told) if line.strip()), "it said nothing")
+            raise GanDistError(f"job {job} has ended ({slurm.ended(job) or 'nobody knows how'}): {last}; see {log}")
+        starts = [number for number, line in enumerate(told) if line == INTRODUCTION]
+        ends = [number for number, line in enumerate(told) if line.startswith(WARNING)]
+        if starts and ends:
+            return [f"job {job}; end it with: scancel {job}", *told[starts[-1] : ends[-1] + 1]]
         time.sleep(0.5)
     return [f"job {job} has not started yet; the way to it will stand in {log}"]

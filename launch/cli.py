@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from gan_dist.errors import GanDistError, UserError
-from gan_dist.naming import choose_run_dir
+from gan_dist.naming import choose_run_dir, runs_home
 from launch.options import ClusterOptions, load_cluster, split_overrides
 
 app = typer.Typer(
@@ -77,13 +77,13 @@ def submit(
     if dry_run:
         check_config(config, overrides, options, run)
         parent_of(from_run, options)
-        code_of(CHECKOUT)
+        code_of(CHECKOUT, [run, runs_home(options.job.runs)])
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
     made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run)
     print(f"job {made.job}: {made.ranks} rank(s), code {made.commit or 'without a commit'}, run {run}")
-    print(f"  python -m launch status {run}")
-    print(f"  python -m launch logs -f {run}")
+    print(f"  python -m launch status {shlex.quote(str(run))}")
+    print(f"  python -m launch logs -f {shlex.quote(str(run))}")
 
 
 def _find(run: str, cluster: str | None) -> Path:
@@ -134,25 +134,30 @@ def logs(
 
 @app.command()
 def stop(run: Run, cluster: ClusterFile = None) -> None:
-    """Ask a run to save and end, without being requeued. A job that still waits is taken out of the queue."""
+    """Ask a run to save and end, without being requeued. What still waits, or does not train, is cancelled."""
     from launch import slurm
     from launch.submit import submissions
 
     where = _find(run, cluster)
+    kinds = {each.job: each.kind for each in submissions(where)}
     deadline = time.monotonic() + 40
-    while queued := slurm.queue([each.job for each in submissions(where)]):
+    while queued := slurm.queue(list(kinds)):
         if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in queued):
             break
         time.sleep(1)  # between two starts: in a moment it waits in the queue again, or is gone
     if not queued:
         raise UserError(f"{where} has no job in the queue; nothing to stop")
-    for line in queued:
-        if line.state == "PENDING":
-            slurm.ask("scancel", "--state=PENDING", line.job)
-            print(f"job {line.job} was waiting; it is cancelled, the run is as its last checkpoint left it")
+    states = {line.job.partition("_")[0]: line.state for line in queued}
+    for job in sorted(states, key=int, reverse=True):  # what waits for another goes first, or SLURM cancels it itself
+        if kinds[job] != "train":  # nobody there reads a stop file
+            slurm.ask("scancel", job)
+            print(f"job {job} ({kinds[job]}) is cancelled; what it has finished is kept")
+        elif states[job] == "PENDING":
+            slurm.ask("scancel", "--state=PENDING", job)
+            print(f"job {job} was waiting; it is cancelled, the run is as its last checkpoint left it")
         else:
             (where / "stop").touch()
-            print(f"job {line.job} is asked to save and end; see: python -m launch status {where}")
+            print(f"job {job} is asked to save and end; see: python -m launch status {shlex.quote(str(where))}")
 
 
 @app.command()
@@ -222,7 +227,7 @@ def prepare(
         raise UserError("expected SOURCE... OUT before the options of gan-dist prepare")
     out, rest = expand_directory(given[end - 1]), given[end:]
     beside, made = prepare_array([*given[: end - 1], *rest], out, tasks, options)
-    print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {beside}")
+    print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {shlex.quote(str(beside))}")
 
 
 @app.command()
@@ -252,12 +257,13 @@ def pipeline(
         raise UserError(f"--prepare: expected options as for a shell, found {preparing!r}: {error}") from None
     for made in submit_pipeline(config, overrides, told, tasks, options, run, max_steps=max_steps):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
-    print(f"  python -m launch status {run}")
+    print(f"  python -m launch status {shlex.quote(str(run))}")
 
 
 @app.command()
 def tensorboard(
     runs: Annotated[str, typer.Argument(help="A directory of runs, or one run.")],
+    words: Words = None,
     port: Annotated[int | None, typer.Option(help="Port on the loopback address. [default: a free one]")] = None,
     cluster: ClusterFile = None,
 ) -> None:
@@ -268,9 +274,12 @@ def tensorboard(
     where = expand(runs)
     if not where.is_dir():
         raise UserError(f"no directory {where}; expected where runs lie, or one run")
+    options, rest = _options(cluster, words)
+    if rest or (words and cluster is None):
+        raise UserError(f"expected slurm. and job. keys, with --cluster, found {(rest or words or [])[0]}")
     if cluster is None:
         raise typer.Exit(serve(where, port))
-    for line in as_job(where, _options(cluster, [])[0]):
+    for line in as_job(where, options, {word.partition("=")[0] for word in words or []}, port):
         print(line, flush=True)
 
 

@@ -12,16 +12,25 @@ import sys
 from pathlib import Path
 
 from gan_dist.data.files import publish
-from gan_dist.errors import EXIT_STOPPED
+from gan_dist.errors import EXIT_STOPPED, UserError
 from launch.rank import ATTEMPT, leave_word
 
 
 def share_of(words: list[str], env: dict[str, str]) -> list[str]:
-    """Returns what `prepare` must know of its job beside WORDS: its part of the array, and its processors."""
+    """Returns what `prepare` must know of its job beside WORDS: its part of the array, and its processors.
+
+    Raises UserError for an array with gaps: its elements do not know how many come before them.
+    """
     more = []
     if "SLURM_ARRAY_TASK_ID" in env:
-        first, count = int(env.get("SLURM_ARRAY_TASK_MIN", "0")), int(env["SLURM_ARRAY_TASK_COUNT"])
-        more = ["--task", f"{int(env['SLURM_ARRAY_TASK_ID']) - first}/{count}"]
+        names = ("ID", "COUNT", "MIN", "MAX", "STEP")
+        element, count, first, last, step = (int(env[f"SLURM_ARRAY_TASK_{name}"]) for name in names)
+        if last - first != step * (count - 1) or (element - first) % step:
+            raise UserError(
+                f"expected an array without gaps, found {count} elements from {first} to {last}; submit it with "
+                f"--array=0-{count - 1}"
+            )
+        more = ["--task", f"{(element - first) // step}/{count}"]
     if env.get("SLURM_CPUS_PER_TASK") and not any(word.startswith("--workers") for word in words):
         more += ["--workers", env["SLURM_CPUS_PER_TASK"]]  # where SLURM binds nobody, a task sees all of the node's
     return more
@@ -29,7 +38,11 @@ def share_of(words: list[str], env: dict[str, str]) -> list[str]:
 
 def run_command(words: list[str]) -> tuple[int, str]:
     """Returns (exit status, last line on stderr) of a gan-dist command to which signals are handed on."""
-    more = share_of(words, dict(os.environ)) if words[0] == "prepare" else []
+    try:
+        more = share_of(words, dict(os.environ)) if words[0] == "prepare" else []
+    except UserError as error:
+        print(f"gan-dist: {error}", file=sys.stderr, flush=True)
+        return error.exit_status, str(error)
     command = [sys.executable, "-u", "-m", "gan_dist", *words, *more]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
     for number in (signal.SIGTERM, signal.SIGUSR2):

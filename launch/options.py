@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from gan_dist.data.files import present
+from gan_dist.errors import UserError
 from gan_dist.settings import NonNegative, Positive, Section, expand_path, read_yaml, validate, with_overrides
 
 OURS = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
@@ -92,13 +95,17 @@ class JobOptions(Section):
     """How a job runs, whatever SLURM gives it."""
 
     python: str | None = None
-    """The interpreter of the ranks; null takes the one that submits. Jobs install nothing."""
+    """The interpreter of the ranks; null takes the one that submits. Jobs install nothing.
+
+    A path is one from where you submit; with a container it is the container's, and only `~` and `$VAR` expand."""
     setup: list[str] = Field(default=[])
     """Shell lines before anything else (module load cuda)."""
     env: dict[str, str] = Field(default={})
     """Environment of all ranks (NCCL_SOCKET_IFNAME: ib0). Nothing is set here for you."""
     container: str | None = None
-    """Words before the interpreter (apptainer exec --nv image.sif); the batch script itself stays outside."""
+    """Words before the interpreter (apptainer exec --nv image.sif); the batch script itself stays outside.
+
+    `~` and `$VAR` expand, and relative paths become absolute, where you submit; a word with blanks is left alone."""
     runs: str | None = None
     """Where runs lie, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
     max_requeues: NonNegative = 100
@@ -147,4 +154,31 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
     """
     values: dict[str, Any] = read_yaml(Path(expand_path(str(path))), "configs/clusters/slurm.yaml") if path else {}
     values = with_overrides(ClusterOptions, values, overrides)
-    return validate(ClusterOptions, values, str(path) if path else "cluster options", overrides)
+    options = validate(ClusterOptions, values, str(path) if path else "cluster options", overrides)
+    return options.model_copy(update={"job": _located(options.job)})
+
+
+def _located(job: JobOptions) -> JobOptions:
+    """Returns `job` with paths that mean the same in a job, which runs in another directory and quotes its words."""
+    python = _expanded("job.python", job.python) if job.python else None
+    if python and "/" in python and not job.container:
+        python = os.path.abspath(python)  # noqa: PTH100 (resolve() would leave the virtual environment)
+    words = [_container_word(number, word) for number, word in enumerate(shlex.split(job.container or ""))]
+    return job.model_copy(update={"python": python, "container": shlex.join(words) or None})
+
+
+def _container_word(number: int, word: str) -> str:
+    if re.search(r"\s", word):  # bash -c 'exec "$@"'
+        return word
+    word = _expanded("job.container", word)
+    # A program is looked for on PATH, as by a shell; and "exec" is no file, even if there is one.
+    path_like = "/" in word or ("." in word and number > 0)
+    return os.path.abspath(word) if path_like and present(Path(word)) else word  # noqa: PTH100
+
+
+def _expanded(key: str, text: str) -> str:
+    """Returns `text` with `~` and `$VAR` expanded. Raises UserError for a variable that is not set."""
+    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (Path's fails where nobody is called that)
+    if missing := re.search(r"\$\{?([A-Za-z_]\w*)", expanded):
+        raise UserError(f"{key}: the environment variable {missing[1]} is not set; set it or write {text} out")
+    return expanded

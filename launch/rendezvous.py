@@ -118,24 +118,48 @@ def addresses() -> dict[str, str]:
     return found
 
 
+def matching(wanted: str, names: Iterable[str]) -> list[str]:
+    """Returns those of `names` that NCCL_SOCKET_IFNAME=`wanted` means, the best first.
+
+    NCCL's syntax: a list of prefixes, of whole names after a leading `=`; after a leading `^`, all but these.
+    """
+    excluded, exact = wanted.startswith("^"), wanted.lstrip("^").startswith("=")
+    words = [word for word in (word.strip().lstrip("^=") for word in wanted.split(",")) if word]
+    ordered = sorted(names, key=lambda name: name not in words)  # eth1 is more like eth1 than eth10 is
+    if excluded:
+        return [name for name in names if not any(_means(word, name, exact) for word in words)]
+    return list(dict.fromkeys(name for word in words for name in ordered if _means(word, name, exact)))
+
+
+def _means(word: str, name: str, exact: bool) -> bool:
+    return name == word or (not exact and name.startswith(word))
+
+
 def choose_address(place: Place, env: Mapping[str, str]) -> tuple[str, str]:
-    """Returns (address, interface) by which this rank talks to the others: the user's interface, or the route's."""
+    """Returns (address, interface) by which this rank talks to the others: the user's interface, or the route's.
+
+    The interface is a whole name, as gloo wants it, whatever list or prefix NCCL was given.
+    """
     known = addresses()
-    if wanted := next((env[key] for key in INTERFACE_KEYS if env.get(key)), None):
-        # NCCL takes lists, prefixes and =exact or ^except forms; only a plain name tells the address.
-        name = wanted.split(",")[0].lstrip("=")
-        match = next((known[key] for key in known if key == name), None) or next(
-            (known[key] for key in known if key.startswith(name)), None
-        )
-        if match:
-            return match, name
-        if not name.startswith("^"):
-            raise UserError(f"{place.host} has no interface {name}; it has {', '.join(known)}; mend job.env")
+    wanted = next((env[key] for key in INTERFACE_KEYS if env.get(key)), "")
+    fit = matching(wanted, known) if wanted else list(known)
+    if not fit:
+        raise UserError(f"{place.host} has no interface {wanted}; it has {', '.join(known)}; mend job.env")
+    if wanted and not wanted.startswith("^"):
+        return known[fit[0]], fit[0]
     if len(place.hosts) == 1:
         return "127.0.0.1", "lo"
     other = place.hosts[0] if place.host != place.hosts[0] else place.hosts[1]
     address = route_to(other)
-    return address, next((name for name, theirs in known.items() if theirs == address), "")
+    interface = next((name for name, theirs in known.items() if theirs == address), "")
+    if interface and interface not in fit:
+        far = [name for name in fit if name != "lo"]
+        if not far:
+            raise UserError(
+                f"{place.host} has no interface {wanted} beside lo; it has {', '.join(known)}; mend job.env"
+            )
+        return known[far[0]], far[0]
+    return address, interface
 
 
 def reserve_port(job: str, restart: int) -> tuple[int, socket.socket]:
@@ -191,7 +215,8 @@ def meet(
         "MASTER_ADDR": str(where["address"]),
         "MASTER_PORT": str(where["port"]),
     }
-    if interface and not env.get("GLOO_SOCKET_IFNAME"):
+    named = env.get("GLOO_SOCKET_IFNAME", "").split(",")
+    if interface and not set(named) <= set(addresses()):  # gloo takes whole names only, several of them
         joined["GLOO_SOCKET_IFNAME"] = interface
     return joined, held
 

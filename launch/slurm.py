@@ -5,14 +5,33 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from gan_dist.errors import GanDistError, UserError
 
+SBATCH_S = 120
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GAN_DIST_ATTEMPT", "GAN_DIST_LAUNCH_ID")
+FOREIGN = ("SLURM_", "SUBMITIT_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+"""How variables begin that a job exports; one that is submitted from within it is another."""
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
+PROTOCOLS = {"ARRAY_INX", "ERROR", "EXPORT", "GET_USER_ENV", "WAIT"}
+"""What SBATCH_ variables may not say of any job: saving, requeueing and telling would break."""
+SPELT = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "switches": "REQ_SWITCH"}
+"""sbatch's options whose SBATCH_ variable is called otherwise."""
+EITHER = (
+    {"MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"},
+    {"GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK"},
+    {"CPUS_PER_TASK", "CPUS_PER_GPU"},
+    {"REQUEUE", "NO_REQUEUE"},
+)
+"""Options that exclude one another, or say the same."""
 
 
 @dataclass(frozen=True)
@@ -56,36 +75,84 @@ def ask(*words: str, limit_s: float = 60) -> str:
     return done.stdout
 
 
-def submit(script: str, *options: str) -> str:
-    """Returns the id of the job that sbatch made of `script`. Raises UserError with sbatch's words verbatim."""
+def submit(script: str, keep: Callable[[str], object] = str) -> str:
+    """Returns the id of the job that sbatch made of `script`, after `keep(id)` has written it down.
+
+    When that fails, or Ctrl-C came meanwhile, the job is cancelled: nobody would know it. Raises UserError with the
+    words of sbatch verbatim, and GanDistError when it does not answer.
+    """
     need("sbatch")
-    with submission_environment():
+    job = ""
+    try:
+        with _unbroken():
+            job = _sbatch(script)
+            keep(job)
+    except BaseException:
+        if job:
+            with suppress(GanDistError):
+                ask("scancel", job)
+        raise
+    return job
+
+
+def _sbatch(script: str) -> str:
+    try:
         done = subprocess.run(
-            ["sbatch", "--parsable", *options], input=script, capture_output=True, text=True, timeout=120, check=False
+            ["sbatch", "--parsable"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=SBATCH_S,
+            check=False,
+            env=submission_environment(os.environ, script),
+            start_new_session=True,  # a terminal's Ctrl-C is not sbatch's
         )
+    except subprocess.TimeoutExpired:
+        raise GanDistError(
+            f"sbatch did not answer within {SBATCH_S} s; is the SLURM controller up? Should `squeue --me` show the job "
+            "later on, cancel it: its files are gone"
+        ) from None
     if done.returncode:
-        raise refusal(done.stderr)
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(f"sbatch refused the job: {'; '.join(lines)}")
     return done.stdout.strip().split(";")[0]
 
 
-def refusal(said: str) -> UserError:
-    """Returns sbatch's refusal as one line."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return UserError(f"sbatch refused the job: {'; '.join(lines)}")
-
-
 @contextmanager
-def submission_environment() -> Iterator[None]:
-    """Within it this process has no variables of another job or world that sbatch would pass on to the new one."""
-    hidden = {
-        key: os.environ.pop(key)
-        for key in list(os.environ)
-        if key in INHERITED or (key.startswith(("SLURM_", "SBATCH_", "SUBMITIT_")) and key != "SLURM_CONF")
-    }
+def _unbroken() -> Iterator[None]:
+    """Within it Ctrl-C, and the end of a session, wait: once it is asked, sbatch is heard out."""
+    came: list[int] = []
+
+    def wait(number: int, frame: object) -> None:
+        came.append(number)
+        print("waiting for sbatch to answer", file=sys.stderr, flush=True)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, wait) for number in ENDING if main}
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def submission_environment(env: Mapping[str, str], script: str) -> dict[str, str]:
+    """Returns what sbatch, which passes it on to the job, may see of `env`: nothing of another job or world.
+
+    Of the defaults that a person sets (SBATCH_ACCOUNT), those stand of which `script` says nothing: sbatch would prefer
+    them.
+    """
+    named = {SPELT.get(key, key.upper().replace("-", "_")) for key in re.findall(r"(?m)^#SBATCH --([\w-]+)", script)}
+    hidden = named.union(PROTOCOLS, *(group for group in EITHER if named & group))
+    return {
+        key: value
+        for key, value in env.items()
+        if key not in INHERITED
+        and (key in KEPT or not key.startswith(FOREIGN))
+        and key.removeprefix("SBATCH_") not in hidden
+    }
 
 
 def queue(jobs: Sequence[str]) -> list[Queued]:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from gan_dist.data.files import expand_directory, publish
+from gan_dist.data.files import expand_directory
 from gan_dist.errors import GanDistError, UserError
 from launch import slurm
 from launch.options import ClusterOptions, SlurmOptions
 from launch.script import Batch, batch_script, interpreter
-from launch.submit import Submission, check_config, fresh, record, submit_training
+from launch.submit import Submission, check_config, enqueue, fresh, refuse_busy, submit_training
 
 
 def on_cpus(options: SlurmOptions) -> SlurmOptions:
     """Returns what a job of one process asks for where training asks for `options`: a node's share without GPUs."""
-    one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None}
+    extra = {key: value for key, value in options.extra.items() if not re.search("gpu|gres|tres", key)}
+    one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None, "extra": extra}
     return options.model_copy(update=one)
 
 
@@ -41,14 +43,12 @@ def submit_commands(
 ) -> Submission:
     """Returns the submission of gan-dist commands as one CPU job, or as an array of `array` elements."""
     slurm.need("sbatch", "srun", "scontrol")
-    with fresh(run) as folder:
+    with fresh(run, cluster.job.runs) as folder:
         lines = command_lines(cluster, commands)
         name = f"{run.name}-{kind}"
         batch = Batch(name, run, folder, folder / "code", lines, array=array, home=Path.cwd(), after=after)
         text = batch_script(batch, cluster, on_cpus(cluster.slurm))
-        publish(folder / "submission.sh", text.encode())
-        job = slurm.submit(text)
-        return record(run, folder, kind, job, [word for command in commands for word in command], array or 1, after)
+        return enqueue(run, folder, kind, text, [word for command in commands for word in command], array or 1, after)
 
 
 def prepare_array(words: Sequence[str], out: Path, tasks: int, cluster: ClusterOptions) -> tuple[Path, Submission]:
@@ -56,6 +56,7 @@ def prepare_array(words: Sequence[str], out: Path, tasks: int, cluster: ClusterO
     if tasks < 1:
         raise UserError(f"--tasks: expected 1 or more, found {tasks}")
     beside = out.with_name(f"{out.name}.launch")
+    refuse_busy(beside)
     return beside, submit_commands(beside, "prepare", [["prepare", *words, str(out)]], cluster, array=tasks)
 
 
@@ -71,9 +72,11 @@ def submit_pipeline(
 ) -> list[Submission]:
     """Returns the submissions of prepare -> train -> sample and report; each waits for the one before to end well.
 
-    A stage that cannot run any more is cancelled by SLURM. When a later stage is refused, earlier ones are taken back.
+    A stage that cannot run any more is cancelled by SLURM. When a later one cannot be submitted, earlier ones are taken
+    back. Raises UserError for a run that has a job already.
     """
     out = str(expand_directory(check_config(config, overrides, cluster, run).data.shards))
+    refuse_busy(run)
     made: list[Submission] = []
     try:
         made.append(submit_commands(run, "prepare", [["prepare", *sources, out]], cluster, array=tasks))
@@ -83,7 +86,7 @@ def submit_pipeline(
         grid = ["sample", str(run), "--out", str(run / "grid.png")]
         commands = [grid, ["report", str(run)]]
         made.append(submit_commands(run, "report", commands, cluster, after=made[-1].job))
-    except GanDistError:
+    except BaseException:  # Ctrl-C is one
         for each in made:
             with suppress(GanDistError):
                 slurm.ask("scancel", each.job)

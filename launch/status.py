@@ -41,7 +41,8 @@ def find_run(run: str, runs: str | None = None) -> Path:
 def all_runs(runs: str | None = None) -> list[Path]:
     """Returns every run that was submitted, the newest submission at the end. Raises UserError when there is none."""
     home = runs_home(runs)
-    found = sorted((path.parent for path in home.glob("*/launch")), key=lambda run: (run / "launch").stat().st_mtime)
+    made = home.glob("[!.]*/launch")  # TensorBoard's is no run
+    found = sorted((path.parent for path in made), key=lambda run: (run / "launch").stat().st_mtime)
     if not found:
         raise UserError(f"no run was submitted in {home}; name one, or say where runs lie (--cluster, $GAN_DIST_RUNS)")
     return found

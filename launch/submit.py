@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
+import re
+import shlex
+import shutil
 import sys
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from gan_dist.config import Config, change_rule, changes, load_config, to_yaml
 from gan_dist.data.files import publish
-from gan_dist.errors import UserError
-from gan_dist.naming import run_and_step
+from gan_dist.errors import GanDistError, UserError
+from gan_dist.naming import run_and_step, runs_home
 from gan_dist.settings import read_yaml
 from launch import slurm, snapshot
 from launch.options import ClusterOptions
@@ -42,17 +43,15 @@ class Submission:
 
 
 class Executor(submitit.SlurmExecutor):
-    """Submitit's bookkeeping (pickle, submission file, job id) around a batch script of ours."""
+    """Submitit's bookkeeping (the pickled job, by the job's id) around a submission of ours."""
 
-    def __init__(self, folder: Path, text: str, tasks: int) -> None:
+    def __init__(self, folder: Path, enqueue: Callable[[], Submission]) -> None:
         super().__init__(str(folder).replace("%", "%%"))
-        self._text, self._tasks = text, tasks
+        self._enqueue = enqueue
 
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return self._text
-
-    def _num_tasks(self) -> int:
-        return self._tasks
+    def _submit_command(self, command: str) -> Any:
+        self.made = self._enqueue()
+        return self.job_class(folder=self.folder, job_id=self.made.job, tasks=list(range(self.made.ranks)))
 
 
 def new_id() -> str:
@@ -74,6 +73,7 @@ def training_batch(
 def check_config(config: str, overrides: Sequence[str], cluster: ClusterOptions, run: Path) -> Config:
     """Returns the validated configuration. Raises UserError for what ranks would refuse after hours in the queue."""
     settings = load_config(config, overrides)
+    refuse_patterns(run)
     ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
     if ranks > settings.train.global_batch:
         raise UserError(
@@ -91,6 +91,14 @@ def parent_of(from_run: str | None, cluster: ClusterOptions) -> str | None:
     if not (parent / "checkpoints").is_dir():
         raise UserError(f"--from: no run at {parent}; expected a run's directory, or its name where runs lie")
     return str(parent) if step is None else f"{parent}@{step}"
+
+
+def refuse_patterns(run: Path) -> None:
+    """Returns if SLURM and Submitit take a run's path as it is. Raises UserError where they would fill something in."""
+    if pattern := re.search(r"%\w", str(run)):
+        raise UserError(
+            f"{run}: {pattern[0]} in a path means something else to SLURM and Submitit; choose another name or place"
+        )
 
 
 def refuse_another_game(run: Path, settings: Config) -> None:
@@ -130,30 +138,34 @@ def submit_training(
     """
     settings, parent = check_config(config, overrides, cluster, run), parent_of(from_run, cluster)
     slurm.need("sbatch", "srun", "scontrol")
-    if alone and (busy := slurm.queue([each.job for each in submissions(run)])):
-        raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: launch stop {run}")
-    with fresh(run) as folder:
+    if alone:
+        refuse_busy(run)
+    with fresh(run, cluster.job.runs) as folder:
         (run / "stop").unlink(missing_ok=True)  # a wish that came too late for an earlier job is none for this one
         publish(folder / "config.yaml", to_yaml(settings).encode())
         ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
         job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, parent)
         text = training_batch(run, folder, cluster, run.name, after)
-        executor = Executor(folder, text, ranks)
+        executor = Executor(folder, lambda: enqueue(run, folder, "train", text, [config, *overrides], ranks, after))
         executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
-        with slurm.submission_environment():
-            try:
-                with redirect_stderr(io.StringIO()):  # Submitit prints a refusal before it raises it
-                    queued = executor.submit(job)
-            except (FailedJobError, FailedSubmissionError) as error:
-                raise slurm.refusal(str(error)) from None
-        return record(run, folder, "train", queued.job_id, [config, *overrides], ranks, after)
+        executor.submit(job)
+        return executor.made
+
+
+def refuse_busy(run: Path) -> None:
+    """Returns if no job of the run is in the queue. Raises UserError when one is: two would write the same files."""
+    if busy := slurm.queue([each.job for each in submissions(run)]):
+        ending = f"launch stop {shlex.quote(str(run))}"
+        raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: {ending}")
 
 
 @contextmanager
-def fresh(run: Path) -> Any:
-    """Yields a new submission's directory with the snapshot in it; gone again when the submission fails."""
-    import shutil
+def fresh(run: Path, runs: str | None = None) -> Iterator[Path]:
+    """Yields a new submission's directory with the snapshot in it; gone again when the submission fails.
 
+    `runs` is job.runs: where code that is new is none.
+    """
+    refuse_patterns(run)
     folder = run / "launch" / new_id()
     try:
         folder.mkdir(parents=True)
@@ -161,26 +173,42 @@ def fresh(run: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot write the run directory {run}: {error.strerror}") from None
     try:
-        snapshot.take(snapshot.CHECKOUT, folder / "code")
+        snapshot.take(snapshot.CHECKOUT, folder / "code", [run, runs_home(runs)])
         yield folder
-    except BaseException:
+    except BaseException as error:
+        for made in submissions(run):  # interrupted in the moment after it was queued
+            if made.id == folder.name:
+                with suppress(GanDistError):
+                    slurm.ask("scancel", made.job)
         shutil.rmtree(folder, ignore_errors=True)
         for left in (folder.parent, run / "logs", run):
             try:
                 left.rmdir()
             except OSError:
                 break
+        if isinstance(error, OSError):
+            where = error.filename2 or error.filename or run
+            raise GanDistError(
+                f"cannot write the submission: {error.strerror or error} ({where}); nothing is queued, make room or "
+                "put runs elsewhere (job.runs)"
+            ) from None
         raise
 
 
-def record(
-    run: Path, folder: Path, kind: str, job: str, words: Sequence[str], ranks: int, after: str | None = None
+def enqueue(
+    run: Path, folder: Path, kind: str, text: str, words: Sequence[str], ranks: int, after: str | None = None
 ) -> Submission:
-    """Returns the submission after writing it down in its directory."""
-    commit = snapshot.commit_of(snapshot.CHECKOUT)
-    made = Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after)
-    publish(folder / "job.json", (json.dumps(asdict(made), indent=2) + "\n").encode())
-    return made
+    """Returns the submission of the batch script `text`: queued and written down in its directory, or neither."""
+    commit = snapshot.commit_of(snapshot.CHECKOUT)  # takes its time, and there is none once there is a job
+    publish(folder / "submission.sh", text.encode())
+    made: list[Submission] = []
+
+    def keep(job: str) -> None:
+        made.append(Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after))
+        publish(folder / "job.json", (json.dumps(asdict(made[0]), indent=2) + "\n").encode())
+
+    slurm.submit(text, keep)
+    return made[0]
 
 
 def submissions(run: Path) -> list[Submission]:

@@ -53,7 +53,7 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     words = ["submit", config, "--dry-run", "slurm.nodes=2", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1"]
     dry = launch(linuxproc, *words, "slurm.time=10", "--run-dir", str(run.path)).stdout
     name = re.findall(r"launch/(\d{8}-\d{6}-[0-9a-f]{6})/", dry)[0]
-    assert (run.folder / f"{job}_submission.sh").read_text() == dry.replace(name, run.folder.name)
+    assert (run.folder / "submission.sh").read_text() == dry.replace(name, run.folder.name)
     wait_until(lambda: not leftovers(linuxproc), 30, "empty hosts")
 
 

@@ -115,7 +115,17 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
     mine, plain = tmp_path / "mine", tmp_path / "plain"
     slow = "square = module.square; module.square = lambda *a, **k: (time.sleep(0.2), square(*a, **k))[1]"
     first = hook(tmp_path / "hook", "gan_dist.data.images", slow, "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'")
-    said = launch(linuxproc, "prepare", str(paintings), str(mine), *options, "--tasks", "2", *ONE, first).stdout
+    said = launch(
+        linuxproc,
+        *("prepare", str(paintings), str(mine), *options, "--tasks", "2", *ONE, first),
+        SLURM_JOB_ID="1",  # from within another job
+        SLURM_ARRAY_JOB_ID="1",
+        SLURM_ARRAY_TASK_ID="9",
+        SLURM_RESTART_COUNT="5",
+        SBATCH_PARTITION="high",  # a person's defaults: those stand that the options leave open
+        SBATCH_TIMELIMIT="1",
+        SBATCH_ARRAY_INX="0-8",
+    ).stdout
     out = ("--output", str(tmp_path / "log-%a"))
     words = (
         "--array=0-1",
@@ -128,6 +138,8 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
     )
     sbatch(linuxproc, *words, *options)
     job = re.findall(r"job (\d+)", said)[0]
+    queued = linuxproc.job(f"{job}_0")
+    assert queued["Partition"] == "high" and queued["TimeLimit"] == "00:05:00"
     wait_until(lambda: list(mine.glob("shard-*.tar")), START_S, "shard")
     linuxproc.run("scancel", "--signal=USR2", job)  # to every process there is: workers leave it to their parent
     wait_until(lambda: (mine / "manifest.json").exists() and (plain / "manifest.json").exists(), START_S, "manifests")
@@ -160,7 +172,9 @@ def test_plain_sbatch_speaks_the_same_protocol_and_knows_the_same_run(
     words = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10", "slurm/train.sbatch")
     run = Run(linuxproc, tmp_path / "run", "")
     out = ("--output", str(tmp_path / "log"))
-    run.job = sbatch(linuxproc, *out, *words, str(run.path), config, "--max-steps", "100", GAN_DIST_CONTAINER=str(wrap))
+    # NCCL reads a list of prefixes, gloo the whole name of an interface that is there.
+    env = {"GAN_DIST_CONTAINER": str(wrap), "NCCL_SOCKET_IFNAME": "en,net"}
+    run.job = sbatch(linuxproc, *out, *words, str(run.path), config, "--max-steps", "100", **env)
     run.wait_for_step(20)
     linuxproc.run("scancel", "--signal=USR2", run.job)
     assert run.wait_for("requeued")[3] == "SIGUSR2"

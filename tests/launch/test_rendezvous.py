@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from gan_dist.errors import GanDistError, UserError
-from launch.rendezvous import addresses, choose_address, expand_hosts, meet, place_of, reserve_port, route_to
+from launch import rendezvous
+from launch.rendezvous import (
+    addresses,
+    choose_address,
+    expand_hosts,
+    matching,
+    meet,
+    place_of,
+    reserve_port,
+    route_to,
+)
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
 
@@ -75,6 +85,52 @@ def test_no_name_no_loopback(tmp_path: Path) -> None:
     assert choose_address(place_of(two), {"NCCL_SOCKET_IFNAME": "lo"}) == ("127.0.0.1", "lo")
     with pytest.raises(UserError, match="has no interface ib7; it has lo"):
         choose_address(place_of(two), {"GLOO_SOCKET_IFNAME": "ib7"})
+    with pytest.raises(UserError, match=r"has no interface =l,ib; it has lo"):
+        choose_address(place_of(two), {"NCCL_SOCKET_IFNAME": "=l,ib"})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ("eth1", ["eth1", "eth10"]),
+        ("ib", ["ib0", "ib1"]),
+        ("ens,ib", ["ib0", "ib1"]),
+        ("ib1,eth", ["ib1", "eth10", "eth1"]),
+        ("=eth1", ["eth1"]),
+        ("=eth,ib", []),
+        ("=eth1,ib0", ["eth1", "ib0"]),
+        ("^eth,lo", ["docker0", "ib0", "ib1"]),
+        ("^=eth1,lo,docker0", ["eth10", "ib0", "ib1"]),
+    ],
+)
+def test_an_interface_is_named_as_nccl_reads_it(wanted: str, names: list[str]) -> None:
+    assert matching(wanted, ["lo", "docker0", "eth10", "eth1", "ib0", "ib1"]) == names
+
+
+@pytest.mark.parametrize(
+    ("env", "interface"),
+    [
+        ({"NCCL_SOCKET_IFNAME": "net"}, "net0"),
+        ({"NCCL_SOCKET_IFNAME": "ens,net"}, "net0"),
+        ({"NCCL_SOCKET_IFNAME": "ib"}, "ib0"),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, "net0"),  # the route's
+        ({"NCCL_SOCKET_IFNAME": "^net"}, "ib0"),
+        ({"GLOO_SOCKET_IFNAME": "ib", "NCCL_SOCKET_IFNAME": "net"}, "ib0"),
+        ({"GLOO_SOCKET_IFNAME": "ib0,net0"}, None),
+        ({}, "net0"),
+    ],
+)
+def test_gloo_is_told_the_whole_name_of_the_interface(
+    env: dict[str, str], interface: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"lo": "127.0.0.1", "net0": "10.0.0.2", "ib0": "10.1.0.2"}
+    monkeypatch.setattr(rendezvous, "addresses", lambda: known)
+    monkeypatch.setattr(rendezvous, "route_to", lambda host: "10.0.0.2")
+    two = SLURM | {"SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "here,there", "SLURMD_NODENAME": "here"}
+    joined, held = meet(place_of(two), tmp_path, env, 1)
+    held[0].close()
+    assert joined.get("GLOO_SOCKET_IFNAME") == interface
+    assert joined["MASTER_ADDR"] == known[interface or "ib0"]
 
 
 def test_a_task_that_sees_its_own_gpu_only_uses_the_first(tmp_path: Path) -> None:

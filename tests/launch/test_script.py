@@ -15,7 +15,7 @@ from gan_dist.config import load_config, to_yaml
 from gan_dist.errors import UserError
 from launch import snapshot
 from launch.options import SlurmOptions, load_cluster, split_overrides
-from launch.script import Batch, batch_script
+from launch.script import Batch, batch_script, interpreter
 from launch.submit import parent_of, refuse_another_game, training_batch
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -115,6 +115,11 @@ def test_times_mean_what_slurm_means(time: str | int, seconds: int) -> None:
         (["job.env={A: 1}"], "job.env.A: expected string, found 1"),
         (["job.env={A B: x}"], "job.env: expected names of variables such as NCCL_DEBUG, found 'A B'"),
         (["job.env.A=x"], "unknown key job.env.A; job.env is one key and set whole"),
+        (
+            ["job.python=$NOT_SET/python"],
+            "job.python: the environment variable NOT_SET is not set; set it or write $NOT",
+        ),
+        (["job.container=run ${NOT_SET}/i.sif"], "job.container: the environment variable NOT_SET is not set; set it"),
         (["job.container=apptainer exec 'x"], "job.container: expected words as for a shell, found"),
     ],
 )
@@ -122,6 +127,42 @@ def test_wrong_options_are_one_line(words: list[str], line: str) -> None:
     with pytest.raises(UserError) as caught:
         load_cluster(None, words)
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("python", "container", "words"),
+    [
+        (".venv/bin/python", None, ["HERE/.venv/bin/python"]),
+        ("~/x/bin/python", None, ["/home/ada/x/bin/python"]),
+        ("$ENVS/p/bin/python", None, ["/envs/p/bin/python"]),
+        ("python3.12", None, ["python3.12"]),
+        ("bin/python", "./wrapit", ["HERE/wrapit", "bin/python"]),
+        (
+            "/opt/python",
+            "apptainer exec --nv image.sif",
+            ["apptainer", "exec", "--nv", "HERE/image.sif", "/opt/python"],
+        ),
+        (
+            "p",
+            "exec exec -B $ENVS:/e ~/i.sif not.there",
+            ["exec", "exec", "-B", "/envs:/e", "/home/ada/i.sif", "not.there", "p"],
+        ),
+        ("p", """bash -c 'exec "$0" "$RANK"'""", ["bash", "-c", 'exec "$0" "$RANK"', "p"]),
+        (None, None, ["/submits/python"]),
+    ],
+)
+def test_paths_of_a_job_mean_what_they_mean_where_it_is_submitted(
+    python: str | None, container: str | None, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("ENVS", "/envs")
+    monkeypatch.delenv("RANK", raising=False)
+    for name in ("wrapit", "image.sif", "exec"):
+        (tmp_path / name).touch()
+    told = cluster_file(tmp_path, yaml.safe_dump({"job": {"python": python, "container": container}}))
+    found = interpreter(load_cluster(told), "/submits/python")
+    assert found == [word.replace("HERE", str(tmp_path)) for word in words]
 
 
 def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
@@ -198,6 +239,40 @@ def test_a_checkout_without_git_is_copied_without_environments_and_data(tmp_path
     assert snapshot.commit_of(root) is None
 
 
+@pytest.mark.parametrize("with_git", [True, False])
+def test_a_snapshot_holds_no_earlier_run_and_keeps_links(with_git: bool, tmp_path: Path) -> None:
+    root, copy = tmp_path / "checkout", tmp_path / "deep" / "copy"
+    for name in (
+        "launch/cli.py",
+        "configs/config.yaml",
+        "out/notes.py",
+        "out/r1/launch/1/job.json",
+        "out/r1/logs/1-batch.log",
+        "out/r2/launch/2/code/launch/cli.py",  # killed while it was submitted
+        "out/local/checkpoints/latest",
+        "out/local/config.yaml",
+        "out/new/launch/3/config.yaml",
+        "home/doctor/words",
+        "../elsewhere/x.py",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    (root / "same").symlink_to("configs")
+    (root / "other").symlink_to("../elsewhere")
+    (root / "gone").symlink_to("nowhere")
+    if with_git:
+        git(root, "init", "-q")
+        git(root, "init", "-q", "another")  # listed as a directory
+        git(root, "add", "launch", "configs", "same", "other", "gone", "home/doctor/words")
+    snapshot.take(root, copy, [root / "out/new", root / "home", root, tmp_path])
+    names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+    tracked = {"home/doctor/words"} if with_git else set()
+    assert (
+        names - {"same/config.yaml", "other/x.py"} == {"launch/cli.py", "configs/config.yaml", "out/notes.py"} | tracked
+    )
+    assert (copy / "same").resolve() == copy / "configs" and (copy / "other").resolve() == tmp_path / "elsewhere"
+
+
 def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "LARGEST_MIB", 1)
     (tmp_path / "checkout").mkdir()
@@ -237,6 +312,8 @@ def test_a_parent_is_told_by_its_path(tmp_path: Path, monkeypatch: pytest.Monkey
         (["submit", "CONFIG", "--dry-run", "--from", ""], "launch: --from: expected RUN or RUN@STEP, found ''"),
         (["submit", "CONFIG", "--run-dir", "s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
         (["submit", "CONFIG", "job.runs=s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
+        (["submit", "CONFIG", "--name", "100%job"], "launch: HERE/runs/100%job: %j in a path means something else to"),
+        (["submit", "CONFIG", "--dry-run", "--name", "a%%j"], "launch: HERE/runs/a%%j: %j in a path means something"),
         (["prepare", "a", "s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
         (["pipeline", "CONFIG", "--source", "a", "data.shards=s3://b/x"], "launch: s3://b/x: expected a directory"),
         (
@@ -251,6 +328,11 @@ def test_a_parent_is_told_by_its_path(tmp_path: Path, monkeypatch: pytest.Monkey
         (["doctor", "train.epochs=3"], "launch: expected slurm. and job. keys only, found train.epochs=3"),
         (["status", "nowhere"], "launch: no run at"),
         (["tensorboard", "nowhere"], "launch: no directory"),
+        (["tensorboard", ".", "train.epochs=3", "--cluster", "CLUSTER"], "launch: expected slurm. and job. keys, with"),
+        (
+            ["tensorboard", ".", "slurm.mem=3G"],
+            "launch: expected slurm. and job. keys, with --cluster, found slurm.mem",
+        ),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(
@@ -266,5 +348,7 @@ def test_bad_usage_is_one_line_and_status_2(
     with pytest.raises(SystemExit) as caught:
         main()
     told = capsys.readouterr().err
-    assert caught.value.code == 2 and told.startswith(line) and told.count("\n") == 1, told
+    assert (
+        caught.value.code == 2 and told.startswith(line.replace("HERE", str(Path.cwd()))) and told.count("\n") == 1
+    ), told
     assert not (tmp_path / "run").exists()

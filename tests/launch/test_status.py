@@ -111,6 +111,7 @@ def test_the_way_to_tensorboard_leads_through_the_login_node_and_warns() -> None
 
 def test_an_element_knows_its_part_and_its_processors() -> None:
     env = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
+    env |= {"SLURM_ARRAY_TASK_MAX": "8", "SLURM_ARRAY_TASK_STEP": "1"}
     assert share_of(["prepare", "a", "b"], env) == ["--task", "2/4"]
     env["SLURM_CPUS_PER_TASK"] = "6"
     assert share_of(["prepare", "a", "b"], env) == ["--task", "2/4", "--workers", "6"]

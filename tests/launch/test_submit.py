@@ -1,0 +1,335 @@
+"""Submitting against programs that stand in for SLURM's: what sbatch is given, and what is left when it goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gan_dist.data.files import publish
+from gan_dist.errors import GanDistError, UserError
+from launch import slurm, snapshot, submit
+from launch.board import serve, small, way_in
+from launch.cli import pipeline, stop, tensorboard
+from launch.cli import submit as submit_command
+from launch.options import load_cluster
+from launch.stages import on_cpus, prepare_array, submit_pipeline
+from launch.status import all_runs
+from launch.submit import submissions, submit_training
+
+
+@dataclass
+class Slurm:
+    """A PATH that begins with programs of ours."""
+
+    bin: Path
+
+    def program(self, name: str, body: str) -> None:
+        """Makes a program that writes its arguments down and then runs `body`, in this directory."""
+        file = self.bin / name
+        file.write_text(f'#!/bin/bash\ncd {self.bin} && echo "$*" >>{name}.told\n{body}\n')
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+    def told(self, name: str) -> list[str]:
+        """Returns the arguments of each call of a program."""
+        file = self.bin / f"{name}.told"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+SBATCH = """
+cat >script-$(wc -l <sbatch.told)
+env -0 >environment-$(wc -l <sbatch.told)
+read -r _ _ _ _ _ session _ </proc/self/stat; echo $session >session
+echo "7$(wc -l <sbatch.told)"
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    """A SLURM that takes every job, and a checkout of one file."""
+    for name in ("bin", "checkout"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkout" / "code.py").touch()
+    monkeypatch.setattr(snapshot, "CHECKOUT", tmp_path / "checkout")
+    made = Slurm(tmp_path / "bin")
+    for name in ("srun", "scontrol", "scancel", "squeue"):
+        made.program(name, "")
+    made.program("sbatch", SBATCH)
+    monkeypatch.setenv("PATH", f"{made.bin}:{os.environ['PATH']}")
+    return made
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    file = tmp_path / "art.yaml"
+    file.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
+    return str(file)
+
+
+def environment(fake: Slurm, number: int) -> dict[str, str]:
+    """Returns what the `number`th sbatch found in its environment."""
+    text = (fake.bin / f"environment-{number}").read_text()
+    return dict(word.split("=", 1) for word in text.split("\0") if word and not word.startswith(("_=", "SHLVL=")))
+
+
+def test_a_job_submitted_from_within_another_is_as_one_from_outside(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    submit_training(config, [], load_cluster(None), tmp_path / "a")
+    foreign = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "7", "SLURM_RESTART_COUNT": "9"}
+    foreign |= {"SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "8", "SLURM_EXPORT_ENV": "NONE", "SUBMITIT_FOLDER": "/x"}
+    foreign |= {"SBATCH_MEM_BIND_TYPE": "local", "RANK": "3", "MASTER_PORT": "1", "GAN_DIST_ATTEMPT": "/x"}
+    for key, value in foreign.items():
+        monkeypatch.setenv(key, value)
+    submit_training(config, [], load_cluster(None), tmp_path / "b")
+    assert environment(fake, 1) == environment(fake, 2) and environment(fake, 1)["SLURM_CONF"] == "/etc/slurm.conf"
+    assert os.environ["SLURM_JOB_ID"] == "1"
+
+
+def test_what_a_person_sets_for_sbatch_stands_where_the_cluster_file_says_nothing() -> None:
+    mine = {"SBATCH_ACCOUNT": "art", "SBATCH_PARTITION": "old", "SBATCH_QOS": "low", "SBATCH_TIMELIMIT": "1"}
+    mine |= {"SBATCH_MEM_PER_CPU": "1G", "SBATCH_GPUS": "1", "SBATCH_RESERVATION": "r", "SBATCH_CPUS_PER_GPU": "2"}
+    broken = {"SBATCH_ARRAY_INX": "0-9", "SBATCH_NO_REQUEUE": "1", "SBATCH_OUTPUT": "o", "SBATCH_ERROR": "e"}
+    broken |= {"SBATCH_WAIT": "1", "SBATCH_EXPORT": "NONE", "SBATCH_OPEN_MODE": "truncate", "SBATCH_SIGNAL": "USR1"}
+    cluster = load_cluster(None, ["slurm.partition=new", "slurm.mem=9G", "slurm.gpus_per_node=2"])
+    text = submit.training_batch(Path("/r"), Path("/r/launch/i"), cluster, "r")
+    kept = {"SBATCH_ACCOUNT": "art", "SBATCH_QOS": "low", "SBATCH_RESERVATION": "r"}
+    assert slurm.submission_environment(mine | broken | {"HOME": "/h"}, text) == kept | {"HOME": "/h"}
+    text = submit.training_batch(Path("/r"), Path("/r/launch/i"), load_cluster(None), "r")
+    named = {"SBATCH_TIMELIMIT", "SBATCH_CPUS_PER_GPU"}
+    assert slurm.submission_environment(mine | broken, text).keys() == mine.keys() - named
+
+
+def full(*words: object, **more: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_job(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    line = rf"^cannot write the submission: No space left on device \({run}\); nothing is queued, make room or"
+    with monkeypatch.context() as patch, pytest.raises(GanDistError, match=line):
+        patch.setattr(snapshot, "take", full)
+        submit_training(config, [], load_cluster(None), run)
+    assert not run.exists() and not fake.told("sbatch")
+    monkeypatch.setattr(
+        submit, "publish", lambda path, text: (full if path.name == "job.json" else publish)(path, text)
+    )
+    with pytest.raises(GanDistError, match=line):
+        submit_training(config, [], load_cluster(None), run)
+    assert not run.exists() and fake.told("scancel") == ["71"]
+
+
+def test_ctrl_c_in_the_moment_after_sbatch_takes_the_job_back(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("submitit.core.utils.JobPaths.move_temporary_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert fake.told("scancel") == ["71"] and not (tmp_path / "run").exists()
+
+
+INTERRUPTED = "kill -INT $PPID; sleep 0.2" + SBATCH
+
+
+def test_ctrl_c_while_sbatch_works_takes_the_job_back(fake: Slurm, config: str, tmp_path: Path) -> None:
+    fake.program("sbatch", INTERRUPTED)
+    with pytest.raises(KeyboardInterrupt):
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert set(fake.told("scancel")) == {"71"} and not (tmp_path / "run").exists()
+    assert int((fake.bin / "session").read_text()) != os.getsid(0)  # where a terminal's Ctrl-C does not reach
+
+
+def test_ctrl_c_before_sbatch_is_asked_leaves_nothing(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(root: Path) -> None:
+        assert not fake.told("sbatch")  # git may take its time: a job would be queued and in no book
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshot, "commit_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert not fake.told("sbatch") and not (tmp_path / "run").exists()
+
+
+def test_sbatch_that_does_not_answer_is_one_line(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.program("sbatch", "exec sleep 20")
+    monkeypatch.setattr(slurm, "SBATCH_S", 0.3)
+    with pytest.raises(GanDistError, match=r"^sbatch did not answer within 0\.3 s; is the SLURM controller up\?"):
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("third", [INTERRUPTED, "echo no such partition >&2; exit 1", "exec sleep 20"])
+def test_a_pipeline_that_cannot_be_submitted_whole_is_taken_back(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: str
+) -> None:
+    fake.program("sbatch", f"if (($(wc -l <sbatch.told) > 2)); then\n{third}\nfi\n{SBATCH}")
+    monkeypatch.setattr(slurm, "SBATCH_S", 1)
+    with pytest.raises((GanDistError, KeyboardInterrupt)):
+        submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
+    assert [job for job in fake.told("scancel") if job != "73"] == ["71", "72"]
+
+
+def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, tmp_path: Path) -> None:
+    made = submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
+    assert [(each.kind, each.job, each.after) for each in made] == [
+        ("prepare", "71", None),
+        ("train", "72", "71"),
+        ("report", "73", "72"),
+    ]
+    assert [each.id for each in submissions(tmp_path / "run")] == [each.id for each in made]
+    prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
+    fake.program("squeue", "echo '71_0|PENDING|1:00||(Priority)|N/A'")
+    with pytest.raises(UserError, match=r"/run has job 71_0 already \(PENDING \(Priority\)\); wait for it, or end it"):
+        submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
+    with pytest.raises(UserError, match=r"/set\.launch has job 71_0 already"):
+        prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
+    assert len(fake.told("sbatch")) == 4
+
+
+def test_paths_that_slurm_would_read_as_patterns_are_refused(fake: Slurm, config: str, tmp_path: Path) -> None:
+    for out in ("100%job", "%N"):
+        with pytest.raises(
+            UserError, match="in a path means something else to SLURM and Submitit; choose another name"
+        ):
+            prepare_array(["a.zip"], tmp_path / out, 2, load_cluster(None))
+    submit_training(config, [], load_cluster(None), tmp_path / "100% art")
+    assert len(fake.told("sbatch")) == 1 and not list(tmp_path.glob("*%[jN]*"))
+
+
+def test_what_is_said_can_be_pasted(
+    fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit_command(config, run_dir=str(tmp_path / "my run"))
+    told = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    run = str(tmp_path / "my run")
+    assert told == [["python", "-m", "launch", "status", run], ["python", "-m", "launch", "logs", "-f", run]]
+    pipeline(config, source=["a.zip"], run_dir=str(tmp_path / "my pipe"), tasks=1)
+    assert capsys.readouterr().out.endswith(f"launch status '{tmp_path / 'my pipe'}'\n")
+    queue(fake, "71|RUNNING")
+    stop(run)
+    assert capsys.readouterr().out.endswith(f"launch status '{run}'\n")
+    with pytest.raises(UserError, match=f"or end it: launch stop '{run}'"):
+        submit_command(config, run_dir=run)
+
+
+def test_runs_in_the_checkout_are_no_code(fake: Slurm, config: str, tmp_path: Path) -> None:
+    home = tmp_path / "checkout" / "home"
+    home.mkdir()
+    (home / "words").touch()
+    for run in (home / "a", tmp_path / "checkout" / "b", home / "a"):
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        (run / "samples" / "1.png").touch()
+        made = submit_training(config, [], load_cluster(None, [f"job.runs={home}"]), run)
+        code = run / "launch" / made.id / "code"
+        assert {file.name for file in code.rglob("*") if file.suffix != ".pyc"} == {"code.py", "__pycache__"}
+
+
+def queue(fake: Slurm, *lines: str) -> None:
+    fake.program("squeue", "\n".join(f"echo '{line}|1:00|node1|(None)|N/A'" for line in lines))
+
+
+def test_stop_asks_training_and_cancels_what_does_not_train(
+    fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside, _ = prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
+    queue(fake, "71_0|RUNNING", "71_1|PENDING")
+    stop(str(beside))
+    assert capsys.readouterr().out == "job 71 (prepare) is cancelled; what it has finished is kept\n"
+    assert fake.told("scancel") == ["71"] and not (beside / "stop").exists()
+    fake.program("squeue", "")
+    run = tmp_path / "run"
+    submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), run)
+    queue(fake, "72_0|RUNNING", "73|PENDING", "74|PENDING")
+    stop(str(run))
+    assert fake.told("scancel")[1:] == ["74", "--state=PENDING 73", "72"] and not (run / "stop").exists()
+    queue(fake, "73|RUNNING", "74|PENDING")
+    stop(str(run))
+    assert fake.told("scancel")[4:] == ["74"] and (run / "stop").exists()
+    assert "job 73 is asked to save and end" in capsys.readouterr().out
+
+
+def test_tensorboard_asks_for_little_of_what_training_asks_for() -> None:
+    extra = "{gpus-per-task: 1, exclusive: true, mem-per-cpu: 9G, exclude: n7, reservation: art}"
+    training = ["slurm.constraint=h100", "slurm.mem=200G", f"slurm.extra={extra}", "slurm.gres=gpu:4", "slurm.nodes=9"]
+    cluster = load_cluster(None, [*training, "slurm.partition=gpu", "slurm.cpus_per_task=8", "slurm.qos=low"])
+    open_keys = {"extra": {"exclude": "n7", "reservation": "art"}, "mem": None, "constraint": None, "gres": None}
+    told = small(cluster.slurm).model_dump()
+    assert open_keys.items() <= told.items() and (told["partition"], told["qos"]) == ("gpu", "low")
+    assert (told["nodes"], told["cpus_per_task"], told["tasks_per_node"], told["gpus_per_node"]) == (1, 1, 1, 0)
+    told = small(cluster.slurm, {"slurm.mem", "slurm.cpus_per_task", "slurm.extra"}).model_dump()
+    assert (told["mem"], told["cpus_per_task"], told["constraint"]) == ("200G", 8, None) and len(told["extra"]) == 5
+    assert on_cpus(cluster.slurm).extra.keys() == {"exclusive", "mem-per-cpu", "exclude", "reservation"}
+
+
+def test_tensorboard_as_a_job_tells_the_way_in_or_why_there_is_none(
+    fake: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, file = tmp_path / "runs", tmp_path / "cluster.yaml"
+    runs.mkdir()
+    file.write_text("slurm: {partition: gpu}")
+    way = way_in(runs, 6007, "node1", "login", "ada")
+    said = "\n".join(["loading module", "gan_dist: start 0", "and another", *way, "TensorBoard 2.21 at ..."])
+    log = runs / ".tensorboard" / "logs" / "71-batch.log"
+    fake.program("squeue", f"echo '71|RUNNING|1:00|node1|(None)|N/A'; cat >{log} <<'EOF'\n{said}\nEOF")
+    tensorboard(str(runs), ["slurm.partition=cpu"], port=6007, cluster=str(file))
+    assert capsys.readouterr().out.splitlines() == ["job 71; end it with: scancel 71", *way]
+    script = (fake.bin / "script-1").read_text()
+    assert script.endswith(f"-u -m launch tensorboard {runs} --port 6007\n") and "--partition=cpu\n" in script
+    fake.program("squeue", "")
+    fake.program("scontrol", "echo ' JobState=FAILED '")
+    log.with_name("72-batch.log").write_text("gan_dist: start 0\nno module named tensorboard\n\n")
+    with pytest.raises(GanDistError, match=r"job 72 has ended \(FAILED\): no module named tensorboard; see ") as caught:
+        tensorboard(str(runs), cluster=str(file))
+    assert caught.value.exit_status == 1
+    with pytest.raises(UserError, match="no run was submitted in"):
+        all_runs(str(runs))
+
+
+def test_tensorboard_says_when_its_port_is_taken(tmp_path: Path) -> None:
+    with (
+        socket.socket() as other,
+        pytest.raises(UserError, match=r"--port \d+ on .*: .*in use; leave it out for a free"),
+    ):
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        serve(tmp_path, other.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "sacct", "state"),
+    [
+        ("echo 'JobId=7 JobState=TIMEOUT Reason=TimeLimit'", "echo FAILED", "TIMEOUT"),
+        ("echo 'Invalid job id' >&2; exit 1", "echo NODE_FAIL; echo", "NODE_FAIL"),
+        ("exit 1", "echo 'CANCELLED by 0'", "CANCELLED by 0"),
+        ("exit 1", "echo 'Slurm accounting storage is disabled' >&2; exit 1", ""),
+        ("exit 1", "echo", ""),
+        ("exit 1", None, ""),
+    ],
+)
+def test_an_ended_job_is_asked_for_wherever_it_may_be_known(
+    fake: Slurm, monkeypatch: pytest.MonkeyPatch, scontrol: str, sacct: str | None, state: str
+) -> None:
+    monkeypatch.setenv("PATH", str(fake.bin))
+    fake.program("scontrol", scontrol)
+    if sacct:
+        fake.program("sacct", sacct)
+    assert slurm.ended("7") == state
+    assert fake.told("scontrol") == ["show job -o 7"]
+    assert fake.told("sacct") == ([] if state == "TIMEOUT" or not sacct else ["-nPX -o State -j 7"])
