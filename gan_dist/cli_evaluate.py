@@ -35,6 +35,12 @@ def evaluate(
         typer.Option("--inception", metavar="FILE", help="Inception's weights; auto: downloaded; none: without."),
     ] = "auto",
     averaged: Annotated[bool, typer.Option(help="Evaluate the averaged generator, where there is one.")] = True,
+    published: Annotated[
+        bool, typer.Option("--progan", help="Add the distance in ProGAN's published form; takes several times as long.")
+    ] = False,
+    floor: Annotated[
+        bool, typer.Option("--floor", help="Add how far real images are from as many other real ones.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, or with --all-checkpoints a list.")
@@ -74,6 +80,8 @@ def evaluate(
                 with_inception=weights != NONE,
                 insist=weights not in ("auto", NONE),
                 averaged=averaged,
+                published=published,
+                floor=floor,
                 say=say,
             )
         if world.rank != 0:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ class Evaluation:
     Every rank makes one and calls it alike. Inception's features of the real images are kept beside the dataset as
     well, where it can be written (`say` is told where not); the distance's descriptors, 28 KB an image at 64x64, are
     not: making 10,000 images' takes 4 s of a core, in an evaluation of 90. `published` adds the distance in the form of
-    the ProGAN paper's program, which takes several times as long. Raises UserError when the dataset, or `samples`, is
-    too small.
+    the ProGAN paper's program, which takes several times as long; `floor` adds the distance of as many other real
+    images, which no generator need beat. Raises UserError when the dataset, or `samples`, is too small.
     """
 
     def __init__(
@@ -89,11 +90,18 @@ class Evaluation:
         learned_from: Dataset | None = None,
         features: inception.Inception | None = None,
         published: bool = False,
+        floor: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_samples(samples, dataset, max(inception.FEWEST if features else FEWEST, world.size))
+        if floor and 2 * samples > dataset.num_samples:
+            raise UserError(
+                f"--floor compares {samples} real images with {samples} others, but {dataset.root} holds "
+                f"{dataset.num_samples}; lower --samples"
+            )
         self._world, self._dataset, self._samples, self._seed = world, dataset, samples, seed
         self._features, self._published, self._say = features, published, say
+        self._wants_floor, self._floor = floor, 0.0
         self._lo, self._hi = rank_slice(samples, world.rank, world.size)
         self._where = swd.positions(samples, dataset.resolution, seed)
         self._real: list[Tensor] | None = None
@@ -112,8 +120,8 @@ class Evaluation:
 
         Keys: swd (lower is better), swd_<side> a level, diversity (pairwise distance of samples over that of reals),
         repeated (share of samples that come again), near_copies (share of samples), protocol; with `published` also
-        swd_progan and its levels; with Inception also fid, kid, kid_std, precision, recall. Changes neither the
-        generator nor any shared random state.
+        swd_progan and its levels, with `floor` swd_floor; with Inception fid, kid, kid_std, precision, recall. Changes
+        neither the generator nor any shared random state.
         """
         try:
             with _whole_float32():
@@ -133,10 +141,15 @@ class Evaluation:
         images, described = self._share(lambda lo, hi: generate(generator, latents[lo:hi]), look)
         if self._real is None:
             self._real_images, self._real = self._share(self._reals, look)
+            if self._wants_floor:
+                _, others = self._share(lambda lo, hi: self._reals(self._samples + lo, self._samples + hi), look)
+                self._floor = fmean(swd.sliced_wasserstein(self._world, self._real, others, self._seed, look))
         distances = swd.sliced_wasserstein(self._world, self._real, described, self._seed, look)
-        figures: dict[str, Any] = {"swd": sum(distances) / len(distances)}
+        figures: dict[str, Any] = {"swd": fmean(distances)}
         sides = swd.levels(self._dataset.resolution)
         figures |= {f"swd_{side}": distance for side, distance in zip(sides, distances, strict=True)}
+        if self._wants_floor:
+            figures["swd_floor"] = self._floor
         drawn, usual = (pairwise_distance(self._world, one) for one in (images, self._real_images))
         figures["diversity"] = drawn / max(usual, 1e-6)
         few = min(COMPARED, self._samples)
@@ -174,7 +187,7 @@ class Evaluation:
             (found[f"swd_progan_{side}"],) = swd.sliced_wasserstein(
                 self._world, [real], [fake], self._seed, look, published=True
             )
-        return {"swd_progan": sum(found.values()) / len(found), **found}
+        return {"swd_progan": fmean(found.values()), **found}
 
     def _reals(self, lo: int, hi: int) -> Tensor:
         order = Order(self._dataset.shard_sizes, self._seed)

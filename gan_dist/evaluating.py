@@ -46,6 +46,8 @@ def evaluate_run(
     with_inception: bool = True,
     insist: bool = False,
     averaged: bool = True,
+    published: bool = False,
+    floor: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Returns one row of figures a checkpoint, oldest first; see Evaluation for what is in it. A collective.
@@ -70,7 +72,17 @@ def evaluate_run(
         # Before Inception's weights are fetched, or missed.
         check_samples(count, real, fewest, "--samples" if samples is not None else "evaluate.samples")
         features = _inception(world, weights, count, insist, say) if with_inception else None
-        evaluation = Evaluation(world, real, count, seed=seed, learned_from=own, features=features, say=say)
+        evaluation = Evaluation(
+            world,
+            real,
+            count,
+            seed=seed,
+            learned_from=own,
+            features=features,
+            published=published,
+            floor=floor,
+            say=say,
+        )
         rows: list[dict[str, Any]] = []
         for number, directory in enumerate(directories, 1):
             say(f"checkpoint {number} of {len(directories)}: {count} images against as many of {real.root}")

@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gan_dist import evaluating
+from gan_dist.data.gather import gather
+from gan_dist.data.order import Order
 from gan_dist.data.prepare import prepare
 from gan_dist.data.shards import open_dataset
 from gan_dist.data.synthetic import paint_folder
@@ -142,6 +144,19 @@ def test_the_published_distance_is_added_when_asked_for(many: Path) -> None:
     assert figures["swd_progan"] == pytest.approx((figures["swd_progan_32"] + figures["swd_progan_16"]) / 2)
     assert figures["swd_progan"] < 30 and faded["swd"] > 3 * faded["swd_progan"]  # blind to contrast, as published
     assert "swd_progan" not in drawn_by(Copier(images), many)
+
+
+def test_the_floor_is_how_far_real_images_are_from_others(tmp_path: Path) -> None:
+    paint_folder(tmp_path / "paintings", 210)
+    prepare([tmp_path / "paintings"], tmp_path / "shards", resolution=32)
+    with open_dataset(tmp_path / "shards") as real:
+        others = Order(real.shard_sizes, 0).indices(100, 200)
+        figures = Evaluation(World(), real, 100, floor=True)(Copier(gather(real, others)), 8, averaged=False)
+        with pytest.raises(UserError, match=r"--floor compares 106 real images with 106 others, but .* holds 210"):
+            Evaluation(World(), real, 106, floor=True)
+    assert (
+        figures is not None and figures["swd_floor"] == pytest.approx(figures["swd"], rel=1e-6) and figures["swd"] > 1
+    )
 
 
 def test_an_empty_picture_is_no_copy_of_an_empty_picture(tmp_path: Path) -> None:
