@@ -84,7 +84,7 @@ def test_the_time_limit_saves_requeues_and_changes_no_bit(limited: Run, whole: P
 
 
 def test_a_save_that_overruns_the_time_limit_is_told_and_requeued(late: Run, whole: Path) -> None:
-    late.wait_for("crashed", "done")
+    late.wait_for("crashed", "done", limit_s=150)
     _, what, checkpoint, why, *_ = late.history()[0]
     assert (what, checkpoint) == ("crashed", "step-00000000"), late.story()
     assert why == "the time limit came before the ranks had saved; raise slurm.signal_lead_s"
