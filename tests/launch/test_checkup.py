@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_a_doctor_that_is_interrupted_cancels_its_job_and_leaves_nothing(
     lines = checkup.examine(tmp_path / "home", load_cluster(None), 60)
     assert [next(lines), next(lines)] == ["job 7 asks for 1 node(s), 1 rank(s); waiting for it", f"  {line}"]
     assert (tmp_path / "home").exists()
+    assert isinstance(lines, Generator)
     with pytest.raises(KeyboardInterrupt):
         lines.throw(KeyboardInterrupt())
     assert asked == [("scancel", "7")] and not (tmp_path / "home").exists()
