@@ -3,6 +3,7 @@
 #
 #   gan_dist_begin RUN SUBMISSION      names this start of the job, makes its directories
 #   gan_dist_preflight PYTHON...       asks every node whether it sees the run directory and the interpreter
+#   gan_dist_refuse WHY                ends the job as bad usage
 #   gan_dist_srun COMMAND...           the ranks, one log each: logs/JOB-RESTART-HOST-RANK.log; torchrun's agents
 #                                      log as $task_log in place of the rank, and their ranks by themselves
 #   gan_dist_finish $?                 requeues or ends the job by the words that the ranks left
@@ -13,7 +14,7 @@
 
 gan_dist_begin() {
   set +eufC # whatever a cluster file's job.setup likes: here a command that fails is an answer
-  run=$1 submission=$2
+  run=$1 submission=$2 pid=""
   restart=${SLURM_RESTART_COUNT:-0}
   job=$SLURM_JOB_ID # the last element of an array has its array's number here: name elements as ARRAY_TASK
   if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
@@ -69,7 +70,7 @@ gan_dist_srun() {
 # Of other TERMs nothing comes: a cancelled job ends, and one that has a time of grace goes on.
 gan_dist_overdue() {
   local began=$SECONDS wait_s state reason restarts preempted
-  kill -0 "${pid:-none}" 2>/dev/null || return 0
+  kill -0 "$pid" 2>/dev/null || return 0
   trap : TERM # a second one would begin this anew
   wait_s=$(scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
   while kill -0 "$pid" 2>/dev/null; do

@@ -62,6 +62,7 @@ class Play:
             "PLAY": str(self.at),
             "JOB": "JobState=RUNNING Reason=None Restarts=0",
             "SLURM_JOB_ID": "7",
+            "pid": "1",  # whatever a user's environment holds
             "SLURM_JOB_NUM_NODES": "2",
             "SLURMD_NODENAME": "node2",
         }
