@@ -19,11 +19,13 @@ from gan_dist.data.files import publish
 from gan_dist.errors import GanDistError
 from launch import slurm
 from launch.options import ClusterOptions
-from launch.rendezvous import addresses
+from launch.rendezvous import addresses, expand_hosts
 from launch.script import Batch, batch_script, interpreter
 from launch.submit import fresh
 
 STEPS = 10
+LEAVE_S = 20.0
+"""Seconds that a cancelled job gets to end before its directory is removed."""
 
 
 def trial(folder: Path, ranks: int, gpus: bool) -> Path:
@@ -49,6 +51,7 @@ def script(home: Path, folder: Path, config: Path, cluster: ClusterOptions) -> s
     """Returns the batch script: gan-dist doctor on each node, then the ranks of a run of ten steps."""
     words = interpreter(cluster, sys.executable)
     look = shlex.join([*words, "-m", "launch.checkup", str(folder)])
+    logs = str(home / "logs").replace("%", "%%") + "/look-%N.log"
     each = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
     train = [
         "-u",
@@ -63,7 +66,8 @@ def script(home: Path, folder: Path, config: Path, cluster: ClusterOptions) -> s
     ]
     body = (
         f"gan_dist_preflight {shlex.quote(words[0])}",
-        f"srun {each} --kill-on-bad-exit=0 --mpi=none {look}",
+        f'echo "$SLURM_JOB_NODELIST" >{shlex.quote(str(folder / "nodes"))}',
+        f"srun {each} --kill-on-bad-exit=0 --mpi=none --output={shlex.quote(logs)} {look}",
         f"gan_dist_srun {shlex.join([*words, *train])}",
         "gan_dist_finish $?",
     )
@@ -72,9 +76,12 @@ def script(home: Path, folder: Path, config: Path, cluster: ClusterOptions) -> s
 
 
 def examine(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str]:
-    """Yields a line a node, worst news first told by SLURM itself. Raises GanDistError when the trial failed.
+    """Yields a line a node, worst news first told by SLURM itself.
 
-    `home` is a directory that all nodes share; it is removed when all is well.
+    `home` is a directory that all nodes share; it is removed when all is well, and when the job is given up.
+
+    Raises:
+        GanDistError: the trial failed, a node said nothing of itself, or the job was not done within `limit_s`.
     """
     slurm.need("sbatch", "srun", "scontrol")
     ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
@@ -83,7 +90,31 @@ def examine(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str
         text = script(home, folder, trial(folder, ranks, gpus), cluster)
         publish(folder / "submission.sh", text.encode())
         job = slurm.submit(text)
-    yield f"job {job} asks for {cluster.slurm.nodes} node(s), {ranks} rank(s); waiting for it"
+    try:
+        yield f"job {job} asks for {cluster.slurm.nodes} node(s), {ranks} rank(s); waiting for it"
+        yield from _await_end(job, limit_s)
+    except (KeyboardInterrupt, GeneratorExit):
+        _give_up(job, home)
+        raise
+    history = folder / "attempts" / job / "history"
+    last = history.read_text().splitlines()[-1].split("\t") if history.exists() else []
+    well = bool(last) and last[1] == "done"
+    seen, silent = _looks(home, folder)
+    yield from seen
+    yield from silent
+    if not well:
+        why = last[3] if last else slurm.ended(job) or "it left no word"
+        raise GanDistError(f"the trial of {STEPS} steps failed: {why}; logs in {home / 'logs'}")
+    points = [json.loads(line) for line in (home / "trial" / "metrics.jsonl").read_text().splitlines()]
+    rate = [line["throughput/images_per_second"] for line in points if "throughput/images_per_second" in line][-1]
+    yield f"all-reduce and {STEPS} steps over {ranks} rank(s): well, {rate:,.0f} images/s (tiny networks)"
+    if silent:
+        raise GanDistError(f"{len(silent)} node(s) said nothing of themselves; logs in {home / 'logs'}")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _await_end(job: str, limit_s: float) -> Iterator[str]:
+    """Yields what becomes of the job until it ends. Raises GanDistError, after cancelling it, when that takes long."""
     deadline, told = time.monotonic() + limit_s, ""
     while queued := slurm.queue([job]):
         if time.monotonic() > deadline:
@@ -95,18 +126,30 @@ def examine(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str
             told = queued[0].state
             yield f"  {queued[0]}"
         time.sleep(1)
-    history = folder / "attempts" / job / "history"
-    last = history.read_text().splitlines()[-1].split("\t") if history.exists() else []
-    well = bool(last) and last[1] == "done"
-    for file in sorted(folder.glob("node-*.json")):
-        yield _line(json.loads(file.read_text()))
-    if not well:
-        why = last[3] if last else slurm.ended(job) or "it left no word"
-        raise GanDistError(f"the trial of {STEPS} steps failed: {why}; logs in {home / 'logs'}")
-    points = [json.loads(line) for line in (home / "trial" / "metrics.jsonl").read_text().splitlines()]
-    rate = [line["throughput/images_per_second"] for line in points if "throughput/images_per_second" in line][-1]
-    yield f"all-reduce and {STEPS} steps over {ranks} rank(s): well, {rate:,.0f} images/s (tiny networks)"
+
+
+def _give_up(job: str, home: Path) -> None:
+    """Cancels the job of a person who has seen enough, and removes what it was for."""
+    print(f"job {job} is cancelled", file=sys.stderr, flush=True)
+    slurm.ask("scancel", job)
+    deadline = time.monotonic() + LEAVE_S
+    while slurm.queue([job]) and time.monotonic() < deadline:
+        time.sleep(0.5)
     shutil.rmtree(home, ignore_errors=True)
+
+
+def _looks(home: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Returns (a line of each node that was looked at, a line of each that the job had and that left no word)."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("node-*.json"))]
+    nodes = folder / "nodes"
+    asked = expand_hosts(nodes.read_text().strip()) if nodes.exists() else ()
+    silent = []
+    for host in sorted(set(asked) - {node["host"] for node in found}):
+        log = home / "logs" / f"look-{host}.log"
+        said = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
+        last = next((line for line in reversed(said) if line), f"nothing in {log}")
+        silent.append(f"{host:<12} look  no word, {last}")
+    return [_line(node) for node in found], silent
 
 
 def _line(node: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@
     srun ... python -m launch.rank submitit FOLDER                                        (python -m launch submit)
 
 The batch script decides by these words, not by exit statuses, what becomes of the job: `done`, `stopped` (what to do,
-why), `failed-RANK` (when, status, kind, rank, host, why; tabs in between). A rank that saved and stopped ends with
+why), `failed-RANK` (when, status, kind, rank, host, why; tabs in between). A rank that stopped as asked ends with
 status 0, because srun would otherwise kill the others while they still save.
 """
 
@@ -18,10 +18,10 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gan_dist.data.files import publish
-from gan_dist.errors import EXIT_FAILED, GanDistError
+from gan_dist.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError
 from launch.rendezvous import Place, meet, place_of
 from launch.signals import STOP, deafen, hold_back, listen
 
@@ -67,11 +67,16 @@ class TrainJob:
                 os.environ.update(joined)
             outcome = self.train()
         except GanDistError as error:
+            stopped = error.exit_status == EXIT_STOPPED  # before there was anything to save
             if not error.told_elsewhere:
                 print(f"gan-dist: {error}", file=sys.stderr, flush=True)
-                kind = "lost" if type(error).__name__ == "RankLost" else "error"
-                leave_word(attempt, place, error.exit_status, kind, str(error))
-            return error.exit_status
+                if stopped:
+                    reason = STOP.reason or "a signal to another rank"
+                    publish(attempt / "stopped", f"requeue {reason}, while data were fetched\n".encode())
+                else:
+                    kind = "lost" if type(error).__name__ == "RankLost" else "error"
+                    leave_word(attempt, place, error.exit_status, kind, str(error))
+            return 0 if stopped else error.exit_status
         except Exception as error:
             traceback.print_exc()
             leave_word(attempt, place, EXIT_FAILED, "error", f"{type(error).__name__}: {error}")
@@ -110,7 +115,7 @@ class TrainJob:
 
 def leave_word(attempt: Path, place: Place | None, status: int, kind: str, why: str) -> None:
     """Writes how this rank failed where the batch script and `status` look."""
-    rank = place.rank if place else os.environ.get("RANK", "0")
+    rank = place.rank if place else os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     host = place.host if place else os.uname().nodename
     line = "\t".join([f"{time.time():.3f}", str(status), kind, str(rank), host, " ".join(why.split())])
     try:
@@ -128,6 +133,28 @@ def log_apart(prefix: str) -> None:
     os.close(log)
 
 
+class Words(argparse.ArgumentParser):
+    """A parser that raises UserError: what is wrong with the arguments is a word to leave, like all that goes wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; expected the words of `gan-dist train`")
+
+
+def job_of(words: list[str]) -> TrainJob:
+    """Returns the job that the words after `launch.rank` describe. Raises UserError for what they should not hold."""
+    parser = Words(prog="python -m launch.rank", description="One rank of a SLURM job.")
+    parser.add_argument("command", choices=["train"])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--from", dest="from_run")
+    told = parser.parse_intermixed_args(words)
+    planned = int(os.environ["GAN_DIST_RANKS"]) if os.environ.get("GAN_DIST_RANKS") else None
+    return TrainJob(told.config, tuple(told.overrides), told.run_dir, planned, told.max_steps, told.from_run)
+
+
 def main() -> None:
     """Runs the rank that the arguments describe."""
     if sys.argv[1:2] == ["submitit"]:
@@ -139,16 +166,12 @@ def main() -> None:
     listen()
     if LOG in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
         log_apart(os.environ[LOG])
-    parser = argparse.ArgumentParser(prog="python -m launch.rank", description="One rank of a SLURM job.")
-    parser.add_argument("command", choices=["train"])
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--run-dir", required=True)
-    parser.add_argument("--max-steps", type=int)
-    parser.add_argument("--from", dest="from_run")
-    words = parser.parse_intermixed_args()
-    planned = int(os.environ["GAN_DIST_RANKS"]) if os.environ.get("GAN_DIST_RANKS") else None
-    job = TrainJob(words.config, tuple(words.overrides), words.run_dir, planned, words.max_steps, words.from_run)
+    try:
+        job = job_of(sys.argv[1:])
+    except UserError as error:
+        print(f"gan-dist: {error}", file=sys.stderr, flush=True)
+        leave_word(Path(os.environ[ATTEMPT]), None, error.exit_status, "error", str(error))
+        sys.exit(error.exit_status)
     sys.exit(job.run())
 
 

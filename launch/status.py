@@ -14,6 +14,8 @@ from launch import slurm
 from launch.submit import Submission, submissions
 
 FINAL = ("done", "failed", "stopped", "cancelled")
+LAUNCH_FAILED = ("FAILED", "NODE_FAIL", "BOOT_FAIL")
+"""What SLURM calls a job whose batch script could not be started; also others, which have left something behind."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,20 @@ def _forgotten(run: Path, each: Submission, made: Sequence[Submission]) -> str:
     state = slurm.ended(each.job)
     if state.startswith("CANCELLED") and each.after:
         return f"CANCELLED, because what it waited for ({each.after}) did not end well"
+    if state.startswith(LAUNCH_FAILED) and not _began(run, each):
+        return (
+            f"{state} before its script began: the first node could not write {run / 'logs'}; put runs on a file "
+            "system that all nodes share (job.runs)"
+        )
     return f"{state or 'ended'}, without a last word; see {run / 'logs'}"
+
+
+def _began(run: Path, each: Submission) -> bool:
+    """Returns whether a job's batch script has written anything where this machine sees it."""
+    logs = (run / "logs").glob("*-batch.log")
+    return (run / "launch" / each.id / "attempts").is_dir() or any(
+        re.split("[-_]", log.name)[0] == each.job for log in logs
+    )
 
 
 def logs_of(run: Path, rank: str) -> list[Path]:

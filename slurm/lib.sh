@@ -3,6 +3,7 @@
 #
 #   gan_dist_begin RUN SUBMISSION      names this start of the job, makes its directories
 #   gan_dist_preflight PYTHON...       asks every node whether it sees the run directory and the interpreter
+#   gan_dist_refuse WHY                ends the job as bad usage
 #   gan_dist_srun COMMAND...           the ranks, one log each: logs/JOB-RESTART-HOST-RANK.log; torchrun's agents
 #                                      log as $task_log in place of the rank, and their ranks by themselves
 #   gan_dist_finish $?                 requeues or ends the job by the words that the ranks left
@@ -12,7 +13,8 @@
 # restart, what (requeued crashed lost stopped failed cancelled done), newest checkpoint, why; with tabs between them.
 
 gan_dist_begin() {
-  run=$1 submission=$2
+  set +eufC # whatever a cluster file's job.setup likes: here a command that fails is an answer
+  run=$1 submission=$2 pid=""
   restart=${SLURM_RESTART_COUNT:-0}
   job=$SLURM_JOB_ID # the last element of an array has its array's number here: name elements as ARRAY_TASK
   if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
@@ -20,8 +22,10 @@ gan_dist_begin() {
   attempt=$attempts/$restart
   mkdir -p "$attempt" "$run/logs"
   export GAN_DIST_ATTEMPT=$attempt GAN_DIST_LAUNCH_ID=${submission##*/}-$job PYTHONSAFEPATH=1
+  export SLURM_EXPORT_ENV=ALL # the ranks need these, whatever sbatch's --export says of the user's
   # The batch shell outlives the signals that end its ranks, to act on what they say at the end.
-  trap : TERM USR2 CONT
+  trap : USR2 CONT
+  trap gan_dist_overdue TERM
   echo "gan_dist: start $restart of job $job on ${SLURM_JOB_NODELIST:-?}, $(date -u '+%Y-%m-%d %H:%M:%S UTC')"
 }
 
@@ -40,9 +44,14 @@ gan_dist_preflight() {
       fi' preflight "$attempt" "$1" 2>&1) || true
   if [[ $told == *bad:* ]]; then
     told=$(sed -n 's/^bad: //p' <<<"$told" | sort -u | paste -sd ';')
-    printf '%s\t2\terror\t-\t%s\t%s\n' "$(date +%s)" "$(hostname)" "$told" >"$attempt/failed-preflight"
-    gan_dist_finish 2
+    gan_dist_refuse "$told"
   fi
+}
+
+# Ends the job as bad usage, which nobody tries again.
+gan_dist_refuse() { # WHY
+  printf '%s\t2\terror\t-\t%s\t%s\n' "$(date +%s)" "$(hostname)" "$1" >"$attempt/failed-preflight"
+  gan_dist_finish 2
 }
 
 gan_dist_srun() {
@@ -50,14 +59,38 @@ gan_dist_srun() {
   # 22.05 and later do not hand the batch script's --cpus-per-task down. Without --kill-on-bad-exit ranks whose sibling
   # died run on until their collective times out.
   srun --unbuffered --kill-on-bad-exit=1 --wait=60 --mpi=none ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    --output="${GAN_DIST_LOG//%/%%}-%N-${task_log:-%t}.log" "$@" 2> >(tee -a "$attempt/srun.err" >&2)
+    --output="${GAN_DIST_LOG//%/%%}-%N-${task_log:-%t}.log" "$@" 2> >(tee -a "$attempt/srun.err" >&2) &
+  pid=$!
+  # Behind, because bash hears no signal while it waits for a command in front.
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
+  wait "$pid"
 }
 
-# Sets what the controller says of this job: state, reason, restarts. RUNNING, or a time limit that has just passed,
-# means that nobody but its own script decides what becomes of it; more restarts than this one, that SLURM requeued it.
+# At TERM: a time limit or a preemption leaves KillWait seconds to act in, while srun waits for the ranks for longer.
+# Of other TERMs nothing comes: a cancelled job ends, and one that has a time of grace goes on.
+gan_dist_overdue() {
+  local began=$SECONDS wait_s state reason restarts preempted
+  kill -0 "$pid" 2>/dev/null || return 0
+  trap : TERM # a second one would begin this anew
+  wait_s=$(scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
+  while kill -0 "$pid" 2>/dev/null; do
+    if ((SECONDS - began < ${wait_s:-30} - 4)); then
+      sleep 1
+      continue
+    fi
+    gan_dist_ask
+    if [[ $reason == TimeLimit || -n $preempted ]]; then gan_dist_finish 143; fi
+    break
+  done
+  trap gan_dist_overdue TERM
+}
+
+# Sets what the controller says of this job: state, reason, restarts, preempted. RUNNING, a time limit that has just
+# passed, or a preemption that cancels (PreemptMode=CANCEL) means that nobody but its own script decides what becomes of
+# it; more restarts than this one, that SLURM requeued it.
 # Asked by $job: the id of an array's last element is the whole array's.
 gan_dist_ask() {
-  local try told
+  local try told end
   for try in {1..20}; do # minutes: a controller that restarts is no cancellation, and a job cancelled ends here anyway
     told=$(scontrol show job -o "$job" 2>/dev/null)
     if [[ -n $told ]]; then break; fi
@@ -66,6 +99,10 @@ gan_dist_ask() {
   state=$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$told")
   reason=$(sed -n 's/.* Reason=\([A-Za-z_]*\).*/\1/p' <<<"$told")
   restarts=$(sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' <<<"$told")
+  # It is COMPLETING after a cancellation too, which may fall into a preemption's time of grace: then it ends later.
+  preempted=$(sed -n 's/.* PreemptTime=\([0-9][^ ]*\).*/\1/p' <<<"$told")
+  end=$(sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p' <<<"$told")
+  if [[ -n $preempted ]] && (($(date -d "$end" +%s) - $(date -d "$preempted" +%s) > 1)); then preempted=""; fi
 }
 
 # Why this start failed: what a rank said of itself, else what srun saw happen to one, else what survivors guessed.
@@ -98,24 +135,29 @@ gan_dist_note() { # WHAT WHY
 }
 
 gan_dist_requeue() {
+  local try refused=0
   sync
-  trap - TERM # or SLURM would have to wait for the sleep below
-  if ! scontrol requeue "$job"; then
-    gan_dist_note failed "SLURM refused to requeue the job; submit it again"
-    exit 1
-  fi
-  sleep 30 # SLURM ends this script
-  exit 75
+  trap - TERM # or SLURM would have to wait for the sleeps below
+  for try in {1..20}; do # as patient as gan_dist_ask
+    if scontrol requeue "$job"; then
+      sleep 30 # SLURM ends this script
+      exit 75
+    fi
+    if scontrol ping >/dev/null 2>&1 && ((++refused == 3)); then break; fi # it answers, and means it
+    sleep "$try"
+  done
+  gan_dist_note failed "SLURM refused to requeue the job; submit it again"
+  exit 1
 }
 
 gan_dist_finish() { # STATUS OF SRUN
-  local rc=$1 state reason restarts ours="" what why status step crashes
+  local rc=$1 state reason restarts preempted ours="" what why status step crashes
   if [[ -e $attempt/done ]]; then
     gan_dist_note "done" "$(cat "$attempt/done")"
     exit 0
   fi
   gan_dist_ask
-  if [[ $state == RUNNING || $reason == TimeLimit ]]; then ours=yes; fi
+  if [[ $state == RUNNING || $reason == TimeLimit || -n $preempted ]]; then ours=yes; fi
   IFS=$'\t' read -r status why <<<"$(gan_dist_cause "$rc")"
   if ((${restarts:-0} > restart)); then
     if [[ -e $attempt/stopped ]]; then why="saved and stopped by $(cut -d' ' -f2- "$attempt/stopped")"; fi
@@ -143,6 +185,10 @@ gan_dist_finish() { # STATUS OF SRUN
   if [[ -z $ours ]]; then
     gan_dist_note cancelled "SLURM ended the job ($state) before the ranks had saved"
     exit $((rc ? rc : 1))
+  fi
+  if [[ $state != RUNNING && -n $preempted ]]; then # what SLURM's own requeueing (PreemptMode=REQUEUE) would be
+    gan_dist_note lost "preempted before the ranks had saved"
+    gan_dist_requeue
   fi
   if [[ $reason == TimeLimit ]]; then
     status=lost why="the time limit came before the ranks had saved; raise slurm.signal_lead_s"

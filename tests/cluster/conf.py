@@ -31,6 +31,8 @@ class Layout:
     """Seconds without an answer after which a host counts as down."""
     grace_s: int = 25
     """Seconds that a preempted job keeps before it is killed."""
+    preempt_mode: str = "REQUEUE"
+    """What becomes of a preempted job: REQUEUE or CANCEL."""
 
 
 def slurm_conf(layout: Layout) -> str:
@@ -90,7 +92,7 @@ def slurm_conf(layout: Layout) -> str:
         *nodes,
         f"PartitionName=main Nodes={names} Default=YES MaxTime=60 PriorityTier=5 PreemptMode=off State=UP",
         f"PartitionName=low Nodes={names} MaxTime=60 PriorityTier=1 GraceTime={layout.grace_s} "
-        "PreemptMode=REQUEUE State=UP",
+        f"PreemptMode={layout.preempt_mode} State=UP",
         f"PartitionName=high Nodes={names} MaxTime=60 PriorityTier=9 PreemptMode=off State=UP",
     ]
     return "\n".join(lines) + "\n"

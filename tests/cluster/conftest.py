@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.boot import Cluster, missing
-from tests.cluster.jobs import STEPS, Run, slowly, small_config
+from tests.cluster.jobs import FIRST_START, STEPS, Run, hook, slowly, small_config
 
 _booted: list[Cluster] = []
 
@@ -45,21 +45,46 @@ def cgroup() -> Iterator[Cluster]:
     yield from _boot("cgroup")
 
 
+LIMIT = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10")
+LATE = """
+from gan_dist.train.update import Update
+step, save = Update.step, module.save
+Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
+module.save = lambda *words, **more: (words[1]["step"] and time.sleep(100), save(*words, **more))
+"""
+
+
 @pytest.fixture(scope="session")
-def limited(config: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A slow run on a cluster of its own that meets its time limit."""
+def minute() -> Iterator[Cluster]:
+    """A cluster whose jobs meet their time limits while others are tested elsewhere."""
     if reason := missing("cgroup"):
         pytest.skip(reason)
-    words = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10", slowly(tmp_path_factory.mktemp("slowly")))
     with Cluster(2, "cgroup") as cluster:
-        yield Run.submit(cluster, config, tmp_path_factory.mktemp("limited") / "run", *words)
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def limited(minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A slow run that meets its time limit."""
+    slow = slowly(tmp_path_factory.mktemp("slowly"))
+    return Run.submit(minute, config, tmp_path_factory.mktemp("limited") / "run", *LIMIT, slow)
+
+
+@pytest.fixture(scope="session")
+def late(minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose first start saves until long after its time limit."""
+    slow = hook(tmp_path_factory.mktemp("late"), "gan_dist.train.saver", LATE, FIRST_START)
+    words = (*LIMIT, slow, "checkpoint.every_steps=100000", "dist.timeout_s=200")
+    return Run.submit(minute, config, tmp_path_factory.mktemp("late") / "run", *words)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _begin_early(request: pytest.FixtureRequest) -> None:
     """The least that SLURM knows is a minute, in which others can be tested."""
-    if any("limited" in getattr(item, "fixturenames", ()) for item in request.session.items) and not missing("cgroup"):
-        request.getfixturevalue("limited")
+    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    for name in ("limited", "late"):
+        if name in wanted and not missing("cgroup"):
+            request.getfixturevalue(name)
 
 
 @pytest.fixture(params=["linuxproc", "cgroup"])

@@ -20,6 +20,8 @@ from tests.train.test_trainer import small
 ROOT = Path(__file__).parents[2]
 STEPS = ("--max-steps", "120")
 """How long a run is that is disturbed and compared with one that is not."""
+FIRST_START = "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'"
+"""What a hook asks of a process that a job starts before it was ever requeued."""
 START_S = 100
 """Seconds that a job may take from submission, or from a requeue, to its first steps on a busy machine."""
 
@@ -62,7 +64,7 @@ def slowly(folder: Path) -> str:
         step = module.Update.step
         module.Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
     """
-    return hook(folder, "gan_dist.train.update", step, "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'")
+    return hook(folder, "gan_dist.train.update", step, FIRST_START)
 
 
 def launch(

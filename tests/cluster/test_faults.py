@@ -136,6 +136,15 @@ def test_a_run_directory_that_nodes_do_not_share_is_named(linuxproc: Cluster, co
     assert json.loads((run.folder / "job.json").read_text())["job"] == run.job
 
 
+def test_a_run_directory_that_the_first_node_does_not_see_is_told_by_status(linuxproc: Cluster, config: str) -> None:
+    private = linuxproc.directory / "private"
+    private.mkdir(exist_ok=True)
+    run = Run.submit(linuxproc, config, private / "unseen", nodes=1)
+    linuxproc.wait_for_job(run.job, "FAILED")
+    status = run.status()
+    assert f"the first node could not write {run.path / 'logs'}; put runs on a file system that all nodes" in status
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

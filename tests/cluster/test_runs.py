@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,12 +83,39 @@ def test_the_time_limit_saves_requeues_and_changes_no_bit(limited: Run, whole: P
     interrupted_once(limited, whole, "SIGUSR2")
 
 
-@pytest.mark.parametrize(("by", "proctrack"), [("SIGTERM", "cgroup"), ("SIGUSR2", "linuxproc")])
+def test_a_save_that_overruns_the_time_limit_is_told_and_requeued(late: Run, whole: Path) -> None:
+    late.wait_for("crashed", "done", limit_s=150)
+    _, what, checkpoint, why, *_ = late.history()[0]
+    assert (what, checkpoint) == ("crashed", "step-00000000"), late.story()
+    assert why == "the time limit came before the ranks had saved; raise slurm.signal_lead_s"
+    late.wait_for("done")
+    assert late.restarts() == 1 and "raise slurm.signal_lead_s" in late.status()
+    assert [event["step"] for event in late.events("start")] == [0, 0]
+    assert_identical(late.path, whole)
+
+
+@pytest.mark.parametrize(
+    ("by", "proctrack", "settings"),
+    [
+        ("SIGTERM", "cgroup", {}),
+        ("SIGUSR2", "linuxproc", {"user_signal": True}),
+        ("SIGTERM", "linuxproc", {"preempt_mode": "CANCEL", "grace_s": 0}),
+    ],
+    ids=["TERM", "USR2", "TERM and CANCEL"],
+)
 def test_preemption_saves_requeues_once_and_changes_no_bit(
-    request: pytest.FixtureRequest, config: str, whole: Path, tmp_path: Path, by: str, proctrack: str
+    request: pytest.FixtureRequest,
+    config: str,
+    whole: Path,
+    tmp_path: Path,
+    by: str,
+    proctrack: str,
+    settings: dict[str, Any],
 ) -> None:
     cluster: Cluster = request.getfixturevalue(proctrack)
-    cluster.configure(user_signal=by == "SIGUSR2")
+    usual = {key: getattr(cluster.layout, key) for key in settings}
+    if settings:
+        cluster.configure(**settings)
     try:
         low = ("slurm.partition=low", slowly(tmp_path / "hook"))
         run = Run.submit(cluster, config, tmp_path / "run", *STEPS, *low)
@@ -97,7 +125,8 @@ def test_preemption_saves_requeues_once_and_changes_no_bit(
         interrupted_once(run, whole, by)
         cluster.wait_for_job(urgent, "COMPLETED")
     finally:
-        cluster.configure(user_signal=False)
+        if usual:
+            cluster.configure(**usual)
 
 
 def test_a_plain_cancel_saves_does_not_requeue_and_leaves_no_process(

@@ -153,7 +153,8 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
 
 
 def test_two_jobs_on_one_host_do_not_meet(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
-    words = ("--max-steps", "30", "slurm.extra={nodelist: node3}")
+    """Their shell is strict and inherits nothing, as some sites want it."""
+    words = ("--max-steps", "30", "slurm.extra={nodelist: node3, export: NONE}", "job.setup=[set -euo pipefail]")
     runs = [Run.submit(linuxproc, config, tmp_path / name, *words, nodes=1, ranks=2) for name in ("a", "b")]
     for run in runs:
         run.wait_for("done")
@@ -245,6 +246,23 @@ def test_doctor_says_a_line_a_node_and_passes_refusals_on(linuxproc: Cluster, tm
     refused = launch(linuxproc, "doctor", *words, "slurm.partition=nowhere", check=False)
     assert refused.returncode == 2 and "invalid partition specified: nowhere" in refused.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_doctor_tells_of_a_node_that_tells_nothing(linuxproc: Cluster, tmp_path: Path) -> None:
+    broken = """
+        def diagnose():
+            raise RuntimeError("the driver of this node is too old")
+        module.diagnose = diagnose
+    """
+    sick = hook(tmp_path / "hook", "gan_dist.doctor", broken, "os.environ.get('SLURMD_NODENAME') == 'node2'")
+    words = ("slurm.nodes=2", "slurm.cpus_per_task=1", "slurm.time=5", f"job.runs={tmp_path / 'runs'}")
+    done = launch(linuxproc, "doctor", *words, sick, check=False)
+    assert re.search(r"^node1 +ok .*torch ", done.stdout, re.MULTILINE), done.stdout
+    assert "\nnode2        look  no word, RuntimeError: the driver of this node is too old\n" in done.stdout
+    (home,) = (tmp_path / "runs").iterdir()
+    line = f"launch: 1 node(s) said nothing of themselves; logs in {home / 'logs'}\n"
+    assert (done.returncode, done.stderr) == (1, line)
+    assert "Traceback" in (home / "logs" / "look-node2.log").read_text()
 
 
 def test_tensorboard_as_a_job_tells_the_way_to_it(linuxproc: Cluster, tmp_path: Path) -> None:

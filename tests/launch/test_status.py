@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gan_dist.errors import UserError
+from launch import slurm
 from launch.board import way_in
 from launch.command import share_of
 from launch.status import all_runs, find_run, follow, logs_of, no_log, starts_of, status_lines
@@ -65,6 +66,19 @@ def test_a_stage_that_could_not_run_is_told_why(run: Path) -> None:
 
 def test_a_job_that_nobody_remembers_is_told_as_such(run: Path) -> None:
     assert "job 7 (prepare, 2 rank(s)): ended, without a last word; see" in "\n".join(status_lines(run))
+
+
+def test_a_job_whose_first_node_could_not_begin_it_is_told_what_mends_that(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "ended", lambda job: "FAILED")
+    (run / "logs" / "77-batch.log").touch()  # another job's
+    line = f"FAILED before its script began: the first node could not write {run / 'logs'}; put runs on a file system"
+    assert f"job 7 (prepare, 2 rank(s)): {line} that all nodes share (job.runs)" in "\n".join(status_lines(run))
+    (run / "logs" / "7_1-batch.log").touch()
+    (run / "launch" / "20261122-000000-abcdef" / "attempts" / "8").mkdir(parents=True)
+    text = "\n".join(status_lines(run))
+    assert text.count("FAILED, without a last word; see") == 2, text
 
 
 def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) -> None:
