@@ -21,13 +21,12 @@ from gan_dist.metrics import inception
 from gan_dist.metrics.inception import Inception, load_inception
 from gan_dist.model.networks import Discriminator
 from gan_dist.naming import run_path
+from gan_dist.settings import check_seed
 from gan_dist.train.checkpoint import Loaded, find, load, step_directories
 from gan_dist.watch.pictures import write_atomically
 from gan_dist.watch.record import merged, read_evaluations
 from gan_dist.watch.sample import build_generator
 
-MOST_SEED = 2**63 - 1
-"""The largest seed, here as in a configuration: what torch takes."""
 UNKNOWN = "epoch, near_copies and accuracy_training are left out"
 """What only the set that a run learned from can tell."""
 
@@ -58,8 +57,7 @@ def evaluate_run(
     protocol and held-out set. Of several checkpoints, a damaged one is left out with a line. Raises UserError for a run
     without checkpoints, too few samples, a dataset of another resolution, or training images as held-out ones.
     """
-    if not 0 <= seed <= MOST_SEED:
-        raise UserError(f"--seed: expected a whole number from 0 to {MOST_SEED}, found {seed}")
+    check_seed(seed)
     path = run_path(run)
     # Rank 0 chooses: a run in progress adds and prunes while others look.
     directories, newest = world.from_first(lambda: _choose(path, step, all_checkpoints))

@@ -13,6 +13,7 @@ from gan_dist.data.shards import open_dataset
 from gan_dist.errors import UserError
 from gan_dist.model.networks import Generator
 from gan_dist.naming import run_path
+from gan_dist.settings import check_seed
 from gan_dist.train.checkpoint import find, load
 from gan_dist.watch.export import export_generator, load_weights
 from gan_dist.watch.neighbours import draw_neighbours
@@ -83,6 +84,7 @@ def sample_run(
     """
     if count < 1:
         raise UserError(f"--count: expected 1 or more, found {count}")
+    check_seed(seed)
     source = find_source(run, step)
     if animation is not None and source.run is None:
         raise UserError(f"--animation: {source.name} has no training to show; name a run")

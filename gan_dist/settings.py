@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gan_dist.errors import UserError
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
-NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
+MOST = 2**63 - 1
+"""The largest whole number, and seed, that torch takes."""
+NonNegative = Annotated[int, Field(ge=0, lt=MOST + 1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -84,6 +86,12 @@ def expand_path(text: str) -> str:
     if missing := re.search(r"\$\{?(\w+)", expanded):
         raise UserError(f"{text}: the environment variable {missing[1]} is not set; set it or write the path out")
     return os.path.abspath(expanded)  # noqa: PTH100 (resolve() would follow links)
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError unless the `seed` of a command is what a configuration's may be."""
+    if not 0 <= seed <= MOST:
+        raise UserError(f"--seed: expected a whole number from 0 to {MOST}, found {seed}")
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

@@ -115,6 +115,8 @@ def test_features_of_real_images_are_kept_beside_the_dataset(shards: Path, monke
     assert not list(shards.glob("inception-*"))  # whole or not at all
     kept.mkdir()  # where nothing can be written, as good as a disk that one may only read
     assert seen() == (2 * SAMPLES, figures) and "cannot be kept" in said.pop()
+    kept.rmdir()
+    assert seen()[0] == 2 * SAMPLES and seen()[0] == SAMPLES
     # Another protocol, another file.
     assert seen(seed=1)[0] == seen(weights="b" * 64)[0] == 2 * SAMPLES
     assert seen(samples=SAMPLES - 5)[0] == 2 * (SAMPLES - 5)

@@ -78,6 +78,8 @@ def test_what_cannot_be_is_said_before_anything_is_written(run: Path, dataset: P
     out = tmp_path / "x.png"
     with pytest.raises(UserError, match="--count"):
         sample_run(run, count=0, out=out)
+    with pytest.raises(UserError, match="--seed: expected a whole number from 0 to 9223372036854775807, found -1"):
+        sample_run(run, seed=-1, out=out)
     with pytest.raises(UserError, match="has no training to show"):
         sample_run(weights, out=out, animation=tmp_path / "f.gif")
     with pytest.raises(UserError, match="give --dataset"):

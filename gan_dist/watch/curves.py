@@ -125,13 +125,17 @@ def _evaluations(run: Run, marks: Sequence[float]) -> list[Chart]:
         series = [Series(key.replace("_", " "), points[key]) for key in keys if points[key]]
         return Chart(title, series, note, low=0.0, high=high, marks=marks)
 
-    sizes = {int(key[4:]) for row in rows for key in row if re.fullmatch(r"swd_\d+", key)}
+    def levels(name: str) -> list[str]:
+        found = {int(of[1]) for row in rows for key in row if (of := re.fullmatch(rf"{name}_(\d+)", key))}
+        return [name, *(f"{name}_{side}" for side in sorted(found, reverse=True))]
+
     charts = [
         chart(
             "Distance from real images",
-            ["swd", *(f"swd_{size}" for size in sorted(sizes, reverse=True))],
+            [*levels("swd"), "swd_floor"],
             "Sliced Wasserstein distance of patches, in all and at each size of structure; lower is nearer.",
         ),
+        chart("Distance in ProGAN's published form", levels("swd_progan"), "To be held against what papers print."),
         chart("FID", ["fid"], "Frechet distance of Inception's features; lower is nearer."),
         chart("KID", ["kid"], "Kernel distance of Inception's features; lower is nearer."),
         chart(

@@ -18,6 +18,7 @@ from gan_dist.data.shards import open_dataset
 from gan_dist.errors import UserError
 from gan_dist.watch import films
 from gan_dist.watch.charts import Chart, Series, bucketed, log_ticks, render, short, smoothed, ticks
+from gan_dist.watch.curves import curves
 from gan_dist.watch.films import film
 from gan_dist.watch.history import closing_lines
 from gan_dist.watch.pictures import save_png
@@ -227,6 +228,18 @@ def test_all_that_evaluations_find_is_in_sight(run: Path, tmp_path: Path) -> Non
         titles = page.evaluate("[...document.querySelectorAll('.chart figcaption b')].map(title => title.textContent)")
         assert {"FID", "KID", "Precision and recall", "Do samples differ?", "Near copies"} <= set(titles)
         assert "Epoch" not in titles and len(titles) == len(set(titles)) and page.complaints == []
+
+
+def test_levels_of_one_distance_share_a_chart(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    levels: dict[str, Any] = {f"{name}_{side}": 1.0 for name in ("swd", "swd_progan") for side in (16, 128, 64)}
+    row = measured(4, swd_progan=1.0, swd_floor=0.5, **levels)
+    (tmp_path / "run" / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    drawn = {chart.title: [series.name for series in chart.series] for chart in curves(read_run(tmp_path / "run"))}
+    assert drawn["Distance from real images"] == ["swd", "swd 128", "swd 64", "swd 16", "swd floor"]
+    published = ["swd progan", "swd progan 128", "swd progan 64", "swd progan 16"]
+    assert drawn["Distance in ProGAN's published form"] == published
+    assert not [title for title in drawn if title.startswith("Swd")]
 
 
 def test_the_last_lines_of_a_command(run: Path, dataset: Path, tmp_path: Path) -> None:
