@@ -66,6 +66,8 @@ class Examiner:
                 f"evaluate.held_out: {held_out} holds {self._held_out.resolution}x{self._held_out.resolution} images, "
                 f"the run learns from {dataset.resolution}x{dataset.resolution} ones; prepare it alike"
             )
+        if self._held_out is not None and self._held_out.identity == dataset.identity:
+            raise UserError(f"evaluate.held_out: {held_out} is what the run learns from; name a set that it never sees")
         if self._held_out is not None:
             model, living = config.model, next(discriminator.parameters())
             self._judging = Discriminator(model.resolution, model.d_channels, model.leaky_slope).to(living)

@@ -179,6 +179,7 @@ def test_what_it_cannot_have_is_refused_before_anything_is_written(many: Path, d
         ("expected 110 or fewer", ["evaluate.samples=111"]),
         ("expected 100 or more", ["evaluate.samples=99"]),
         ("evaluate.held_out: .* holds 64x64 images", [f"evaluate.held_out={tmp_path / 'big'}"]),
+        ("evaluate.held_out: .* is what the run learns from", [f"evaluate.held_out={many}"]),
         ("keeps only a part of the dataset here", ["data.placement=windowed", "data.window_shards=1"]),
         (
             "keeps only a part of the dataset here",
