@@ -66,7 +66,7 @@ def bench_loader(
     batch: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
     window_shards: Annotated[int, typer.Option(help="Shards in a window of the windowed placement.")] = 4,
     seconds: Annotated[float, typer.Option(help="Seconds to measure each for, three times.")] = 1.0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of torch. [default: torch's choice]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch. [default: torch's choice]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cache_dir: Annotated[str | None, typer.Option(help="Where a remote dataset is staged.")] = None,
     as_json: Json = False,
@@ -95,7 +95,7 @@ def bench_step(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
     seconds: Annotated[float, typer.Option(help="Seconds to measure each for.")] = 5.0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of torch. [default: torch's choice]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch. [default: torch's choice]")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure a range of batches.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -87,5 +87,5 @@ def evaluate(
         if world.rank != 0:
             return
         print(json.dumps(rows if all_checkpoints else rows[0], indent=2) if as_json else "\n".join(as_lines(rows)))
-        for line in warnings(rows[-1]):
+        for line in warnings(rows[-1], max((row["diversity"] for row in rows[:-1]), default=0.0)):
             print(f"WARNING: {line}", file=sys.stderr)

@@ -93,15 +93,11 @@ class Evaluation:
         floor: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        check_samples(samples, dataset, max(inception.FEWEST if features else FEWEST, world.size))
-        if floor and 2 * samples > dataset.num_samples:
-            raise UserError(
-                f"--floor compares {samples} real images with {samples} others, but {dataset.root} holds "
-                f"{dataset.num_samples}; lower --samples"
-            )
+        check_samples(samples, dataset, max(inception.FEWEST if features else FEWEST, world.size), floor=floor)
         self._world, self._dataset, self._samples, self._seed = world, dataset, samples, seed
         self._features, self._published, self._say = features, published, say
-        self._wants_floor, self._floor = floor, 0.0
+        self._wants_floor = floor
+        self._floor: float | None = None
         self._lo, self._hi = rank_slice(samples, world.rank, world.size)
         self._where = swd.positions(samples, dataset.resolution, seed)
         self._real: list[Tensor] | None = None
@@ -141,9 +137,9 @@ class Evaluation:
         images, described = self._share(lambda lo, hi: generate(generator, latents[lo:hi]), look)
         if self._real is None:
             self._real_images, self._real = self._share(self._reals, look)
-            if self._wants_floor:
-                _, others = self._share(lambda lo, hi: self._reals(self._samples + lo, self._samples + hi), look)
-                self._floor = fmean(swd.sliced_wasserstein(self._world, self._real, others, self._seed, look))
+        if self._wants_floor and self._floor is None:
+            _, others = self._share(lambda lo, hi: self._reals(self._samples + lo, self._samples + hi), look)
+            self._floor = fmean(swd.sliced_wasserstein(self._world, self._real, others, self._seed, look))
         distances = swd.sliced_wasserstein(self._world, self._real, described, self._seed, look)
         figures: dict[str, Any] = {"swd": fmean(distances)}
         sides = swd.levels(self._dataset.resolution)
@@ -246,8 +242,11 @@ class Evaluation:
             self._say(f"note: real images' features cannot be kept in {path.parent} ({error.strerror}): made each time")
 
 
-def check_samples(samples: int, dataset: Dataset, fewest: int, said: str = "evaluate.samples") -> None:
-    """Raises UserError where `samples`, which was said as `said`, or the dataset, is too small for the metrics."""
+def check_samples(
+    samples: int, dataset: Dataset, fewest: int, said: str = "evaluate.samples", *, floor: bool = False
+) -> None:
+    """Raises UserError where `samples`, which was said as `said`, or the dataset, is too small for the metrics; a
+    `floor` takes as many real images again."""
     if dataset.num_samples < fewest:
         raise UserError(
             f"{dataset.root} holds {dataset.num_samples} images; these metrics need {fewest} or more real ones"
@@ -257,6 +256,11 @@ def check_samples(samples: int, dataset: Dataset, fewest: int, said: str = "eval
     if samples > dataset.num_samples:
         raise UserError(
             f"{said}: expected {dataset.num_samples} or fewer, as many as {dataset.root} holds, found {samples}"
+        )
+    if floor and 2 * samples > dataset.num_samples:
+        raise UserError(
+            f"--floor compares {samples} real images with {samples} others, but {dataset.root} holds "
+            f"{dataset.num_samples}; give a smaller --samples, or leave it out"
         )
 
 
@@ -333,7 +337,8 @@ def accuracy(discriminator: nn.Module, dataset: Dataset, count: int, seed: int =
     right = judged = 0
     for start in range(0, len(chosen) - size + 1, size):  # whole batches: a small one has other statistics
         images = gather(dataset, chosen[start : start + size]).to(parameter.device)
-        right += int((discriminator(images.to(parameter.dtype) / 127.5 - 1) > 0).sum())
+        with _whole_float32():
+            right += int((discriminator(images.to(parameter.dtype) / 127.5 - 1) > 0).sum())
         judged += size
     return right / judged
 

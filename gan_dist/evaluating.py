@@ -66,9 +66,9 @@ def evaluate_run(
     with ExitStack() as opened:
         real, own, others = _open_sets(world, opened, path, newest, dataset, held_out, say)
         fewest = max(inception.FEWEST if with_inception and insist else FEWEST, world.size)
-        count = samples if samples is not None else _usual_samples(newest.state["config"], real, fewest, say)
+        count = samples if samples is not None else _usual_samples(newest.state["config"], real, fewest, say, floor)
         # Before Inception's weights are fetched, or missed.
-        check_samples(count, real, fewest, "--samples" if samples is not None else "evaluate.samples")
+        check_samples(count, real, fewest, "--samples" if samples is not None else "evaluate.samples", floor=floor)
         features = _inception(world, weights, count, insist, say) if with_inception else None
         evaluation = Evaluation(
             world,
@@ -151,12 +151,14 @@ def _open_sets(
     return real, own, others
 
 
-def _usual_samples(config: dict[str, Any], real: Dataset, fewest: int, say: Callable[[str], None]) -> int:
-    """Returns how many images to compare where nobody said: the run's evaluate.samples, or all of a smaller dataset."""
+def _usual_samples(config: dict[str, Any], real: Dataset, fewest: int, say: Callable[[str], None], floor: bool) -> int:
+    """Returns how many images to compare where nobody said: the run's evaluate.samples, or all of a smaller dataset;
+    half of it where a `floor` takes the other half."""
     usual = int(config.get("evaluate", EvaluateConfig().model_dump())["samples"])
-    if fewest <= real.num_samples < usual:
-        say(f"note: {real.root} holds {real.num_samples} images, so that many are compared, not {usual}")
-    return min(usual, real.num_samples)
+    most = real.num_samples // 2 if floor else real.num_samples
+    if fewest <= most < usual:
+        say(f"note: {real.root} holds {real.num_samples} images, so {most} are compared, not {usual}")
+    return min(usual, most)
 
 
 def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, own: Dataset | None) -> dict[str, Any]:

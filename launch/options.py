@@ -105,7 +105,8 @@ class JobOptions(Section):
     container: str | None = None
     """Words before the interpreter (apptainer exec --nv image.sif); the batch script itself stays outside.
 
-    `~` and `$VAR` expand, and relative paths become absolute, where you submit; a word with blanks is left alone."""
+    `~` and `$VAR` expand, and a word that is an existing relative path becomes absolute, where you submit; a word with
+    blanks is left alone, and so is a path within one (-B ./data:/data)."""
     runs: str | None = None
     """Where runs lie, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
     max_requeues: NonNegative = 100

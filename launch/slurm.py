@@ -121,10 +121,10 @@ def _sbatch(script: str) -> str:
 @contextmanager
 def _unbroken() -> Iterator[None]:
     """Within it Ctrl-C, and the end of a session, wait: once it is asked, sbatch is heard out."""
-    came: list[int] = []
+    came: list[signal.Signals] = []
 
     def wait(number: int, frame: object) -> None:
-        came.append(number)
+        came.append(signal.Signals(number))
         print("waiting for sbatch to answer", file=sys.stderr, flush=True)
 
     main = threading.current_thread() is threading.main_thread()
@@ -134,6 +134,8 @@ def _unbroken() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        if came and (before[came[0]] or signal.SIG_DFL) == signal.SIG_DFL:
+            raise SystemExit(128 + came[0])  # the default would end this process before anything is undone
         if came:
             signal.raise_signal(came[0])
 

@@ -155,7 +155,7 @@ def submit_training(
 def refuse_busy(run: Path) -> None:
     """Returns if no job of the run is in the queue. Raises UserError when one is: two would write the same files."""
     if busy := slurm.queue([each.job for each in submissions(run)]):
-        ending = f"launch stop {shlex.quote(str(run))}"
+        ending = f"python -m launch stop {shlex.quote(str(run))}"
         raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: {ending}")
 
 

@@ -14,7 +14,7 @@
 
 gan_dist_begin() {
   set +eufC # whatever a cluster file's job.setup likes: here a command that fails is an answer
-  run=$1 submission=$2 pid=""
+  run=$1 submission=$2 pid="" task_log=""
   restart=${SLURM_RESTART_COUNT:-0}
   job=$SLURM_JOB_ID # the last element of an array has its array's number here: name elements as ARRAY_TASK
   if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
@@ -58,7 +58,8 @@ gan_dist_srun() {
   export GAN_DIST_LOG=$run/logs/$job-$restart
   # 22.05 and later do not hand the batch script's --cpus-per-task down. Without --kill-on-bad-exit ranks whose sibling
   # died run on until their collective times out.
-  srun --unbuffered --kill-on-bad-exit=1 --wait=60 --mpi=none ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+  srun --unbuffered --kill-on-bad-exit=1 --wait=60 --mpi=none \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     --output="${GAN_DIST_LOG//%/%%}-%N-${task_log:-%t}.log" "$@" 2> >(tee -a "$attempt/srun.err" >&2) &
   pid=$!
   # Behind, because bash hears no signal while it waits for a command in front.
@@ -92,7 +93,7 @@ gan_dist_overdue() {
 gan_dist_ask() {
   local try told end
   for try in {1..20}; do # minutes: a controller that restarts is no cancellation, and a job cancelled ends here anyway
-    told=$(scontrol show job -o "$job" 2>/dev/null)
+    told=$(SLURM_TIME_FORMAT=standard scontrol show job -o "$job" 2>/dev/null)
     if [[ -n $told ]]; then break; fi
     sleep "$try"
   done
@@ -134,6 +135,10 @@ gan_dist_note() { # WHAT WHY
   echo "gan_dist: $1 at ${step}: $2"
 }
 
+gan_dist_stopped() { # WHY
+  if [[ $1 == *"while data were fetched" ]]; then echo "stopped by $1"; else echo "saved and stopped by $1"; fi
+}
+
 gan_dist_requeue() {
   local try refused=0
   sync
@@ -160,7 +165,7 @@ gan_dist_finish() { # STATUS OF SRUN
   if [[ $state == RUNNING || $reason == TimeLimit || -n $preempted ]]; then ours=yes; fi
   IFS=$'\t' read -r status why <<<"$(gan_dist_cause "$rc")"
   if ((${restarts:-0} > restart)); then
-    if [[ -e $attempt/stopped ]]; then why="saved and stopped by $(cut -d' ' -f2- "$attempt/stopped")"; fi
+    if [[ -e $attempt/stopped ]]; then why=$(gan_dist_stopped "$(cut -d' ' -f2- "$attempt/stopped")"); fi
     gan_dist_note lost "SLURM requeued the job: $why"
     exit 75
   fi
@@ -171,7 +176,7 @@ gan_dist_finish() { # STATUS OF SRUN
   if [[ -e $attempt/stopped ]]; then
     read -r what why <"$attempt/stopped"
     if [[ -z $ours ]]; then
-      gan_dist_note cancelled "saved and stopped by $why"
+      gan_dist_note cancelled "$(gan_dist_stopped "$why")"
     elif [[ $what == end ]]; then
       gan_dist_note stopped "$why"
     elif ((restart >= ${GAN_DIST_MAX_REQUEUES:-100})); then

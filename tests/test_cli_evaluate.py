@@ -77,7 +77,7 @@ def other(run: Path) -> Path:
 
 
 def test_warnings_on_stderr_are_of_the_newest_checkpoint(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "warnings", lambda row: [f"step {row['step']} looks odd", "try less"])
+    monkeypatch.setattr(evaluation, "warnings", lambda row, most: [f"step {row['step']} looks odd", "try less"])
     status, out, err = evaluate("monet", "--all-checkpoints", "--json", "--inception", "none")
     assert status == 0 and err.endswith("WARNING: step 2 looks odd\nWARNING: try less\n")
     assert len(json.loads(out)) == 3

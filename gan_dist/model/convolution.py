@@ -50,7 +50,9 @@ def double(maps: Tensor, weight: Tensor) -> Tensor:
 
 
 def _apply(maps: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    # Autocast does not reach into a Function: maps come in the dtype that it chose for the layer before.
+    # Autocast has ended by the way back, where both must have one dtype.
+    if torch.is_autocast_enabled("cpu"):
+        maps = maps.to(torch.get_autocast_dtype("cpu"))
     out: Tensor = _ByProducts.apply(maps, weight.to(maps.dtype), transposed)
     return out
 

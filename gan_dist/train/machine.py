@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # mallopt(3)
 _NEVER = -1
-_USUAL_TRIM, _USUAL_MMAPS = 128 * 1024, 65536
+_USUAL_MMAPS, _USUAL_TRIM, _USUAL_MMAP = 65536, 64 * 2**20, 32 * 2**20
+"""What glibc has, and for its two thresholds the largest that it comes to by itself where nobody sets them."""
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
@@ -30,7 +32,8 @@ def _deterministic_kernels(wanted: bool) -> Iterator[None]:
         yield
         return
     # cuBLAS reads this when it is first used; torch refuses its products without it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    workspace = os.environ.get(_CUBLAS)
+    os.environ.setdefault(_CUBLAS, ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     # An operation that has no deterministic kernel is told of and does not end the run.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -38,6 +41,8 @@ def _deterministic_kernels(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if workspace is None:
+            del os.environ[_CUBLAS]
 
 
 @contextmanager
@@ -45,8 +50,10 @@ def _memory_kept(wanted: bool) -> Iterator[None]:
     """The C library keeps what tensors free for those of the next step.
 
     It would give large ones back at once, and the kernel clear each page anew: 48,000 page faults a step at batch 128,
-    a twelfth of it on 2 cores. Nothing changes where the C library is not glibc.
+    a twelfth of it on 2 cores. Nothing changes where the C library is not glibc, or where a person has tuned it.
     """
+    wanted = wanted and not any(name.startswith("MALLOC_") for name in os.environ)
+    wanted = wanted and "glibc.malloc" not in os.environ.get("GLIBC_TUNABLES", "")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if wanted and os.name == "posix" else None
     if mallopt is None:
         yield
@@ -58,4 +65,5 @@ def _memory_kept(wanted: bool) -> Iterator[None]:
     finally:
         mallopt(_MMAP_MAX, _USUAL_MMAPS)
         mallopt(_TRIM_THRESHOLD, _USUAL_TRIM)
+        mallopt(_MMAP_THRESHOLD, _USUAL_MMAP)
         ctypes.CDLL(None).malloc_trim(0)

@@ -161,8 +161,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "ranks": world.size,
         }
-        self.parent = start.parent
-        self.first = world.rank == 0
+        self.parent, self.first = start.parent, world.rank == 0
         notes = [*start.notes, *([] if start.fresh else resolved_changes(run_dir, resolved))]
         self.facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
         world.from_first(lambda: check_disk(run_dir, self.update.snapshot()))

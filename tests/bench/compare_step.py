@@ -110,6 +110,7 @@ def elsewhere(batch: int, device: torch.device) -> Iterator[Callable[[], float]]
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, batch, device, torch.get_num_threads()), daemon=True)
     process.start()
+    theirs.close()  # so that a peer that dies is heard of
 
     def ask() -> float:
         ours.send(True)
@@ -172,7 +173,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     found = compare(args.batch, torch.device(args.device), args.runners.split(","), args.precision, args.rounds)
     print(json.dumps(found, indent=2))
-    if args.at_least and max(found["times_the_tutorial"].values()) < args.at_least:
+    if args.at_least and max(found["times_the_tutorial"][name] for name in args.runners.split(",")) < args.at_least:
         raise SystemExit(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import socket
 import stat
 from dataclasses import dataclass
@@ -144,10 +145,14 @@ def test_ctrl_c_in_the_moment_after_sbatch_takes_the_job_back(
 INTERRUPTED = "kill -INT $PPID; sleep 0.2" + SBATCH
 
 
-def test_ctrl_c_while_sbatch_works_takes_the_job_back(fake: Slurm, config: str, tmp_path: Path) -> None:
-    fake.program("sbatch", INTERRUPTED)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])  # a line that breaks is the last of them
+def test_what_ends_a_submission_while_sbatch_works_takes_the_job_back(
+    fake: Slurm, config: str, tmp_path: Path, name: str
+) -> None:
+    fake.program("sbatch", INTERRUPTED.replace("INT", name))
+    with pytest.raises(KeyboardInterrupt if name == "INT" else SystemExit) as left:
         submit_training(config, [], load_cluster(None), tmp_path / "run")
+    assert name == "INT" or getattr(left.value, "code", 0) == 128 + signal.Signals[f"SIG{name}"]
     assert set(fake.told("scancel")) == {"71"} and not (tmp_path / "run").exists()
     assert int((fake.bin / "session").read_text()) != os.getsid(0)  # where a terminal's Ctrl-C does not reach
 
@@ -225,7 +230,7 @@ def test_what_is_said_can_be_pasted(
     queue(fake, "71|RUNNING")
     stop(run)
     assert capsys.readouterr().out.endswith(f"launch status '{run}'\n")
-    with pytest.raises(UserError, match=f"or end it: launch stop '{run}'"):
+    with pytest.raises(UserError, match=f"or end it: python -m launch stop '{run}'"):
         submit_command(config, run_dir=run)
 
 

@@ -75,6 +75,16 @@ def test_under_autocast_the_weights_gradient_is_float32_and_as_near_as_torchs(ca
 
 
 @pytest.mark.parametrize("case", ["halve 8", "double 4"])
+def test_under_autocast_maps_may_come_in_float32(case: str) -> None:
+    ours, _, *shapes = CASES[case]
+    maps, weight = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(maps, weight)
+    assert out.dtype == torch.bfloat16
+    assert [one.dtype for one in torch.autograd.grad(out.float().sum(), [maps, weight])] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("case", ["halve 8", "double 4"])
 def test_a_frozen_weight_costs_no_product(case: str) -> None:
     ours, theirs, *shapes = CASES[case]
     maps, weight = (torch.randn(shape, dtype=torch.float64) for shape in shapes)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import resource
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ PAGES = 2**25 // resource.getpagesize()
 """Pages of the smallest tensor that `_work` makes."""
 
 
-def _work() -> int:
+def _work(width: int = 2**20) -> int:
     """Returns the fewest page faults of several rounds of large tensors: what is left once memory has been found."""
     counts = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        x = torch.ones(1, 2**20)
+        x = torch.ones(1, width)
         for images in (8, 16, 32, 16, 8):
             x = torch.relu(x[:1].expand(images, -1) + 1)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -35,12 +35,13 @@ def _work() -> int:
 
 def tell() -> None:
     """Prints what `_work` pays before, within and after `settled`, and within that of a GPU's run."""
+    medium = _work(2**16)  # up to 8 MiB, which glibc learns to keep by itself
     before = _work()
     with settled(CPU):
         within = _work()
     after = _work()
     with settled(torch.device("cuda")):
-        print(json.dumps([before, within, after, _work()]))
+        print(json.dumps([before, within, after, _work(), medium, _work(2**16)]))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
@@ -48,31 +49,27 @@ def test_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
     # A process of its own: one that has run for long has holes in its heap, which it uses before it asks the kernel.
     words = [sys.executable, "-c", "from tests.train.test_machine import tell; tell()"]
     told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    before, within, after, on_a_gpu = json.loads(told.splitlines()[-1])
+    before, within, after, on_a_gpu, medium, medium_after = json.loads(told.splitlines()[-1])
     if before < PAGES:
         pytest.skip("this kernel backs large allocations with huge pages by itself")
     assert within < PAGES // 10
     assert after > PAGES and on_a_gpu > PAGES  # a GPU's tensors are not the C library's
+    assert medium_after <= medium + PAGES // 100
+    tuned = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+    told = subprocess.run(words, capture_output=True, text=True, check=True, env=tuned).stdout
+    assert json.loads(told.splitlines()[-1])[2] < PAGES  # what a person has chosen stays
 
 
 def test_deterministic_asks_torch_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with settled(CPU, deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
-        with warnings.catch_warnings(record=True) as told:  # told of, and no end
-            warnings.simplefilter("always")
-            _indeterminate()
-        assert bool(told) == torch.cuda.is_available()
-    assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # told of, and no end
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     with pytest.raises(ZeroDivisionError), settled(CPU, deterministic=True):
         raise ZeroDivisionError
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def _indeterminate() -> None:
-    """Does what has no deterministic kernel on a GPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.bincount(torch.tensor([0, 1], device=device), weights=torch.ones(2, device=device))
 
 
 def test_training_is_settled_as_its_configuration_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
