@@ -251,6 +251,8 @@ def check_samples(
         raise UserError(
             f"{dataset.root} holds {dataset.num_samples} images; these metrics need {fewest} or more real ones"
         )
+    if floor and dataset.num_samples < 2 * fewest:
+        raise UserError(f"--floor needs {2 * fewest} real images or more; {dataset.root} holds {dataset.num_samples}")
     if samples < fewest:
         raise UserError(f"{said}: expected {fewest} or more for these metrics, found {samples}")
     if samples > dataset.num_samples:

@@ -77,10 +77,12 @@ def other(run: Path) -> Path:
 
 
 def test_warnings_on_stderr_are_of_the_newest_checkpoint(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "warnings", lambda row, most: [f"step {row['step']} looks odd", "try less"])
+    monkeypatch.setattr(evaluation, "warnings", lambda row, most: [f"step {row['step']} looks odd, {most}", "try less"])
     status, out, err = evaluate("monet", "--all-checkpoints", "--json", "--inception", "none")
-    assert status == 0 and err.endswith("WARNING: step 2 looks odd\nWARNING: try less\n")
-    assert len(json.loads(out)) == 3
+    *earlier, _ = rows = json.loads(out)
+    most = max(row["diversity"] for row in earlier)
+    assert status == 0 and err.endswith(f"WARNING: step 2 looks odd, {most}\nWARNING: try less\n")
+    assert len(rows) == 3
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,7 @@ def test_warnings_on_stderr_are_of_the_newest_checkpoint(evaluate: Any, monkeypa
         ("monet --device tpu", "--device: expected auto, cpu or cuda, found tpu"),
         ("monet --samples 10", "--samples: expected 100 or more for these metrics, found 10"),
         ("monet --seed 99999999999999999999999", "--seed: expected a whole number from 0 to"),
+        ("monet --floor", "--floor needs 200 real images or more; "),
         ("monet --seed -1", "--seed: expected a whole number from 0 to"),
         ("monet --inception ~/none.pth", "these metrics need 2049 or more"),
         ("monet --dataset /nowhere", "/nowhere is not a dataset"),

@@ -70,7 +70,7 @@ class _ByProducts(torch.autograd.Function):
             ctx.save_for_backward(maps, weight)
             return F.conv_transpose2d(maps, weight, None, STRIDE, PADDING)
         patches = _patches(maps)
-        ctx.save_for_backward(patches, weight)
+        ctx.save_for_backward(patches if ctx.needs_input_grad[1] else None, weight)
         return _as_maps(patches @ _rows(weight).T, maps.shape[-1] // STRIDE)
 
     @staticmethod
@@ -83,7 +83,7 @@ class _ByProducts(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 by_maps = _as_maps(patches @ _rows(weight).T, saved.shape[-1])
         else:
-            patches, pixels = saved, _pixels(dy)
+            patches, pixels = saved, _pixels(dy)  # no patches were kept for a frozen weight
             if ctx.needs_input_grad[0]:
                 by_maps = F.conv_transpose2d(dy, weight, None, STRIDE, PADDING)
         if ctx.needs_input_grad[1]:

@@ -61,14 +61,17 @@ class Examiner:
         self._evaluation = Evaluation(world, dataset, config.evaluate.samples)
         held_out = config.evaluate.held_out
         self._held_out = world.together(lambda: open_dataset(held_out, config.data.cache_dir) if held_out else None)
-        if self._held_out is not None and self._held_out.resolution != dataset.resolution:
-            raise UserError(
-                f"evaluate.held_out: {held_out} holds {self._held_out.resolution}x{self._held_out.resolution} images, "
-                f"the run learns from {dataset.resolution}x{dataset.resolution} ones; prepare it alike"
-            )
-        if self._held_out is not None and self._held_out.identity == dataset.identity:
-            raise UserError(f"evaluate.held_out: {held_out} is what the run learns from; name a set that it never sees")
         if self._held_out is not None:
+            if self._held_out.resolution != dataset.resolution:
+                side = self._held_out.resolution
+                raise UserError(
+                    f"evaluate.held_out: {held_out} holds {side}x{side} images, the run learns from "
+                    f"{dataset.resolution}x{dataset.resolution} ones; prepare it alike"
+                )
+            if self._held_out.identity == dataset.identity:
+                raise UserError(
+                    f"evaluate.held_out: {held_out} is what the run learns from; name a set that it never sees"
+                )
             model, living = config.model, next(discriminator.parameters())
             self._judging = Discriminator(model.resolution, model.d_channels, model.leaky_slope).to(living)
         self._best = world.from_first(lambda: read_best(checkpoints))
