@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 
 import gan_dist
-from gan_dist.config import preset
-from gan_dist.data.synthetic import paint_folder
+from gan_dist.config.schema import preset
+from gan_dist.data.prepare.synthetic import paint_folder
 
 SMALL = ["model.resolution=32", "model.g_channels=8", "model.d_channels=8", "train.global_batch=8"]
 

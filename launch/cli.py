@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from gan_dist.errors import GanDistError, UserError
-from gan_dist.naming import choose_run_dir, runs_home
+from gan_dist.runs.naming import choose_run_dir, runs_home
+from gan_dist.utils.errors import GanDistError, UserError
 from launch.options import ClusterOptions, load_cluster, split_overrides
 
 app = typer.Typer(
@@ -186,8 +186,8 @@ def local(
     from_run: FromRun = None,
 ) -> None:
     """Train on this machine through torchrun: all its GPUs, or as many ranks as you say."""
-    from gan_dist.config import load_config
-    from launch.local import train_here
+    from gan_dist.config.schema import load_config
+    from launch.job.local import train_here
     from launch.submit import parent_of
 
     options, overrides = _options(None, words)
@@ -214,7 +214,7 @@ def prepare(
     tasks: Tasks = 8,
 ) -> None:
     """Prepare a dataset as a job array; finished shards are kept whatever happens to an element."""
-    from gan_dist.data.files import expand_directory
+    from gan_dist.utils.files import expand_directory
     from launch.stages import prepare_array
 
     options, given = _options(cluster, [*words, *context.args])
@@ -268,8 +268,8 @@ def tensorboard(
     cluster: ClusterFile = None,
 ) -> None:
     """Start TensorBoard here, or with --cluster as a small CPU job, and print the way to it from your laptop."""
-    from gan_dist.data.files import expand
-    from launch.board import as_job, serve
+    from gan_dist.utils.files import expand
+    from launch.tensorboard import as_job, serve
 
     where = expand(runs)
     if not where.is_dir():
@@ -290,7 +290,7 @@ def doctor(
     limit_minutes: Annotated[float, typer.Option(help="Give up after this long, most of it in the queue.")] = 30,
 ) -> None:
     """Run a short job on every node asked for: gan-dist doctor, an all-reduce and ten steps; print a line a node."""
-    from launch.checkup import examine
+    from launch.doctor import examine
     from launch.submit import new_id
 
     options, rest = _options(cluster, words)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from gan_dist.data.files import present
-from gan_dist.errors import UserError
-from gan_dist.settings import NonNegative, Positive, Section, expand_path, read_yaml, validate, with_overrides
+from gan_dist.config.base import NonNegative, Positive, Section, expand_path, read_yaml, validate, with_overrides
+from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import present
 
 OURS = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
 """sbatch options that the protocol of saving and requeueing sets; `slurm.extra` may not."""

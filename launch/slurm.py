@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from gan_dist.errors import GanDistError, UserError
+from gan_dist.utils.errors import GanDistError, UserError
 
 SBATCH_S = 120
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from gan_dist.errors import UserError
+from gan_dist.utils.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LARGEST_MIB = 200

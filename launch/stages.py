@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from gan_dist.data.files import expand_directory
-from gan_dist.errors import GanDistError, UserError
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.files import expand_directory
 from launch import slurm
+from launch.batch_script import Batch, batch_script, interpreter
 from launch.options import ClusterOptions, SlurmOptions
-from launch.script import Batch, batch_script, interpreter
 from launch.submit import Submission, check_config, enqueue, fresh, refuse_busy, submit_training
 
 
@@ -26,7 +26,7 @@ def on_cpus(options: SlurmOptions) -> SlurmOptions:
 
 def command_lines(cluster: ClusterOptions, commands: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """Returns the lines of a batch script that run gan-dist commands one after the other as its only task."""
-    words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch.command"]
+    words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch.job.command"]
     for number, command in enumerate(commands):
         words += ["--then"] * (number > 0) + list(command)
     return (f"gan_dist_srun --ntasks=1 {shlex.join(words)}", "gan_dist_finish $?")

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gan_dist.errors import GanDistError, UserError
-from gan_dist.naming import run_path, runs_home
+from gan_dist.runs.naming import run_path, runs_home
+from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.submit import Submission, submissions
 
@@ -79,7 +79,7 @@ def status_lines(run: Path) -> list[str]:
 
 
 def _progress(run: Path, running: bool) -> str:
-    from gan_dist.watch.record import read_run, status_line
+    from gan_dist.runs.record import read_run, status_line
 
     try:
         told = status_line(run).removeprefix(f"{run.name} ")

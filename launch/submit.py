@@ -17,15 +17,15 @@ from typing import Any
 
 import submitit
 
-from gan_dist.config import Config, change_rule, changes, load_config, to_yaml
-from gan_dist.data.files import publish
-from gan_dist.errors import GanDistError, UserError
-from gan_dist.naming import run_and_step, runs_home
-from gan_dist.settings import read_yaml
+from gan_dist.config.base import read_yaml
+from gan_dist.config.schema import Config, change_rule, changes, load_config, to_yaml
+from gan_dist.runs.naming import run_and_step, runs_home
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.files import publish
 from launch import slurm, snapshot
+from launch.batch_script import Batch, batch_script, interpreter, rank_lines
+from launch.job.rank import TrainJob
 from launch.options import ClusterOptions
-from launch.rank import TrainJob
-from launch.script import Batch, batch_script, interpreter, rank_lines
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def training_batch(
     """Returns the batch script of a training job, exactly as it is submitted."""
     words = interpreter(cluster, python or sys.executable)
     code = submission / "code"
-    lines = rank_lines(words, ["-m", "launch.rank", "submitit", str(submission)])
+    lines = rank_lines(words, ["-m", "launch.job.rank", "submitit", str(submission)])
     body = ("export SUBMITIT_EXECUTOR=slurm", *lines)
     return batch_script(Batch(name, run, submission, code, body, after=after), cluster)
 

@@ -49,7 +49,7 @@ def pytest_make_collect_report() -> Generator[None, Any, Any]:
 @pytest.fixture(scope="session")
 def paintings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 70 small paintings in several sizes and formats, 4 of them broken."""
-    from gan_dist.data.synthetic import paint_folder
+    from gan_dist.data.prepare.synthetic import paint_folder
 
     folder = tmp_path_factory.mktemp("paintings")
     paint_folder(folder, 70, broken=4)
@@ -59,7 +59,7 @@ def paintings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(paintings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The paintings at 32x32, in five shards of unequal sizes. Read only: tests that damage it copy it first."""
-    from gan_dist.data.prepare import prepare
+    from gan_dist.data.prepare.prepare import prepare
 
     out = tmp_path_factory.mktemp("dataset") / "shards"
     prepare([paintings], out, resolution=32, shard_samples=16, max_reject_fraction=0.5)

@@ -21,14 +21,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from gan_dist.data.files import expand, fsync_folder, is_address, present, temporary_name
 from gan_dist.data.headers import TAR_BLOCK, first_bad_header, member_header, npy_header
-from gan_dist.errors import UserError
+from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import expand, fsync_folder, is_address, present, temporary_name
 
 if TYPE_CHECKING:
     import torch
 
-    from gan_dist.data.cache import Cache
+    from gan_dist.data.remote.cache import Cache
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -241,7 +241,7 @@ def open_dataset(root: str | Path, cache_dir: str | Path | None = None) -> Datas
         UserError: no dataset there, or the first shard that is missing, cut short or not what the manifest says.
     """
     if is_address(str(root)):
-        from gan_dist.data.cache import open_remote
+        from gan_dist.data.remote.cache import open_remote
 
         return open_remote(str(root), cache_dir, whole=True)
     manifest, root = read_manifest(root), expand(root)

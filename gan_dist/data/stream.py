@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from gan_dist.data.fetch import look, never
 from gan_dist.data.gather import Gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.places import available_memory
+from gan_dist.data.remote.fetch import look, never
 from gan_dist.data.shards import Dataset
 from gan_dist.data.windowed import Windows
-from gan_dist.errors import UserError
+from gan_dist.utils.errors import UserError
+from gan_dist.utils.places import available_memory
 
 RING = 2
 """Blocks in flight: one in use, one being filled. A third is 15 % slower on one core: they no longer fit its caches."""

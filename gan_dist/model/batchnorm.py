@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gan_dist.distributed import World
+from gan_dist.distributed.world import World
 
 
 class BatchNorm(nn.Module):

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from gan_dist.errors import UserError
+from gan_dist.utils.errors import UserError
 
 LossName = Literal["minimax", "non_saturating"]
 

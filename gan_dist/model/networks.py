@@ -12,9 +12,9 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from gan_dist.errors import UserError
 from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.convolution import collapse, double, halve, project
+from gan_dist.utils.errors import UserError
 
 RESOLUTIONS = (32, 64, 128, 256)
 IMAGE_CHANNELS = 3

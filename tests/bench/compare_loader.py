@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import webdataset
 
-from gan_dist.data.bench_loader import memcpy_rate
+from gan_dist.bench.loader import memcpy_rate
 from gan_dist.data.order import Order
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import Stream

@@ -29,9 +29,9 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from gan_dist.data.bench_prepare import bench_prepare
-from gan_dist.data.images import Recipe, square
-from gan_dist.data.synthetic import paint
+from gan_dist.bench.prepare import bench_prepare
+from gan_dist.data.prepare.images import Recipe, square
+from gan_dist.data.prepare.synthetic import paint
 
 SIZE = (2000, 1500)
 KINDS = {"baseline": 12, "progressive": 1, "cmyk": 1, "png": 1}
@@ -169,7 +169,7 @@ def _own() -> float:
 _DECODE = """
 import sys, time
 from pathlib import Path
-from gan_dist.data.images import Recipe, square
+from gan_dist.data.prepare.images import Recipe, square
 files = [path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())[:20]]
 square(files[0], Recipe())
 end, count = time.monotonic() + 4, 0

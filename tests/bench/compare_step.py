@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gan_dist.distributed import World
-from gan_dist.train.bench_step import build, machine_limits, work
-from gan_dist.train.machine import settled
-from gan_dist.train.runner import make_runner, resolve_precision
+from gan_dist.bench.step import build, machine_limits, work
+from gan_dist.distributed.world import World
+from gan_dist.training.machine import settled
+from gan_dist.training.runner import make_runner, resolve_precision
 
 
 def tutorial_step(batch: int, device: torch.device) -> Callable[[], object]:

@@ -31,15 +31,15 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from gan_dist.data.synthetic import paint
-from gan_dist.distributed import World, join
+from gan_dist.bench.step import SWEEP, bench_step, build, time_steps
+from gan_dist.data.prepare.synthetic import paint
+from gan_dist.distributed.world import World, join
 from gan_dist.model.convolution import collapse, project
-from gan_dist.train.bench_step import SWEEP, bench_step, build, time_steps
-from gan_dist.train.checkpoint import find
-from gan_dist.train.runner import Captured, Compiled, Eager
-from gan_dist.train.trainer import train
-from gan_dist.train.update import Update
-from gan_dist.watch.record import read_run
+from gan_dist.runs.checkpoint import find
+from gan_dist.runs.record import read_run
+from gan_dist.training.runner import Captured, Compiled, Eager
+from gan_dist.training.trainer import train
+from gan_dist.training.update import Update
 from tests.bench.compare_step import compare
 
 SHAPE = {"resolution": 64, "latent_dim": 100, "channels": 64}

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gan_dist.data.files import publish
+from gan_dist.utils.files import publish
 from tests.cluster.conf import Layout, cgroup_conf, hosts_file, slurm_conf
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter", "setpriv")

@@ -47,7 +47,7 @@ def cgroup() -> Iterator[Cluster]:
 
 LIMIT = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10")
 LATE = """
-from gan_dist.train.update import Update
+from gan_dist.training.update import Update
 step, save = Update.step, module.save
 Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
 module.save = lambda *words, **more: (words[1]["step"] and time.sleep(100), save(*words, **more))
@@ -73,7 +73,7 @@ def limited(minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def late(minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run whose first start saves until long after its time limit."""
-    slow = hook(tmp_path_factory.mktemp("late"), "gan_dist.train.saver", LATE, FIRST_START)
+    slow = hook(tmp_path_factory.mktemp("late"), "gan_dist.training.checkpointer", LATE, FIRST_START)
     words = (*LIMIT, slow, "checkpoint.every_steps=100000", "dist.timeout_s=200")
     return Run.submit(minute, config, tmp_path_factory.mktemp("late") / "run", *words)
 

@@ -15,7 +15,7 @@ import yaml
 
 from launch.status import FINAL
 from tests.cluster.boot import Cluster, wait_until
-from tests.train.test_trainer import small
+from tests.training.test_trainer import small
 
 ROOT = Path(__file__).parents[2]
 STEPS = ("--max-steps", "120")
@@ -64,7 +64,7 @@ def slowly(folder: Path) -> str:
         step = module.Update.step
         module.Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
     """
-    return hook(folder, "gan_dist.train.update", step, FIRST_START)
+    return hook(folder, "gan_dist.training.update", step, FIRST_START)
 
 
 def launch(
@@ -175,7 +175,7 @@ class Run:
 
     def ranks(self) -> dict[str, list[int]]:
         """Returns {host: pids of the run's ranks there}."""
-        mark = f"launch.rank submitit {self.folder}"
+        mark = f"launch.job.rank submitit {self.folder}"
         return {
             name: [pid for pid, words in host.processes().items() if mark in words and not words.startswith("srun")]
             for name, host in self.cluster.hosts.items()

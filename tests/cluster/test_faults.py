@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.jobs import STEPS, Run, hook, launch, leftovers, slowly
-from tests.train.test_trainer import assert_identical
+from tests.training.test_trainer import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -29,7 +29,7 @@ module.Update.step = failing
 
 def failing(folder: Path) -> str:
     """Returns the option that makes rank 1 raise in the 15th step of each start."""
-    return hook(folder, "gan_dist.train.update", FAULT, "os.environ.get('SLURM_PROCID') == '1'")
+    return hook(folder, "gan_dist.training.update", FAULT, "os.environ.get('SLURM_PROCID') == '1'")
 
 
 def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(

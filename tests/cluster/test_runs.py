@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from gan_dist.train.checkpoint import find
+from gan_dist.runs.checkpoint import find
 from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.jobs import ROOT, STEPS, Run, hook, launch, leftovers, slowly
-from tests.train.test_trainer import assert_identical
+from tests.training.test_trainer import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -147,7 +147,7 @@ def test_a_cancel_that_leaves_no_time_to_save_leaves_the_last_checkpoint(
 ) -> None:
     slow = hook(
         tmp_path / "hook",
-        "gan_dist.train.saver",
+        "gan_dist.training.checkpointer",
         """
         save = module.save
         module.save = lambda *words, **more: (words[1]["step"] and time.sleep(60), save(*words, **more))

@@ -18,7 +18,7 @@ import yaml
 
 from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.jobs import ROOT, START_S, Run, hook, launch, leftovers, slowly
-from tests.train.test_trainer import assert_identical
+from tests.training.test_trainer import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -114,7 +114,9 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
     options = ("--resolution", "32", "--shard-samples", "16", "--max-reject-fraction", "0.5")
     mine, plain = tmp_path / "mine", tmp_path / "plain"
     slow = "square = module.square; module.square = lambda *a, **k: (time.sleep(0.2), square(*a, **k))[1]"
-    first = hook(tmp_path / "hook", "gan_dist.data.images", slow, "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'")
+    first = hook(
+        tmp_path / "hook", "gan_dist.data.prepare.images", slow, "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'"
+    )
     said = launch(
         linuxproc,
         *("prepare", str(paintings), str(mine), *options, "--tasks", "2", *ONE, first),
@@ -182,13 +184,13 @@ def test_plain_sbatch_speaks_the_same_protocol_and_knows_the_same_run(
     run.wait_for("done")
     assert run.restarts() == 1 and "(train, 2 rank(s)): done: 100" in run.status()
     # Every rank of both starts went through the container's words, and the batch script went round them.
-    assert (tmp_path / "wrapped").read_text().count("-m launch.rank train") == 4
+    assert (tmp_path / "wrapped").read_text().count("-m launch.job.rank train") == 4
 
 
 SLOW = """
 write = module.save
 def slow(*words, **more):
-    if sys.modules["launch.signals"].STOP:
+    if sys.modules["launch.job.signals"].STOP:
         time.sleep(32)
     return write(*words, **more)
 module.save = slow
@@ -208,7 +210,7 @@ def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
         run.job = sbatch(cluster, *words, "slurm/train_torchrun.sbatch", *rest, **env)
         return run
 
-    hook(tmp_path / "hook-patient", "gan_dist.train.saver", SLOW, "os.environ.get('RANK') == '0'")
+    hook(tmp_path / "hook-patient", "gan_dist.training.checkpointer", SLOW, "os.environ.get('RANK') == '0'")
     slowly(tmp_path / "hook-robbed")
     with Cluster(3) as other:
         patient = start(linuxproc, "patient", "dist.timeout_s=90")
@@ -217,7 +219,7 @@ def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
         linuxproc.run("scancel", "--signal=USR2", patient.job)
         began = time.monotonic()
         robbed.wait_for_step(22)
-        assert other.hosts["node1"].pids("launch.torchrun")  # and the batch script
+        assert other.hosts["node1"].pids("launch.job.torchrun")  # and the batch script
         other.hosts["node1"].kill()
 
         assert patient.wait_for("requeued", limit_s=120)[3] == "SIGUSR2" and time.monotonic() - began > 31

@@ -15,7 +15,7 @@ import webdataset
 from webdataset.writer import TarWriter
 
 from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardWriter, open_dataset, read_manifest
-from gan_dist.errors import UserError
+from gan_dist.utils.errors import UserError
 
 
 def write_dataset(root: Path, sizes: tuple[int, ...] = (5, 3), resolution: int = 32, seed: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ from gan_dist.data.gather import Gather, gather
 from gan_dist.data.order import Order
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import RING, Stream
-from gan_dist.errors import UserError
+from gan_dist.utils.errors import UserError
 
 CPU = torch.device("cpu")
 

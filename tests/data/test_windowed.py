@@ -14,15 +14,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gan_dist.data.cache import open_remote
-from gan_dist.data.fetch import Patience
 from gan_dist.data.order import Order
+from gan_dist.data.remote.cache import open_remote
+from gan_dist.data.remote.fetch import Patience
 from gan_dist.data.shards import MANIFEST, Dataset, open_dataset
 from gan_dist.data.stream import RING, Resident, Stream, choose_placement, stage
-from gan_dist.errors import GanDistError, UserError
-from tests.data.server import Server
+from gan_dist.utils.errors import GanDistError, UserError
 from tests.data.test_shards import write_dataset
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.server import Server
 
 CPU = torch.device("cpu")
 SIZES = (6, 9, 5, 8, 7, 9, 4, 8, 6, 5)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gan_dist.errors import UserError
+from gan_dist.utils.errors import UserError
 from launch import slurm
-from launch.board import way_in
-from launch.command import share_of
+from launch.job.command import share_of
 from launch.status import all_runs, find_run, follow, logs_of, no_log, starts_of, status_lines
 from launch.submit import Submission, submissions
+from launch.tensorboard import way_in
 
 
 @pytest.fixture

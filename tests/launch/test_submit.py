@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gan_dist.data.files import publish
-from gan_dist.errors import GanDistError, UserError
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.files import publish
 from launch import slurm, snapshot, submit
-from launch.board import serve, small, way_in
 from launch.cli import pipeline, stop, tensorboard
 from launch.cli import submit as submit_command
 from launch.options import load_cluster
 from launch.stages import on_cpus, prepare_array, submit_pipeline
 from launch.status import all_runs
 from launch.submit import submissions, submit_training
+from launch.tensorboard import serve, small, way_in
 
 
 @dataclass

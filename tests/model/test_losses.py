@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gan_dist.errors import UserError
 from gan_dist.model.losses import cross_entropy, discriminator_loss, generator_loss, minimax_value
+from gan_dist.utils.errors import UserError
 
 
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.9, 1.0])

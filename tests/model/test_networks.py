@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gan_dist.errors import UserError
 from gan_dist.model.networks import RESOLUTIONS, Discriminator, Generator, initialise
+from gan_dist.utils.errors import UserError
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)

@@ -27,5 +27,5 @@ source '/scratch/runs/100% art/launch/20261123-120000-abcdef/code'/slurm/lib.sh
 gan_dist_begin '/scratch/runs/100% art' '/scratch/runs/100% art/launch/20261123-120000-abcdef'
 export SUBMITIT_EXECUTOR=slurm
 gan_dist_preflight apptainer
-gan_dist_srun apptainer exec --nv image.sif /opt/env/bin/python -u -m launch.rank submitit '/scratch/runs/100% art/launch/20261123-120000-abcdef'
+gan_dist_srun apptainer exec --nv image.sif /opt/env/bin/python -u -m launch.job.rank submitit '/scratch/runs/100% art/launch/20261123-120000-abcdef'
 gan_dist_finish $?

@@ -1,0 +1,1 @@
+"""This machine's figures beside its physical limits: a step, the loader, preparation."""

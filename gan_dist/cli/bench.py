@@ -1,0 +1,125 @@
+"""`gan-dist bench`: this machine's figures beside its physical limits. The commands; rooms do their own measuring."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(help="Measure this machine beside its physical limits.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _figures(figures: Mapping[str, Any], as_json: bool, indent: str = "") -> None:
+    """Prints what a benchmark measured: a JSON object, or a line a figure."""
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}")
+            _figures(value, False, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            if len(value) > 1:  # a single one has just been told
+                print("\n".join(["", *_table(value)]))
+        else:
+            print(f"{indent}{name:<24} {_short(value)}")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns rows as a head and a line each: numbers and single words in columns."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    kept = [
+        key for key in keys if not any(isinstance(row.get(key), Mapping) or " " in _short(row.get(key)) for row in rows)
+    ]
+    lines = [kept, *([_short(row.get(key, "")) for key in kept] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_short, value))
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+@bench.command("prepare")
+def bench_prepare(
+    source: Annotated[str, typer.Argument(help="Images: a folder, a zip or a tar.")],
+    resolution: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 64,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode. [default: one a CPU]")] = None,
+    samples: Annotated[int, typer.Option(help="Images to measure with, spread over the source.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Images a second of preparation, and where its time goes. Nothing is kept."""
+    from gan_dist.bench.prepare import bench_prepare as measure
+
+    _figures(measure(source, resolution=resolution, workers=workers, samples=samples), as_json)
+
+
+@bench.command("loader")
+def bench_loader(
+    dataset: Annotated[str, typer.Argument(help="A prepared dataset: a directory or an address.")],
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
+    window_shards: Annotated[int, typer.Option(help="Shards in a window of the windowed placement.")] = 4,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each for, three times.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch. [default: torch's choice]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    cache_dir: Annotated[str | None, typer.Option(help="Where a remote dataset is staged.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Images a second that reach the device in random order, by placement, beside memcpy and plain reads."""
+    import torch
+
+    from gan_dist.bench.loader import bench_loader as measure
+    from gan_dist.data.shards import open_dataset
+    from gan_dist.distributed.world import choose_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with open_dataset(dataset, cache_dir) as opened:
+        figures = measure(
+            opened, batch=batch, window_shards=window_shards, seconds=seconds, device=choose_device(device, 0)
+        )
+    _figures(figures, as_json)
+
+
+@bench.command("step")
+def bench_step(
+    batch: Annotated[list[int] | None, typer.Option(help="Global batch; may be given again.")] = None,
+    runner: Annotated[list[str] | None, typer.Option(help="eager, compiled, captured or auto; again for more.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, bf16, tf32, fp32 or fp64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each for.")] = 5.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch. [default: torch's choice]")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Measure a range of batches.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Images a second of the whole update; under torchrun, how it scales over the ranks."""
+    import torch
+
+    from gan_dist.bench.step import SWEEP
+    from gan_dist.bench.step import bench_step as measure
+    from gan_dist.distributed.world import join
+    from gan_dist.training.machine import settled
+
+    batches = batch or (list(SWEEP) if sweep else [128])
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with join(device) as world, settled(world.device):
+        first = world.rank == 0
+        figures = measure(
+            world,
+            batches=batches,
+            runners=runner or ["auto"],
+            precision=precision,
+            resolution=resolution,
+            seconds=seconds,
+            say=(lambda line: print(line, file=sys.stderr)) if first else (lambda line: None),
+        )
+        if first:
+            _figures(figures, as_json)

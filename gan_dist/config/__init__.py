@@ -1,0 +1,1 @@
+"""A configuration: every key documented, read from YAML and `key=value` words."""

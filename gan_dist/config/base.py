@@ -1,0 +1,219 @@
+"""Settings of any kind: YAML and `section.key=value` words into validated sections; a slip is one line that says what
+to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gan_dist.utils.errors import UserError
+
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+MOST = 2**63 - 1
+"""The largest whole number, and seed, that torch takes."""
+NonNegative = Annotated[int, Field(ge=0, lt=MOST + 1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are refused, types are not guessed, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it, and each key once.
+
+    YAML 1.1 would take `2e-4` for text, `24:00:00` for 86,400, `010` for 8, and fail on a folder called 2020-13-45.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a word", key_node.start_mark)
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("float", "int", "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _load(text: str) -> Any:
+    """Returns the value of YAML text. Raises YAMLError whatever is wrong with it."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError, RecursionError) as error:  # `!!int x`, `!!map 3`, ten thousand brackets
+        raise yaml.YAMLError(str(error)) from None
+
+
+def expand_path(text: str) -> str:
+    """Returns `text` as an absolute path with `~` and `$VAR` expanded; addresses (http:, s3:, pipe:, ...) pass.
+
+    Raises UserError for an unset variable.
+    """
+    if re.match(r"^(?:[a-z][a-z0-9+.-]*://|pipe:)", text):
+        return text
+    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (Path's fails where nobody is called that)
+    if missing := re.search(r"\$\{?(\w+)", expanded):
+        raise UserError(f"{text}: the environment variable {missing[1]} is not set; set it or write the path out")
+    return os.path.abspath(expanded)  # noqa: PTH100 (resolve() would follow links)
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError unless the `seed` of a command is what a configuration's may be."""
+    if not 0 <= seed <= MOST:
+        raise UserError(f"--seed: expected a whole number from 0 to {MOST}, found {seed}")
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Returns {"section.key": value} from `section.key=value` words, values read as YAML.
+
+    Raises UserError for a word of another form.
+    """
+    parsed = {}
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not re.fullmatch(r"[\w.]+", key):
+            raise UserError(f"expected section.key=value, found {word!r} (for example train.global_batch=256)")
+        try:
+            parsed[key] = _load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{key}: the value {text!r} is not valid YAML") from None
+    return parsed
+
+
+def read_yaml(path: Path, example: str = "configs/paintings64.yaml") -> dict[str, Any]:
+    """Returns a YAML file's mapping, read as configurations are. Raises UserError with one line; `example` is named."""
+    try:
+        loaded = _load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no configuration at {path}; expected a YAML file such as {example}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {why}; expected a YAML file such as {example}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        why = " ".join(str(getattr(error, "problem", error)).split())
+        raise UserError(f"{path}{where}: not valid YAML: {why}") from None
+    if not isinstance(loaded, dict):
+        found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
+        raise UserError(f"{path}: expected sections with keys, as in {example}, found {found}")
+    return loaded
+
+
+def known_keys(model: type[BaseModel]) -> list[str]:
+    """Returns every key of a model of sections as `section.key`, and the section names themselves."""
+    keys: list[str] = []
+    for name in model.model_fields:
+        keys += [name, *(f"{name}.{key}" for key in _keys_of(model, name))]
+    return keys
+
+
+def with_overrides(model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns `values` with `section.key=value` words applied; a section that is null or not there is an empty one.
+
+    Raises UserError for a word of another form, and for a key that `model` does not have.
+    """
+    found = dict(values)
+    for name in model.model_fields:
+        if found.get(name) is None and _keys_of(model, name):
+            found[name] = {}
+    for key, value in parse_overrides(overrides).items():
+        head, _, tail = key.partition(".")
+        if key not in known_keys(model):
+            raise UserError(f"unknown key {key}{_nearest(model, key)}")
+        if not tail and (keys := _keys_of(model, head)):
+            raise UserError(f"{key} is a section; set one of its keys: {', '.join(keys)}")
+        if not tail:
+            found[head] = value
+        elif isinstance(found[head], dict):  # what a file has instead is refused later
+            found[head] = {**found[head], tail: value}
+    return found
+
+
+def validate(model: type[_Model], values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> _Model:
+    """Returns the model. Raises UserError with one line that names the key, expected and found, and the `origin` of
+    `values`, unless the fault was said in `overrides`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        key, words = _explain(model, error)
+        said = any(f"{word}.".startswith(f"{key}.") for word in parse_overrides(overrides))
+        raise UserError(words if said else f"{origin}: {words}") from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> tuple[str, str]:
+    """Returns what a validation's first fault is about, a key or a section whose keys disagree, and what is wrong."""
+    fault = min(error.errors(), key=lambda each: each["type"] == "missing")  # a key may be missing because misspelt
+    kind, found = fault["type"], fault.get("input")
+    tried = ("str", "int", "bool", "[key]")  # by a union, beyond section and key
+    parts = [str(part) for number, part in enumerate(fault["loc"]) if number < 2 or part not in tried]
+    key, place = ".".join(parts[:2]), ".".join(parts)
+    if kind in ("extra_forbidden", "invalid_key"):
+        return key, f"unknown key {place}{_nearest(model, place)}"
+    if len(parts) == 1 and (keys := _keys_of(model, place)) and kind != "value_error":
+        return "", f"{place} is a section; expected its keys ({', '.join(keys)}), found {found!r}"
+    if kind in ("tuple_type", "too_long") or (kind == "missing" and len(parts) > 2):
+        return key, f"{key}: expected a list of numbers such as [0.5, 0.999], found {found!r}"
+    if kind == "missing":
+        return key, f"{place} is missing" + ("; name a dataset" if place == "data.shards" else "")
+    if kind == "value_error":
+        words = fault["msg"].removeprefix("Value error, ")
+        return key or words.partition(".")[0], words
+    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    number = kind == "string_type" and isinstance(found, int | float)
+    hint = "; put it in quotes, in a shell in two kinds: '\"...\"'" if number else ""
+    return key, f"{place}: expected {expected}, found {found!r}{hint}"
+
+
+def _keys_of(model: type[BaseModel], section: str) -> list[str]:
+    """Returns the keys of a section; none for a key that stands alone, or an unknown one."""
+    annotation = model.model_fields[section].annotation if section in model.model_fields else None
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _nearest(model: type[BaseModel], key: str) -> str:
+    """Returns a hint that names the valid key whose last word is, or is most like, `key`'s; its own section's first."""
+    if key in known_keys(model):  # as one word of a file
+        return "; write {}: {{{}: ...}}".format(*key.split("."))
+    section, dot, last = key.rpartition(".")
+    if "." in section and section in known_keys(model):
+        return f"; {section} is one key and set whole"
+    keys = _keys_of(model, section)
+    tails = {name.rpartition(".")[2]: name for name in reversed(known_keys(model)) if "." in name or not dot}
+    for words in (keys, tails):
+        if close := difflib.get_close_matches(last.lower(), words, n=1):
+            return f"; did you mean {f'{section}.{close[0]}' if words is keys else tails[close[0]]}?"
+    if keys:
+        return f"; {section} has {', '.join(keys)}"
+    return f"; sections are {', '.join(name for name in model.model_fields if _keys_of(model, name))}"

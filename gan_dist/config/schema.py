@@ -1,0 +1,265 @@
+"""The configuration of a run: YAML plus `section.key=value`, validated into documented, frozen models.
+
+Every key is declared and explained here and nowhere else. Defaults are the DCGAN paper's (Radford et al. 2016) unless a
+key says otherwise; configs/paintings64.yaml spells out the thesis' recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from gan_dist.config.base import (
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    expand_path,
+    read_yaml,
+    validate,
+    with_overrides,
+)
+
+RESOLUTIONS = (32, 64, 128, 256)
+
+Target = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class DataConfig(Section):
+    shards: str
+    """The dataset: a directory that `gan-dist prepare` wrote, or the address of one, which is then staged: http(s)://,
+    s3://, gs://, `pipe:COMMAND` with {} for a file's name, file:// for a directory on a slow disk."""
+    placement: Literal["auto", "device", "memory", "windowed"] = "auto"
+    """Where samples wait: in GPU memory, memory-mapped on the host, or a moving window of shards. auto: the first of
+    these that fits; windows for a remote set where window_shards is set."""
+    window_shards: NonNegative = 0
+    """Shuffle shards, then samples within windows of this many shards; 0 shuffles the whole set."""
+    cache_dir: str | None = None
+    """Where addresses are staged, once a node, and stay. null: $TMPDIR or /tmp, /dev/shm or ~/.cache, whichever first
+    has room, until the last job that uses them ends."""
+    x_flip: bool = False
+    """Mirror each real image with probability one half."""
+
+
+class ModelConfig(Section):
+    resolution: int = 64
+    """Side of the square images in pixels: 32, 64, 128 or 256; must be the dataset's."""
+    latent_dim: Positive = 100
+    """Numbers in a latent, drawn from N(0, 1)."""
+    g_channels: Positive = 64
+    """Width of the generator's last hidden layer; earlier layers double it down to 4x4 pixels."""
+    d_channels: Positive = 64
+    """Width of the discriminator's first layer; later layers double it down to 4x4 pixels."""
+    leaky_slope: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Slope of LeakyReLU below zero."""
+    init_std: PositiveFloat = 0.02
+    """Weights start as N(0, init_std), batch-norm weights as N(1, init_std), biases as 0."""
+
+    @model_validator(mode="after")
+    def _resolution_is_built_for(self) -> ModelConfig:
+        if self.resolution not in RESOLUTIONS:
+            raise ValueError(f"model.resolution: expected a power of two from 32 to 256, found {self.resolution}")
+        return self
+
+
+class LossConfig(Section):
+    name: Literal["minimax", "non_saturating"] = "non_saturating"
+    """minimax: G minimises E log(1 - D(G(z))). non_saturating: G maximises E log D(G(z)). (Goodfellow 2014, eq. 1)"""
+    real_target: Target = 1.0
+    """D's target on real images; below 1 is one-sided label smoothing."""
+    generator_target: Target | None = None
+    """G's target on its own images (non_saturating only); null means 1."""
+
+    @model_validator(mode="after")
+    def _minimax_has_no_target(self) -> LossConfig:
+        if self.name == "minimax" and self.generator_target is not None:
+            raise ValueError(
+                "loss.generator_target: minimax takes no generator target (G minimises log(1 - D(G(z)))), "
+                f"found {self.generator_target}; set it to null, or loss.name=non_saturating"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    g_lr: PositiveFloat = 2e-4
+    """Adam's learning rate for the generator. Never scaled by batch or world size."""
+    d_lr: PositiveFloat = 2e-4
+    """Adam's learning rate for the discriminator."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.5, 0.999)
+    """Adam's decay rates for the first and second moments."""
+    d_steps: Positive = 1
+    """Discriminator updates for each generator update (Goodfellow 2014, algorithm 1's k)."""
+
+
+class TrainConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
+    epochs: PositiveFloat = 30.0
+    """Passes over the dataset, counted in images that D has seen."""
+    global_batch: Positive = 128
+    """Real images in one D update, over all ranks together."""
+    precision: Literal["auto", "bf16", "tf32", "fp32", "fp64"] = "auto"
+    """auto: bf16 autocast where the device has it natively, else fp32. Weights and statistics stay fp32."""
+    runner: Literal["auto", "eager", "compiled", "captured"] = "auto"
+    """How the step is executed; auto takes the fastest that device and torch allow."""
+    sync_batchnorm: bool = True
+    """Normalise over the global batch. false normalises each rank's slice alone: another game, for experiments."""
+    ema_half_life_images: NonNegative = 0
+    """Images after which an averaged generator has forgotten half; 0 keeps none."""
+    threads: Positive | None = None
+    """CPU threads of torch in each rank; null keeps torch's choice (1 under torchrun). Changes bits on CPU."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels on the GPU too, at some cost."""
+    stop_after_minutes: PositiveFloat | None = None
+    """Save and end with status 75 after this long; null runs to the end."""
+
+
+class LogConfig(Section):
+    scalars_every: Positive = 50
+    """Steps between points in TensorBoard, metrics.jsonl and the console."""
+    samples_every: Positive = 200
+    """Steps between grids of the fixed latents; one more is drawn at the end."""
+    grid: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Images in a grid."""
+
+
+class CheckpointConfig(Section):
+    every_steps: NonNegative = 1000
+    """Steps between checkpoints; 0 leaves it to minutes, epochs and the end."""
+    every_minutes: NonNegativeFloat = 15.0
+    """Minutes between checkpoints; 0 leaves it to steps, epochs and the end."""
+    keep: Positive = 3
+    """Newest checkpoints to keep."""
+    keep_epochs: bool = False
+    """Save at each epoch's end and keep those for good."""
+
+
+class EvaluateConfig(Section):
+    every_steps: NonNegative = 0
+    """Steps between evaluations during training; 0 evaluates never."""
+    samples: Positive = 10000
+    """Generated and real images that an evaluation compares."""
+    held_out: str | None = None
+    """A dataset that is not trained on: does the discriminator know its images as it knows the others?"""
+
+
+class DistConfig(Section):
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """auto: nccl on GPUs, gloo elsewhere."""
+    init_timeout_s: PositiveFloat = 600.0
+    """Seconds to wait for all ranks to appear."""
+    timeout_s: PositiveFloat = 300.0
+    """Seconds after which a collective that does not finish means that a rank is lost."""
+
+
+class Config(Section):
+    seed: NonNegative = 0
+    """Keys the initial weights, the order of images and every latent."""
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    dist: DistConfig = DistConfig()
+
+    @model_validator(mode="after")
+    def _placement_has_its_window(self) -> Config:
+        if self.data.placement == "windowed" and self.data.window_shards == 0:
+            raise ValueError("data.window_shards: placement windowed needs a window of 1 shard or more, found 0")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the whole configuration as plain YAML values."""
+        return self.model_dump(mode="json")
+
+
+CHANGE_RULES: dict[str, Literal["free", "said", "upward"]] = {
+    "data.shards": "free",  # the dataset itself is held by its manifest's hash
+    "data.placement": "free",
+    "data.cache_dir": "free",
+    "train.epochs": "upward",
+    "train.stop_after_minutes": "free",
+    "train.device": "said",
+    "train.precision": "said",
+    "train.runner": "said",
+    "train.threads": "said",
+    "train.deterministic": "said",
+    "log.": "free",
+    "checkpoint.": "free",
+    "evaluate.": "free",
+    "dist.": "free",
+}
+"""What may differ when a run continues. `said` changes bits though not the game, so it is announced; keys (or whole
+sections) that are not listed would make another run and are refused. The number of ranks is not a key: it is free."""
+
+FIXED_FROM = ("model.",)
+"""What a new run that starts from another's checkpoint (`--from`) must share with it: the shapes."""
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """Returns the validated configuration of a YAML file or a plain mapping, with `section.key=value` words applied.
+
+    Paths come out absolute. Raises UserError with one line naming the key and what to do.
+    """
+    if isinstance(source, Config):
+        values, origin = source.to_dict(), "configuration"
+    elif isinstance(source, Mapping):
+        values, origin = {key: dict(v) if isinstance(v, Mapping) else v for key, v in source.items()}, "configuration"
+    else:
+        values, origin = read_yaml(Path(expand_path(str(source)))), str(source)
+    values = with_overrides(Config, values, overrides)
+    for head, key in (("data", "shards"), ("data", "cache_dir"), ("evaluate", "held_out")):
+        section = values.get(head)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            values[head] = {**section, key: expand_path(section[key])}
+    return validate(Config, values, origin, overrides)
+
+
+def preset(name: str) -> Config:
+    """Returns a configuration that comes with gan_dist: `demo` or `paintings64`."""
+    here = Path(__file__).parents[1]
+    # In a wheel the presets lie inside the package; in a checkout, configs/ beside it is the one place to edit them.
+    homes = (here / "configs", here.parent / "configs")
+    return load_config(next((home / f"{name}.yaml" for home in homes if home.is_dir()), homes[0] / f"{name}.yaml"))
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Returns the configurations that come with gan_dist by name, as plain nested values."""
+    return {name: preset(name).to_dict() for name in ("paintings64", "demo")}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested sections as one {"section.key": value}."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns {key: (stored, wanted)} for every key that differs between two configurations as plain values."""
+    old, new = flatten(stored), flatten(wanted)
+    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+
+
+def change_rule(key: str) -> str:
+    """Returns how `key` may move when a run continues: free, said, upward, or never."""
+    section = key.split(".")[0] + "."
+    return CHANGE_RULES.get(key, CHANGE_RULES.get(section, "never"))
+
+
+def to_yaml(config: Config) -> str:
+    """Returns the configuration as YAML text that load_config reads back equal."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Sources to shards: what `gan-dist prepare` and `gan-dist verify` do."""

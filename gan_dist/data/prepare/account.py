@@ -1,0 +1,122 @@
+"""The account of a preparation: every source entry is somewhere in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gan_dist.utils.errors import GanDistError
+
+_TOTALS: tuple[str, ...] = ("seen", "written", "rejected", "replaced", "skipped", "duplicates", "classes", "unlabelled")
+_TOTALS += ("ambiguous", "flags", "source_bytes")
+
+
+@dataclass
+class Account:
+    """seen = written + rejected + replaced + skipped, once `complete`.
+
+    `seen`: files over sources and replacements; `written`: samples; `rejected`: by reason; `replaced`: originals whose
+    replacement was taken instead; `skipped`: by kind; `duplicates`: skipped ones of equal content (with dedupe);
+    `classes`: samples by class name; `unlabelled`, `ambiguous`: entries without a class, or with several; `flags`:
+    samples by what was done beyond the ordinary; `shards`, `shards_done`: pieces of the work; `source_bytes`: read for
+    what is done; `notes`: lines for a person. The rest is about this run alone: `entries`, `read_bytes` handled in
+    `seconds` by `workers`, seconds by `stages`, `peak_worker_bytes`.
+    """
+
+    out: str
+    seen: int = 0
+    written: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    replaced: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    classes: dict[str, int] = field(default_factory=dict)
+    unlabelled: int = 0
+    ambiguous: int = 0
+    flags: dict[str, int] = field(default_factory=dict)
+    shards: int = 0
+    shards_done: int = 0
+    source_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    entries: int = 0
+    read_bytes: int = 0
+    seconds: float = 0.0
+    workers: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+    peak_worker_bytes: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is done, by this run or another."""
+        return self.shards_done == self.shards
+
+    @property
+    def reject_fraction(self) -> float:
+        """Rejected over rejected and written."""
+        rejected = sum(self.rejected.values())
+        return rejected / max(1, rejected + self.written)
+
+    @property
+    def images_per_second(self) -> float:
+        """Entries a second in this run; 0 when it had nothing to do."""
+        return self.entries / self.seconds if self.seconds else 0.0
+
+    def totals(self) -> dict[str, Any]:
+        """Returns what the manifest keeps: all but timings, and nothing that depends on who ran it when."""
+        return {key: getattr(self, key) for key in _TOTALS}
+
+    def timings(self) -> dict[str, Any]:
+        """Returns what timings.json keeps, of this run."""
+        return {
+            "images": self.entries,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 1),
+            "mb_per_second": round(self.read_bytes / max(self.seconds, 1e-9) / 1e6, 2),
+            "workers": self.workers,
+            "stage_seconds": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
+            "peak_worker_mib": round(self.peak_worker_bytes / 2**20, 1),
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the summary table: what, how many."""
+
+        def by(counts: Mapping[str, int], limit: int = 12) -> str:
+            largest = Counter(counts).most_common()
+            told = ", ".join(f"{count:,} {name}" for name, count in largest[:limit])
+            return told + (f", {len(largest) - limit} more" if len(largest) > limit else "")
+
+        rows = [
+            ("seen", f"{self.seen:,}"),
+            ("written", f"{self.written:,}"),
+            ("rejected", f"{sum(self.rejected.values()):,}" + (f": {by(self.rejected)}" if self.rejected else "")),
+            ("replaced", f"{self.replaced:,}"),
+            ("skipped", f"{sum(self.skipped.values()):,}" + (f": {by(self.skipped)}" if self.skipped else "")),
+        ]
+        if self.duplicates:
+            rows.append(("duplicates", f"{self.duplicates:,}"))
+        if self.classes:
+            rows.append(("classes", f"{len(self.classes):,}: {by(self.classes, 5)}"))
+            rows.append(("unlabelled", f"{self.unlabelled:,}, of them {self.ambiguous:,} ambiguous"))
+        if self.flags:
+            rows.append(("of these", by(self.flags)))
+        rows.append(("shards", f"{self.shards_done:,} of {self.shards:,} done"))
+        if self.entries:
+            rate = f"{self.images_per_second:,.0f} images/s, {self.read_bytes / self.seconds / 1e6:,.1f} MB/s"
+            rows.append(("speed", f"{rate} in {self.seconds:,.1f} s with {self.workers} workers"))
+        return rows
+
+    def lines(self) -> list[str]:
+        """Returns the table and the notes as plain text."""
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {value}" for name, value in rows] + self.notes
+
+
+class TooManyRejects(GanDistError):
+    """More images were rejected than allowed. The account has been written; the manifest has not."""
+
+    def __init__(self, message: str, account: Account) -> None:
+        super().__init__(message)
+        self.account = account

@@ -1,0 +1,101 @@
+"""Every colour mode and profile -> 8-bit sRGB."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, JpegImagePlugin
+
+from gan_dist.data.prepare.rejects import Rejected
+
+Converter = Callable[[Image.Image], Image.Image]
+
+
+def normaliser(image: Image.Image) -> tuple[str, Converter]:
+    """Returns a mode that can be resampled (L, RGB, RGBa, CMYK) and how any part of the decoded `image` becomes it."""
+    mode = image.mode
+    if mode.startswith(("I", "F")):
+        return "L", _tone_map(image)
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or image.has_transparency_data:
+        return "RGBa", lambda part: part if part.mode == "RGBa" else part.convert("RGBA").convert("RGBa")
+    if mode == "CMYK":
+        if isinstance(image, JpegImagePlugin.JpegImageFile) and "adobe" not in image.info:
+            # Pillow inverts every CMYK JPEG; only those that Adobe's marker announces are stored inverted
+            return "CMYK", lambda part: Image.eval(part, lambda value: 255 - value)
+        return "CMYK", lambda part: part
+    if mode == "LAB":
+        return "RGB", _lab_to_rgb
+    if mode in ("1", "L"):
+        return "L", lambda part: part.convert("L")
+    if mode in ("RGB", "P", "YCbCr", "HSV", "RGBX"):
+        return "RGB", lambda part: part if part.mode == "RGB" else part.convert("RGB")
+    raise Rejected("unsupported", f"mode {mode}")
+
+
+def _tone_map(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Returns the conversion of deep gray to 8 bits. The white point is 65535 for 16-bit data. Integers and floats of
+    32 bits have none: it is the smallest of 1 (floats), 255, 65535 that holds the maximum, or else the maximum."""
+    if image.mode.startswith("I;16"):
+        white = 65535.0
+    else:
+        top = max(_maximum(strip) for strip in _strips(image))
+        steps = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        white = next((step for step in steps if top <= step), top)
+
+    def convert(part: Image.Image) -> Image.Image:
+        values = np.asarray(part).astype(np.float32)
+        scaled = np.nan_to_num(values, posinf=white, neginf=0.0) * np.float32(255.0 / white)
+        return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+    return convert
+
+
+def _strips(image: Image.Image, pixels: int = 2**20) -> Iterator[NDArray[np.float32]]:
+    width, height = image.size
+    rows = max(1, pixels // width)
+    for top in range(0, height, rows):
+        yield np.asarray(image.crop((0, top, width, min(top + rows, height)))).astype(np.float32)
+
+
+def _maximum(values: NDArray[np.float32]) -> float:
+    """Returns the largest finite value, at least 0."""
+    return float(np.max(values, initial=0.0, where=np.isfinite(values)))
+
+
+def _lab_to_rgb(part: Image.Image) -> Image.Image:
+    converted = ImageCms.applyTransform(part, _transform(None, "LAB"))
+    assert converted is not None
+    return converted
+
+
+def to_srgb(picture: Image.Image, image: Image.Image, flags: list[str]) -> Image.Image:
+    """Returns `picture` as sRGB. Colours are converted after resampling: on S x S pixels instead of millions."""
+    profile = image.info.get("icc_profile")
+    if profile and image.mode != "LAB":
+        try:
+            transform = _transform(profile, picture.mode)
+            if transform is not None:
+                flags.append("profile")
+                converted = ImageCms.applyTransform(picture, transform)
+                assert converted is not None
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            flags.append("profile_ignored")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes | None, mode: str) -> Any:
+    """Returns the transform from a profile (None: CIE Lab) to sRGB, or None when the profile is sRGB already."""
+    srgb = ImageCms.createProfile("sRGB")
+    if profile is None:
+        return ImageCms.buildTransform(ImageCms.createProfile("LAB"), srgb, "LAB", "RGB")
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if mode == "RGB" and "sRGB" in (opened.profile.profile_description or ""):
+        return None
+    return ImageCms.buildTransform(opened, srgb, mode, "RGB")

@@ -1,0 +1,339 @@
+"""What a preparation will do, settled before anything is decoded: which entries, in which order, under which recipe.
+
+The plan is a pure function of sources and options. It is written into OUT/.prepare, and every later run or task that
+works on OUT must make the same one: so shard i is the same whoever writes it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import PIL
+from PIL import features
+
+from gan_dist.data.prepare.images import BACKGROUND, Recipe
+from gan_dist.data.prepare.labels import label
+from gan_dist.data.prepare.reading import Reader, SourceChanged
+from gan_dist.data.prepare.rejects import Rejected
+from gan_dist.data.prepare.sources import Entry, Listing, Source, list_source, open_source
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.files import clear_temporaries, expand, publish
+from gan_dist.utils.locks import Locks
+
+_T = TypeVar("_T")
+FOLDER = ".prepare"
+"""Where OUT keeps its plan and what is done of it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What makes one dataset another: the image recipe, replacements, labels, dedupe, source entries a shard."""
+
+    image: Recipe = field(default_factory=Recipe)
+    replacements: str | None = None
+    labels: str | None = None
+    dedupe: bool = False
+    shard_samples: int = 4096
+
+    def given(self) -> dict[str, Any]:
+        """Returns all that differs from the defaults, named as `prepare` and the command line name it."""
+        here = {name: value for name, value in vars(self).items() if name != "image"} | vars(self.image)
+        usual = vars(Options()) | vars(Recipe())
+        return {name: value for name, value in here.items() if value != usual[name]}
+
+
+@dataclass
+class Plan:
+    """`entries`: what is to be decoded; entry k has key k and goes to shard k // shard_samples. `ids`: its class or
+    None. `counts`: what was found beside them. `digest`: sha256 of all that decides the result."""
+
+    sources: list[Source]
+    entries: list[Entry]
+    ids: list[int | None]
+    classes: tuple[str, ...]
+    recipe: dict[str, Any]
+    counts: dict[str, Any]
+    duplicates: list[dict[str, str]]
+    notes: list[str]
+    image: Recipe
+    shard_samples: int
+    digest: str = ""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards, were none of them empty."""
+        return -(-len(self.entries) // self.shard_samples)
+
+    def keys(self, shard: int) -> range:
+        """Returns the keys of the entries of a shard."""
+        return range(shard * self.shard_samples, min((shard + 1) * self.shard_samples, len(self.entries)))
+
+    def describe(self, entry: Entry) -> dict[str, str]:
+        """Returns what sidecars and rejects say of where an entry comes from."""
+        source, path = entry.place
+        told = {"source": self.sources[source].name, "path": path}
+        if entry.stands_for:
+            told |= {"replaced_by": f"{self.sources[entry.source].name}/{entry.path}"}
+        return told
+
+
+def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) -> Plan:
+    """Returns the plan for the sources `found`, each a path and a name.
+
+    Raises:
+        UserError: a source that is missing, damaged or without images; labels that do not fit.
+    """
+    if options.replacements:
+        extra = expand(options.replacements)
+        found = [*found, (extra, extra.name)]
+    uses: Counter[str] = Counter()
+    sources: list[Source] = []
+    for path, name in found:
+        uses[name] += 1
+        sources.append(open_source(path, f"{name}#{uses[name]}" if uses[name] > 1 else name))
+    _refuse_twice(sources)
+    for source in sources:
+        if source.kind == "folder" and (out == Path(source.path) or out in Path(source.path).parents):
+            raise UserError(f"source {source.path} lies in OUT ({out}): choose another folder for the dataset")
+    listings = [list_source(source, number, exclude=out) for number, source in enumerate(sources)]
+    skipped: Counter[str] = sum((listing.skipped for listing in listings), Counter())
+    seen = sum(len(listing.entries) for listing in listings) + skipped.total()
+    if options.replacements:
+        entries, replaced = _replace(listings, sources, skipped)
+    else:
+        entries, replaced = [entry for listing in listings for entry in listing.entries], 0
+    duplicates: list[dict[str, str]] = []
+    if options.dedupe:
+        entries, duplicates = _dedupe(entries, sources)
+        skipped["duplicate"] += len(duplicates)
+    cls = {(i, path): name for i, listing in enumerate(listings) for path, name in listing.classes.items()}
+    labels = label(options.labels, entries, sources, cls)
+    recipe = asdict(options.image) | {
+        "background": list(BACKGROUND),
+        "shard_samples": options.shard_samples,
+        "labels": labels.origin,
+        "replacements": sources[-1].name if options.replacements else None,
+        "dedupe": options.dedupe,
+        "sources": [
+            {
+                "name": source.name,
+                "kind": source.kind,
+                "images": len(listing.entries),
+                # without modification times: a copy of the same files makes the same dataset
+                "digest": _digest(listing.entries, stamps=source.kind == "zip"),
+            }
+            for source, listing in zip(sources, listings, strict=True)
+        ],
+        "decoders": _decoders(),
+    }
+    counts = {"seen": seen, "replaced": replaced, "skipped": dict(sorted((+skipped).items())), "labels": labels.counts}
+    notes = [note for listing in listings for note in listing.notes]
+    if nested := skipped["nested archive"]:
+        notes.append(
+            f"{nested:,} archives inside the sources were not opened: give them as sources to have their images"
+        )
+    plan = Plan(
+        sources,
+        entries,
+        labels.ids,
+        labels.classes,
+        recipe,
+        counts,
+        duplicates,
+        notes,
+        options.image,
+        options.shard_samples,
+    )
+    told = [recipe, counts, labels.classes, labels.ids, [(entry.source, entry.place) for entry in entries]]
+    plan.digest = hashlib.sha256((json.dumps(told) + _digest(entries)).encode()).hexdigest()
+    return plan
+
+
+def _refuse_twice(sources: Sequence[Source]) -> None:
+    """Raises UserError when a source is given twice, or a folder within another: its images would be taken twice. (A
+    zip in a folder is not: what lies in folders is not unpacked.)"""
+    known: set[Path] = set()
+    places = [Path(os.path.realpath(source.path)) for source in sources]
+    for place, source in zip(places, sources, strict=True):
+        if place in known:
+            raise UserError(f"source {source.path} is given twice: its images would be taken twice")
+        known.add(place)
+    for place, source in zip(places, sources, strict=True):
+        if source.kind == "folder" and (outer := known.intersection(place.parents)):
+            raise UserError(f"source {source.path} lies in the source {outer.pop()}: its images would be taken twice")
+
+
+def _decoders() -> dict[str, str]:
+    """Returns the versions on which pixels may depend."""
+    found = {"pillow": PIL.__version__}
+    for name in ("libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "littlecms2"):
+        if version := features.version(name):
+            found[name] = version
+    return found
+
+
+def _digest(entries: Sequence[Entry], stamps: bool = True) -> str:
+    lines = (f"{entry.path}\0{entry.size}\0{entry.stamp if stamps else ''}\n" for entry in entries)
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _replace(listings: Sequence[Listing], sources: Sequence[Source], skipped: Counter[str]) -> tuple[list[Entry], int]:
+    """Returns the entries with those of the last listing standing for originals of the same name, and how many were
+    replaced. Among several of a name, the one that shares most folders above it is meant (`train/1.jpg` in the zip is
+    `1.jpg` in the source `train`); where that leaves a choice, none is. Others of the last listing are skipped."""
+    *originals, replacements = listings
+    entries = [entry for listing in originals for entry in listing.entries]
+    places = [_parts(entry, sources) for entry in entries]
+    names: dict[str, list[int]] = {}
+    for index, place in enumerate(places):
+        names.setdefault(place[-1], []).append(index)
+    claims: dict[int, list[tuple[int, Entry]]] = {}
+    for entry in replacements.entries:
+        place = _parts(entry, sources)
+        alike, meant = _best([(_shared(place, places[index]), index) for index in names.get(place[-1], [])])
+        if meant is not None:
+            claims.setdefault(meant, []).append((alike, entry))
+        else:
+            skipped["ambiguous replacement" if alike else "replacement of nothing"] += 1
+    replaced = 0
+    for index, claimants in claims.items():
+        _, chosen = _best(claimants)
+        if chosen is not None:
+            entries[index] = replace(chosen, stands_for=entries[index].place)
+            replaced += 1
+        skipped["ambiguous replacement"] += len(claimants) - (chosen is not None)
+    return entries, replaced
+
+
+def _parts(entry: Entry, sources: Sequence[Source]) -> tuple[str, ...]:
+    return PurePosixPath(f"{sources[entry.source].stem}/{entry.path}").parts
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Returns how many parts two paths share at their ends."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _best(scored: Sequence[tuple[int, _T]]) -> tuple[int, _T | None]:
+    """Returns the highest score and what has it, or None when several have it or there is nothing (score 0)."""
+    top = max((score for score, _ in scored), default=0)
+    best = [what for score, what in scored if score == top]
+    return top, best[0] if len(best) == 1 else None
+
+
+def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry], list[dict[str, str]]]:
+    """Returns the entries without the later ones of equal content, and what was left out. Only files of equal size (in
+    zips: of equal size and checksum) are read for it."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    zipped = all(sources[entry.source].kind == "zip" for entry in entries)
+    for index, entry in enumerate(entries):
+        if entry.size and not entry.fault:
+            groups.setdefault((entry.size, entry.stamp if zipped else ""), []).append(index)
+
+    def first_of_each(group: list[int]) -> list[tuple[int, int]]:
+        reader, found = Reader(sources), []
+        known: dict[bytes, int] = {}
+        for index in group:
+            try:
+                content = hashlib.sha256(reader.read(entries[index])).digest()
+            except (Rejected, SourceChanged):
+                continue  # the decoding will find the same, and tell
+            if (first := known.setdefault(content, index)) != index:
+                found.append((index, first))
+        reader.close()
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        same = dict(
+            pair for part in pool.map(first_of_each, (g for g in groups.values() if len(g) > 1)) for pair in part
+        )
+
+    def told(index: int) -> str:
+        source, path = entries[index].place
+        return f"{sources[source].name}/{path}"
+
+    left_out = [{"duplicate": told(index), "of": told(same[index])} for index in sorted(same)]
+    return [entry for index, entry in enumerate(entries) if index not in same], left_out
+
+
+def claim(out: Path) -> Locks:
+    """Returns the locks of `out`, having made the folder when it was not there.
+
+    Raises:
+        UserError: `out` cannot be written, or holds other files.
+    """
+    folder = out / FOLDER
+    try:
+        if out.is_dir() and not folder.exists() and any(out.iterdir()):
+            raise UserError(f"{out} holds other files: OUT must be a new or empty folder, or one that prepare began")
+        folder.mkdir(parents=True, exist_ok=True)
+        return Locks(folder / "lock")
+    except OSError as error:
+        raise UserError(f"cannot write to OUT {out}: {error.strerror}") from None
+
+
+def settle(plan: Plan, out: Path) -> None:
+    """Writes the plan into `out`, or checks that it is the one already there.
+
+    Raises:
+        UserError: `out` holds another recipe's dataset.
+        GanDistError: a source changed since the dataset was begun.
+    """
+    folder = out / FOLDER
+    for name in ("plan.json", "entries.jsonl.gz"):
+        clear_temporaries(folder / name)
+    if (folder / "plan.json").exists():
+        try:
+            found = json.loads((folder / "plan.json").read_bytes())
+            _compare(plan, found, folder, out)
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise UserError(f"{folder} is damaged ({error}): remove {out} and prepare again") from None
+        return
+    lines = (json.dumps([*entry.place, entry.size, entry.stamp]) for entry in plan.entries)
+    publish(folder / "entries.jsonl.gz", gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
+    told = {"digest": plan.digest, "recipe": plan.recipe, "counts": plan.counts, "classes": plan.classes}
+    publish(folder / "plan.json", json.dumps(told, indent=1).encode())
+
+
+def _compare(plan: Plan, found: dict[str, Any], folder: Path, out: Path) -> None:
+    if found["digest"] == plan.digest:
+        return
+    ours, theirs = plan.recipe | {"sources": None}, found["recipe"] | {"sources": None}
+    differences = [
+        f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in ours if ours[key] != theirs.get(key)
+    ]
+    names = [[source["name"] for source in recipe["sources"]] for recipe in (found["recipe"], plan.recipe)]
+    if names[0] != names[1]:
+        differences.append(f"the sources were {', '.join(names[0])} and are now {', '.join(names[1])}")
+    if differences:
+        raise UserError(
+            f"{out} holds a dataset of another recipe: {'; '.join(differences)}: use the same options, or another OUT"
+        )
+    then = [json.loads(line) for line in gzip.decompress((folder / "entries.jsonl.gz").read_bytes()).splitlines()]
+    before = {(source, path): (size, stamp) for source, path, size, stamp in then}
+    after = {entry.place: (entry.size, entry.stamp) for entry in plan.entries}
+    changes = {
+        "added": [place for place in after if place not in before],
+        "removed": [place for place in before if place not in after],
+        "changed": [place for place in after if place in before and after[place] != before[place]],
+    }
+    told = ", ".join(
+        f"{len(places)} {how} (first {plan.sources[places[0][0]].name}/{places[0][1]!r})"
+        for how, places in changes.items()
+        if places
+    )
+    raise GanDistError(
+        f"the sources changed since {out} was begun: {told or 'files beside the images, or labels'}: restore them, or "
+        "prepare into another OUT"
+    )

@@ -1,0 +1,394 @@
+"""Sources -> a dataset: planned, decoded in parallel, written shard by shard, restartable, accounted for."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from gan_dist.data.prepare.account import Account, TooManyRejects
+from gan_dist.data.prepare.images import RESAMPLE, Recipe
+from gan_dist.data.prepare.plan import FOLDER, Options, Plan, claim, make_plan, settle
+from gan_dist.data.prepare.remote import needs_staging, source_name, spread, stage
+from gan_dist.data.prepare.sheet import contact_sheet
+from gan_dist.data.prepare.verify import remember, remembered, verify
+from gan_dist.data.prepare.workers import Done, make_jobs, run_jobs
+from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardInfo, ShardWriter, read_manifest, shard_name
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.files import (
+    clear_temporaries,
+    expand,
+    expand_directory,
+    present,
+    publish,
+    publish_record,
+    read_record,
+)
+from gan_dist.utils.locks import Locks
+
+REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timings.json", "contact_sheet.png"
+STAGED = "staged"
+_PLAN_LOCK, _FINISH_LOCK, _STAGE_LOCK = 2**30, 2**30 + 1, 2**30 + 2
+_NO_LOCKS = "this file system has no locks: take care that no two runs prepare the same part at once"
+_NOT_ALL = "the dataset is whole when all shards are done: by the other tasks, or by this command without --task"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Progress = Callable[[int, int], None]
+Part = dict[str, Any]
+
+
+def prepare(
+    sources: Sequence[str | Path] | str | Path,
+    out: str | Path,
+    *,
+    resolution: int = 64,
+    resample: str = "lanczos",
+    replacements: str | Path | None = None,
+    labels: str | None = None,
+    workers: int | None = None,
+    task: tuple[int, int] | None = None,
+    dedupe: bool = False,
+    max_reject_fraction: float = 0.05,
+    shard_samples: int = 4096,
+    min_side: int = 1,
+    keep_truncated: bool = False,
+    full_decode: bool = False,
+    progress: Progress | None = None,
+) -> Account:
+    """Returns the account of preparing `sources` into the dataset `out`.
+
+    A source is a folder, a zip, a tar (a WebDataset shard is one), a brace pattern of such, or an address of a tar that
+    webdataset's gopen understands (`http://`, `gs://`, `pipe:`, ...).
+
+    Run again after an interruption, it continues; run again on a finished dataset, it rewrites shards that are missing
+    or damaged, and nothing else. `task` (i, n) does every n-th shard from i on; whichever task ends last writes the
+    manifest. `workers`: processes (default: a CPU each; 0: in this process). `progress`: called with entries done and
+    entries in all. The other options are DESIGN's of `gan-dist prepare`.
+
+    Raises:
+        UserError: bad options, sources or `out`, or not one readable image. Nothing is left half-written.
+        TooManyRejects: more than `max_reject_fraction` rejected; all is written but the manifest.
+        GanDistError: a source changed, the disk is full, another process is at work on the same shards.
+    """
+    began = perf_counter()
+    options = _options(
+        Recipe(resolution, resample, min_side, keep_truncated, full_decode),
+        Options(
+            replacements=str(expand(replacements)) if replacements else None,
+            labels=_absolute(labels),
+            dedupe=dedupe,
+        ),
+        shard_samples,
+        task,
+    )
+    processes = default_workers() if workers is None else workers
+    if processes < 0:
+        raise UserError(f"workers {workers}: expected 0 or more")
+    if not 0 <= max_reject_fraction <= 1:
+        raise UserError(f"max_reject_fraction {max_reject_fraction}: expected 0 to 1")
+    target = expand_directory(out)
+    texts = spread([sources] if isinstance(sources, str | Path) else sources)
+    if not texts:
+        raise UserError("no source given: expected folders, zips or tars")
+    created = not present(target)
+    _check_target(target)
+    if any(map(needs_staging, texts)) and (account := _finished(target, texts, options, max_reject_fraction)):
+        return account
+    try:
+        with _plain_failures(target), ExitStack() as held:
+            locks = held.enter_context(closing(claim(target))) if any(map(needs_staging, texts)) else None
+            paths = _local(texts, target, locks)
+            try:
+                plan = make_plan(paths, options, target)
+            except UserError as error:
+                raise _of_addresses(error, texts, paths) from None
+            locks = locks or held.enter_context(closing(claim(target)))
+            with locks.hold(_PLAN_LOCK):
+                settle(plan, target)
+                remember(target, texts, {**options.given(), "max_reject_fraction": max_reject_fraction})
+            run = _Run(plan, target, locks, progress)
+            first, step = task or (0, 1)
+            run.work(range(first, plan.num_shards, step), processes)
+            account = run.account(perf_counter() - began)
+            if account.complete:
+                run.finish(account, max_reject_fraction)
+    except UserError:
+        if created and not present(target / FOLDER / "plan.json"):
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    except _NothingLeft as nothing:
+        shutil.rmtree(target if created else target / FOLDER, ignore_errors=True)
+        raise UserError(str(nothing)) from None
+    return account
+
+
+def _local(texts: Sequence[str], out: Path, locks: Locks | None) -> list[tuple[Path, str]]:
+    """Returns path and name of each source, having fetched those that need it: by one process, the others wait."""
+    found = []
+    for text in texts:
+        path = Path(text)
+        if locks and needs_staging(text):
+            with locks.hold(_STAGE_LOCK):
+                path = stage(text, out / FOLDER / STAGED)
+        found.append((path, source_name(text)))
+    return found
+
+
+def _of_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tuple[Path, str]]) -> UserError:
+    """Returns the error with addresses where it names local copies; those copies are removed, to be fetched again."""
+    words = str(error)
+    for text, (path, _) in zip(texts, paths, strict=True):
+        if path.parent.name == STAGED and path.parent.parent.name == FOLDER and str(path) in words:
+            path.unlink(missing_ok=True)
+            words = words.replace(str(path), text)
+    return UserError(words)
+
+
+def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_fraction: float) -> Account | None:
+    """Returns the account of a dataset that is whole, so that nothing need be fetched again to find that out."""
+    given = {**options.given(), "max_reject_fraction": max_reject_fraction}
+    if not present(out / MANIFEST) or remembered(out) != (list(texts), given) or verify(out):
+        return None
+    manifest = read_manifest(out)
+    shards = len(manifest.shards)
+    try:
+        return Account(str(out), **manifest.totals, shards=shards, shards_done=shards)
+    except TypeError:  # another release's totals
+        return None
+
+
+class _NothingLeft(Exception):
+    """Every image was rejected."""
+
+
+def _options(image: Recipe, options: Options, shard_samples: int, task: tuple[int, int] | None) -> Options:
+    if not 1 <= image.resolution <= 4096:
+        raise UserError(f"resolution {image.resolution}: expected 1 to 4096")
+    if image.resample not in RESAMPLE:
+        raise UserError(f"resample {image.resample!r}: expected one of {', '.join(RESAMPLE)}")
+    if shard_samples < 1:
+        raise UserError(f"shard_samples {shard_samples}: expected at least 1")
+    if task is not None and not 0 <= task[0] < task[1]:
+        raise UserError(f"task {task[0]}/{task[1]}: expected i/n with 0 <= i < n")
+    return Options(image, options.replacements, options.labels, options.dedupe, shard_samples)
+
+
+def _absolute(labels: str | None) -> str | None:
+    """Returns the label option with the path of its table absolute."""
+    if labels and labels.count(":") >= 2:
+        table, *last = labels.rsplit(":", 2)
+        return ":".join([str(expand(table)), *last])
+    return labels
+
+
+def default_workers() -> int:
+    """Returns the CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_target(out: Path) -> None:
+    """Raises UserError when `out` cannot become a dataset, before anything slow begins."""
+    here = out
+    while not present(here) and here != here.parent:
+        here = here.parent
+    if not here.is_dir():
+        raise UserError(f"cannot write to OUT {out}: {here} is a file, not a folder")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to OUT {out}: no permission to write in {here}")
+
+
+@contextmanager
+def _plain_failures(out: Path) -> Iterator[None]:
+    """Turns a full disk and its like into one line."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read what `progress` prints has gone
+        raise
+    except OSError as error:
+        what = f"{out}: {error.strerror or error}"
+        if error.errno in _NO_SPACE:
+            raise GanDistError(f"no space left for {what}: make space and run the same command again") from None
+        raise GanDistError(f"cannot write into {what}: run the same command again once that is mended") from None
+
+
+class _Run:
+    """One run over the shards of a plan."""
+
+    def __init__(self, plan: Plan, out: Path, locks: Locks, progress: Progress | None) -> None:
+        self.plan, self.out, self.locks = plan, out, locks
+        self._progress = progress or (lambda done, total: None)
+        self._stages: dict[str, float] = {}
+        self._entries = self._bytes = self._peak = self._workers = self._last = 0
+
+    def work(self, mine: Sequence[int], workers: int) -> None:
+        """Writes those of the shards `mine` that are not there whole.
+
+        Raises:
+            GanDistError: another process is writing one of them.
+        """
+        if taken := [shard for shard in mine if not self.locks.take(shard)]:
+            raise GanDistError(
+                f"another gan-dist prepare is writing {len(taken)} of the shards in {self.out}: wait until it has ended"
+            )
+        with ThreadPoolExecutor(min(8, max(1, workers))) as pool:
+            whole = list(pool.map(self._is_whole, mine))
+        todo = [shard for shard, is_whole in zip(mine, whole, strict=True) if not is_whole]
+        total = sum(len(self.plan.keys(shard)) for shard in mine)
+        done = total - sum(len(self.plan.keys(shard)) for shard in todo)
+        self._progress(done, total)
+        side = self.plan.image.resolution
+        jobs = [make_jobs([self.plan.entries[key] for key in self.plan.keys(shard)], side) for shard in todo]
+        self._workers = workers
+        flat = [job for of_shard in jobs for job in of_shard]
+        with closing(run_jobs(flat, self.plan.sources, self.plan.image, workers)) as finished:
+            for shard, of_shard in zip(todo, jobs, strict=True):
+                (self.out / FOLDER / f"{shard_name(shard)}.json").unlink(missing_ok=True)
+                self._clear(shard)
+                with ShardWriter(self.out, shard, self.plan.image.resolution) as writer:
+                    part: Part = {"plan": self.plan.digest, "rejects": [], "ids": Counter(), "flags": Counter()}
+                    keys = iter(self.plan.keys(shard))
+                    for _ in of_shard:
+                        self._write(next(finished), keys, writer, part)
+                        self._progress(done := done + self._last, total)
+                    began = perf_counter()
+                    info = writer.commit()
+                part["shard"] = asdict(info) if info else None
+                publish_record(self.out / FOLDER / f"{shard_name(shard)}.json", part)
+                self._add_time("write", perf_counter() - began)
+
+    def _clear(self, shard: int) -> None:
+        """Removes what a killed run left of a shard, unless another may be writing it for want of locks."""
+        if not self.locks.missing:
+            tar = self.out / shard_name(shard)
+            for path in (tar, tar.with_suffix(".jsonl"), self.out / FOLDER / f"{tar.name}.json"):
+                clear_temporaries(path)
+
+    def _write(self, done: Done, keys: Iterator[int], writer: ShardWriter, part: Part) -> None:
+        began = perf_counter()
+        plan = self.plan
+        for outcome in done.outcomes:
+            key = next(keys)
+            entry, label = plan.entries[key], plan.ids[key]
+            if outcome.reason:
+                told = plan.describe(entry) | {"reason": outcome.reason, "detail": outcome.detail}
+                part["rejects"].append({"key": key} | told)
+            else:
+                record = plan.describe(entry) | outcome.record | ({} if label is None else {"label": label})
+                writer.add(key, outcome.pixels, record)
+                part["ids"][-1 if label is None else label] += 1
+                part["flags"].update(outcome.record.get("flags", ()))
+            self._bytes += entry.packed or entry.size
+        self._last = len(done.outcomes)
+        self._entries += self._last
+        self._peak = max(self._peak, done.peak)
+        for name, seconds in {**done.seconds, "write": perf_counter() - began}.items():
+            self._add_time(name, seconds)
+
+    def _add_time(self, stage: str, seconds: float) -> None:
+        self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+
+    def _part(self, shard: int) -> Part | None:
+        """Returns what a finished shard left in writing, if it belongs to this plan."""
+        part = read_record(self.out / FOLDER / f"{shard_name(shard)}.json")
+        return part if part and part["plan"] == self.plan.digest else None
+
+    def _is_whole(self, shard: int) -> bool:
+        part = self._part(shard)
+        if part is None:
+            return False
+        if part["shard"] is None:
+            return True
+        info = ShardInfo(**part["shard"])
+        for name, digest in ((info.file, info.sha256), (info.sidecar, info.sidecar_sha256)):
+            try:
+                with (self.out / name).open("rb") as stream:
+                    if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                        return False
+            except OSError:
+                return False
+        return True
+
+    def account(self, seconds: float) -> Account:
+        """Returns the account of all shards that are done, whoever did them."""
+        plan = self.plan
+        parts = [(shard, part) for shard in range(plan.num_shards) if (part := self._part(shard))]
+        ids = sum((Counter({int(i): n for i, n in part["ids"].items()}) for _, part in parts), Counter())
+        rejected = Counter(reject["reason"] for _, part in parts for reject in part["rejects"])
+        flags: Counter[str] = sum((Counter(part["flags"]) for _, part in parts), Counter())
+        bytes_done = sum(
+            plan.entries[key].packed or plan.entries[key].size for shard, _ in parts for key in plan.keys(shard)
+        )
+        return Account(
+            out=str(self.out),
+            seen=plan.counts["seen"],
+            written=ids.total(),
+            rejected=dict(sorted(rejected.items())),
+            replaced=plan.counts["replaced"],
+            skipped=plan.counts["skipped"],
+            duplicates=len(plan.duplicates),
+            classes={name: ids[i] for i, name in enumerate(plan.classes)},
+            unlabelled=ids[-1] if plan.classes else 0,
+            ambiguous=plan.counts["labels"].get("ambiguous", 0),
+            flags=dict(sorted(flags.items())),
+            shards=plan.num_shards,
+            shards_done=len(parts),
+            source_bytes=bytes_done,
+            notes=[
+                *plan.notes,
+                *([_NO_LOCKS] if self.locks.missing else []),
+                *([_NOT_ALL] if len(parts) < plan.num_shards else []),
+            ],
+            entries=self._entries,
+            read_bytes=self._bytes,
+            seconds=seconds,
+            workers=self._workers,
+            stages=dict(self._stages),
+            peak_worker_bytes=self._peak,
+        )
+
+    def finish(self, account: Account, max_reject_fraction: float) -> None:
+        """Writes the lists, the contact sheet and, last, the manifest."""
+        with self.locks.hold(_FINISH_LOCK):
+            for name in (REJECTS, DUPLICATES, TIMINGS, SHEET, MANIFEST):
+                clear_temporaries(self.out / name)
+            parts = [part for shard in range(self.plan.num_shards) if (part := self._part(shard))]
+            rejects = [reject for part in parts for reject in part["rejects"]]
+            if not account.written:
+                first = rejects[0]
+                reasons = ", ".join(f"{count} {reason}" for reason, count in account.rejected.items())
+                raise _NothingLeft(
+                    f"none of {len(rejects):,} images could be used: {reasons}"
+                    f" (first: {first['source']}/{first['path']!r}: {first['reason']} {first['detail']})"
+                )
+            publish(self.out / REJECTS, _lines(rejects))
+            if self.plan.recipe["dedupe"]:
+                publish(self.out / DUPLICATES, _lines(self.plan.duplicates))
+            if account.entries or not (self.out / TIMINGS).exists():
+                publish(self.out / TIMINGS, json.dumps(account.timings(), indent=1).encode() + b"\n")
+            if account.reject_fraction > max_reject_fraction:
+                (self.out / MANIFEST).unlink(missing_ok=True)
+                raise TooManyRejects(
+                    f"{account.reject_fraction:.1%} of the images were rejected, {max_reject_fraction:.1%} is allowed: "
+                    f"see {self.out / REJECTS}; the same command with a higher --max-reject-fraction ends at once",
+                    account,
+                )
+            shards = tuple(ShardInfo(**part["shard"]) for part in parts if part["shard"])
+            resolution = self.plan.image.resolution
+            manifest = Manifest(FORMAT, resolution, self.plan.recipe, self.plan.classes, account.totals(), shards)
+            publish(self.out / SHEET, contact_sheet(self.out, manifest, seed=self.plan.digest))
+            publish(self.out / MANIFEST, manifest.to_bytes())
+            shutil.rmtree(self.out / FOLDER / STAGED, ignore_errors=True)
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)

@@ -1,0 +1,144 @@
+"""Entries of sources -> their bytes: read in place, once, with archives' contradictions told apart."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from gan_dist.data.prepare.images import MEMORY_LIMIT
+from gan_dist.data.prepare.rejects import Rejected
+from gan_dist.data.prepare.sources import Entry, Source
+from gan_dist.utils.errors import GanDistError
+
+
+class SourceChanged(GanDistError):
+    """A file is not what it was when the source was listed."""
+
+
+_OPEN_ARCHIVES = 16
+"""Archives that stay open: entries come source by source, and a process may hold only so many files (often 1,024)."""
+
+
+_SYSTEM = ("EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENODEV")
+_NOT_THE_FILES_FAULT = {getattr(errno, name) for name in _SYSTEM if hasattr(errno, name)}
+"""Failures that would reject every file from now on, though no file is bad."""
+
+
+class Reader:
+    """Reads entries; the archives read last stay open."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self._open: dict[int, IO[bytes]] = {}
+
+    def read(self, entry: Entry) -> bytes:
+        """Returns the entry's bytes.
+
+        Raises:
+            Rejected: it cannot be read as it is.
+            SourceChanged: it is not what was listed.
+            GanDistError: nothing can be read now: a server is gone, or this process has too many files open.
+        """
+        if entry.fault:
+            raise Rejected(entry.fault)
+        if entry.size + entry.packed > MEMORY_LIMIT:
+            raise Rejected("too_large", f"{entry.size} bytes encoded")
+        source = self.sources[entry.source]
+        try:
+            if source.kind == "folder":
+                return _read_file(source, entry)
+            archive = self._archive(entry.source)
+            if source.kind == "zip":
+                return _read_member(archive, entry)
+            archive.seek(entry.offset)
+            data = archive.read(entry.size)
+        except FileNotFoundError:
+            raise SourceChanged(f"{source.path}: {entry.path!r} was there when preparation began and is gone") from None
+        except OSError as error:
+            words = error.strerror or type(error).__name__
+            if error.errno in _NOT_THE_FILES_FAULT:
+                raise GanDistError(
+                    f"{source.path} cannot be read now ({words}): run the same command again once that is mended"
+                ) from None
+            raise Rejected("unreadable", words) from None
+        if len(data) != entry.size:
+            raise SourceChanged(f"{source.path} became shorter while it was being prepared")
+        return data
+
+    def _archive(self, number: int) -> IO[bytes]:
+        stream = self._open.pop(number, None)
+        if stream is None:
+            while len(self._open) >= _OPEN_ARCHIVES:
+                self._open.pop(next(iter(self._open))).close()
+            stream = Path(self.sources[number].path).open("rb")  # noqa: SIM115 (kept open)
+        self._open[number] = stream  # last: those at the front were used least recently
+        return stream
+
+    def close(self) -> None:
+        """Closes the archives."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def _read_file(source: Source, entry: Entry) -> bytes:
+    with Path(source.path, entry.path).open("rb") as stream:
+        status = os.fstat(stream.fileno())
+        as_listed = (status.st_size, str(status.st_mtime_ns)) == (entry.size, entry.stamp)
+        data = stream.read() if as_listed else b""
+    if not as_listed or len(data) != entry.size:
+        raise SourceChanged(f"{source.path}: {entry.path!r} changed while it was being prepared")
+    return data
+
+
+def _read_member(stream: IO[bytes], entry: Entry) -> bytes:
+    """Reads a zip member by its place, not by zipfile: workers need no central directory, and lies are told apart."""
+    if entry.offset < 0:
+        raise Rejected("bad_archive", "the directory points before the archive")
+    stream.seek(entry.offset)
+    header = stream.read(30)
+    if header[:4] != b"PK\3\4" or len(header) < 30:
+        raise Rejected("bad_archive", "no local header where the directory points")
+    if int.from_bytes(header[8:10], "little") != entry.method:
+        raise Rejected("bad_archive", "the two headers differ in compression method")
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    stream.seek(names, os.SEEK_CUR)
+    packed = stream.read(entry.packed)
+    if len(packed) != entry.packed:
+        raise Rejected("bad_archive", "the archive ends before the member does")
+    try:
+        data = b"".join(_unpack(packed, entry))
+    except (zlib.error, OSError, lzma.LZMAError, EOFError, ValueError, IndexError) as error:
+        raise Rejected("bad_archive", f"{type(error).__name__}: {error}") from None
+    if len(data) != entry.size:
+        raise Rejected(
+            "bad_archive", f"declared {entry.size} bytes, holds {len(data)}" + ("+" * (len(data) > entry.size))
+        )
+    if f"{zlib.crc32(data):08x}" != entry.stamp:
+        raise Rejected("bad_archive", "checksum differs")
+    return data
+
+
+def _unpack(packed: bytes, entry: Entry) -> Iterator[bytes]:
+    """Yields at most one byte more than the declared size: a bomb shows itself without going off."""
+    if entry.method == zipfile.ZIP_STORED:
+        yield packed
+    elif entry.method == zipfile.ZIP_DEFLATED:
+        yield zlib.decompressobj(-15).decompress(packed, entry.size + 1)
+    elif entry.method == zipfile.ZIP_BZIP2:
+        yield bz2.BZ2Decompressor().decompress(packed, entry.size + 1)
+    elif entry.method == zipfile.ZIP_LZMA:
+        # two bytes of version, two of length, then lzma's packed lc/lp/pb byte and dictionary size
+        packing, dictionary = packed[4], int.from_bytes(packed[5:9], "little")
+        options = {"id": lzma.FILTER_LZMA1, "dict_size": dictionary}
+        options |= {"lc": packing % 9, "lp": packing // 9 % 5, "pb": packing // 45}
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[options])
+        yield decoder.decompress(packed[9:], entry.size + 1)
+    else:
+        raise Rejected("unsupported", f"zip compression method {entry.method}")

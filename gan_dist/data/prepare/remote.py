@@ -1,0 +1,107 @@
+"""Sources as people name them -> local paths: brace patterns expanded, remote and compressed tars fetched once."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from gan_dist.data.remote.fetch import fetch
+from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import expand, is_address, present, temporary_name
+
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+
+
+def spread(texts: Sequence[str | Path]) -> list[str]:
+    """Returns the sources with brace patterns (`shards/{00000..00099}.tar`) expanded and local paths absolute."""
+    found: list[str] = []
+    for text in map(str, texts):
+        many = [text]
+        if "{" in text and (is_address(text) or not present(Path(text))) and not text.startswith("pipe:"):
+            from braceexpand import braceexpand
+
+            try:
+                many = list(braceexpand(text))
+            except ValueError as error:
+                raise UserError(f"source {text}: unbalanced braces ({error})") from None
+        found += [one if is_address(one) else str(expand(one)) for one in many]
+    return found
+
+
+def needs_staging(text: str) -> bool:
+    """Returns whether a source has no random access where it is: it is remote, or a compressed stream."""
+    return is_address(text) or _compression(Path(text)) is not None
+
+
+def _compression(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(6)
+    except OSError:
+        return None
+    return next((magic for magic in _COMPRESSED if head.startswith(magic)), None)
+
+
+def source_name(text: str) -> str:
+    """Returns what the account calls a source: its last part, without queries."""
+    return text.split()[-1].split("?")[0].rstrip("/").rpartition("/")[2] if is_address(text) else Path(text).name
+
+
+def stage(text: str, folder: Path) -> Path:
+    """Returns the path of an uncompressed local copy of a source in `folder`; a copy that is there is taken as it is.
+
+    Raises:
+        GanDistError: it could not be fetched.
+    """
+    target = folder / hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    fetched = temporary_name(target)
+    unpacked = temporary_name(target.with_suffix(".unpacked"))
+    try:
+        if is_address(text):
+            _fetch(text, fetched)
+        magic = _compression(fetched if is_address(text) else Path(text))
+        if magic:
+            with _COMPRESSED[magic](fetched if is_address(text) else text, "rb") as packed:
+                _copy(packed, unpacked)
+            unpacked.replace(fetched)
+        fetched.replace(target)
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(f"source {text} is damaged or cut short ({error}): fetch it again") from None
+    finally:
+        fetched.unlink(missing_ok=True)
+        unpacked.unlink(missing_ok=True)
+    return target
+
+
+def _fetch(address: str, target: Path) -> None:
+    """Writes what lies at `address` to `target`: tried again where the line breaks, never waited for without end."""
+
+    def receive(chunks: Iterator[bytes]) -> str | None:
+        with target.open("wb") as out:
+            out.writelines(chunks)
+            out.flush()
+            os.fsync(out.fileno())
+        return None if target.stat().st_size else "is empty"
+
+    fetch(address, receive)
+
+
+def _copy(source: IO[bytes], target: Path) -> None:
+    with target.open("wb") as out:
+        shutil.copyfileobj(source, out, 2**20)
+        out.flush()
+        os.fsync(out.fileno())

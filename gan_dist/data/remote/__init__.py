@@ -1,0 +1,1 @@
+"""Datasets at an address: fetched, and kept in a cache on this machine."""

@@ -1,0 +1,77 @@
+"""Work that may take longer than a collective: ranks wait for one another's data, not for one another's death."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from gan_dist.data.remote.fetch import Abandoned
+from gan_dist.distributed.world import World
+from gan_dist.utils.errors import GanDistError
+from gan_dist.utils.stop import StopRequest
+
+T = TypeVar("T")
+HEARTBEAT_S = 1.0
+GRACE_S = 3.0
+"""Seconds that work gets to clean up when it is called off."""
+
+
+def patiently(world: World, work: Callable[[Callable[[], bool]], T], stop: StopRequest) -> T:
+    """Returns this rank's `work(called_off)`, however long it takes on whichever rank; a collective.
+
+    It runs in a thread, while the ranks tell one another every second that they are alive: a timeout of the collectives
+    bounds the silence of a rank, not its work. As soon as it fails on one, it is called off on all.
+
+    Raises what the first failing rank raised, on every rank; Abandoned (status 75) when one was asked to stop.
+    """
+    value: list[Any] = []
+    failure: list[BaseException] = []
+    off = threading.Event()
+
+    def run() -> None:
+        try:
+            value.append(work(off.is_set))
+        except BaseException as error:  # handed over: the ranks raise it together
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="patience", daemon=True)
+    thread.start()
+    while True:
+        until = time.monotonic() + HEARTBEAT_S
+        while thread.is_alive() and time.monotonic() < until:
+            thread.join(0.05)
+            if world.size == 1 and stop:
+                break
+        done = not thread.is_alive()
+        told = world.gather_objects((done, _portable(failure, world), stop.reason))
+        failures = [(rank, error) for rank, (_, error, _) in enumerate(told) if error is not None]
+        reasons = [reason for _, _, reason in told if reason]
+        if reasons:  # work that heeds the same request by itself is no failure
+            failures = [(rank, error) for rank, error in failures if not isinstance(error, Abandoned)]
+        if failures or reasons:
+            off.set()
+            thread.join(GRACE_S)
+            if failure and not isinstance(failure[0], GanDistError | OSError):
+                raise failure[0]  # a mistake of ours: with its traceback
+            rank, error = failures[0] if failures else (0, _stopped(reasons[0]))
+            if isinstance(error, GanDistError):
+                error.told_elsewhere = rank != world.rank
+            raise error
+        if all(done for done, _, _ in told):
+            result: T = value[0]
+            return result
+
+
+def _portable(failure: list[BaseException], world: World) -> GanDistError | OSError | None:
+    """Returns a failure as the other ranks can be told of it."""
+    if not failure or isinstance(failure[0], GanDistError | OSError):
+        return failure[0] if failure else None  # type: ignore[return-value]
+    return GanDistError(f"rank {world.rank} on {world.host} failed: {type(failure[0]).__name__}: {failure[0]}")
+
+
+def _stopped(reason: str) -> Abandoned:
+    return Abandoned(
+        f"stopped by {reason} while data were fetched, before any step; run the same command again to continue"
+    )

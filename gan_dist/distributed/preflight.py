@@ -1,0 +1,93 @@
+"""Before the game: what would spoil it hours later is looked for now, and the host that is to blame is named."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gan_dist.distributed.world import World
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.tensors import tensors
+
+CLOCK_S = 30.0
+"""Clocks further apart than this make files of one run look older than those before them."""
+
+
+@cache
+def sources() -> str:
+    """Returns a short hash of the code of gan_dist that this process runs."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def preflight(world: World, dataset: str, task: Mapping[str, Any]) -> list[str]:
+    """Returns warnings after checking that all ranks do the same with the same software, and can reduce.
+
+    `dataset` is the manifest's hash as this rank read it; `task` what it was asked to do, as plain {name: value}.
+    A collective: every rank must call it.
+    Raises UserError, on every rank alike, naming the ranks and hosts that differ from the others; GanDistError when
+    the first reduction gives the wrong sum.
+    """
+    facts = {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": str(torch.__version__),
+        "gan_dist (hash of its code)": sources(),
+        "dataset (hash of its manifest)": dataset[:12],
+        **{name: str(value) for name, value in task.items()},
+    }
+    world.barrier()
+    told = world.gather_objects((world.host, time.time(), facts))
+    hosts = [host for host, _, _ in told]
+    for name in facts:
+        _must_agree(name, hosts, [theirs.get(name, "nothing") for _, _, theirs in told])
+    total = int(world.all_reduce(torch.full((), world.rank + 1.0, device=world.device)).item())
+    if total != world.size * (world.size + 1) // 2:
+        raise GanDistError(
+            f"rank {world.rank} on {world.host}: the first all-reduce over {world.size} ranks gave {total}, expected "
+            f"{world.size * (world.size + 1) // 2}; check dist.backend and the network"
+        )
+    clocks = sorted(seconds for _, seconds, _ in told)
+    middle = clocks[len(clocks) // 2]
+    return [
+        f"the clock of {host} is {seconds - middle:+.0f} s from the others'; times in the run's history will jump"
+        for host, seconds in {host: seconds for host, seconds, _ in told}.items()
+        if abs(seconds - middle) > CLOCK_S
+    ]
+
+
+def _must_agree(name: str, hosts: list[str], values: list[str]) -> None:
+    """Raises UserError that names the ranks whose value is not the one that most have (rank 0's, where it ties)."""
+    common, count = Counter(values).most_common(1)[0]
+    if count == len(values):
+        return
+    odd = [f"rank {rank} on {hosts[rank]} has {value}" for rank, value in enumerate(values) if value != common]
+    raise UserError(
+        f"{name} is not the same on all ranks: {'; '.join(odd[:4])}; the others have {common}; "
+        "start all ranks from one environment, with one dataset and the same words"
+    )
+
+
+def check_disk(directory: Path, state: Mapping[str, Any]) -> None:
+    """Returns if the disk of `directory` has room for two checkpoints of `state`: the newest one and the next.
+
+    Raises GanDistError with both figures when it has not.
+    """
+    needed = 2 * sum(tensor.numel() * tensor.element_size() for _, tensor in tensors(state))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise GanDistError(
+            f"{directory} has {free / 2**20:,.0f} MiB free, but two checkpoints take {needed / 2**20:,.0f} MiB; "
+            "free some space, or choose another --run-dir"
+        )

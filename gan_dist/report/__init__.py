@@ -1,0 +1,1 @@
+"""A run read back into one self-contained page."""

@@ -1,0 +1,221 @@
+"""One writer a run directory, also on NFS and Lustre: a lease that is renewed, watched, and fenced by a number.
+
+No flock, whose reach differs between file systems. The lease is a file created by link(2), which is atomic everywhere.
+Nobody compares clocks between hosts: it is stale when an observer has itself seen no renewal for a whole term, or when
+its holder provably ended. Each holder has a greater fence than the last, and reads it back before every commit, so a
+host that was cut off and comes back can no longer write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from gan_dist.distributed.world import World
+from gan_dist.utils.errors import GanDistError, UserError
+
+T = TypeVar("T")
+TERM_S = float(os.environ.get("GAN_DIST_LEASE_TERM_S") or 60)
+"""Seconds without a renewal after which a lease is stale; a holder renews it four times in that time."""
+LAUNCH_ID = "GAN_DIST_LAUNCH_ID"
+"""Environment variable by which a launcher names a job: its requeued self takes the lease over at once."""
+
+
+class LeaseLost(GanDistError):
+    """Another trainer has taken this run over; this one must write no more."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What a lease file says of the trainer that holds it."""
+
+    fence: int
+    renewals: int
+    nonce: str
+    host: str
+    pid: int
+    started: str
+    """Boot, pid namespace and start time of the process: with `pid`, one process of one kernel."""
+    launch: str | None
+
+    def ended(self) -> bool:
+        """Returns whether this kernel can tell that the holder's process is gone."""
+        mine, theirs = _process_birth(os.getpid()).rsplit(":", 1)[0], self.started.rsplit(":", 1)[0]
+        return bool(mine) and mine == theirs and _process_birth(self.pid) != self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def _process_birth(pid: int) -> str:
+    """Returns `boot:namespace:start` of a process on this kernel, with an empty start when it is not running."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 (the link's text is the answer)
+    except OSError:
+        return ""
+    try:
+        # Fields after the parenthesised name, which may itself hold spaces; the 20th of them is the start time.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        start = "" if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        start = ""
+    return f"{boot}:{namespace}:{start}"
+
+
+def _read(path: Path) -> Holder | None:
+    """Returns who holds the lease at `path`, or None where there is none (or an unreadable one, which holds nobody)."""
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+class Lease:
+    """The right to write in a run directory, held from `take` to `release` and renewed by a thread in between."""
+
+    def __init__(self, path: Path, holder: Holder, term_s: float) -> None:
+        self._path, self._holder, self._term_s = path, holder, term_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, run_dir: Path, say: Callable[[str], None] = lambda line: None, term_s: float = TERM_S) -> Lease:
+        """Returns the lease on `run_dir`, waiting one term at most to see whether a holder is alive.
+
+        Raises UserError naming the holder when it is.
+        """
+        path = run_dir / "lease"
+        mine = Holder(
+            fence=1,
+            renewals=0,
+            nonce=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=_process_birth(os.getpid()),
+            launch=os.environ.get(LAUNCH_ID),
+        )
+        while True:
+            held = _read(path)
+            if held is not None:
+                _outwait(path, held, mine, say, term_s)
+                mine = Holder(**{**asdict(mine), "fence": held.fence + 1})
+            if _create(path, mine, replacing=held):
+                return cls(path, mine, term_s)
+
+    def check(self) -> None:
+        """Returns if this trainer still holds the lease. Raises LeaseLost when another has taken it."""
+        held = _read(self._path)
+        if held is None or held.nonce != self._holder.nonce:
+            taker = held or "another trainer, which has ended since"
+            raise LeaseLost(f"{self._path.parent} was taken over by {taker}; this trainer writes no more")
+
+    def release(self) -> None:
+        """Gives the run directory free for the next trainer."""
+        self._over.set()
+        self._thread.join()
+        with suppress(OSError, LeaseLost):
+            self.check()
+            self._path.unlink()
+
+    def _keep_renewing(self) -> None:
+        while not self._over.wait(self._term_s / 4):
+            # A disk that refuses a renewal may let the next one through; whether it mattered shows at the next check.
+            with suppress(OSError):
+                try:
+                    self.check()
+                except LeaseLost:
+                    return
+                self._holder = Holder(**{**asdict(self._holder), "renewals": self._holder.renewals + 1})
+                temporary = _write_beside(self._path, self._holder)
+                temporary.replace(self._path)
+
+
+def _outwait(path: Path, held: Holder, mine: Holder, say: Callable[[str], None], term_s: float) -> None:
+    """Returns when `held` may be taken over. Raises UserError when it was renewed while we watched."""
+    if held.ended() or (held.launch is not None and held.launch == mine.launch):
+        return
+    say(f"{path.parent} is held by {held}; waiting {term_s:g} s to see whether it is alive")
+    deadline = time.monotonic() + term_s
+    while time.monotonic() < deadline:
+        time.sleep(min(0.5, term_s / 10))
+        now = _read(path)
+        if now is None:
+            return
+        if now != held:
+            raise UserError(
+                f"{path.parent} is being trained by {now}, seen alive just now; wait for it, stop it "
+                f"(touch {path.parent / 'stop'}), or choose another --run-dir"
+            )
+
+
+def _write_beside(path: Path, holder: Holder) -> Path:
+    temporary = path.with_name(f".lease-{holder.nonce}-{uuid.uuid4().hex[:8]}")
+    with temporary.open("w") as file:
+        json.dump(asdict(holder), file)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def _create(path: Path, mine: Holder, replacing: Holder | None) -> bool:
+    """Returns whether `mine` became the lease: where there was none, or in place of exactly the one that was judged."""
+    temporary = _write_beside(path, mine)
+    aside = path.with_name(f".lease-aside-{mine.nonce}")
+    try:
+        if replacing is not None:
+            try:
+                path.rename(aside)
+            except FileNotFoundError:
+                return False
+            if _read(aside) != replacing:
+                # Somebody was quicker and this is their lease: put it back, unless they are being replaced already.
+                with suppress(FileExistsError):
+                    os.link(aside, path)
+                return False
+        elif path.exists() and _read(path) is None:
+            path.unlink(missing_ok=True)  # not a lease at all: nobody's
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def claim(
+    run_dir: Path, world: World, check: Callable[[], T], say: Callable[[str], None]
+) -> Iterator[tuple[T, Lease | None]]:
+    """Yields what `check` returns on rank 0, and there the lease on the run directory, given back on the way out.
+
+    `check` runs before anything is written, and again once the directory is ours: it may have moved in between.
+    """
+    held: list[Lease] = []
+
+    def take() -> T:
+        check()
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.append(Lease.take(run_dir, say))
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
+        return check()
+
+    try:
+        yield world.from_first(take), held[0] if held else None
+    finally:
+        for lease in held:
+            lease.release()

@@ -1,0 +1,258 @@
+"""A run read back from its directory: what it was told to do, what happened, and what it drew."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gan_dist.utils.files import expand
+from gan_dist.utils.errors import UserError
+from gan_dist.telemetry.console import line_of
+
+TEXTS = "texts"
+"""The event that notes at which step TensorBoard got texts; of no interest to people."""
+PROTOCOL = "protocol"
+"""The event that says how the evaluations after it were made; told beside their figures."""
+LIVE_WITHIN_S = 600
+"""A run that was neither ended nor stopped counts as in progress while its files are younger than this."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl, metrics and events in order; a line that a kill cut short is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                lines.append(line)
+    return lines
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """Returns what `gan-dist evaluate` has kept of a run: rows with step, swd, protocol and more."""
+    return [line for line in read_metrics(run / "evaluations.jsonl") if "step" in line and "swd" in line]
+
+
+def when(seconds: float) -> str:
+    """Returns a time as `2026-11-23 14:03 UTC`."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def details(event: Mapping[str, Any]) -> str:
+    """Returns what an event says beside its name, step and time, as words."""
+    words = []
+    for key, value in event.items():
+        if key in ("event", "step", "time", "total_steps") or value in (None, "", [], False):
+            continue
+        text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if key == "world_size":
+            text = "1 rank" if value == 1 else f"{value} ranks"
+        plain = key in ("reason", "notes", "world_size", "host")
+        words.append(text if plain else f"{key.replace('_', ' ')} {text}")
+    return ", ".join(words)
+
+
+def happenings(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the events among the lines of a metrics.jsonl that tell a person something."""
+    return [line for line in lines if "event" in line and line["event"] not in (TEXTS, PROTOCOL)]
+
+
+def history_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Returns the events among `lines` as a Markdown table: when, at which step, what, and why."""
+    rows = ["| when | step | what | |", "|---|---|---|---|"]
+    for event in happenings(lines):
+        told = details(event).replace("|", "\\|")
+        rows.append(f"| {when(event.get('time', 0))} | {event.get('step', 0)} | {event['event']} | {told} |")
+    return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run directory tells; whatever is missing there is empty here."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    points: tuple[dict[str, Any], ...]
+    """The metric lines, by step."""
+    events: tuple[dict[str, Any], ...]
+    samples: tuple[tuple[int, Path], ...]
+    """(step, picture) of each grid of the fixed latents."""
+    real: Path | None
+    checkpoints: tuple[int, ...]
+    """Steps of the checkpoints that stand there, in order."""
+    evaluations: tuple[dict[str, Any], ...] = ()
+    """Rows of figures by step: those of `gan-dist evaluate`, and those made during training."""
+    dataset: dict[str, Any] = field(default_factory=dict)
+    """The dataset's card; empty when neither the run nor the dataset itself tells."""
+    touched: float = 0.0
+    """When the run last wrote a line, in seconds since 1970."""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def step(self) -> int:
+        """The newest step that left a trace: a metric line, an event or a checkpoint."""
+        traces = [line.get("step", 0) for line in (*self.points, *self.events)]
+        return max([*traces, *self.checkpoints], default=0)
+
+    @property
+    def total(self) -> int:
+        """The step at which the run ends, as its last start announced it; the newest step where none did."""
+        totals = [event["total_steps"] for event in self.events if event.get("total_steps")]
+        return max(int(totals[-1]), self.step) if totals else self.step
+
+    @property
+    def state(self) -> str:
+        """done, stopped, running, interrupted (no last word, and silent for long) or empty."""
+        last = next((e["event"] for e in reversed(self.events) if e["event"] in ("start", "stop", "end")), None)
+        if last is None and not self.points:
+            return "empty"
+        if last in ("end", "stop"):
+            return "done" if last == "end" else "stopped"
+        return "running" if time.time() - self.touched < LIVE_WITHIN_S else "interrupted"
+
+    @property
+    def why(self) -> str:
+        """The reason of the last stop, or nothing."""
+        words = [e for e in self.events if e["event"] in ("start", "stop", "end")]
+        return str(words[-1].get("reason") or "") if words else ""
+
+
+def status_line(path: str | Path) -> str:
+    """Returns a run in one line, in the console's words: its state, then step=... loss_d=... of its newest point.
+
+    While it runs, with left=..., the time that the remaining images take at the newest pace.
+    """
+    run = read_run(path)
+    newest = run.points[-1] if run.points else {}
+    step, rate, left = newest.get("step", run.step), newest.get("throughput/images_per_second"), None
+    if run.state == "running" and step and rate:
+        left = (run.total - step) * newest["images_seen"] / step / rate
+    words = line_of(step, run.total, newest, left)
+    return f"{run.name} {run.state} {words}" + (f" ({run.why})" if run.why else "")
+
+
+def read_run(path: str | Path) -> Run:
+    """Returns what the run directory `path` tells, in progress, finished or crashed as it may be.
+
+    Raises UserError when there is no such directory, or when it holds no run.
+    """
+    root = expand(path)
+    if not root.is_dir():
+        raise UserError(f"no run at {root}; expected a run directory or a name under $GAN_DIST_RUNS (default ./runs)")
+    if not (root / "config.yaml").is_file():
+        raise UserError(f"{root} holds no run (no config.yaml); expected a directory that `gan-dist train` made")
+    lines = read_metrics(root / "metrics.jsonl")
+    points = sorted((line for line in lines if "event" not in line and "step" in line), key=lambda line: line["step"])
+    samples = sorted((step_of(file), file) for file in (root / "samples").glob("step-*.png") if step_of(file) >= 0)
+    checkpoints = sorted(
+        step_of(folder) for folder in (root / "checkpoints").glob("step-*") if (folder / "manifest.json").is_file()
+    )
+    real = root / "samples" / "real.png"
+    config = _mapping(root / "config.yaml")
+    written = [file.stat().st_mtime for file in (root / "metrics.jsonl", root / "environment.json") if file.exists()]
+    return Run(
+        path=root,
+        config=config,
+        environment=_mapping(root / "environment.json"),
+        points=tuple(points),
+        events=tuple(happenings(lines)),
+        samples=tuple(samples),
+        real=real if real.is_file() else None,
+        checkpoints=tuple(step for step in checkpoints if step >= 0),
+        evaluations=_evaluations(root, lines),
+        dataset=_mapping(root / "dataset.json"),
+        touched=max(written, default=0.0),
+    )
+
+
+def _evaluations(root: Path, lines: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    during, protocol = [], None
+    for line in lines:
+        if line.get("event") == PROTOCOL:
+            protocol = {key: value for key, value in line.items() if key not in ("event", "step", "time")}
+        elif line.get("evaluate/swd") is not None:
+            row = {tag.removeprefix("evaluate/"): line[tag] for tag in line if tag.startswith("evaluate/")}
+            during.append({"step": line["step"], **row, "protocol": protocol})
+    return tuple(merged([*during, *read_evaluations(root)]))
+
+
+def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows of evaluations by step, those in one that tell of the same; what was measured again is the later.
+
+    Weights of Inception and held-out sets are told apart: a row that has none comes on top of, or below, one that has.
+    """
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike = found.setdefault((int(row["step"]), comparable(row)), [])
+        earlier = next((one for one in alike if _agree(one, row)), None)
+        if earlier is None:
+            alike.append(dict(row))
+        else:
+            whole = row if inception_of(row) else earlier
+            earlier.update({**row, "protocol": whole.get("protocol")})
+    return sorted((row for alike in found.values() for row in alike), key=lambda row: int(row["step"]))
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    pairs = ((inception_of(one), inception_of(other)), (one.get("held_out"), other.get("held_out")))
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def inception_of(row: Mapping[str, Any]) -> str | None:
+    """Returns the hash of the weights that a row's FID and its like were measured with, or None."""
+    return (row.get("protocol") or {}).get("inception")
+
+
+def comparable(row: Mapping[str, Any]) -> str:
+    """Returns what two rows of figures must have in common for their distances without Inception to be held against
+    each other."""
+    return json.dumps({**(row.get("protocol") or {}), "inception": None}, sort_keys=True)
+
+
+def by_protocol(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Returns rows of evaluations in groups that may be compared, the largest group first, steps in order.
+
+    Rows without Inception stand among those of the weights that were used most.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(comparable(row), []).append(row)
+    told: list[list[dict[str, Any]]] = []
+    for group in groups.values():
+        used = Counter(weights for row in group if (weights := inception_of(row)))
+        most = max(used, key=used.__getitem__, default=None)
+        split: dict[str | None, list[dict[str, Any]]] = {}
+        for row in group:
+            split.setdefault(inception_of(row) or most, []).append(row)
+        told += split.values()
+    return sorted(told, key=len, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Returns the step in a name like step-00000200.png, or -1 where there is none."""
+    found = re.fullmatch(r"step-(\d+)(\.png)?", path.name)
+    return int(found[1]) if found else -1
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Returns a YAML or JSON file's mapping; an empty one for a file that is missing or says something else."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}

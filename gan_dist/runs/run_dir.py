@@ -1,0 +1,158 @@
+"""A run's directory: where it lies, what stands in it, and whether a configuration may continue it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gan_dist.config.schema import (
+    FIXED_FROM,
+    Config,
+    change_rule,
+    changes,
+    flatten,
+    load_config,
+    to_yaml,
+)
+from gan_dist.utils.errors import UserError
+from gan_dist.model.networks import Generator
+from gan_dist.runs.naming import run_and_step, run_path
+from gan_dist.runs.checkpoint import Loaded, find, load_newest, replace_atomically
+from gan_dist.sampling.generate import build_generator
+
+LAUNCHER = ("launch", "logs", "stop")
+"""What a launcher may leave in a run's directory before the run itself begins."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from nothing, from its own newest checkpoint, or from a parent run's."""
+
+    loaded: Loaded | None = None
+    parent: str | None = None
+    """`RUN@STEP` this run was started from with --from, now or when it began."""
+    fresh: bool = True
+    """Whether counting begins at step 0: no checkpoint of its own is there yet."""
+    notes: tuple[str, ...] = ()
+    """Lines for the console: checkpoints passed over, keys that changed."""
+
+
+def prepare_start(
+    run_dir: Path,
+    config: Config,
+    dataset: str,
+    *,
+    from_run: str | None = None,
+    command: Sequence[str] = (),
+) -> Start:
+    """Returns where the run in `run_dir` starts, after checking that `config` continues the game that is stored there.
+
+    `dataset` is the manifest's hash; `command` the words that started this, used to print the one that would start a
+    new run. Writes nothing. Raises UserError with the keys and both values when the stored game is another one.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file; expected a run directory, or nothing there yet")
+    if (
+        run_dir.is_dir()
+        and any(not path.name.startswith((".", "lease", *LAUNCHER)) for path in run_dir.iterdir())
+        and not (run_dir / "config.yaml").is_file()
+    ):
+        raise UserError(f"{run_dir} is not empty and holds no run (no config.yaml); choose another --run-dir or --name")
+    loaded = load_newest(run_dir / "checkpoints")
+    notes: list[str] = []
+    if loaded is None:
+        parent = find_parent(from_run, config) if from_run is not None else None
+        return Start(parent, _parent_name(parent), True, tuple(parent.skipped if parent else ()))
+    recorded = loaded.manifest.get("parent")
+    if from_run is not None and recorded != (wanted := _parent_name(find_parent(from_run, config))):
+        raise UserError(
+            f"{run_dir} already holds a run that started from {recorded or 'nothing'}, not from {wanted}; "
+            f"choose another name for the new one: {_new_run(run_dir, command)}"
+        )
+    notes += [f"passed over {line}" for line in loaded.skipped]
+    if (stored_set := loaded.manifest.get("dataset")) not in (None, dataset):
+        raise UserError(
+            f"{run_dir} was trained on the dataset with manifest {str(stored_set)[:12]}, but {config.data.shards} has "
+            f"{dataset[:12]}; name the same dataset, or start a new run: {_new_run(run_dir, command)}"
+        )
+    refused = []
+    for key, (old, new) in changes(loaded.state["config"], config.to_dict()).items():
+        rule = change_rule(key)
+        if rule == "never" or (rule == "upward" and new < old):
+            refused.append(f"{key} was {old}, now {new}")
+        elif rule == "said":
+            notes.append(f"{key} was {old}, now {new}: the same game, though not the same bits")
+    if refused:
+        raise UserError(
+            f"{run_dir} holds a run with another configuration ({'; '.join(refused)}); "
+            f"to start it as a new run: {_new_run(run_dir, command)}"
+        )
+    return Start(loaded, recorded, False, tuple(notes))
+
+
+def _parent_name(parent: Loaded | None) -> str | None:
+    return f"{parent.path.parent.parent}@{parent.step}" if parent else None
+
+
+def find_parent(from_run: str, config: Config) -> Loaded:
+    """Returns the checkpoint that `RUN[@STEP]` names, whose networks must have the shapes that `config` asks for."""
+    parent = find(*run_and_step(from_run))
+    for key, (old, new) in changes(parent.state["config"], config.to_dict()).items():
+        if key.startswith(FIXED_FROM) and key != "model.init_std":
+            raise UserError(
+                f"--from {from_run}: {key} is {old} there and {new} here; the networks' shapes must be equal"
+            )
+    return parent
+
+
+def _new_run(run_dir: Path, command: Sequence[str]) -> str:
+    """Returns the command that starts the refused configuration under the first free name."""
+    number = next(n for n in range(2, 10**6) if not run_dir.with_name(f"{run_dir.name}-{n}").exists())
+    words = list(command) or ["gan-dist", "train", "CONFIG"]
+    return f"{shlex.join(words)} --run-dir {shlex.quote(str(run_dir.with_name(f'{run_dir.name}-{number}')))}"
+
+
+def write_start(run_dir: Path, config: Config, facts: Mapping[str, Any]) -> None:
+    """Makes the run directory and writes its config.yaml and environment.json, each whole or not at all.
+
+    Raises UserError when the directory cannot be made or written.
+    """
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / "samples").mkdir(exist_ok=True)
+        replace_atomically(run_dir / "config.yaml", to_yaml(config).encode())
+        replace_atomically(run_dir / "environment.json", (json.dumps(facts, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
+
+
+def read_config(run_dir: Path) -> Config:
+    """Returns the configuration that a run directory holds."""
+    return load_config(run_dir / "config.yaml")
+
+
+def load_generator(run: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> Generator:
+    """Returns a run's generator in eval mode, at `step` or its newest checkpoint; the averaged one where there is one.
+
+    Latents [B, Z] to images [B, 3, S, S] in [-1, 1]. Raises UserError when there is no such run or step.
+    """
+    return build_generator(find(run_path(run), step).state, device)
+
+
+def resolved_changes(run_dir: Path, resolved: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each resolved setting (threads, precision, ...) that differs from the run's last start."""
+    try:
+        stored = json.loads((run_dir / "environment.json").read_text()).get("resolved", {})
+    except (OSError, ValueError):
+        return []
+    return [
+        f"{key} resolved to {old} before and to {new} now: the same game, though not the same bits"
+        for key, (old, new) in changes(stored, flatten(resolved)).items()
+        if key in stored
+    ]

@@ -1,0 +1,1 @@
+"""Images from a generator, and generators as files."""

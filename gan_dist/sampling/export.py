@@ -1,0 +1,193 @@
+"""Generators as files: out to safetensors with a model card, in from there and from other programs' files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gan_dist.model.networks import RESOLUTIONS, Generator
+from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import expand
+from gan_dist.utils.pictures import write_atomically
+
+CONTAINERS = ("generator_ema", "generator", "netG", "G", "model_state_dict", "state_dict", "model")
+"""Names under which programs keep a generator's weights beside other things; the first that is there is taken."""
+
+SNIPPET = """\
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+weights = load_file("{file}")
+layers = sum(name.startswith("convt") for name in weights)
+stack = nn.Sequential()
+for i in range(1, layers + 1):
+    a, b = weights[f"convt{{i}}.weight"].shape[:2]
+    stride, padding = (1, 0) if i == 1 else (2, 1)
+    stack.add_module(f"convt{{i}}", nn.ConvTranspose2d(a, b, 4, stride, padding, bias=False))
+    if i < layers:
+        stack.add_module(f"bn{{i}}", nn.BatchNorm2d(b))
+        stack.add_module(f"relu{{i}}", nn.ReLU())
+stack.add_module("tanh", nn.Tanh())
+stack.load_state_dict(weights)
+stack.eval()
+
+latents = torch.randn(16, {latent_dim}, 1, 1)  # N(0, 1)
+with torch.no_grad():
+    images = stack(latents)  # [16, 3, {resolution}, {resolution}] in [-1, 1]
+"""
+"""Loads an exported generator with torch and safetensors alone."""
+
+
+def export_generator(generator: Generator, out: str | Path, facts: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Returns (weights, card): the safetensors file `out` and the Markdown beside it that says what it is.
+
+    facts: what the card should tell (run, step, images_seen, config, dataset, ...); nested mappings become lists.
+    Weights are float32, under the names of the thesis' code. Raises UserError for a name that does not end in
+    .safetensors.
+    """
+    path = expand(out)
+    if path.suffix != ".safetensors":
+        raise UserError(f"--export: expected a file name ending in .safetensors, found {path.name}")
+    weights = {name: _plain(value) for name, value in generator.state_dict().items()}
+    shape = {"resolution": generator.resolution, "latent_dim": generator.latent_dim}
+    described = {"format": "gan_dist generator 1", **{key: str(value) for key, value in shape.items()}}
+    content = safetensors.torch.save(weights, metadata=described)
+    card = _card(path.name, generator, facts, hashlib.sha256(content).hexdigest())
+    write_atomically(path, content)
+    write_atomically(path.with_suffix(".md"), card.encode())
+    return path, path.with_suffix(".md")
+
+
+def _plain(value: Tensor) -> Tensor:
+    copied = value.detach().to("cpu", copy=True).contiguous()
+    return copied.float() if copied.is_floating_point() else copied
+
+
+def _card(file: str, generator: Generator, facts: Mapping[str, Any], digest: str) -> str:
+    count = sum(parameter.numel() for parameter in generator.parameters())
+    told = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            told += [f"- {key}:", *(f"  - {inner}: {json.dumps(one)}" for inner, one in value.items())]
+        elif value is not None:
+            told.append(f"- {key}: {value}")
+    return "\n".join(
+        [
+            f"# {file}",
+            "",
+            f"A DCGAN generator (Radford et al. 2016): latents of {generator.latent_dim} numbers from N(0, 1) to RGB "
+            f"images of {generator.resolution}x{generator.resolution} pixels in [-1, 1]. {count:,} parameters, "
+            "float32, batch norm with running statistics. It repeats the biases of the images it learned from, and "
+            "what it draws is no work of the artists who made those.",
+            "",
+            "## Where it comes from",
+            "",
+            *told,
+            f"- sha256: {digest}",
+            "",
+            "## How to load it",
+            "",
+            "`gan-dist sample " + file + " --out grid.png`, or with torch and safetensors alone:",
+            "",
+            "```python",
+            SNIPPET.format(file=file, latent_dim=generator.latent_dim, resolution=generator.resolution).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def load_weights(source: str | Path, device: torch.device | str = "cpu") -> Generator:
+    """Returns the generator in a file, in eval mode: one that export_generator wrote, or another program's.
+
+    Reads safetensors, and torch files with nothing but tensors and plain values in them: a DCGAN generator's state_dict
+    under the thesis' names (convt1, bn1, ...) or by the order of its layers (main.0, main.1, ... of the PyTorch
+    tutorial), alone or inside a checkpoint, also of a DataParallel wrapper. Raises UserError when it is no such file,
+    or no such generator; nothing in it is executed.
+    """
+    path = expand(source)
+    if not path.is_file():
+        raise UserError(f"no file {path}; expected a generator's weights (.safetensors, .pt or .pth)")
+    weights = _named_as_ours(_find_weights(_read(path), path), path)
+    wide = weights.get("convt1.weight")
+    depth = sum(re.fullmatch(r"convt\d+\.weight", name) is not None for name in weights)
+    if wide is None or 4 * 2 ** (depth - 1) not in RESOLUTIONS:
+        sides = ", ".join(map(str, RESOLUTIONS))
+        raise UserError(f"{path}: {depth} transposed convolutions; a generator of {sides} pixels has 4, 5, 6 or 7")
+    resolution, latent_dim = 4 * 2 ** (depth - 1), wide.shape[0]
+    generator = Generator(resolution, latent_dim, weights[f"convt{depth}.weight"].shape[0])
+    expected = generator.state_dict()
+    for name, value in expected.items():
+        if name not in weights and name.endswith("num_batches_tracked"):
+            weights[name] = torch.zeros_like(value)  # files of torch before 0.4.1 have none
+        elif name not in weights:
+            raise UserError(f"{path}: no {name}; expected the weights of a DCGAN generator without convolution biases")
+        elif weights[name].shape != value.shape:
+            found, wanted = list(weights[name].shape), list(value.shape)
+            raise UserError(f"{path}: {name} has shape {found}, a {resolution}-pixel DCGAN has {wanted} there")
+    if left := sorted(weights.keys() - expected.keys()):
+        raise UserError(f"{path}: {left[0]} has no place in a DCGAN generator ({len(left)} such entries)")
+    generator.load_state_dict(weights)
+    return generator.to(device).eval()
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a safetensors file: {error}") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({named[1]})" if named else ""
+        raise UserError(
+            f"{path} holds more than tensors{what} and was not opened, because loading it could run code; "
+            "save the generator's state_dict() and pass that file"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a file of torch tensors: {str(error).splitlines()[0]}") from None
+
+
+def _find_weights(loaded: Any, path: Path) -> dict[str, Tensor]:
+    """Returns the generator's tensors by name, from a state_dict or from a checkpoint that has one inside."""
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path}: expected a state_dict, found {type(loaded).__name__}")
+    if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
+        return dict(loaded)
+    for name in CONTAINERS:
+        if isinstance(inner := loaded.get(name), Mapping) and inner:
+            return _find_weights(inner, path)
+    raise UserError(
+        f"{path}: no generator in it; looked for {', '.join(CONTAINERS)}, found {', '.join(map(str, loaded))}"
+    )
+
+
+def _named_as_ours(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Returns the tensors under our names: convt1..N and bn1..N-1, by theirs or by the order of the layers."""
+    plain = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.items()}
+    if "convt1.weight" in plain:
+        return plain
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in plain)
+    ordered = sorted(layers, key=lambda layer: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", layer)])
+    renamed: dict[str, str] = {}
+    for layer in ordered:
+        weight = plain.get(f"{layer}.weight")
+        kind = "convt" if weight is not None and weight.dim() == 4 else "bn"
+        renamed[layer] = f"{kind}{1 + sum(name.startswith(kind) for name in renamed.values())}"
+    if not any(name.startswith("convt") for name in renamed.values()):
+        raise UserError(f"{path}: no transposed convolution in it; expected the state_dict of a DCGAN generator")
+    return {f"{renamed[layer]}.{last}": plain[name] for name in plain for layer, _, last in [name.rpartition(".")]}

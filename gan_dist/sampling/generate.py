@@ -1,0 +1,128 @@
+"""A generator -> images: grids, single pictures, walks between latents, an animation of a run's own grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from gan_dist.model.networks import Generator
+from gan_dist.runs.record import read_run
+from gan_dist.utils.errors import UserError
+from gan_dist.utils.pictures import grid, save_gif, save_png, to_uint8
+
+__all__ = ["animate", "build_generator", "draw", "draw_latents", "generate", "grid", "interpolate", "save_png"]
+
+MAX_FRAMES = 120
+"""Frames of an animation: of a longer run every second, third, ... grid is shown, first and last always."""
+
+
+def generate(generator: torch.nn.Module, latents: Tensor, batch: int = 256) -> Tensor:
+    """Returns uint8 [N, 3, S, S] for `latents` [N, Z], drawn in eval mode; the generator's mode is as before after."""
+    training = generator.training
+    parameter = next(generator.parameters())
+    generator.eval()
+    try:
+        with torch.no_grad():
+            wanted = latents.to(parameter.device, parameter.dtype)
+            starts = range(0, len(wanted), batch)
+            return torch.cat([to_uint8(generator(wanted[start : start + batch])) for start in starts])
+    finally:
+        generator.train(training)
+
+
+def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Returns [steps, Z]: latents on the great circle from `start` [Z] to `end` [Z] (White 2016, section 2.1).
+
+    A straight line would pass nearer to the origin than N(0, 1) latents ever lie.
+    """
+    cosine = torch.dot(start, end) / (start.norm() * end.norm())
+    angle = torch.acos(cosine.clamp(-1, 1))
+    t = torch.linspace(0, 1, steps, dtype=start.dtype)[:, None]
+    if angle.sin().abs() < 1e-6:
+        return start + (end - start) * t
+    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
+
+
+def build_generator(state: Mapping[str, Any], device: torch.device | str = "cpu") -> Generator:
+    """Returns the generator of a checkpoint's `state` in eval mode: the averaged one where there is one."""
+    model = state["config"]["model"]
+    generator = Generator(model["resolution"], model["latent_dim"], model["g_channels"])
+    generator.load_state_dict(state.get("generator_ema") or state["generator"])
+    generator.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+    return generator.to(device).eval()
+
+
+def draw_latents(latent_dim: int, count: int, seed: int, walk: bool = False) -> Tensor:
+    """Returns latents [count, latent_dim] keyed by `seed`; with `walk`, each row of a square grid goes from one to
+    another."""
+    source = torch.Generator().manual_seed(seed)
+    if not walk:
+        return torch.randn(count, latent_dim, generator=source)
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    ends = torch.randn(2 * rows, latent_dim, generator=source)
+    return torch.cat([interpolate(ends[2 * row], ends[2 * row + 1], columns) for row in range(rows)])[:count]
+
+
+def draw(
+    generator: torch.nn.Module,
+    latent_dim: int,
+    *,
+    count: int,
+    seed: int,
+    out: Path,
+    walk: bool = False,
+    individual: Path | None = None,
+) -> Tensor:
+    """Returns `count` images, uint8 [count, 3, S, S], after writing their grid to `out` and, if asked, each alone.
+
+    Latents are keyed by `seed`. With `walk` each row of the grid goes from one latent to another.
+    """
+    images = generate(generator, draw_latents(latent_dim, count, seed, walk))
+    save_png(grid(images), out)
+    if individual is not None:
+        for number, image in enumerate(images):
+            save_png(image, individual / f"sample-{number:05d}.png")
+    return images
+
+
+def animate(run: str | Path, out: Path, *, seconds: float = 8.0, max_frames: int = MAX_FRAMES) -> int:
+    """Returns the number of frames of the GIF written to `out`: the run's fixed latents, from first grid to last.
+
+    It takes `seconds` and then rests on the last grid; a mark below tells how far training is. Made from the pictures
+    in samples/, so checkpoints need not be kept. Raises UserError when there is no such run, or it has no grids yet.
+    """
+    samples = read_run(run).samples
+    if not samples:
+        raise UserError(f"{run} has no grids in samples/ yet; they come every log.samples_every steps")
+    stride = math.ceil(len(samples) / max(2, max_frames))
+    chosen = [*samples[:-1:stride], samples[-1]]
+    frames = []
+    size = None
+    for step, path in chosen:
+        with Image.open(path) as picture:
+            frame = picture.convert("RGB")
+        size = size or frame.size
+        frames.append(_marked(frame.resize(size), step, chosen[-1][0]))
+    save_gif(frames, out, max(0.02, seconds / len(frames)), 2.0)
+    return len(frames)
+
+
+def _marked(frame: Image.Image, step: int, last: int) -> Image.Image:
+    """Returns `frame` above a bar whose length is how far `step` is towards `last`, and the step in figures."""
+    marked = Image.new("RGB", (frame.width, frame.height + 18), "white")
+    marked.paste(frame, (0, 0))
+    pen = ImageDraw.Draw(marked)
+    label = f"step {step:,}"
+    room = max(0, frame.width - 12 - round(pen.textlength(f"step {last:,}")) - 6)
+    top = frame.height + 7
+    pen.rectangle((4, top, 4 + room, top + 3), fill=(222, 222, 222))
+    pen.rectangle((4, top, 4 + round(room * step / max(1, last)), top + 3), fill=(40, 90, 170))
+    pen.text((frame.width - 4, frame.height + 9), label, fill=(60, 60, 60), anchor="rm")
+    return marked

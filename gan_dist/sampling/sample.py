@@ -1,0 +1,126 @@
+"""The work of `gan-dist sample`: a run, a checkpoint or a file -> its generator -> what was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gan_dist.config.base import check_seed
+from gan_dist.data.shards import open_dataset
+from gan_dist.model.networks import Generator
+from gan_dist.runs.checkpoint import find, load
+from gan_dist.runs.naming import run_path
+from gan_dist.sampling.export import export_generator, load_weights
+from gan_dist.sampling.generate import animate, build_generator, draw
+from gan_dist.sampling.neighbours import draw_neighbours
+from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import expand
+
+
+@dataclass(frozen=True)
+class Source:
+    """A generator to draw from: what to call it, where it came from (for the card), and its run, where it has one."""
+
+    name: str
+    generator: Generator
+    facts: dict[str, Any]
+    dataset: str | None = None
+    run: Path | None = None
+
+
+def find_source(run: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> Source:
+    """Returns what RUN means: a run's directory or name (at `step` or its newest checkpoint), the directory of one
+    checkpoint, or a file of weights (exported here, or another program's).
+
+    Raises UserError when there is no such thing.
+    """
+    path = run_path(run)
+    if path.is_file():
+        if step is not None:
+            raise UserError(f"--step: {path} is one generator, not a run with checkpoints")
+        return Source(path.name, load_weights(path, device), {"file": path.name})
+    loaded = load(path) if (path / "state.pt").is_file() and step is None else find(path, step)
+    config = loaded.state["config"]
+    home = loaded.path.parent.parent
+    averaged = bool(loaded.state.get("generator_ema"))
+    facts = {
+        "run": home.name,
+        "step": loaded.step,
+        "images seen": loaded.state["images_seen"],
+        "weights": "averaged over training" if averaged else "as trained",
+        "dataset (sha256 of its manifest)": loaded.manifest.get("dataset"),
+        "torch": loaded.manifest.get("torch"),
+        "model": config["model"],
+        "loss": config["loss"],
+        "optim": config["optim"],
+    }
+    shards = config.get("data", {}).get("shards")
+    return Source(f"step {loaded.step} of {home.name}", build_generator(loaded.state, device), facts, shards, home)
+
+
+def sample_run(
+    run: str | Path,
+    *,
+    step: int | None = None,
+    count: int = 64,
+    seed: int = 0,
+    out: str | Path = "grid.png",
+    interpolate: bool = False,
+    individual: str | Path | None = None,
+    export: str | Path | None = None,
+    animation: str | Path | None = None,
+    neighbours: str | Path | None = None,
+    dataset: str | Path | None = None,
+) -> list[str]:
+    """Returns lines that say what was written where.
+
+    Always the grid `out` of `count` images. Besides, as asked: each image alone in the folder `individual`; the
+    generator as `export` (safetensors, with a card beside it); the run's own grids as the GIF `animation`; each sample
+    beside its nearest real image as the PNG `neighbours`, from `dataset` (default: the one the run learned from).
+    Raises UserError for what cannot be, before anything is written.
+    """
+    if count < 1:
+        raise UserError(f"--count: expected 1 or more, found {count}")
+    check_seed(seed)
+    source = find_source(run, step)
+    if animation is not None and source.run is None:
+        raise UserError(f"--animation: {source.name} has no training to show; name a run")
+    if export is not None and expand(export).suffix != ".safetensors":
+        raise UserError(f"--export: expected a file name ending in .safetensors, found {export}")
+    reals = None
+    if neighbours is not None:
+        if dataset is None and source.dataset is None:
+            raise UserError(f"--neighbours: {source.name} does not say what it learned from; give --dataset")
+        reals = open_dataset(str(dataset or source.dataset))
+        if reals.resolution != source.generator.resolution:
+            raise UserError(
+                f"--neighbours: {source.name} draws {source.generator.resolution} pixels a side, "
+                f"{reals.root} holds {reals.resolution}; give the dataset it learned from"
+            )
+    try:
+        images = draw(
+            source.generator,
+            source.generator.latent_dim,
+            count=count,
+            seed=seed,
+            out=expand(out),
+            walk=interpolate,
+            individual=expand(individual) if individual is not None else None,
+        )
+        lines = [f"{count} images of {source.name} in {out}"]
+        if individual is not None:
+            lines.append(f"each alone in {individual}")
+        if export is not None:
+            weights, card = export_generator(source.generator, export, source.facts)
+            lines.append(f"the generator in {weights}, described in {card}")
+        if animation is not None and source.run is not None:
+            lines.append(f"{animate(source.run, expand(animation))} moments of training in {animation}")
+        if neighbours is not None and reals is not None:
+            found = draw_neighbours(images, reals, expand(neighbours))
+            lines += [f"each sample beside its nearest real image in {neighbours}", *found.lines()]
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from None
+    return lines

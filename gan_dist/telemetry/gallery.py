@@ -1,0 +1,96 @@
+"""The pictures and texts of a run in training: grids of the fixed latents, walks between them, and what it all is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gan_dist.data.shards import Dataset, Manifest
+from gan_dist.sampling.generate import generate, interpolate
+from gan_dist.telemetry.telemetry import Telemetry
+from gan_dist.utils.pictures import from_pil, grid, write_atomically
+
+WALK_ROWS, WALK_COLUMNS = 4, 8
+
+
+class Gallery:
+    """Draws what `generator` makes of `fixed_latents` [N, Z], again and again as it learns; used on rank 0 alone."""
+
+    def __init__(self, run_dir: Path, telemetry: Telemetry, generator: torch.nn.Module, fixed_latents: Tensor) -> None:
+        self._run_dir, self._telemetry, self._generator = run_dir, telemetry, generator
+        self._latents = fixed_latents.cpu()
+        pairs = self._latents[: 2 * min(WALK_ROWS, len(self._latents) // 2)]
+        walks = [interpolate(start, end, WALK_COLUMNS) for start, end in zip(pairs[::2], pairs[1::2], strict=True)]
+        self._all = torch.cat([self._latents, *walks])
+
+    def draw(self, step: int) -> None:
+        """Draws the fixed latents to samples/ and TensorBoard, and a strip of walks between them to TensorBoard."""
+        images = generate(self._generator, self._all)
+        count = len(self._latents)
+        path = self._run_dir / "samples" / f"step-{step:08d}.png"
+        self._telemetry.image("samples/fixed_latents", step, grid(images[:count]), path)
+        if len(images) > count:
+            self._telemetry.image("samples/interpolation", step, grid(images[count:], WALK_COLUMNS))
+
+    def introduce(
+        self, step: int, dataset: Dataset, reals: Tensor, config: str, environment: Mapping[str, Any]
+    ) -> None:
+        """Tells what is trained on what and where, as texts; shows `reals`, uint8 [N, 3, S, S], when the run begins.
+
+        Called at every start: the machine may be another one. The dataset's card also goes into the run directory, so
+        that a report can be made where the dataset is not.
+        """
+        card = dataset_card(dataset.root, dataset.manifest)
+        content = json.dumps(card, indent=2).encode() + b"\n"
+        write_atomically(self._run_dir / "dataset.json", content)
+        self._telemetry.text("config", step, f"```yaml\n{config}\n```")
+        self._telemetry.text("environment", step, as_table(environment))
+        self._telemetry.text("dataset", step, as_table(card))
+        if step == 0:
+            self._telemetry.image("samples/real", 0, grid(reals), self._run_dir / "samples" / "real.png")
+            sheet = dataset.root / "contact_sheet.png"
+            if sheet.is_file():
+                with Image.open(sheet) as picture:
+                    self._telemetry.image("dataset/contact_sheet", 0, from_pil(picture))
+
+
+def dataset_card(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """Returns what a person wants to know of a dataset: where, which, how many, how made, and the whole account."""
+    reasons: Counter[str] = Counter()
+    rejects = root / "rejects.jsonl"
+    if rejects.is_file():
+        with rejects.open(encoding="utf-8") as lines:
+            reasons.update(json.loads(line)["reason"] for line in lines if line.strip())
+    totals = {key: value for key, value in manifest.totals.items() if value not in ({}, None)}
+    classes = totals.pop("classes", {})
+    if isinstance(classes, dict) and classes:
+        totals["classes"] = len(classes)
+    return {
+        "path": str(root),
+        "manifest": manifest.identity,
+        "resolution": manifest.resolution,
+        "samples": manifest.num_samples,
+        "shards": len(manifest.shards),
+        "recipe": manifest.recipe,
+        **totals,
+        **({"rejected": dict(reasons.most_common())} if reasons else {}),
+    }
+
+
+def as_table(values: Mapping[str, Any]) -> str:
+    """Returns `values` as a Markdown table of names and values; nested mappings become `name.key` rows."""
+    rows = ["| | |", "|---|---|"]
+    for key, value in values.items():
+        nested = {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, Mapping) else {key: value}
+        for name, one in nested.items():
+            text = " ".join(map(str, one)) if isinstance(one, list) else str(one)
+            cell = text.replace("|", "\\|").replace("\n", " ")
+            rows.append(f"| {name} | {cell} |")
+    return "\n".join(rows)

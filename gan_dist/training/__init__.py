@@ -1,0 +1,1 @@
+"""The synchronised game: update, recovery, loop."""

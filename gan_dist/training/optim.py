@@ -1,0 +1,125 @@
+"""One of the two networks with all that moves it: flat gradients, Adam, buffers that a skipped update gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gan_dist.distributed.world import World
+
+
+class Player:
+    """A network in training: `update` takes its local loss to the world's gradient and a step of Adam."""
+
+    def __init__(
+        self, network: nn.Module, world: World, *, lr: float, betas: tuple[float, float], num_extras: int
+    ) -> None:
+        self.network = network
+        self.world = world
+        self.parameters = list(network.parameters())
+        self.buffers = Buffers(network)
+        self.gradients = FlatGradients(self.parameters, num_extras)
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=lr, betas=betas, fused=True, capturable=world.device.type == "cuda"
+        )
+        for parameter, gradient in zip(self.parameters, self.gradients.views, strict=True):
+            parameter.grad = gradient
+            # Adam makes its state in its first step; a CUDA graph needs it to be there before.
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        with torch.no_grad():
+            for tensor in (*self.parameters, *network.buffers()):
+                world.broadcast(tensor)
+
+    def update(self, loss: Tensor, extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (gradient norm, skipped, extras summed over the ranks), having updated the network or skipped it.
+
+        skipped: float32 scalar on the device, 1 where the world's gradient or loss (the first extra) was not finite. It
+        is computed from what was reduced, so it is the same on all ranks, and nobody waits for it.
+        """
+        self.gradients.fill(torch.autograd.grad(loss, self.parameters), extras)
+        self.world.all_reduce(self.gradients.flat)
+        norm = torch.linalg.vector_norm(self.gradients.values)
+        skipped = (~torch.isfinite(norm + self.gradients.extras[0])).float()
+        # The scalar by which torch.amp.GradScaler makes a fused Adam do nothing, its step counters included.
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+        return norm, skipped, self.gradients.extras
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns {network, optimizer}: the living tensors, in the layout that trains."""
+        return {"network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over weights, buffers and Adam's moments, in place; its learning rate and betas stay.
+
+        In place, because a CUDA graph has their addresses, and fused Adam wants moments laid out like their parameters.
+        """
+        self.network.load_state_dict(state["network"])
+        moments = state["optimizer"]["state"]
+        with torch.no_grad():
+            for index, parameter in enumerate(self.parameters):
+                for name, value in self.optimizer.state[parameter].items():
+                    value.copy_(moments[index][name])
+
+
+class FlatGradients:
+    """All gradients of a network and a few scalars behind them in one buffer, so that one all-reduce takes them all."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], num_extras: int) -> None:
+        count = sum(parameter.numel() for parameter in parameters)
+        self.flat = parameters[0].new_zeros(count + num_extras)
+        self.values = self.flat[:count]
+        self.extras = self.flat[count:]
+        self.views: list[Tensor] = []
+        offset = 0
+        for parameter in parameters:  # each view is strided like its parameter, as fused kernels want it
+            self.views.append(torch.as_strided(self.flat, parameter.shape, parameter.stride(), offset))
+            offset += parameter.numel()
+
+    def fill(self, gradients: Sequence[Tensor], extras: Tensor) -> None:
+        """Overwrites everything."""
+        torch._foreach_copy_(self.views, list(gradients))
+        self.extras.copy_(extras)
+
+
+class Buffers:
+    """A network's running statistics, moved into flat tensors so that keeping and restoring them is a copy or two."""
+
+    def __init__(self, network: nn.Module) -> None:
+        buffers = list(network.buffers())
+        self.flats = []
+        for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+            chosen = [buffer for buffer in buffers if buffer.dtype == dtype]
+            flat = torch.cat([buffer.detach().flatten() for buffer in chosen])
+            offset = 0
+            for buffer in chosen:
+                buffer.data = flat[offset : offset + buffer.numel()].view(buffer.shape)
+                offset += buffer.numel()
+            self.flats.append(flat)
+
+    def snapshot(self) -> list[Tensor]:
+        """Returns copies of the values."""
+        return [flat.clone() for flat in self.flats]
+
+    def restore(self, kept: list[Tensor], condition: Tensor) -> None:
+        """Puts `kept` back where the scalar `condition` on the device is not 0."""
+        for flat, values in zip(self.flats, kept, strict=True):
+            flat.copy_(torch.where(condition != 0, values, flat))
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within it no gradient is computed for the network's parameters; gradients still pass through to its input."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)

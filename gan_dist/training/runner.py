@@ -1,0 +1,200 @@
+"""How the update is run: eagerly, compiled, or captured as a CUDA graph. The algorithm is update.py's, and only there.
+
+Shapes never change inside a run, so each runner prepares once, at its first step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from gan_dist.training.update import Precision, Update
+from gan_dist.utils.errors import GanDistError, UserError
+
+RUNNERS = ("eager", "compiled", "captured")
+PASSES = ("generate", "discriminate", "deceive")
+WARM_UP_STEPS = 3
+"""Steps before a capture: cuDNN chooses its algorithms and the allocator finds its blocks (torch's manual)."""
+
+
+class Runner(Protocol):
+    """Something that steps."""
+
+    name: str
+    """eager, compiled or captured: what `auto` came to."""
+    reason: str
+    """Why, in one clause, for the console."""
+
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: float = 0.0) -> Tensor:
+        """Returns STATS as Update.step does; the vector is valid until the following call."""
+
+
+class Eager:
+    """Calls the update as it is written."""
+
+    name = "eager"
+
+    def __init__(self, update: Update, reason: str) -> None:
+        self.update = update
+        self.reason = reason
+
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: float = 0.0) -> Tensor:
+        return self.update.step(reals, latents, stop)
+
+
+class Compiled:
+    """Compiles the update's three passes, batch-norm collectives included, each as one graph.
+
+    Gradients, the all-reduce and fused Adam stay between the graphs: so it is right on every torch from 2.11, where one
+    graph of the whole step is silently wrong before 2.14.
+    """
+
+    name = "compiled"
+
+    def __init__(self, update: Update, reason: str, backend: str = "inductor") -> None:
+        self.update = update
+        self.reason = reason
+        for name in PASSES:
+            whole = torch.compile(getattr(update, name), backend=backend, fullgraph=True, dynamic=False)
+            setattr(update, name, whole)
+
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: float = 0.0) -> Tensor:
+        try:
+            return self.update.step(reals, latents, stop)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise GanDistError(
+                f"torch.compile could not compile the step ({first_line}); set train.runner=eager"
+            ) from error
+
+
+class Captured:
+    """Records one step as a CUDA graph and replays it: one launch a step instead of some hundreds.
+
+    The graph has the addresses of everything: inputs are copied into buffers of its own, state moves in place only.
+    """
+
+    name = "captured"
+
+    def __init__(self, update: Update, reason: str, may_fall_back: bool = False) -> None:
+        self.update = update
+        self.reason = reason
+        self.may_fall_back = may_fall_back
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] = []
+        self.stats = torch.empty(0)
+
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: float = 0.0) -> Tensor:
+        if self.graph is None and self.name == "captured":
+            try:
+                self._capture(reals, latents)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                first_line = str(error).strip().split("\n")[0]
+                if not self.may_fall_back:
+                    raise GanDistError(
+                        f"the step could not be captured ({first_line}); set train.runner=eager"
+                    ) from error
+                self.name, self.reason, self.graph = "eager", f"the step could not be captured: {first_line}", None
+                logging.getLogger("gan_dist").warning("falling back to the eager runner: %s", self.reason)
+        if self.graph is None:
+            return self.update.step(reals, latents, stop)
+        for static, value in zip(self.inputs, (*reals, *latents), strict=True):
+            static.copy_(value, non_blocking=True)
+        self.stop.fill_(stop)
+        self.graph.replay()
+        return self.stats
+
+    def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
+        """Warms up on a side stream, gives the state back what the warm-up moved, and records."""
+        self.inputs = [value.clone() for value in (*reals, *latents)]
+        self.stop = torch.zeros((), device=self.update.world.device)
+        reals, latents = self.inputs[: len(reals)], self.inputs[len(reals) :]
+        kept = self.update.snapshot()
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                self.update.step(reals, latents, self.stop)
+        torch.cuda.current_stream().wait_stream(side)
+        self.update.load_state_dict(kept)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: the prefetch thread and NCCL's watchdog may call CUDA while this thread records.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.stats = self.update.step(reals, latents, self.stop)
+
+
+def make_runner(name: str, update: Update) -> Runner:
+    """Returns the runner `name`, or for `auto` the fastest that the update's device and this torch allow, saying why.
+
+    Raises UserError for a runner that the device cannot do.
+    """
+    device = update.world.device
+    if name not in ("auto", *RUNNERS):
+        raise UserError(f"train.runner: expected auto, {', '.join(RUNNERS)}, found {name!r}")
+    if name == "auto":
+        if device.type == "cuda":
+            reason = "one launch a step; at small batches a GPU would wait for Python"
+            return Captured(update, reason, may_fall_back=True)
+        return Eager(update, "on a CPU the convolutions bound the step, and compiling costs a minute at the start")
+    if name == "captured":
+        if device.type != "cuda":
+            raise UserError(
+                f"train.runner=captured records a CUDA graph, but this rank drives {device.type}; "
+                "use eager, compiled or auto"
+            )
+        return Captured(update, "asked for")
+    if name == "compiled":
+        if device.type == "cpu" and not compiler():
+            raise UserError(
+                "train.runner=compiled needs a C++ compiler (g++ or clang++) and found none; install one, or use eager"
+            )
+        return Compiled(update, "asked for")
+    return Eager(update, "asked for")
+
+
+def compiler() -> str | None:
+    """Returns the path of the C++ compiler that torch.compile would use on a CPU, or None."""
+    for candidate in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if candidate and (found := shutil.which(candidate)):
+            return found
+    return None
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Returns whether the device multiplies bfloat16 in hardware: x86 with AMX or AVX512-BF16, NVIDIA from Ampere."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    probes: list[Any] = [getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16")]
+    return any(probe() for probe in probes)
+
+
+def resolve_precision(name: str, device: torch.device) -> tuple[Precision, str]:
+    """Returns the precision that `name` (a Precision or auto) means on `device`, and why in one clause.
+
+    auto: bf16 where the device has it natively, else fp32. Raises UserError for one that the device cannot do.
+    """
+    native = native_bf16(device)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
+    if name == "auto":
+        return ("bf16", f"{kind} has it natively") if native else ("fp32", f"{kind} has no bf16 of its own")
+    if name not in get_args(Precision):
+        raise UserError(f"train.precision: expected auto, {', '.join(get_args(Precision))}, found {name!r}")
+    if name == "bf16" and not native:
+        raise UserError(
+            f"train.precision=bf16, but {kind} has no bf16 of its own (emulation is many times slower); use fp32"
+        )
+    if name == "tf32" and device.type != "cuda":
+        raise UserError(f"train.precision=tf32 is an NVIDIA GPU's, but this rank drives {device.type}; use fp32")
+    precision: Any = name
+    return precision, "asked for"

@@ -1,0 +1,227 @@
+"""The algorithm: d_steps discriminator updates and one generator update of one game that all ranks play together.
+
+Goodfellow et al. 2014, algorithm 1, with Adam. How it is run (eager, compiled, as a CUDA graph) is runner.py's
+affair: nothing here waits for the device or decides by a value on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gan_dist.distributed.world import World
+from gan_dist.model.batchnorm import synchronise
+from gan_dist.model.losses import LossName, discriminator_loss, generator_loss, minimax_value
+from gan_dist.training.optim import Player, frozen
+from gan_dist.utils.errors import UserError
+from gan_dist.utils.tensors import copy_state, to_host
+
+Precision = Literal["bf16", "tf32", "fp32", "fp64"]
+
+STATS = (
+    "loss/discriminator",
+    "loss/generator",
+    "probability/real",
+    "probability/fake",
+    "probability/fake_after_update",
+    "value/minimax",
+    "gradient_norm/discriminator",
+    "gradient_norm/generator",
+    "control/stop",
+    "control/skipped",
+)
+"""What a step returns, in order. All are the whole world's: losses, probabilities and the value are means over the
+global batch; control/stop is the number of ranks that ask to stop; control/skipped the number of this step's updates
+(of D and of G) that were not applied because a gradient or loss was not finite."""
+
+
+class Update:
+    """One step of the game, and the state that it moves."""
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        *,
+        world: World,
+        global_batch: int,
+        loss: LossName = "non_saturating",
+        real_target: float = 1.0,
+        generator_target: float | None = None,
+        g_lr: float = 2e-4,
+        d_lr: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+        d_steps: int = 1,
+        precision: Precision = "fp32",
+        sync_batchnorm: bool = True,
+    ) -> None:
+        """Moves both networks to the world's device and makes rank 0's parameters everybody's.
+
+        Raises UserError when there are more ranks than images in a batch.
+        """
+        if world.size > global_batch:
+            raise UserError(
+                f"train.global_batch is {global_batch} but there are {world.size} ranks; "
+                f"each needs an image: use a batch of {world.size} or more, or fewer ranks"
+            )
+        self.world = world
+        self.global_batch = global_batch
+        self.d_steps = d_steps
+        self.sync_batchnorm = sync_batchnorm
+        self.precision = precision
+        self.loss = loss
+        self.real_target = real_target
+        self.generator_target = generator_target
+        self.dtype = torch.float64 if precision == "fp64" else torch.float32
+        if world.device.type == "cuda":
+            cudnn: Any = torch.backends.cudnn
+            cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        for network in (generator, discriminator):
+            network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
+            synchronise(network, world if sync_batchnorm else World(device=world.device))
+        # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the stop requests.
+        self.g = Player(generator, world, lr=g_lr, betas=betas, num_extras=3)
+        self.d = Player(discriminator, world, lr=d_lr, betas=betas, num_extras=4)
+
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: Tensor | float = 0.0) -> Tensor:
+        """Returns STATS, one vector on the device, after d_steps updates of D and one of G.
+
+        reals: d_steps local uint8 batches [b, 3, S, S]; latents: as many local [b, Z]; stop: 1 where this rank asks to
+        stop. Two all-reduces (one a network and update) carry gradients, statistics and the stop request together.
+        """
+        d, g = self.d, self.g
+        skipped = torch.zeros((), device=self.world.device)
+        for k, (real, z) in enumerate(zip(reals, latents, strict=True)):
+            last = k == self.d_steps - 1
+            d_kept, g_kept = d.buffers.snapshot(), g.buffers.snapshot()
+            with torch.set_grad_enabled(last):
+                fake = self.generate(z)
+            d_loss, d_extras = self.discriminate(real, fake.detach())
+            d_norm, d_bad, d_sums = d.update(d_loss, d_extras)
+            d.buffers.restore(d_kept, d_bad)
+            if not last:  # the last fakes belong to G's update
+                g.buffers.restore(g_kept, d_bad)
+            skipped += d_bad
+        d_kept = d.buffers.snapshot()
+        with frozen(d.network):
+            g_loss, g_extras = self.deceive(fake)
+            word = stop.to(self.dtype) if isinstance(stop, Tensor) else g_extras.new_full((), stop)
+            g_norm, g_bad, g_sums = g.update(g_loss, torch.cat([g_extras, word.view(1)]))
+        g.buffers.restore(g_kept, g_bad)
+        d.buffers.restore(d_kept, g_bad)
+        skipped += g_bad
+        values = [d_sums[0], g_sums[0], d_sums[1], d_sums[2], g_sums[1], d_sums[3], d_norm, g_norm, g_sums[2], skipped]
+        return torch.stack([value.to(self.dtype) for value in values])
+
+    # The three passes below are what a runner may compile. Losses and statistics are sums over this rank's share,
+    # divided by the *global* batch: summed over ranks they are means, whatever the shares.
+
+    def generate(self, latents: Tensor) -> Tensor:
+        """Returns fakes [b, 3, S, S] in [-1, 1]."""
+        with self._autocast():
+            images: Tensor = self.g.network(latents.to(self.dtype))
+        return images
+
+    def discriminate(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns D's loss and [loss, D(x), D(G(z)), V(D, G)], for uint8 `real` and `fake` in [-1, 1]."""
+        with self._autocast():
+            logits = self.d.network(torch.cat([to_signed(real, fake.dtype), fake]), groups=2)
+        real_logits, fake_logits = logits.to(self.dtype).chunk(2)
+        loss = discriminator_loss(real_logits, fake_logits, self.real_target) / self.global_batch
+        with torch.no_grad():
+            sums = [real_logits.sigmoid().sum(), fake_logits.sigmoid().sum(), minimax_value(real_logits, fake_logits)]
+            extras = torch.stack([loss.detach(), *(value / self.global_batch for value in sums)])
+        return loss, extras
+
+    def deceive(self, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns G's loss and [loss, D(G(z))], through the discriminator as it stands."""
+        with self._autocast():
+            logits = self.d.network(fake).to(self.dtype)
+        loss = generator_loss(logits, self.loss, self.generator_target) / self.global_batch
+        with torch.no_grad():
+            extras = torch.stack([loss.detach(), logits.sigmoid().sum() / self.global_batch])
+        return loss, extras
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def snapshot(self, into: Any = None) -> dict[str, Any]:
+        """Returns {generator, discriminator, optimizer_g, optimizer_d}: copies, in the layout and place that trains.
+
+        `into`: an earlier snapshot that nobody needs any more; its tensors are overwritten instead of new ones made.
+        """
+        g, d = self.g.state_dict(), self.d.state_dict()
+        state = {
+            "generator": g["network"],
+            "discriminator": d["network"],
+            "optimizer_g": g["optimizer"],
+            "optimizer_d": d["optimizer"],
+        }
+        copied: dict[str, Any] = copy_state(state, into)
+        return copied
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a snapshot in host memory and torch's default layout: what a checkpoint holds."""
+        settled: dict[str, Any] = to_host(self.snapshot())
+        return settled
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state, bit for bit. Learning rates and betas stay those that this Update was made with."""
+        self.g.load_state_dict({"network": state["generator"], "optimizer": state["optimizer_g"]})
+        self.d.load_state_dict({"network": state["discriminator"], "optimizer": state["optimizer_d"]})
+
+
+def to_signed(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns uint8 `images` as `dtype` in [-1, 1]: 0 becomes -1 and 255 becomes 1."""
+    return images.to(dtype).div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
+
+
+def _mix32(value: int) -> int:
+    """Returns a well mixed 32-bit number; distinct inputs below 2**32 stay distinct (murmur3's finaliser)."""
+    value = (value ^ value >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    value = (value ^ value >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return value ^ value >> 16
+
+
+def _draws(seed: int, position: int, purpose: int, device: torch.device) -> torch.Generator:
+    """Returns a random stream keyed by (seed, position, purpose).
+
+    torch's CPU generator keeps only the low 32 bits of a seed, so these are a bijection of the position: within
+    a run no two of 4 billion positions share a stream. CUDA's generator keeps all 64.
+    """
+    low, high = position & 0xFFFFFFFF, position >> 32
+    key = _mix32(_mix32(_mix32(seed & 0xFFFFFFFF) ^ seed >> 32 & 0xFFFFFFFF) ^ _mix32(purpose + 1))
+    key = _mix32(key ^ high)
+    return torch.Generator(device).manual_seed(key << 32 | _mix32(low ^ key))
+
+
+def draw_latents(
+    seed: int,
+    position: int,
+    global_batch: int,
+    latent_dim: int,
+    lo: int,
+    hi: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    purpose: int = 0,
+) -> Tensor:
+    """Returns rows [lo, hi) of the N(0, 1) latents [global_batch, latent_dim] that stand at `position`.
+
+    Every rank draws the whole batch and keeps its share, so the world size does not enter. Another `purpose` is another
+    stream (0 trains; others are free for fixed latents and the like).
+    """
+    stream = _draws(seed, position, purpose, device)
+    return torch.randn(global_batch, latent_dim, generator=stream, device=device, dtype=dtype)[lo:hi]
+
+
+def draw_flips(seed: int, position: int, global_batch: int, lo: int, hi: int, device: torch.device) -> Tensor:
+    """Returns bool [hi - lo]: which images of the batch at `position` are mirrored, each with probability one half."""
+    stream = _draws(seed, position, -1, device)
+    return torch.rand(global_batch, generator=stream, device=device)[lo:hi] < 0.5

@@ -1,0 +1,74 @@
+"""Pictures as files: tensors to grids, to PNG, GIF and data addresses, whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from gan_dist.utils.files import publish
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Returns images in [-1, 1] as uint8 on the CPU: -1 becomes 0 and 1 becomes 255, as the stream's inverse."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
+    """Returns uint8 images [N, 3, h, w] laid out as one picture, uint8 [3, H, W]; as square as can be by default."""
+    laid: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=padding, pad_value=255)
+    return laid
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """Returns `image`, uint8 [3, H, W] on the CPU, as a PNG file."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` to `path`, making its folder where needed: whole, or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    publish(path, content)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Writes `image`, uint8 [3, H, W], to `path`: whole, or not at all."""
+    write_atomically(path, png_bytes(image))
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Returns `image`, uint8 [3, H, W], for Pillow."""
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Returns a Pillow image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, frame_seconds: float, last_seconds: float) -> None:
+    """Writes `frames` as a GIF that loops for ever and rests on the last one; all share one palette, so none flickers.
+
+    Raises ValueError when there is no frame.
+    """
+    if not frames:
+        raise ValueError("an animation needs a frame")
+    # The palette must serve the last frames, which are colourful, and the first, which are grey: take it from both.
+    strip = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
+    strip.paste(frames[len(frames) // 2], (0, 0))
+    strip.paste(frames[-1], (0, frames[0].height))
+    palette = strip.quantize(256, method=Image.Quantize.MEDIANCUT)
+    indexed = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
+    times = [round(1000 * frame_seconds)] * (len(indexed) - 1) + [round(1000 * last_seconds)]
+    buffer = io.BytesIO()
+    indexed[0].save(buffer, "GIF", save_all=True, append_images=indexed[1:], duration=times, loop=0, optimize=False)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,75 @@
+"""A training state as nested mappings of tensors: copied, moved to the host, compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gan_dist.utils.errors import GanDistError
+
+RUNNING = ("running_mean", "running_var")
+
+
+def copy_state(state: Any, into: Any = None) -> Any:
+    """Returns `state` with every tensor copied, in its layout and on its device.
+
+    Tensors of the nested state `into` are overwritten where they fit: fresh memory costs more than the copy itself.
+    """
+    if isinstance(state, Tensor):
+        if isinstance(into, Tensor) and _alike(into, state):
+            return into.copy_(state.detach())
+        return state.detach().clone(memory_format=torch.preserve_format)
+    if isinstance(state, Mapping):
+        old = into if isinstance(into, Mapping) else {}
+        return {key: copy_state(value, old.get(key)) for key, value in state.items()}
+    return state
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+def to_host(state: Any) -> Any:
+    """Returns `state` with every tensor in CPU memory and in torch's default layout; copied only where it is not."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu().contiguous()
+    if isinstance(state, Mapping):
+        return {key: to_host(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(to_host(value) for value in state)
+    return state
+
+
+def tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yields (dotted name, tensor) for every tensor in a nested state."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from tensors(value, f"{name}.{key}")
+    elif isinstance(state, list | tuple):
+        for index, value in enumerate(state):
+            yield from tensors(value, f"{name}.{index}")
+
+
+def state_digest(state: Mapping[str, Any], running: bool = True) -> str:
+    """Returns the sha256 of every tensor in `state`; without `running`, of all but batch norm's running statistics."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors(state):
+        if running or not name.endswith(RUNNING):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def must_agree(digests: list[str]) -> None:
+    """Raises GanDistError naming the ranks whose digest differs from rank 0's."""
+    strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if strays:
+        raise GanDistError(
+            f"rank(s) {', '.join(map(str, strays))} of {len(digests)} do not hold rank 0's parameters: they have "
+            "played another game; continue from the last checkpoint, and suspect the hardware or mixed software"
+        )

@@ -1,0 +1,1 @@
+"""What runs inside a job: ranks, their addresses, torchrun, whole commands."""

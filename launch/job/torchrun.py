@@ -1,0 +1,113 @@
+"""torchrun on one machine, or on each node of a job, so that a wish to stop reaches its ranks and nothing else.
+
+torchrun's agent dies on SIGUSR2 and orphans its ranks, and kills ranks that save for longer than half a minute when it
+is told to hand a signal on. So the agent is started deaf to these signals, and the process here gives them to the
+ranks themselves; they save, end well, and the agent ends after them.
+
+    srun --ntasks-per-node=1 ... python -m launch.job.torchrun RANKS_PER_NODE train CONFIG ... --run-dir DIR
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError
+from launch.job.addresses import Place, meet, place_of
+from launch.job.rank import ATTEMPT, MEET_S, leave_word
+
+HANDED_ON = (signal.SIGTERM, signal.SIGUSR2)
+MARKS_S = 60.0
+"""Seconds that a node whose torchrun failed waits for a word of the other nodes' ranks: they may have saved."""
+
+
+def run_torchrun(options: Sequence[str], words: Sequence[str]) -> int:
+    """Returns torchrun's exit status after running `launch.job.rank WORDS` under it on this machine."""
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1"}
+    # A signal that is ignored stays so in the agent; of the ranks' own handlers launch.job.rank takes care.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (*HANDED_ON, signal.SIGINT)}
+    heard: set[int] = set()
+    command = [sys.executable, "-m", "launch.job.agent", "--max-restarts=0", "--signals-to-handle=SIGHUP"]
+    agent = subprocess.Popen([*command, *options, "-m", "launch.job.rank", *words], env=env)
+
+    def hand_on(number: int, frame: object = None) -> None:
+        heard.add(number)
+        for rank in _children(agent.pid):
+            with suppress(ProcessLookupError):
+                os.kill(rank, number)
+
+    for number in (*HANDED_ON, signal.SIGINT):
+        signal.signal(number, hand_on)
+    try:
+        while True:
+            try:
+                return agent.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                for again in tuple(heard):  # ranks that started only now have not heard it; others do not mind
+                    hand_on(again)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def verdict(attempt: Path, status: int, limit_s: float = 0) -> int:
+    """Returns the exit status that the ranks' words stand for: 0, 75, the failed rank's; torchrun's without a word."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        if (attempt / "done").exists():
+            return 0
+        if (attempt / "stopped").exists():
+            return EXIT_STOPPED
+        told = sorted(file.read_text().split("\t") for file in attempt.glob("failed-*"))
+        if told:
+            return int(told[0][1])
+        if time.monotonic() >= deadline:
+            return status or EXIT_FAILED
+        time.sleep(0.2)
+
+
+def main() -> None:
+    """Runs this node's torchrun as one task of a SLURM step; ends with 0 when the run is done or has saved."""
+    ranks, *words = sys.argv[1:]
+    attempt = Path(os.environ[ATTEMPT])
+    place: Place | None = None
+    try:
+        place = place_of(os.environ)  # a task a node: its "rank" is the node's
+        joined, reserved = meet(place, attempt, os.environ, MEET_S)
+    except GanDistError as error:
+        print(f"gan-dist: {error}", file=sys.stderr, flush=True)
+        leave_word(attempt, place, error.exit_status, "error", str(error))
+        sys.exit(error.exit_status)
+    if "GLOO_SOCKET_IFNAME" in joined:
+        os.environ["GLOO_SOCKET_IFNAME"] = joined["GLOO_SOCKET_IFNAME"]
+    status = run_torchrun(
+        [
+            f"--nnodes={place.size}",
+            f"--node-rank={place.rank}",
+            f"--nproc-per-node={ranks}",
+            f"--master-addr={joined['MASTER_ADDR']}",
+            f"--master-port={joined['MASTER_PORT']}",
+        ],
+        words,
+    )
+    for held in reserved:
+        held.close()
+    result = verdict(attempt, status, MARKS_S) if status else 0
+    sys.exit(0 if result in (0, EXIT_STOPPED) else result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gan_dist.bench import step as bench
+from gan_dist.bench.step import bench_step
+from gan_dist.distributed.world import World
+from gan_dist.utils.errors import GanDistError, UserError
+from tests.helpers.games import CPU, batches, game
+
+SMALL: dict[str, Any] = {"resolution": 32, "latent_dim": 8, "channels": 4, "seconds": 0.05, "precision": "fp32"}
+
+
+@pytest.fixture(autouse=True)
+def _known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"matmul_gflop_per_second": 100.0, "copy_gb_per_second": 10.0}
+    monkeypatch.setattr(bench, "machine_limits", lambda device, precision: limits)
+
+
+def test_a_sweep_reports_the_fastest_and_its_parts() -> None:
+    said: list[str] = []
+    found = bench_step(World(), batches=(4, 8), say=said.append, **SMALL)
+    assert found["images_per_second"] == max(row["images_per_second"] for row in found["sweep"])
+    assert [row["batch"] for row in found["sweep"]] == [4, 8]
+    assert len(said) == 2
+    parts = found["milliseconds"]
+    assert parts["collectives"] == 0
+    assert 0 < parts["optimizer"] < parts["d_step"] + parts["g_step"]
+    assert found["spread"][0] <= found["images_per_second"] <= found["spread"][1]
+    assert found["matmul_share"] == pytest.approx(
+        found["gflop_per_image"] * found["batch"] / (parts["step"] / 1e3) / found["matmul_gflop_per_second"]
+    )
+    assert "scaling" not in found
+
+
+def test_the_work_of_the_papers_shapes_is_counted_and_the_generators_step_makes_no_d_weight_gradient() -> None:
+    update, reals, latents = bench.build(World(), 2, "fp32", {"resolution": 64, "latent_dim": 100, "channels": 64})
+    gflop, _ = bench.work(update, reals, latents)
+    assert gflop / 2 == pytest.approx(2.275, abs=0.001)  # with D's weight gradients in the G step it is 2.48
+
+    small = game()
+    lean, _ = bench.work(small, *batches(small, 0))
+    small.deceive = lambda fake, honest=small.deceive: _thawed(small, honest, fake)  # type: ignore[method-assign, misc]
+    assert bench.work(small, *batches(small, 1))[0] > lean  # the count sees D's weight gradients where there are any
+
+
+def _thawed(update: Any, honest: Any, fake: torch.Tensor) -> Any:
+    update.d.network.requires_grad_(True)
+    return honest(fake)
+
+
+def test_out_of_memory_is_one_line_with_the_largest_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = bench.build
+
+    def small_device(world: World, batch: int, *rest: Any) -> Any:
+        if batch > 5:
+            raise torch.OutOfMemoryError("no")
+        return honest(world, batch, *rest)
+
+    monkeypatch.setattr(bench, "build", small_device)
+    with pytest.raises(GanDistError, match="out of device memory at batch 8; the largest batch that fits is 5"):
+        bench_step(World(), batches=(8,), **SMALL)
+    found = bench_step(World(), batches=(4, 8), **SMALL)
+    assert found["batch"] == 4
+    assert found["sweep"][1]["out_of_memory"]
+
+
+def test_bad_requests_are_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.runner=captured records a CUDA graph"):
+        bench_step(World(), runners=("captured",), **SMALL)
+    with pytest.raises(UserError, match="expected an image a rank or more, found 4 ranks"):
+        bench_step(World(size=4), batches=(3,), **SMALL)
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group: Any = dist.new_group([0, 1])
+    world = World(rank=rank, size=2, device=CPU, group=group, control=group)
+    torch.save(bench_step(world, batches=(4, 8), **SMALL), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_report_what_they_gain_over_one() -> None:
+    spawn: Any = mp.spawn  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, args=(folder,), nprocs=2)
+        found = torch.load(Path(folder) / "0.pt", weights_only=False)
+    scaling = found["scaling"]
+    assert found["world_size"] == 2
+    assert found["milliseconds"]["collectives"] > 0
+    assert 0 < scaling["collectives_share"] < 1
+    assert scaling["images_per_second_per_rank"] == pytest.approx(found["images_per_second"] / 2)
+    assert set(scaling["one_rank_images_per_second"]) == {"4", "8"}
+    assert "2 ranks" in scaling["verdict"]

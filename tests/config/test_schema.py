@@ -1,0 +1,169 @@
+"""Configuration: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gan_dist.config.base import expand_path, known_keys
+from gan_dist.config.schema import Config, change_rule, changes, load_config, preset, to_yaml
+from gan_dist.utils.errors import UserError
+
+BASE = {"data": {"shards": "/tmp/set"}}
+
+
+def refusal(values: object, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(values, overrides)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_yaml_and_overrides_make_one_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {shards: set}\noptim: {g_lr: 2e-4, d_lr: 1e-3}\ntrain:\n")
+    config = load_config(file, ["optim.d_lr=4E-5", "train.global_batch=12", "optim.betas=[0, 0.9]", "seed=7"])
+    assert (config.optim.g_lr, config.optim.d_lr, config.train.global_batch, config.seed) == (2e-4, 4e-5, 12, 7)
+    assert config.optim.betas == (0, 0.9)
+    assert Path(config.data.shards).is_absolute()
+
+
+def test_yaml_written_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(BASE, ["optim.g_lr=1e-7", "loss.generator_target=0.9"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.globalbatch=1", "unknown key train.globalbatch; did you mean train.global_batch?"),
+        ("global_batch=1", "unknown key global_batch; did you mean train.global_batch?"),
+        ("optim=3", "optim is a section; set one of its keys: g_lr, d_lr, betas, d_steps"),
+        ("train.global_batch=abc", "train.global_batch: expected integer, found 'abc'"),
+        ("train.global_batch=0", "train.global_batch: expected greater than or equal to 1, found 0"),
+        ("data.x_flip=1", "data.x_flip: expected boolean, found 1"),
+        ("model.resolution=48", "model.resolution: expected a power of two from 32 to 256, found 48"),
+        ("loss.name=wasserstein", "loss.name: expected 'minimax' or 'non_saturating', found 'wasserstein'"),
+        (
+            "data.placement=windowed",
+            "data.window_shards: placement windowed needs a window of 1 shard or more, found 0",
+        ),
+        ("optim.g_lr=.inf", "optim.g_lr: expected a finite number, found inf"),
+        ("train.global_batch", "expected section.key=value, found 'train.global_batch'"),
+        ("optim.betas=[0.5", "optim.betas: the value '[0.5' is not valid YAML"),
+        ("optim.betas=0.5", "optim.betas: expected a list of numbers such as [0.5, 0.999], found 0.5"),
+        ("foo.bar=3", "unknown key foo.bar; sections are data, model, loss, optim, train, log,"),
+        ("evaluate.every_step=3", "unknown key evaluate.every_step; did you mean evaluate.every_steps?"),
+        ("slurm.tim=3", "unknown key slurm.tim; sections are data, model"),
+        ("train.epochs.x=3", "unknown key train.epochs.x; train.epochs is one key and set whole"),
+        ("optim.betas=[0.5]", "optim.betas: expected a list of numbers such as [0.5, 0.999], found [0.5]"),
+        ("data.shards=3", "data.shards: expected string, found 3; put it in quotes, in a shell in two kinds"),
+        ("seed=010", "seed: expected integer, found '010'"),
+        ("seed=!!int x", "seed: the value '!!int x' is not valid YAML"),
+        ("seed=99999999999999999999", "seed: expected less than 9223372036854775808"),
+        ("log.picture=3", "unknown key log.picture; log has scalars_every, samples_every, grid"),
+    ],
+)
+def test_refusals_name_the_key_and_the_remedy(override: str, words: str) -> None:
+    assert words in refusal(BASE, override)
+
+
+def test_minimax_takes_no_generator_target() -> None:
+    words = refusal(BASE, "loss.name=minimax", "loss.generator_target=0.9")
+    assert words.startswith("loss.generator_target: minimax takes no generator target")
+
+
+def test_unknown_key_in_a_file_names_the_file_and_the_nearest_key(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {shards: x}\noptim: {glr: 1}\n")
+    assert refusal(file) == f"{file}: unknown key optim.glr; did you mean optim.g_lr?"
+
+
+def test_a_file_is_not_blamed_for_what_was_said_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {shards: x}\ntrain: {epochs: 0}\n")
+    assert refusal(file) == f"{file}: train.epochs: expected greater than 0, found 0"
+    file.write_text("data: {shards: x}\n")
+    assert refusal(file, "train.epochs=0") == "train.epochs: expected greater than 0, found 0"
+    assert refusal(file, "loss.name=minimax", "loss.generator_target=0.9").startswith("loss.generator_target: minimax")
+    assert refusal(file, "data.placement=windowed").startswith("data.window_shards: placement windowed")
+    file.write_text("data: {shards: x}\ntrain: 3\n")
+    assert refusal(file, "train.epochs=3").startswith(f"{file}: train is a section; expected its keys (device, epochs")
+
+
+def test_numbers_are_numbers_and_all_else_is_text(tmp_path: Path) -> None:
+    for word, seed in (("seed=12", 12), ("seed=1_000", 1000), ("seed=0x10", 16), ("seed=0", 0)):
+        assert load_config(BASE, [word]).seed == seed
+    for folder in ("2024-01-31", "2020-13-45", "24:00:00", "~nobody-of-that-name"):
+        assert load_config(BASE, [f"data.shards={folder}"]).data.shards == str(Path.cwd() / folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- 1\n", "expected sections with keys"),
+        ("data: {shards: x\n", "not valid YAML"),
+        ("train: {}\n", "data.shards is missing; name a dataset"),
+        ("dta: {shards: x}\n", "unknown key dta; did you mean data?"),
+        ("data: {shards: x}\ntrain.epochs: 3\n", "unknown key train.epochs; write train: {epochs: ...}"),
+        ("{{ shards }}: x\n", "run.yaml line 1: not valid YAML: a key is a word"),
+        ("[" * 5000, "run.yaml: not valid YAML"),
+        ("data: \0\n", "run.yaml: not valid YAML"),
+        ("1: 2\n", "unknown key 1; sections are data,"),
+        ("", "expected sections with keys, as in configs/paintings64.yaml, found nothing"),
+        ("data: {}\n", "data.shards is missing; name a dataset"),
+        ("data: {shards: x}\nseed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("data: {shards: x}\ntrain: 3\n", "train is a section; expected its keys (device, epochs,"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert words in refusal(file) and "\n" not in refusal(file)
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    assert "no configuration at" in refusal(tmp_path / "none.yaml")
+    assert "cannot read" in refusal(tmp_path)
+
+
+def test_paths_expand_where_they_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/ana")
+    monkeypatch.setenv("SCRATCH", "/scratch/ana")
+    monkeypatch.chdir(tmp_path)
+    assert expand_path("~/set") == "/home/ana/set"
+    assert expand_path("$SCRATCH/set") == expand_path("${SCRATCH}/set") == "/scratch/ana/set"
+    assert expand_path("set/../other") == str(tmp_path / "other")
+    assert expand_path("https://host/a$b") == "https://host/a$b"
+    with pytest.raises(UserError, match="UNSET_HERE is not set"):
+        expand_path("$UNSET_HERE/set")
+
+
+def test_every_key_is_documented() -> None:
+    config = load_config(BASE)
+    for section in type(config).model_fields:
+        value = getattr(config, section)
+        fields = getattr(type(value), "model_fields", {})
+        assert all(field.description for field in fields.values()), section
+    assert "checkpoint.every_minutes" in known_keys(Config)
+
+
+def test_the_thesis_keeps_no_averaged_generator() -> None:
+    assert preset("paintings64").train.ema_half_life_images == 0
+
+
+def test_changes_and_their_rules() -> None:
+    old = load_config(BASE).to_dict()
+    new = load_config(BASE, ["train.epochs=40", "log.grid=16", "optim.d_steps=2", "train.threads=1"]).to_dict()
+    found = changes(old, new)
+    assert found == {
+        "log.grid": (64, 16),
+        "optim.d_steps": (1, 2),
+        "train.epochs": (30.0, 40.0),
+        "train.threads": (None, 1),
+    }
+    assert [change_rule(key) for key in found] == ["free", "never", "upward", "said"]

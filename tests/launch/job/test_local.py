@@ -1,0 +1,53 @@
+"""Training on this box through the launcher."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cluster.boot import wait_until
+from tests.training.test_trainer import config_file
+
+ROOT = Path(__file__).parents[3]
+
+
+def local(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch", "local", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def test_what_is_refused_is_one_line_however_many_ranks_refuse_it(dataset: Path, tmp_path: Path) -> None:
+    config = config_file(dataset, tmp_path)
+    refused = local(config, "--ranks", 2, "--run-dir", tmp_path / "run", "model.resolution=256", "slurm.nodes=2")
+    note, line = refused.stderr.splitlines()
+    assert note == "note: slurm.nodes=2 is for jobs and changes nothing here; --ranks says how many"
+    assert refused.returncode == 2 and line.startswith("gan-dist: model.resolution is 256, but"), refused.stderr
+    again = local(config, "--ranks", 2, "--run-dir", tmp_path / "run", "train.epochs=x")
+    assert again.returncode == 2 and again.stderr == "launch: train.epochs: expected number, found 'x'\n"
+    nobody = local(config, "--ranks", 0, "--run-dir", tmp_path / "run")
+    assert nobody.returncode == 2 and "'--ranks'" in nobody.stderr and "Traceback" not in nobody.stderr
+
+
+def test_a_stop_while_data_are_fetched_is_a_stop(dataset: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    here = shlex.quote(str(tmp_path / "here"))
+    slow.write_text(f"case $1 in *.tar) touch {here}; sleep 30;; esac\ncat {shlex.quote(str(dataset))}/$1\n")
+    config = str(config_file(dataset, tmp_path))
+    words = [f"data.shards=pipe:bash {slow} {{}}", f"data.cache_dir={tmp_path / 'cache'}", "--ranks", "2"]
+    command = [sys.executable, "-m", "launch", "local", config, "--run-dir", str(tmp_path / "run"), *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until((tmp_path / "here").exists, 90, "fetching")
+    os.kill(process.pid, signal.SIGUSR2)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and said.count("stopped by SIGUSR2 while data were fetched") == 1, said
+    assert "Traceback" not in said, said

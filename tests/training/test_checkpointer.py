@@ -1,0 +1,131 @@
+"""Saving beside the training path: one at a time, compared between ranks first, failures told once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gan_dist.distributed.world import World, join
+from gan_dist.runs import checkpoint
+from gan_dist.runs.checkpoint import find
+from gan_dist.training.checkpointer import Saver
+from gan_dist.training.trainer import train
+from gan_dist.utils.errors import GanDistError
+from gan_dist.utils.stop import StopRequest
+from gan_dist.utils.tensors import copy_state
+from tests.helpers.ranks import run_ranks
+from tests.training.test_trainer import small
+
+
+def state(step: int, value: float = 0.0) -> dict[str, Any]:
+    return {"step": step, "images_seen": 8 * step, "generator": {"w": torch.full((5,), value)}}
+
+
+def saved(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_failure_is_told_once_and_the_next_save_goes_on(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    saver = Saver(blocked / "checkpoints", 2, World())
+    saver.start(state(1), {})
+    assert isinstance(saver.failure(wait=True), OSError)
+    assert saver.failure(wait=True) is None
+    saver.directory = tmp_path / "checkpoints"
+    saver.start(state(2), {})
+    saver.start(state(3), {})
+    assert saver.failure(wait=True) is None
+    assert saved(saver.directory) == ["latest", "step-00000002", "step-00000003"]
+
+
+def test_the_caller_does_not_wait_and_the_guard_has_the_last_word(tmp_path: Path) -> None:
+    saver, gate = Saver(tmp_path / "checkpoints", 2, World()), threading.Event()
+
+    def guard() -> None:
+        assert gate.wait(20)
+        raise GanDistError("not any more")
+
+    saver.guard = guard
+    saver.start(state(1), {})  # returns although the save cannot end
+    assert saver.failure() is None
+    gate.set()
+    assert str(saver.failure(wait=True)) == "not any more"
+    assert saved(saver.directory) == []
+
+
+def save_as_rank(rank: int, folder: str) -> None:
+    """Saves a state that is the same on both ranks, then one that is not."""
+    with join("cpu") as world:
+        saver = Saver(Path(folder) / "checkpoints", 2, world)
+        saver.start(state(1), {})
+        saver.start(state(2, value=1e-30 * rank), {})
+        failure = saver.failure(wait=True)
+        assert isinstance(failure, GanDistError)
+        assert "rank(s) 1 of 2 do not hold rank 0's parameters" in str(failure)
+
+
+def test_a_state_that_ranks_do_not_share_is_never_written(tmp_path: Path) -> None:
+    run_ranks(2, save_as_rank, str(tmp_path))
+    assert saved(tmp_path / "checkpoints") == ["latest", "step-00000001"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_is_saved_is_the_step_that_was_copied(tmp_path: Path) -> None:
+    """Later steps overwrite the weights at once; the copy is made before them and read beside them."""
+    saver = Saver(tmp_path / "checkpoints", 9, World(device=torch.device("cuda", 0)))
+    weights = torch.zeros(16, 1024, 1024, device="cuda")
+    for step in range(1, 6):
+        weights.fill_(step)
+        snapshot = copy_state({"w": weights}, into=(saver.spent() or {}).get("generator"))
+        saver.start({"step": step, "images_seen": 0, "generator": snapshot}, {})
+        weights.fill_(-1)
+    assert saver.failure(wait=True) is None
+    for step in range(1, 6):
+        loaded = checkpoint.load(saver.directory / f"step-{step:08d}").state["generator"]["w"]
+        assert loaded.device.type == "cpu" and bool((loaded == step).all())
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.ENOSPC])
+def test_training_goes_on_without_a_disk_and_says_so(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, write = tmp_path / "run", checkpoint.write_durably
+
+    def refuse(path: Path, content: Any) -> None:
+        if path.name == "state.pt" and f"step-{3:08d}" in str(path):
+            raise OSError(number, "refused by the test")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_durably", refuse)
+    words = ["checkpoint.every_steps=1", "log.scalars_every=1"]
+    assert train(small(dataset), words, run_dir=run, max_steps=5).step == 5
+    assert "WARNING: a checkpoint could not be saved" in capsys.readouterr().out
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
+    (warning,) = [event for event in events if event["event"] == "warning"]
+    assert "refused by the test" in warning["reason"] and warning["step"] in (3, 4, 5)
+    assert {path.name for path in (run / "checkpoints").glob("step-*")} == {f"step-{n:08d}" for n in (2, 4, 5)}
+
+
+def test_a_stop_whose_checkpoint_fails_is_a_failure(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stop, write = tmp_path / "run", StopRequest(), checkpoint.write_durably
+    train(small(dataset), run_dir=run, max_steps=3, console=False)
+
+    def refuse(path: Path, content: Any) -> None:
+        if path.name == "state.pt":
+            stop.ask("a test")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_durably", refuse)
+    with pytest.raises(GanDistError, match=r"could not be saved in .*No space left on device; earlier ones are"):
+        train(small(dataset), ["checkpoint.every_steps=2"], run_dir=run, max_steps=500, stop=stop, console=False)
+    assert find(run).step == 3

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gan_dist.config.schema import load_config
+from gan_dist.training import trainer
+from gan_dist.training.machine import settled
+from tests.helpers.games import CPU
+
+PAGES = 2**25 // resource.getpagesize()
+"""Pages of the smallest tensor that `_work` makes."""
+
+
+def _work(width: int = 2**20) -> int:
+    """Returns the fewest page faults of several rounds of large tensors: what is left once memory has been found."""
+    counts = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        x = torch.ones(1, width)
+        for images in (8, 16, 32, 16, 8):
+            x = torch.relu(x[:1].expand(images, -1) + 1)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(counts)
+
+
+def tell() -> None:
+    """Prints what `_work` pays before, within and after `settled`, and within that of a GPU's run."""
+    with settled(CPU):
+        pass
+    medium = _work(2**16)  # up to 8 MiB, which glibc learns to keep by itself, unless somebody has set anything
+    before = _work()
+    with settled(CPU):
+        within = _work()
+    after = _work()
+    with settled(torch.device("cuda")):
+        print(json.dumps([before, within, after, _work(), medium]))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
+    # A process of its own: one that has run for long has holes in its heap, which it uses before it asks the kernel.
+    words = [sys.executable, "-c", "from tests.training.test_machine import tell; tell()"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    before, within, after, on_a_gpu, medium = json.loads(told.splitlines()[-1])
+    if before < PAGES:
+        pytest.skip("this kernel backs large allocations with huge pages by itself")
+    assert within < PAGES // 10
+    assert after > PAGES and on_a_gpu > PAGES  # a GPU's tensors are not the C library's
+    assert medium < PAGES // 100
+    tuned = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+    told = subprocess.run(words, capture_output=True, text=True, check=True, env=tuned).stdout
+    assert json.loads(told.splitlines()[-1])[2] < PAGES  # what a person has chosen stays
+
+
+def test_deterministic_asks_torch_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with settled(CPU, deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # told of, and no end
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with pytest.raises(ZeroDivisionError), settled(CPU, deterministic=True):
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_training_is_settled_as_its_configuration_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[bool] = []
+
+    class Stop(Exception):
+        pass
+
+    def opened(*args: Any) -> Any:
+        found.append(torch.are_deterministic_algorithms_enabled())
+        raise Stop
+
+    monkeypatch.setattr(trainer, "open_for", opened)
+    for wanted in (False, True):
+        config = load_config("configs/demo.yaml", [f"train.deterministic={str(wanted).lower()}", "data.shards=/none"])
+        with pytest.raises(Stop):
+            trainer.train(config, run_dir=tmp_path / "run", console=False)
+    assert found == [False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_deterministic_games_on_a_gpu_have_the_same_bits() -> None:
+    from gan_dist.distributed.world import World
+    from gan_dist.training.runner import make_runner
+    from tests.helpers.games import batches, game, tensors
+
+    device = torch.device("cuda", 0)
+    found = []
+    with settled(device, deterministic=True):
+        for _ in range(2):
+            update = game(World(device=device), precision="bf16")
+            runner = make_runner("captured", update)
+            for step in range(20):
+                runner.step(*batches(update, step))
+            found.append(tensors(update))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

@@ -1,0 +1,233 @@
+"""Every runner plays the same game, and one that the device cannot do is refused."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gan_dist.distributed.world import World
+from gan_dist.training import runner as runners
+from gan_dist.training.runner import Captured, Compiled, make_runner, native_bf16, resolve_precision
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.tensors import must_agree, state_digest
+from tests.helpers.games import CPU, batches, game, tensors, worst
+
+STEPS = 3  # the graphs that were silently wrong before torch 2.14 need more than one to be seen
+needs_compiler = pytest.mark.skipif(runners.compiler() is None, reason="torch.compile needs a C++ compiler")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def _difference(world: World, backend: str, **settings: Any) -> tuple[float, float]:
+    """Returns how far compiled is from eager after three steps: in the state, and in the statistics."""
+    eager, compiled = game(world, **settings), game(world, **settings)
+    runner = Compiled(compiled, "a test", backend)
+    for step in range(STEPS):
+        expected = eager.step(*batches(eager, step))
+        found = runner.step(*batches(compiled, step))
+    return worst(tensors(compiled), tensors(eager)), worst({"stats": found[:8]}, {"stats": expected[:8]})
+
+
+@needs_compiler
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_equals_eager() -> None:
+    state, stats = _difference(World(), "inductor")
+    assert state < 1e-12
+    assert stats < 1e-12
+
+
+def _rank(rank: int, folder: str, backend: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group: Any = dist.new_group([0, 1])
+    world = World(rank=rank, size=2, device=CPU, group=group, control=group)
+    results: dict[str, Any] = {"difference": _difference(world, backend, global_batch=7)}  # shares of 3 and 4
+
+    update = game(world)
+    results["digest"] = state_digest(update.state_dict())
+    must_agree(world.gather_objects(results["digest"]))
+    with torch.no_grad():
+        update.d.parameters[0][0, 0, 0, 0] += 1e-9 * rank
+    try:
+        must_agree(world.gather_objects(state_digest(update.state_dict())))
+    except GanDistError as error:
+        results["stray"] = str(error)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _two_ranks(backend: str) -> list[dict[str, Any]]:
+    spawn: Any = mp.spawn  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_rank, args=(folder, backend), nprocs=2)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        # Traces and differentiates as inductor does, which is where old releases go wrong.
+        pytest.param("aot_eager", marks=pytest.mark.chaos),
+        pytest.param("inductor", marks=[pytest.mark.chaos, needs_compiler, pytest.mark.timeout(400)]),
+    ],
+)
+def test_compiled_equals_eager_on_two_ranks_and_ranks_that_differ_are_named(backend: str) -> None:
+    found = _two_ranks(backend)
+    for result in found:
+        assert max(result["difference"]) < 1e-12
+        assert "rank(s) 1 of 2 do not hold rank 0's parameters" in result["stray"]
+    assert found[0]["digest"] == found[1]["digest"]
+
+
+def test_the_digest_sees_every_part_of_the_state() -> None:
+    update = game()
+    seen = {state_digest(update.state_dict())}
+    touched = [
+        update.g.parameters[0],
+        update.d.parameters[-1],
+        update.g.network.get_buffer("bn1.running_var"),
+        update.d.optimizer.state[update.d.parameters[1]]["exp_avg"],
+    ]
+    for tensor in touched:
+        with torch.no_grad():
+            tensor[(0,) * tensor.dim()] += 1e-12
+        seen.add(state_digest(update.state_dict()))
+    assert len(seen) == 1 + len(touched)
+
+
+def test_auto_says_what_it_chose_and_why() -> None:
+    runner = make_runner("auto", game())
+    assert runner.name == "eager"
+    assert "CPU" in runner.reason
+    assert make_runner("eager", game()).reason == "asked for"
+
+
+def test_what_the_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"train\.runner=captured records a CUDA graph, but this rank drives cpu"):
+        make_runner("captured", game())
+    with pytest.raises(UserError, match="expected auto, eager, compiled, captured, found 'fast'"):
+        make_runner("fast", game())
+    monkeypatch.setattr(runners, "compiler", lambda: None)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        make_runner("compiled", game())
+
+
+def test_precision_is_resolved_by_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "native_bf16", lambda device: False)
+    assert resolve_precision("auto", CPU)[0] == "fp32"
+    with pytest.raises(UserError, match=r"train\.precision=bf16, but this cpu has no bf16 of its own"):
+        resolve_precision("bf16", CPU)
+    monkeypatch.setattr(runners, "native_bf16", lambda device: True)
+    assert resolve_precision("auto", CPU)[0] == "bf16"
+    assert resolve_precision("bf16", CPU)[0] == "bf16"
+    assert resolve_precision("fp64", CPU) == ("fp64", "asked for")
+    with pytest.raises(UserError, match="tf32 is an NVIDIA GPU's"):
+        resolve_precision("tf32", CPU)
+    with pytest.raises(UserError, match="expected auto, bf16, tf32, fp32, fp64, found 'fp16'"):
+        resolve_precision("fp16", CPU)
+
+
+def test_native_bf16_agrees_with_the_machine() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or "flags" not in flags.read_text():
+        pytest.skip("only x86 Linux lists its flags so")
+    text = flags.read_text()
+    assert native_bf16(CPU) == ("amx_tile" in text or "avx512_bf16" in text)
+
+
+def test_bf16_keeps_master_weights_and_statistics_in_float32() -> None:
+    update = game(precision="bf16")
+    stats = update.step(*batches(update, 0))
+    assert torch.isfinite(stats).all()
+    assert stats.dtype == torch.float32
+    assert {tensor.dtype for tensor in tensors(update).values()} == {torch.float32, torch.int64}
+    exact = game(precision="fp64")
+    expected = exact.step(*batches(exact, 0))
+    assert not torch.equal(stats.double(), expected)
+    torch.testing.assert_close(stats[:6].double(), expected[:6], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-12), ("fp32", 1e-4)])
+@pytest.mark.parametrize("d_steps", [1, 2])
+def test_captured_equals_eager(precision: str, tolerance: float, d_steps: int) -> None:
+    world = World(device=torch.device("cuda", 0))
+    settings: dict[str, Any] = {"precision": precision, "d_steps": d_steps}
+    eager, captured = game(world, **settings), game(world, **settings)
+    runner = make_runner("captured", captured)
+    assert isinstance(runner, Captured)
+    for step in range(STEPS):
+        expected = eager.step(*batches(eager, step), float(step == 2))
+        found = runner.step(*batches(captured, step), float(step == 2))
+    assert worst(tensors(captured), tensors(eager)) < tolerance
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["eager", "captured"])
+def test_a_hundred_steps_wait_for_the_device_never(name: str) -> None:
+    update = game(World(device=torch.device("cuda", 0)), precision="bf16")
+    runner = make_runner(name, update)
+    inputs = batches(update, 0)
+    for _ in range(3):
+        runner.step(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(100):
+            runner.step(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_plays_the_cpus_game() -> None:
+    on_cpu, on_gpu = game(), game(World(device=torch.device("cuda", 0)))
+    for step in range(STEPS):
+        on_cpu.step(*batches(on_cpu, step))
+        on_gpu.step(*batches(on_gpu, step))
+    found = {name: value.cpu() for name, value in tensors(on_gpu).items()}
+    assert worst(found, tensors(on_cpu)) < 1e-10
+
+
+def _nccl_rank(rank: int, folder: str) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/nccl", rank=rank, world_size=2)
+    nccl: Any = dist.new_group([0, 1])
+    gloo: Any = dist.new_group([0, 1], backend="gloo")
+    games = {
+        "nccl": game(World(rank=rank, size=2, device=torch.device("cuda", rank), group=nccl), global_batch=7),
+        "gloo": game(World(rank=rank, size=2, device=CPU, group=gloo), global_batch=7),
+    }
+    captured = game(World(rank=rank, size=2, device=torch.device("cuda", rank), group=nccl), global_batch=7)
+    runner = make_runner("captured", captured)
+    for step in range(STEPS):
+        for update in games.values():
+            update.step(*batches(update, step))
+        runner.step(*batches(captured, step))
+    states = {name: {k: v.cpu() for k, v in tensors(update).items()} for name, update in games.items()}
+    states["captured"] = {k: v.cpu() for k, v in tensors(captured).items()}
+    found = {name: worst(state, states["gloo"]) for name, state in states.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_nccl_equals_gloo_eager_and_captured() -> None:
+    spawn: Any = mp.spawn  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_nccl_rank, args=(folder,), nprocs=2)
+        for rank in range(2):
+            assert max(torch.load(Path(folder) / f"{rank}.pt").values()) < 1e-10

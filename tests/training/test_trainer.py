@@ -1,0 +1,299 @@
+"""Whole runs: one game at any world size, bit-exact recovery, stops, and what a run directory refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gan_dist.runs.checkpoint import find
+from gan_dist.training.trainer import train
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.stop import StopRequest
+from tests.helpers.ranks import run_ranks
+
+SMALL: dict[str, Any] = {
+    "model": {"resolution": 32, "latent_dim": 8, "g_channels": 4, "d_channels": 4},
+    "train": {"global_batch": 8, "device": "cpu", "epochs": 100},
+    "log": {"scalars_every": 2, "samples_every": 4, "grid": 4},
+    "checkpoint": {"every_steps": 3},
+}
+
+
+def small(dataset: Path) -> dict[str, Any]:
+    return {**SMALL, "data": {"shards": str(dataset)}}
+
+
+def flat(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Returns every tensor in a nested state under its dotted name."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return {name: tensor for key, value in items for name, tensor in flat(value, f"{prefix}.{key}").items()}
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    return find(run).state
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    one, other = final_state(a), final_state(b)
+    assert (one["step"], one["images_seen"]) == (other["step"], other["images_seen"])
+    mine, theirs = flat(one), flat(other)
+    assert mine.keys() == theirs.keys() and len(mine) > 40
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def test_a_run_leaves_what_the_design_says(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcome = train(small(dataset), run_dir=run, max_steps=6, console=False)
+    assert (outcome.step, outcome.images_seen, outcome.stopped) == (6, 48, None)
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "samples/step-00000004.png", "samples/real.png"):
+        assert (run / name).is_file(), name
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())[-1] == "step-00000006"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "event" not in line] == [2, 4, 6]
+    assert set(final_state(run)) >= {
+        *("format", "step", "images_seen", "generator", "discriminator", "optimizer_g", "optimizer_d", "config")
+    }
+    assert "lease" not in {path.name for path in run.iterdir()}
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 5])
+def test_stopped_and_continued_is_bit_identical(dataset: Path, tmp_path: Path, stop_at: int) -> None:
+    train(small(dataset), run_dir=tmp_path / "whole", max_steps=8, console=False)
+    train(small(dataset), run_dir=tmp_path / "parts", max_steps=stop_at, console=False)
+    train(small(dataset), run_dir=tmp_path / "parts", max_steps=8, console=False)
+    assert_identical(tmp_path / "whole", tmp_path / "parts")
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "event" not in line]
+    assert steps == sorted(set(steps)) and {2, 4, 6, 8} <= set(steps)
+
+
+def test_a_request_to_stop_saves_and_says_why(dataset: Path, tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.ask("a test")
+    outcome = train(small(dataset), run_dir=tmp_path / "run", stop=stop, console=False)
+    assert (outcome.stopped, outcome.step) == ("a test", 0)
+    assert find(tmp_path / "run").step == 0
+
+
+def test_the_stop_file_is_obeyed_and_forgotten(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(small(dataset), run_dir=run, max_steps=2, console=False)
+    (run / "stop").touch()
+    outcome = train(small(dataset), run_dir=run, max_steps=50, console=False)
+    assert outcome.stopped is not None and "stop" in outcome.stopped and outcome.step < 50
+    assert not (run / "stop").exists()
+
+
+def test_a_lost_game_ends_and_names_its_last_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    """Learning rates that throw the weights out of float32's range: no later step has finite gradients."""
+    run = tmp_path / "run"
+    words = ["optim.d_lr=1e20", "optim.g_lr=1e20", "checkpoint.every_steps=2", "log.scalars_every=1"]
+    with pytest.raises(GanDistError, match=r"the last 20 steps up to \d+ had non-finite .* checkpoint is of step \d+"):
+        train(small(dataset), words, run_dir=run, max_steps=60, console=False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    warned = [line for line in lines if line.get("event") == "warning" and "skipped" in line["reason"]]
+    assert len(warned) == 20
+    assert max(line.get("updates/skipped", 0) for line in lines) >= 19
+    assert all(torch.isfinite(tensor).all() for tensor in flat(final_state(run)).values())
+
+
+def cli(*words: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "gan_dist", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def config_file(dataset: Path, directory: Path) -> str:
+    import yaml
+
+    file = directory / "small.yaml"
+    file.write_text(yaml.safe_dump(small(dataset)))
+    return str(file)
+
+
+def wait_for_step(run: Path, step: int, limit: float = 60) -> None:
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and f'"step": {step}' in metrics.read_text():
+            return
+        if list((run / "checkpoints").glob(f"step-{step:08d}")):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} did not reach step {step}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_signals_finish_the_step_save_and_exit_75(dataset: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = cli("train", config_file(dataset, tmp_path), "--run-dir", str(run))
+    wait_for_step(run, 3)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert f"stopped by {number.name}" in text and "Traceback" not in text
+    assert find(run).step >= 3
+
+
+@pytest.mark.chaos
+def test_killed_and_run_again_it_continues_bit_exactly(dataset: Path, tmp_path: Path) -> None:
+    config = config_file(dataset, tmp_path)
+    killed = cli("train", config, "--run-dir", str(tmp_path / "killed"), "--max-steps", "40")
+    wait_for_step(tmp_path / "killed", 9)
+    killed.kill()
+    killed.communicate()
+    assert find(tmp_path / "killed").step < 40
+    for run in ("killed", "whole"):
+        process = cli("train", config, "--run-dir", str(tmp_path / run), "--max-steps", "40")
+        text, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, text
+    assert_identical(tmp_path / "killed", tmp_path / "whole")
+
+
+CASES = [(loss, d_steps) for loss in ("minimax", "non_saturating") for d_steps in (1, 2)]
+
+
+def train_cases(rank: int, size: int, dataset: str, out: str, sync: bool) -> None:
+    """Trains every case for three steps in float64 as one of `size` ranks."""
+    import torch.distributed as dist
+
+    # One process group for all cases: each call of train joins the one that is there.
+    dist.init_process_group("gloo")
+    for loss, d_steps in CASES:
+        words = [f"loss.name={loss}", f"optim.d_steps={d_steps}", "train.precision=fp64", "loss.real_target=0.9"]
+        words += ["train.global_batch=7", f"train.sync_batchnorm={'true' if sync else 'false'}"]
+        run = Path(out) / f"{loss}-{d_steps}-{size}{'' if sync else '-local'}"
+        train(small(Path(dataset)), words, run_dir=run, max_steps=3, console=False)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def worst_difference(a: Path, b: Path) -> float:
+    """Returns the largest difference between two final states' networks, relative to each tensor's largest value."""
+    one, other = final_state(a), final_state(b)
+    worst = 0.0
+    for network in ("generator", "discriminator"):
+        for name, tensor in one[network].items():
+            scale = tensor.double().abs().max().clamp(min=1e-12)
+            worst = max(worst, float((tensor.double() - other[network][name].double()).abs().max() / scale))
+    return worst
+
+
+def test_two_ranks_play_the_game_of_one_and_local_batchnorm_does_not(dataset: Path, tmp_path: Path) -> None:
+    run_ranks(1, train_cases, 1, str(dataset), str(tmp_path), True)
+    run_ranks(2, train_cases, 2, str(dataset), str(tmp_path), True)
+    run_ranks(2, train_cases, 2, str(dataset), str(tmp_path), False)
+    for loss, d_steps in CASES:
+        case = f"{loss}-{d_steps}"
+        assert worst_difference(tmp_path / f"{case}-1", tmp_path / f"{case}-2") < 1e-9, case
+        assert worst_difference(tmp_path / f"{case}-1", tmp_path / f"{case}-2-local") > 1e-6, case
+
+
+def test_torchrun_joins_its_ranks(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--standalone", "--nproc-per-node", "2", "-m", "gan_dist", "train", config_file(dataset, tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, "--run-dir", str(run), "--max-steps", "3"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    assert done.stdout.count("done: step 3") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.d_steps=2"], "optim.d_steps was 1, now 2"),
+        (["train.global_batch=4"], "train.global_batch was 8, now 4"),
+        (["seed=1", "train.epochs=1"], "seed was 0, now 1; train.epochs was 100.0, now 1"),
+    ],
+)
+def test_another_game_is_refused_with_the_command_for_a_new_run(
+    dataset: Path, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    run = tmp_path / "run"
+    train(small(dataset), run_dir=run, max_steps=1, console=False)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        train(small(dataset), overrides, run_dir=run, max_steps=1, console=False, command=["gan-dist", "train", "c"])
+    assert words in str(caught.value) and f"gan-dist train c --run-dir {run}-2" in str(caught.value)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_may_change_may_change(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(small(dataset), run_dir=run, max_steps=1, console=False)
+    words = ["log.grid=9", "checkpoint.keep=1", "train.epochs=200", "dist.timeout_s=60"]
+    assert train(small(dataset), words, run_dir=run, max_steps=3, console=False).step == 3
+
+
+def test_a_new_run_from_another_takes_its_weights_and_its_own_rates(dataset: Path, tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    train(small(dataset), run_dir=parent, max_steps=3, console=False)
+    before = {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()}
+    words = ["optim.g_lr=1e-5", "train.global_batch=4"]
+    train(small(dataset), words, run_dir=child, from_run=f"{parent}@3", max_steps=1, console=False)
+    assert {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()} == before
+    first, origin = find(child, 0).state, find(parent, 3).state
+    assert first["step"] == 0 and first["images_seen"] == 0
+    assert all(torch.equal(first["generator"][name], tensor) for name, tensor in origin["generator"].items())
+    assert find(child).state["optimizer_g"]["param_groups"][0]["lr"] == 1e-5
+    assert find(child).manifest["parent"] == f"{parent}@3"
+    with pytest.raises(UserError, match=r"model\.g_channels is 4 there and 8 here"):
+        train(small(dataset), ["model.g_channels=8"], run_dir=tmp_path / "x", from_run=str(parent), console=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def refusal(*words: str, **more: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            train(small(dataset), words, **{"run_dir": run, "console": False, **more})
+        assert "\n" not in str(caught.value) and not run.exists()
+        return str(caught.value)
+
+    assert "model.resolution is 64" in refusal("model.resolution=64")
+    assert "nowhere" in refusal(f"data.shards={tmp_path / 'nowhere'}")
+    assert "--max-steps" in refusal(max_steps=0)
+    assert "no run at" in refusal(from_run="nobody")
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refusal(run_dir=tmp_path / "file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").write_text("")
+    assert "holds no run" in refusal(run_dir=tmp_path / "full")
+
+
+def test_more_ranks_than_images_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
+    words = ["--standalone", "--nproc-per-node", "2", "-m", "gan_dist", "train", config_file(dataset, tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, "train.global_batch=1", "--run-dir", "run"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("2 ranks, but train.global_batch is 1") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gan_dist.distributed.world import World
+from gan_dist.training.update import STATS, Update, draw_flips, draw_latents, to_signed
+from gan_dist.utils.errors import UserError
+from tests.helpers import games
+from tests.helpers.games import CPU, batches, game, tensors, worst
+
+STAT = {name: i for i, name in enumerate(STATS)}
+
+
+class _PlainGenerator(nn.Module):
+    def __init__(self, z: int, c: int) -> None:
+        super().__init__()
+        self.convt1 = nn.ConvTranspose2d(z, 4 * c, 4, 1, 0, bias=False)
+        self.bn1 = nn.BatchNorm2d(4 * c)
+        self.convt2 = nn.ConvTranspose2d(4 * c, 2 * c, 4, 2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * c)
+        self.convt3 = nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(c)
+        self.convt4 = nn.ConvTranspose2d(c, 3, 4, 2, 1, bias=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.convt1(z.view(*z.shape, 1, 1))))
+        x = F.relu(self.bn2(self.convt2(x)))
+        return torch.tanh(self.convt4(F.relu(self.bn3(self.convt3(x)))))
+
+
+class _PlainDiscriminator(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, c, 4, 2, 1, bias=False)
+        self.conv2 = nn.Conv2d(c, 2 * c, 4, 2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * c)
+        self.conv3 = nn.Conv2d(2 * c, 4 * c, 4, 2, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * c)
+        self.conv4 = nn.Conv2d(4 * c, 1, 4, 1, 0, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.conv1(x), 0.2)
+        x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
+        return torch.sigmoid(self.conv4(F.leaky_relu(self.bn3(self.conv3(x)), 0.2))).flatten()
+
+
+def _plain(steps: int, d_steps: int, loss: str, real_target: float, generator_target: float) -> dict[str, Tensor]:
+    """Plays the game as the tutorials write it: separate passes, probabilities, nn.BCELoss, torch.optim.Adam."""
+    generator, discriminator = _PlainGenerator(games.LATENT_DIM, games.CHANNELS), _PlainDiscriminator(games.CHANNELS)
+    ours = games.networks()
+    generator.load_state_dict(ours[0].state_dict())
+    discriminator.load_state_dict(ours[1].state_dict())
+    generator.double(), discriminator.double()
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.5, 0.999))
+    bce = nn.BCELoss()
+    feeder = game(d_steps=d_steps)
+    for step in range(steps):
+        reals, latents = batches(feeder, step)
+        for real, z in zip(reals, latents, strict=True):
+            fake = generator(z)
+            optimizer_d.zero_grad()
+            p_real = discriminator(real.double() / 127.5 - 1)
+            p_fake = discriminator(fake.detach())
+            d_loss = bce(p_real, torch.full_like(p_real, real_target)) + bce(p_fake, torch.zeros_like(p_fake))
+            d_loss.backward()
+            optimizer_d.step()
+        optimizer_g.zero_grad()
+        p_fake = discriminator(fake)
+        target = torch.full_like(p_fake, generator_target)
+        g_loss = torch.log(1 - p_fake).mean() if loss == "minimax" else bce(p_fake, target)
+        g_loss.backward()
+        optimizer_g.step()
+    named = {f"generator.{name}": value for name, value in generator.state_dict().items()}
+    named |= {f"discriminator.{name}": value for name, value in discriminator.state_dict().items()}
+    for part, optimizer in (("optimizer_g", optimizer_g), ("optimizer_d", optimizer_d)):
+        for index, moments in optimizer.state_dict()["state"].items():
+            named |= {f"{part}.{index}.{name}": value for name, value in moments.items()}
+    return named
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("d_steps", [1, 2])
+@pytest.mark.parametrize(
+    ("loss", "real_target", "generator_target"), [("minimax", 1.0, None), ("non_saturating", 0.9, 0.8)]
+)
+def test_a_step_equals_plain_torch(
+    steps: int, d_steps: int, loss: Any, real_target: float, generator_target: float | None
+) -> None:
+    update = game(d_lr=2e-3, d_steps=d_steps, loss=loss, real_target=real_target, generator_target=generator_target)
+    for step in range(steps):
+        update.step(*batches(update, step))
+    assert worst(tensors(update), _plain(steps, d_steps, loss, real_target, generator_target or 1.0)) < 1e-11
+
+
+def test_statistics_are_means_of_the_game() -> None:
+    update = game(real_target=0.9)
+    before = copy.deepcopy((update.g.network, update.d.network))
+    (real,), (z,) = batches(update, 0)
+    stats = update.step([real], [z], stop=1.0)
+    assert stats.shape == (len(STATS),)
+    with torch.no_grad():
+        fake = before[0](z)
+        l_real, l_fake = before[1](to_signed(real, torch.float64)), before[1](fake)
+        after = copy.deepcopy(update.d.network)(fake)
+    expected = {
+        "probability/real": l_real.sigmoid().mean(),
+        "probability/fake": l_fake.sigmoid().mean(),
+        "probability/fake_after_update": after.sigmoid().mean(),
+        # the value is the game's own, whatever smoothing D trains with
+        "value/minimax": torch.log(l_real.sigmoid()).mean() + torch.log(1 - l_fake.sigmoid()).mean(),
+        "loss/generator": -torch.log(after.sigmoid()).mean(),
+        "loss/discriminator": F.binary_cross_entropy(l_real.sigmoid(), torch.full_like(l_real, 0.9))
+        + F.binary_cross_entropy(l_fake.sigmoid(), torch.zeros_like(l_fake)),
+        "gradient_norm/generator": torch.cat([v.flatten() for v in update.g.gradients.views]).norm(),
+        "control/stop": torch.tensor(1.0),
+        "control/skipped": torch.tensor(0.0),
+    }
+    for name, value in expected.items():
+        assert stats[STAT[name]].item() == pytest.approx(value.item(), rel=1e-12), name
+
+
+@pytest.mark.parametrize("d_steps", [1, 2])
+@pytest.mark.parametrize("who", ["discriminator", "generator"])
+def test_an_update_that_is_not_finite_is_skipped_with_its_buffers(
+    monkeypatch: pytest.MonkeyPatch, who: str, d_steps: int
+) -> None:
+    update = game(d_steps=d_steps)
+    update.step(*batches(update, 0))
+    before = tensors(update)
+    method = "discriminate" if who == "discriminator" else "deceive"
+    honest = getattr(update, method)
+
+    def broken(*args: Tensor) -> tuple[Tensor, Tensor]:
+        loss, extras = honest(*args)
+        return loss * math.inf, extras
+
+    monkeypatch.setattr(update, method, broken)
+    stats = update.step(*batches(update, 1), stop=1.0)
+    after = tensors(update)
+    mine = (who, "optimizer_" + who[0])
+    for name, value in before.items():
+        if name.split(".")[0] in mine and not ("num_batches" in name or "running" in name):
+            assert torch.equal(value, after[name]), f"{name} moved in a skipped update"
+    moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {"generator", "discriminator"} - {who} <= moved  # the other one has played on
+    assert stats[STAT["control/skipped"]] == (d_steps if who == "discriminator" else 1)
+    assert stats[STAT["control/stop"]] == 1  # the control word survives
+    if who == "generator":
+        assert torch.equal(before["generator.bn1.running_mean"], after["generator.bn1.running_mean"]) == (d_steps == 1)
+    monkeypatch.undo()
+    stats = update.step(*batches(update, 2))
+    assert stats[STAT["control/skipped"]] == 0
+    assert torch.isfinite(stats).all()
+
+
+def test_a_network_that_has_gone_wrong_moves_nothing_at_all() -> None:
+    update = game()
+    with torch.no_grad():
+        update.g.network.get_parameter("convt2.weight")[0, 0, 0, 0] = math.nan
+    before = tensors(update)
+    stats = update.step(*batches(update, 0))
+    assert stats[STAT["control/skipped"]] == 2
+    after = tensors(update)
+    assert all(torch.equal(before[name].nan_to_num(7), after[name].nan_to_num(7)) for name in before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_a_saved_state_continues_bit_for_bit_and_in_the_default_layout(precision: Any) -> None:
+    straight = game(precision=precision)
+    for step in range(2):
+        straight.step(*batches(straight, step))
+    state = straight.state_dict()
+    resumed = game(precision=precision)
+    resumed.load_state_dict(copy.deepcopy(state))
+    assert resumed.g.network.get_parameter("convt2.weight").is_contiguous(memory_format=torch.channels_last)
+    for name, value in tensors(straight).items():
+        assert value.is_contiguous(), f"{name} leaks the layout that trains"
+        assert torch.equal(value, tensors(resumed)[name]), name
+    for step in range(2, 4):
+        straight.step(*batches(straight, step))
+        resumed.step(*batches(resumed, step))
+    after = tensors(straight)
+    for name, value in tensors(resumed).items():
+        assert torch.equal(value, after[name]), name
+    assert not torch.equal(state["generator"]["convt1.weight"], after["generator.convt1.weight"])  # a copy, not a view
+
+
+def test_new_learning_rates_win_over_a_states() -> None:
+    old, new = game(), game(g_lr=5e-4)
+    old.step(*batches(old, 0))
+    new.load_state_dict(old.state_dict())
+    assert new.g.optimizer.param_groups[0]["lr"] == 5e-4
+
+
+def test_the_generators_step_gives_the_discriminator_no_gradient() -> None:
+    update = game()
+    update.step(*batches(update, 0))
+    gradient = update.d.gradients.flat.clone()
+    needed: list[bool] = []
+    honest = update.deceive
+
+    def watched(fake: Tensor) -> tuple[Tensor, Tensor]:
+        needed.extend(parameter.requires_grad for parameter in update.d.parameters)
+        return honest(fake)
+
+    update.deceive = watched  # type: ignore[method-assign]
+    update.step(*batches(update, 1))
+    assert not any(needed)
+    assert all(parameter.requires_grad for parameter in update.d.parameters)
+    assert not torch.equal(gradient, update.d.gradients.flat)
+
+
+def test_more_ranks_than_images_is_refused() -> None:
+    with pytest.raises(UserError, match="global_batch is 2 but there are 3 ranks"):
+        Update(*games.networks(), world=World(rank=0, size=3), global_batch=2)
+
+
+def test_draws_are_keyed_by_seed_and_position_and_sliced() -> None:
+    whole = draw_latents(1, 640, 8, 5, 0, 8, CPU)
+    parts = [draw_latents(1, 640, 8, 5, lo, hi, CPU) for lo, hi in ((0, 3), (3, 4), (4, 8))]
+    assert torch.equal(torch.cat(parts), whole)
+    others = [draw_latents(2, 640, 8, 5, 0, 8, CPU), draw_latents(1, 648, 8, 5, 0, 8, CPU)]
+    others += [draw_latents(1, 640, 8, 5, 0, 8, CPU, purpose=1), draw_latents(1, 640 + 2**32, 8, 5, 0, 8, CPU)]
+    assert not any(torch.equal(other, whole) for other in others)
+    flips = draw_flips(1, 640, 4000, 0, 4000, CPU)
+    assert flips.dtype == torch.bool
+    assert 0.45 < flips.float().mean() < 0.55
+    assert torch.equal(draw_flips(1, 640, 4000, 100, 200, CPU), flips[100:200])
+
+
+def test_draws_are_normal_and_positions_do_not_correlate() -> None:
+    many = torch.stack([draw_latents(0, position, 16, 10, 0, 16, CPU).flatten() for position in range(500)]).double()
+    assert abs(many.mean().item()) < 0.02
+    assert abs(many.std().item() - 1) < 0.02
+    neighbours = (many[1:] * many[:-1]).mean().item()
+    assert abs(neighbours) < 0.02
+    assert len({tuple(row[:4].tolist()) for row in many}) == 500
+
+
+def test_pixels_span_the_signed_range() -> None:
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
+    assert to_signed(pixels, torch.float32).flatten().tolist() == [-1.0, 1.0]
