@@ -33,7 +33,7 @@ from gan_dist.bench.loader import memcpy_rate
 from gan_dist.data.order import Order
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import Stream
-from tests.data.test_shards import write_dataset
+from tests.helpers.datasets import write_dataset
 
 BATCH, SIZE = 128, 64
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gan_dist.cli.main import app
 from gan_dist.data.order import Order
 from gan_dist.data.shards import MANIFEST, open_dataset
-from tests.data.test_shards import write_dataset
+from tests.helpers.datasets import write_dataset
 
 ASK = """
 import json, sys

@@ -9,7 +9,7 @@ import pytest
 
 from gan_dist.bench.prepare import bench_prepare
 from gan_dist.utils.errors import UserError
-from tests.data.prepare.test_prepare import fill
+from tests.helpers.sources import fill
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gan_dist.data.prepare.prepare import prepare
-from tests.data.prepare.test_prepare import contents, encode, fill
+from tests.helpers.sources import contents, encode, fill
 
 COMMAND = [sys.executable, "-m", "gan_dist", "prepare"]
 

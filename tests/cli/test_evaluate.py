@@ -16,7 +16,7 @@ from gan_dist.data.prepare.synthetic import paint_folder
 from gan_dist.evaluation import protocol as evaluation
 from gan_dist.runs.record import read_evaluations
 from gan_dist.training.trainer import train
-from tests.training.test_trainer import small
+from tests.helpers.training import small
 
 
 @pytest.fixture(scope="module")

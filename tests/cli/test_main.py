@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gan_dist.config.schema import preset
-from tests.training.test_trainer import config_file
+from tests.helpers.training import config_file
 
 
 def run(*words: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:

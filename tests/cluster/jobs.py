@@ -15,7 +15,7 @@ import yaml
 
 from launch.status import FINAL
 from tests.cluster.boot import Cluster, wait_until
-from tests.training.test_trainer import small
+from tests.helpers.training import small
 
 ROOT = Path(__file__).parents[2]
 STEPS = ("--max-steps", "120")

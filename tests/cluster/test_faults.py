@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.jobs import STEPS, Run, hook, launch, leftovers, slowly
-from tests.training.test_trainer import assert_identical
+from tests.helpers.training import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -18,7 +18,7 @@ import yaml
 
 from tests.cluster.boot import Cluster, wait_until
 from tests.cluster.jobs import ROOT, START_S, Run, hook, launch, leftovers, slowly
-from tests.training.test_trainer import assert_identical
+from tests.helpers.training import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -14,26 +14,9 @@ import torch
 import webdataset
 from webdataset.writer import TarWriter
 
-from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardWriter, open_dataset, read_manifest
+from gan_dist.data.shards import FORMAT, MANIFEST, ShardWriter, open_dataset, read_manifest
 from gan_dist.utils.errors import UserError
-
-
-def write_dataset(root: Path, sizes: tuple[int, ...] = (5, 3), resolution: int = 32, seed: int = 0) -> np.ndarray:
-    """Writes a dataset of noise and returns its samples, uint8 [N, 3, S, S]."""
-    root.mkdir(exist_ok=True)
-    images = np.random.default_rng(seed).integers(0, 256, (sum(sizes), 3, resolution, resolution), dtype=np.uint8)
-    shards, key = [], 0
-    for number, size in enumerate(sizes):
-        with ShardWriter(root, number, resolution) as writer:
-            for _ in range(size):
-                writer.add(key, images[key].tobytes(), {"source": "noise", "path": f"{key}.png"})
-                key += 1
-            info = writer.commit()
-        assert info is not None
-        shards.append(info)
-    manifest = Manifest(FORMAT, resolution, {}, ("a", "b"), {"seen": key}, tuple(shards))
-    (root / MANIFEST).write_bytes(manifest.to_bytes())
-    return images
+from tests.helpers.datasets import write_dataset
 
 
 @pytest.mark.parametrize("resolution", [32, 64])

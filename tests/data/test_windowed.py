@@ -20,7 +20,7 @@ from gan_dist.data.remote.fetch import Patience
 from gan_dist.data.shards import MANIFEST, Dataset, open_dataset
 from gan_dist.data.stream import RING, Resident, Stream, choose_placement, stage
 from gan_dist.utils.errors import GanDistError, UserError
-from tests.data.test_shards import write_dataset
+from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.server import Server
 

@@ -31,7 +31,7 @@ from gan_dist.runs.record import read_evaluations
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.ranks import run_ranks
-from tests.training.test_trainer import small
+from tests.helpers.training import small
 
 SAMPLES = 120
 

@@ -15,7 +15,7 @@ from gan_dist.sampling.generate import draw, generate, interpolate
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.pictures import grid, save_png, to_uint8
-from tests.training.test_trainer import small
+from tests.helpers.training import small
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gan_dist.sampling.generate import animate
 from gan_dist.sampling.sample import find_source, sample_run
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import UserError
-from tests.training.test_trainer import small
+from tests.helpers.training import small
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from gan_dist.runs.record import TEXTS, read_metrics
 from gan_dist.telemetry.console import RunConsole, duration
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.trainer import train
-from tests.training.test_trainer import small
+from tests.helpers.training import small
 
 CPU_TAGS = {
     *("loss/discriminator", "loss/generator", "probability/real", "probability/fake", "probability/fake_after_update"),

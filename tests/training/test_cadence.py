@@ -12,7 +12,7 @@ from gan_dist.data.shards import open_dataset
 from gan_dist.runs.checkpoint import load, step_directories
 from gan_dist.training.trainer import train
 from tests.helpers.ranks import run_ranks
-from tests.training.test_trainer import small
+from tests.helpers.training import small
 
 
 def steps(run: Path) -> list[int]:

@@ -20,7 +20,7 @@ from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.stop import StopRequest
 from gan_dist.utils.tensors import copy_state
 from tests.helpers.ranks import run_ranks
-from tests.training.test_trainer import small
+from tests.helpers.training import small
 
 
 def state(step: int, value: float = 0.0) -> dict[str, Any]:

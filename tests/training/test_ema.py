@@ -18,7 +18,7 @@ from gan_dist.training.ema import RAMP, Average
 from gan_dist.training.setup import build_average, build_update
 from gan_dist.training.trainer import train
 from tests.helpers.ranks import run_ranks
-from tests.training.test_trainer import assert_identical, small
+from tests.helpers.training import assert_identical, small
 
 EMA = ["train.ema_half_life_images=64"]
 

@@ -23,7 +23,7 @@ from gan_dist.training.trainer import train
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.stop import StopRequest
 from tests.helpers.ranks import run_ranks
-from tests.training.test_trainer import assert_identical, small
+from tests.helpers.training import assert_identical, small
 
 EVALUATE = ["evaluate.every_steps=2", "evaluate.samples=100", "train.ema_half_life_images=64"]
 

@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gan_dist.runs.checkpoint import find, step_directories
 from gan_dist.training.trainer import train
+from tests.helpers.processes import LIMIT, Ranks, wait_for_listening
 from tests.helpers.ranks import run_ranks
-from tests.training.test_faults import LIMIT, Ranks, wait_for_listening
-from tests.training.test_trainer import assert_identical, cli, config_file, small, wait_for_step, worst_difference
+from tests.helpers.training import assert_identical, cli, config_file, small, wait_for_step, worst_difference
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 

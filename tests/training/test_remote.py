@@ -13,9 +13,9 @@ import pytest
 from gan_dist.data.order import Order
 from gan_dist.data.shards import MANIFEST, open_dataset
 from gan_dist.training.trainer import train
+from tests.helpers.processes import Ranks
 from tests.helpers.server import Server
-from tests.training.test_faults import Ranks
-from tests.training.test_trainer import assert_identical, config_file, final_state, small
+from tests.helpers.training import assert_identical, config_file, final_state, small
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 

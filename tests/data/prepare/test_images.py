@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +16,7 @@ from torchvision.transforms import v2
 from gan_dist.data.prepare import images
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.rejects import REASONS, Rejected
-
-ORANGE = (230, 120, 30)
-
-
-def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    """Returns `image` as a file."""
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
+from tests.helpers.images import ORANGE, cmyk_jpeg, deep, encode, plain, with_alpha
 
 
 def texture(size: tuple[int, int] = (200, 150), seed: int = 0) -> Image.Image:
@@ -43,38 +34,6 @@ def mean(data: bytes, recipe: Recipe | None = None) -> NDArray[np.float64]:
     assert made.pixels.shape == (3, side, side) and made.pixels.dtype == np.uint8 and made.pixels.flags.c_contiguous
     colour: NDArray[np.float64] = made.pixels.mean(axis=(1, 2))
     return colour
-
-
-def plain(color: Any, mode: str = "RGB", size: tuple[int, int] = (70, 50)) -> Image.Image:
-    return Image.new(mode, size, color)
-
-
-def deep(value: float, dtype: type, size: tuple[int, int] = (70, 50)) -> Image.Image:
-    return Image.fromarray(np.full(size[::-1], value, dtype))
-
-
-def with_alpha(mode: str) -> Image.Image:
-    """Returns a picture that is orange (gray: 120) on its left half and transparent black on its right."""
-    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    image.paste((*(ORANGE if mode in ("RGBA", "P") else (120, 120, 120)), 255), (0, 0, 32, 64))
-    return image.convert(mode) if mode != "P" else image.quantize(8)
-
-
-def cmyk_jpeg(color: tuple[int, int, int], adobe: int | None) -> bytes:
-    """Returns a CMYK JPEG of one colour: without Adobe's marker (None), or with its transform 0 (CMYK) or 2 (YCCK)."""
-    cyan, magenta, yellow = (255 - value for value in color)
-    if adobe is None:
-        stored = (255 - cyan, 255 - magenta, 255 - yellow, 255)  # Pillow inverts on saving; undone here
-        data = encode(plain(stored, "CMYK"), "JPEG", quality=100)
-        start = data.index(b"\xff\xee")
-        return data[:start] + data[start + 2 + int.from_bytes(data[start + 2 : start + 4], "big") :]
-    if adobe == 0:
-        return encode(plain((cyan, magenta, yellow, 0), "CMYK"), "JPEG", quality=100)
-    luma = Image.new("RGB", (1, 1), (cyan, magenta, yellow)).convert("YCbCr").getpixel((0, 0))
-    assert isinstance(luma, tuple)
-    data = encode(plain((*(255 - value for value in luma), 0), "CMYK"), "JPEG", quality=100)
-    place = data.index(b"Adobe") + 11
-    return data[:place] + b"\2" + data[place + 1 :]
 
 
 def swapped_profile() -> bytes:

@@ -13,7 +13,7 @@ from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.shards import open_dataset
 from gan_dist.utils.errors import UserError
-from tests.data.prepare.test_prepare import balanced, encode
+from tests.helpers.sources import balanced, encode
 
 
 def write_zip(path: Path, members: dict[str, bytes]) -> Path:

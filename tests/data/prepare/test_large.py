@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from gan_dist.data.prepare.prepare import prepare
-from tests.data.prepare.test_prepare import balanced, encode
-from tests.data.prepare.test_torture import rejects
+from tests.helpers.sources import balanced, encode, rejects
 
 # Made by another process: what its picture takes is not on this one's account.
 MAKE = """

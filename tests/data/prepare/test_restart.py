@@ -17,7 +17,7 @@ import pytest
 
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.utils.errors import GanDistError
-from tests.data.prepare.test_prepare import contents, encode, fill
+from tests.helpers.sources import contents, encode, fill
 
 SCRIPT = """
 import sys

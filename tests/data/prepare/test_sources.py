@@ -17,8 +17,7 @@ from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.sources import Entry
 from gan_dist.data.prepare.workers import JOB_ENTRIES, JOB_SQUARES, make_jobs
 from gan_dist.utils.errors import GanDistError
-from tests.data.prepare.test_prepare import balanced, encode, fill
-from tests.data.prepare.test_torture import rejects
+from tests.helpers.sources import balanced, encode, fill, rejects
 
 LIMITED = """
 import resource, sys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import json
 import os
 import shutil
 import stat
@@ -35,15 +34,9 @@ from gan_dist.data.prepare.sources import list_source, open_source
 from gan_dist.data.prepare.verify import verify
 from gan_dist.data.shards import open_dataset
 from gan_dist.utils.errors import GanDistError, UserError
-from tests.data.prepare.test_images import cmyk_jpeg, deep, with_alpha
-from tests.data.prepare.test_images import encode as encode_image
-from tests.data.prepare.test_prepare import balanced, contents, encode, fill
-
-
-def rejects(out: Path) -> dict[str, str]:
-    """Returns the reason of every rejected path."""
-    lines = (out / "rejects.jsonl").read_text().splitlines()
-    return {record["path"]: record["reason"] for record in map(json.loads, lines)}
+from tests.helpers.images import cmyk_jpeg, deep, with_alpha
+from tests.helpers.images import encode as encode_image
+from tests.helpers.sources import balanced, contents, encode, fill, rejects
 
 
 def everything(folder: Path) -> dict[str, str]:

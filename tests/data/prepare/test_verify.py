@@ -15,7 +15,7 @@ from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.verify import verify
 from gan_dist.data.shards import open_dataset
 from gan_dist.utils.errors import UserError
-from tests.data.prepare.test_prepare import contents, fill
+from tests.helpers.sources import contents, fill
 
 
 def flip(path: Path, place: int) -> None:

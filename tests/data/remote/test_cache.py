@@ -22,7 +22,7 @@ from gan_dist.data.remote.fetch import Abandoned, Patience, member, shown
 from gan_dist.data.shards import MANIFEST, Dataset, open_dataset
 from gan_dist.utils.errors import EXIT_STOPPED, GanDistError, UserError
 from gan_dist.utils.places import available_memory, choose_home, file_system, own_folder, room
-from tests.data.test_shards import write_dataset
+from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.server import FAULTS, Server
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.cluster.boot import wait_until
-from tests.training.test_trainer import config_file
+from tests.helpers.training import config_file
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,0 +1,27 @@
+"""Datasets written without preparing anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardWriter
+
+
+def write_dataset(root: Path, sizes: tuple[int, ...] = (5, 3), resolution: int = 32, seed: int = 0) -> np.ndarray:
+    """Writes a dataset of noise and returns its samples, uint8 [N, 3, S, S]."""
+    root.mkdir(exist_ok=True)
+    images = np.random.default_rng(seed).integers(0, 256, (sum(sizes), 3, resolution, resolution), dtype=np.uint8)
+    shards, key = [], 0
+    for number, size in enumerate(sizes):
+        with ShardWriter(root, number, resolution) as writer:
+            for _ in range(size):
+                writer.add(key, images[key].tobytes(), {"source": "noise", "path": f"{key}.png"})
+                key += 1
+            info = writer.commit()
+        assert info is not None
+        shards.append(info)
+    manifest = Manifest(FORMAT, resolution, {}, ("a", "b"), {"seen": key}, tuple(shards))
+    (root / MANIFEST).write_bytes(manifest.to_bytes())
+    return images
