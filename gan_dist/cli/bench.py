@@ -105,12 +105,12 @@ def bench_step(
     from gan_dist.bench.step import SWEEP
     from gan_dist.bench.step import bench_step as measure
     from gan_dist.distributed.world import join
-    from gan_dist.training.machine import settled
+    from gan_dist.training.machine import torch_settings
 
     batches = batch or (list(SWEEP) if sweep else [128])
     if threads is not None:
         torch.set_num_threads(threads)
-    with join(device) as world, settled(world.device):
+    with join(device) as world, torch_settings(world.device):
         first = world.rank == 0
         figures = measure(
             world,

@@ -53,7 +53,7 @@ def main() -> None:
     try:
         app()
     except GanDistError as error:
-        if not error.told_elsewhere:
+        if not error.reported_elsewhere:
             _complain(str(error))
         sys.exit(error.exit_status)
     except BrokenPipeError:

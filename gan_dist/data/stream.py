@@ -15,11 +15,11 @@ import torch
 
 from gan_dist.data.gather import Gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.remote.fetch import look, never
 from gan_dist.data.shards import Dataset
 from gan_dist.data.windowed import Windows
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.places import available_memory
+from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
 
 RING = 2
 """Blocks in flight: one in use, one being filled. A third is 15 % slower on one core: they no longer fit its caches."""
@@ -65,7 +65,7 @@ def stage(
     *,
     first: bool = True,
     progress: Callable[[str, int, int], None] = lambda verb, done, total: None,
-    called_off: Callable[[], bool] = never,
+    cancelled: Callable[[], bool] = never_cancelled,
 ) -> str | None:
     """Makes a dataset ready to be read at random: staged if it is remote, and read once from end to end on the `first`
     rank of each machine, unless that is called off. A windowed one sees to itself, window by window.
@@ -76,7 +76,7 @@ def stage(
     if placement == "windowed":
         return None
     if dataset.cache is not None:
-        dataset.cache.fetch_all(lambda done, total: progress("staging", done, total), called_off)
+        dataset.cache.fetch_all(lambda done, total: progress("staging", done, total), cancelled)
     total = sum(shard.bytes for shard in dataset.manifest.shards)
     done = 0
     if total > (memory := available_memory()):  # it would push out its own beginning: nothing is warm in the end
@@ -85,9 +85,9 @@ def stage(
             "will wait for the disk; a new run with data.window_shards reads ahead instead"
         )
     for i, shard in enumerate(dataset.manifest.shards if first else ()):
-        if called_off():
+        if cancelled():
             break
-        dataset.warm(i, called_off)
+        dataset.warm(i, cancelled)
         done += shard.bytes
         progress("reading", done, total)
     return None
@@ -231,10 +231,10 @@ class Stream:
             asked, there = self._waits.popleft()
             self._waited += asked.elapsed_time(there) / 1000
 
-    def await_first(self, called_off: Callable[[], bool] = never) -> None:
+    def await_first(self, cancelled: Callable[[], bool] = never_cancelled) -> None:
         """Returns when the first batch is there, however long its window takes. Raises what keeps it away."""
         while self._thread is not None and not self._began.wait(0.05):
-            look(called_off)
+            raise_if_cancelled(cancelled)
         if self._failure is not None:
             raise self._failure
 
@@ -252,7 +252,7 @@ class Stream:
             collect = Gather(self._dataset)
             if self.placement == "windowed":
                 windows = Windows(
-                    self._dataset, self._order, position, called_off=self._closing.is_set, leave=collect.forget
+                    self._dataset, self._order, position, cancelled=self._closing.is_set, leave=collect.forget
                 )
             side: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
             while (slot := self._free.get()) is not None:

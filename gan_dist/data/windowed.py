@@ -22,12 +22,12 @@ class _Window:
     failure: list[BaseException] = field(default_factory=list)
     thread: threading.Thread | None = None
 
-    def fetch(self, dataset: Dataset, called_off: Callable[[], bool]) -> None:
+    def fetch(self, dataset: Dataset, cancelled: Callable[[], bool]) -> None:
         """Starts to bring the shards here."""
 
         def work() -> None:
             try:
-                in_parallel(dataset.warm, self.shards, FETCHERS, called_off)
+                in_parallel(dataset.warm, self.shards, FETCHERS, cancelled)
             except BaseException as error:  # handed over: raised where the shards are needed
                 self.failure.append(error)
 
@@ -55,11 +55,11 @@ class Windows:
         order: Order,
         position: int,
         *,
-        called_off: Callable[[], bool],
+        cancelled: Callable[[], bool],
         leave: Callable[[int], None],
     ) -> None:
         """`leave(shard)` is called when a shard is about to go: nobody may look at it any more."""
-        self._dataset, self._called_off, self._leave = dataset, called_off, leave
+        self._dataset, self._cancelled, self._leave = dataset, cancelled, leave
         self._to_come = _windows_from(order, position)
         self._here: deque[_Window] = deque()
 
@@ -86,7 +86,7 @@ class Windows:
                 window.thread.join()
 
     def _begin(self, window: _Window) -> None:
-        window.fetch(self._dataset, self._called_off)
+        window.fetch(self._dataset, self._cancelled)
         self._here.append(window)
 
     def _let_go(self, window: _Window) -> None:

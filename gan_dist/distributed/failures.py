@@ -45,7 +45,7 @@ def _is_collective_failure(error: BaseException) -> bool:
 
 
 @contextmanager
-def watched(world: World, run_dir: Path) -> Iterator[None]:
+def naming_lost_ranks(world: World, run_dir: Path) -> Iterator[None]:
     """Within it, a collective that fails because a rank is lost raises RankLost, which names rank and host.
 
     Any other exception leaves its last words for the other ranks on its way out. Stack traces of all threads go to

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from gan_dist.data.remote.fetch import Abandoned
 from gan_dist.distributed.world import World
 from gan_dist.utils.errors import GanDistError
-from gan_dist.utils.stop import StopRequest
+from gan_dist.utils.stop import Cancelled, StopRequest
 
 T = TypeVar("T")
 HEARTBEAT_S = 1.0
@@ -18,13 +17,13 @@ GRACE_S = 3.0
 """Seconds that work gets to clean up when it is called off."""
 
 
-def patiently(world: World, work: Callable[[Callable[[], bool]], T], stop: StopRequest) -> T:
-    """Returns this rank's `work(called_off)`, however long it takes on whichever rank; a collective.
+def with_heartbeat(world: World, work: Callable[[Callable[[], bool]], T], stop: StopRequest) -> T:
+    """Returns this rank's `work(cancelled)`, however long it takes on whichever rank; a collective.
 
     It runs in a thread, while the ranks tell one another every second that they are alive: a timeout of the collectives
     bounds the silence of a rank, not its work. As soon as it fails on one, it is called off on all.
 
-    Raises what the first failing rank raised, on every rank; Abandoned (status 75) when one was asked to stop.
+    Raises what the first failing rank raised, on every rank; Cancelled (status 75) when one was asked to stop.
     """
     value: list[Any] = []
     failure: list[BaseException] = []
@@ -49,7 +48,7 @@ def patiently(world: World, work: Callable[[Callable[[], bool]], T], stop: StopR
         failures = [(rank, error) for rank, (_, error, _) in enumerate(told) if error is not None]
         reasons = [reason for _, _, reason in told if reason]
         if reasons:  # work that heeds the same request by itself is no failure
-            failures = [(rank, error) for rank, error in failures if not isinstance(error, Abandoned)]
+            failures = [(rank, error) for rank, error in failures if not isinstance(error, Cancelled)]
         if failures or reasons:
             off.set()
             thread.join(GRACE_S)
@@ -57,7 +56,7 @@ def patiently(world: World, work: Callable[[Callable[[], bool]], T], stop: StopR
                 raise failure[0]  # a mistake of ours: with its traceback
             rank, error = failures[0] if failures else (0, _stopped(reasons[0]))
             if isinstance(error, GanDistError):
-                error.told_elsewhere = rank != world.rank
+                error.reported_elsewhere = rank != world.rank
             raise error
         if all(done for done, _, _ in told):
             result: T = value[0]
@@ -71,7 +70,7 @@ def _portable(failure: list[BaseException], world: World) -> GanDistError | OSEr
     return GanDistError(f"rank {world.rank} on {world.host} failed: {type(failure[0]).__name__}: {failure[0]}")
 
 
-def _stopped(reason: str) -> Abandoned:
-    return Abandoned(
+def _stopped(reason: str) -> Cancelled:
+    return Cancelled(
         f"stopped by {reason} while data were fetched, before any step; run the same command again to continue"
     )

@@ -51,7 +51,7 @@ def preflight(world: World, dataset: str, task: Mapping[str, Any]) -> list[str]:
     told = world.gather_objects((world.host, time.time(), facts))
     hosts = [host for host, _, _ in told]
     for name in facts:
-        _must_agree(name, hosts, [theirs.get(name, "nothing") for _, _, theirs in told])
+        _assert_ranks_agree(name, hosts, [theirs.get(name, "nothing") for _, _, theirs in told])
     total = int(world.all_reduce(torch.full((), world.rank + 1.0, device=world.device)).item())
     if total != world.size * (world.size + 1) // 2:
         raise GanDistError(
@@ -67,7 +67,7 @@ def preflight(world: World, dataset: str, task: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _must_agree(name: str, hosts: list[str], values: list[str]) -> None:
+def _assert_ranks_agree(name: str, hosts: list[str], values: list[str]) -> None:
     """Raises UserError that names the ranks whose value is not the one that most have (rank 0's, where it ties)."""
     common, count = Counter(values).most_common(1)[0]
     if count == len(values):

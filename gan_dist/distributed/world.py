@@ -128,7 +128,7 @@ class World:
     def _as_told_by(self, rank: int, error: GanDistError | OSError) -> GanDistError | OSError:
         """Returns `error`, marked on all ranks but `rank` so that it is printed once."""
         if isinstance(error, GanDistError):
-            error.told_elsewhere = rank != self.rank
+            error.reported_elsewhere = rank != self.rank
         return error
 
     def barrier(self) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from gan_dist.config.base import check_seed
 from gan_dist.config.schema import EvaluateConfig
-from gan_dist.data.remote.fetch import never
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import inception
@@ -26,6 +25,7 @@ from gan_dist.sampling.generate import build_generator
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.flock import FileLock
 from gan_dist.utils.pictures import write_atomically
+from gan_dist.utils.stop import never_cancelled
 
 UNKNOWN = "epoch, near_copies and accuracy_training are left out"
 """What only the set that a run learned from can tell."""
@@ -204,7 +204,7 @@ def _keep(run: Path, row: dict[str, Any], say: Callable[[str], None]) -> None:
     set; a figure that was measured again is the newer one."""
     try:
         with FileLock(run / ".evaluations.lock") as lock:  # another evaluation of the run may be at the same point
-            lock.take(exclusive=True, wait=never)
+            lock.take(exclusive=True, wait=never_cancelled)
             try:
                 content = "".join(json.dumps(one) + "\n" for one in merged([*read_evaluations(run), row]))
                 write_atomically(run / "evaluations.jsonl", content.encode())

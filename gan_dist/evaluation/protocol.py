@@ -65,7 +65,7 @@ class Protocol:
     """The sha256 of Inception's weights, where they were used."""
 
 
-class _CalledOff(Exception):
+class _Cancelled(Exception):
     """Some rank wants to stop."""
 
 
@@ -122,12 +122,12 @@ class Evaluation:
         try:
             with _whole_float32():
                 return self._figures(generator, latent_dim, averaged, near_copies, lambda: self._look(stopped))
-        except _CalledOff:
+        except _Cancelled:
             return None
 
     def _look(self, stopped: Callable[[], bool]) -> None:
         if self._world.any(stopped()):
-            raise _CalledOff
+            raise _Cancelled
 
     def _figures(
         self, generator: nn.Module, latent_dim: int, averaged: bool, near_copies: bool, look: Callable[[], None]

@@ -12,7 +12,7 @@ import torch
 from gan_dist.distributed.world import World
 from gan_dist.runs.checkpoint import save
 from gan_dist.utils.errors import GanDistError
-from gan_dist.utils.tensors import must_agree, state_digest, to_host
+from gan_dist.utils.tensors import assert_ranks_agree, state_digest, to_host
 
 
 class Saver:
@@ -71,7 +71,7 @@ class Saver:
             except RuntimeError as error:
                 first_line = str(error).strip().split("\n")[0]
                 raise GanDistError(f"the ranks could not compare their states: {first_line}") from error
-            must_agree(digests)
+            assert_ranks_agree(digests)
         if self._world.rank == 0:
             save(self.directory, state, facts, keep=self.keep, guard=self.guard)
 

@@ -17,7 +17,7 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
-def settled(device: torch.device, deterministic: bool = False) -> Iterator[None]:
+def torch_settings(device: torch.device, deterministic: bool = False) -> Iterator[None]:
     """Within it, steps on `device` run at its speed, and with `deterministic` to the same bits on a GPU as well.
 
     Everything is for the process, and is put back at the end.

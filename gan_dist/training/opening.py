@@ -9,7 +9,7 @@ from gan_dist.data.remote.cache import open_remote
 from gan_dist.data.remote.fetch import shown
 from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import choose_placement, stage
-from gan_dist.distributed.heartbeat import patiently
+from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.distributed.world import World
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import is_address
@@ -22,7 +22,7 @@ def open_for(config: Config, world: World, stop: StopRequest, voice: int | None)
     """Returns the dataset, checked against what the run asks of it, and ready to be read; a collective."""
     data, remote = config.data, is_address(config.data.shards)
 
-    def open_and_stage(called_off: Callable[[], bool]) -> Dataset:
+    def open_and_stage(cancelled: Callable[[], bool]) -> Dataset:
         if world.size > config.train.global_batch:
             raise UserError(
                 f"{world.size} ranks, but train.global_batch is {config.train.global_batch}: each rank needs an image; "
@@ -31,23 +31,23 @@ def open_for(config: Config, world: World, stop: StopRequest, voice: int | None)
         if remote:
             windows = data.window_shards if data.placement in ("auto", "windowed") else 0
             dataset = open_remote(
-                data.shards, data.cache_dir, window_shards=windows, called_off=called_off, say=_teller(world, voice)
+                data.shards, data.cache_dir, window_shards=windows, cancelled=cancelled, say=_teller(world, voice)
             )
         else:
             dataset = open_dataset(data.shards)
         try:
-            _make_ready(dataset, config, world, voice, lambda: called_off() or bool(stop))
+            _make_ready(dataset, config, world, voice, lambda: cancelled() or bool(stop))
         except BaseException:
             dataset.close()
             raise
         return dataset
 
     # What lies here needs no staging: a stop then waits for the first step, which saves.
-    return patiently(world, open_and_stage, stop if remote else StopRequest())
+    return with_heartbeat(world, open_and_stage, stop if remote else StopRequest())
 
 
 def _make_ready(
-    dataset: Dataset, config: Config, world: World, voice: int | None, called_off: Callable[[], bool]
+    dataset: Dataset, config: Config, world: World, voice: int | None, cancelled: Callable[[], bool]
 ) -> None:
     if dataset.resolution != config.model.resolution:
         raise UserError(
@@ -64,7 +64,7 @@ def _make_ready(
     if spoken and (batch := config.train.global_batch) > dataset.num_samples:
         print(f"note: train.global_batch is {batch}, the dataset has {dataset.num_samples} images: batches repeat some")
     with transfers(spoken) as progress:
-        warning = stage(dataset, placement, first=world.local_rank == 0, progress=progress, called_off=called_off)
+        warning = stage(dataset, placement, first=world.local_rank == 0, progress=progress, cancelled=cancelled)
     if warning and spoken:
         print(f"note: {warning}", flush=True)
 

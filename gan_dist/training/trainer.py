@@ -14,11 +14,10 @@ import torch
 from gan_dist.config.schema import Config, flatten, load_config, presets, to_yaml
 from gan_dist.data.gather import gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.remote.fetch import Abandoned
 from gan_dist.data.shards import Dataset
 from gan_dist.data.stream import Stream
-from gan_dist.distributed.failures import watched
-from gan_dist.distributed.heartbeat import patiently
+from gan_dist.distributed.failures import naming_lost_ranks
+from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.distributed.preflight import check_disk, preflight
 from gan_dist.distributed.world import World, join
 from gan_dist.report.report import make_report
@@ -31,15 +30,15 @@ from gan_dist.training.checkpointer import Saver
 from gan_dist.training.control import ControlWord, Decision, Referee, Watchman, ask, environment, out_of_memory
 from gan_dist.training.evaluator import Examiner
 from gan_dist.training.keeper import Keeper
-from gan_dist.training.machine import settled
+from gan_dist.training.machine import torch_settings
 from gan_dist.training.opening import open_for
 from gan_dist.training.runner import make_runner, resolve_precision
 from gan_dist.training.setup import build_average, build_update
 from gan_dist.training.statistics import Scalars
 from gan_dist.training.update import draw_flips, draw_latents
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.stop import StopRequest
-from gan_dist.utils.tensors import copy_state, must_agree, state_digest
+from gan_dist.utils.stop import Cancelled, StopRequest
+from gan_dist.utils.tensors import assert_ranks_agree, copy_state, state_digest
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ def train(
     ) as world:
         try:
             with (
-                watched(world, directory),
-                settled(world.device, settings.train.deterministic),
+                naming_lost_ranks(world, directory),
+                torch_settings(world.device, settings.train.deterministic),
                 open_for(settings, world, stop if stop is not None else StopRequest(), voice) as dataset,
             ):
                 # Where a dataset lies may differ between hosts; what is asked of the ranks may not.
@@ -148,7 +147,7 @@ class Trainer:
                 self.step, self.images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
         self.average = build_average(config, self.update, start)
         if world.size > 1:
-            must_agree(world.gather_objects(state_digest(self.update.snapshot(), config.train.sync_batchnorm)))
+            assert_ranks_agree(world.gather_objects(state_digest(self.update.snapshot(), config.train.sync_batchnorm)))
         drawing = self.update.g.network if self.average is None else self.average.network
         self.examiner = Examiner(config, world, dataset, drawing, self.update.d.network, run_dir / "checkpoints")
         self._drawn_step = -1
@@ -263,8 +262,8 @@ class Trainer:
     def _await_data(self) -> bool:
         """Returns when the first batch is there on every rank: True, or False when they were asked to stop first."""
         try:
-            patiently(self.world, self.stream.await_first, self.stop)
-        except Abandoned:
+            with_heartbeat(self.world, self.stream.await_first, self.stop)
+        except Cancelled:
             return False  # the loop sees to it before its first step
         return True
 

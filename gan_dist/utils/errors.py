@@ -13,7 +13,7 @@ class GanDistError(Exception):
     """The work failed for a reason that one line can tell. Ends the command with status 1."""
 
     exit_status = EXIT_FAILED
-    told_elsewhere = False
+    reported_elsewhere = False
     """Whether another rank raised this first and tells the user; this rank then ends without a word."""
 
 

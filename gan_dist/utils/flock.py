@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gan_dist.data.remote.fetch import look, never
+from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
 
 POLL_S = 0.05
 
@@ -25,10 +25,10 @@ class FileLock:
         self._descriptor = -1
 
     def take(
-        self, *, exclusive: bool, wait: Callable[[], bool] | None = None, give_up: Callable[[], bool] = never
+        self, *, exclusive: bool, wait: Callable[[], bool] | None = None, give_up: Callable[[], bool] = never_cancelled
     ) -> bool:
         """Returns whether the lock is ours now. With `wait` it comes back with the lock, or without it when `give_up()`
-        is true, and raises Abandoned as soon as `wait()` is. A lock that was held before is given back first."""
+        is true, and raises Cancelled as soon as `wait()` is. A lock that was held before is given back first."""
         while True:
             self.free()
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -37,7 +37,7 @@ class FileLock:
             self.free()
             if wait is None or give_up():
                 return False
-            look(wait)
+            raise_if_cancelled(wait)
             time.sleep(POLL_S)
 
     def _lock(self, exclusive: bool) -> bool:

@@ -1,6 +1,10 @@
-"""A wish to stop, in a module that imports nothing: the command line listens for signals before torch is loaded."""
+"""Stop requests and cancelled work. Imports nothing heavy: the command line listens before torch is loaded."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+from gan_dist.utils.errors import EXIT_STOPPED, GanDistError
 
 
 class StopRequest:
@@ -18,3 +22,20 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.reason is not None
+
+
+class Cancelled(GanDistError):
+    """The work was called off, by a stop request or because another rank has failed. Status 75."""
+
+    exit_status = EXIT_STOPPED
+
+
+def never_cancelled() -> bool:
+    """Returns False: nobody calls the work off."""
+    return False
+
+
+def raise_if_cancelled(cancelled: Callable[[], bool]) -> None:
+    """Raises Cancelled when the work was called off."""
+    if cancelled():
+        raise Cancelled("stopped while fetching data; what has been fetched is kept as long as the cache is")

@@ -65,7 +65,7 @@ def state_digest(state: Mapping[str, Any], running: bool = True) -> str:
     return digest.hexdigest()
 
 
-def must_agree(digests: list[str]) -> None:
+def assert_ranks_agree(digests: list[str]) -> None:
     """Raises GanDistError naming the ranks whose digest differs from rank 0's."""
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if strays:

@@ -68,7 +68,7 @@ class TrainJob:
             outcome = self.train()
         except GanDistError as error:
             stopped = error.exit_status == EXIT_STOPPED  # before there was anything to save
-            if not error.told_elsewhere:
+            if not error.reported_elsewhere:
                 print(f"gan-dist: {error}", file=sys.stderr, flush=True)
                 if stopped:
                     reason = STOP.reason or "a signal to another rank"

@@ -25,7 +25,7 @@ from torch import nn
 
 from gan_dist.bench.step import build, machine_limits, work
 from gan_dist.distributed.world import World
-from gan_dist.training.machine import settled
+from gan_dist.training.machine import torch_settings
 from gan_dist.training.runner import make_runner, resolve_precision
 
 
@@ -130,7 +130,7 @@ def compare(batch: int, device: torch.device, runners: list[str], precision: str
     shape = {"resolution": 64, "latent_dim": 100, "channels": 64}
     gflop, _ = work(*build(World(device=device), batch, chosen, shape))
     limits = machine_limits(device, chosen)
-    with settled(device), elsewhere(batch, device) as peer:
+    with torch_settings(device), elsewhere(batch, device) as peer:
         steps: dict[str, Callable[[], float]] = {"tutorial": peer}
         in_this_process = {"tutorial_settled": tutorial_step(batch, device)}
         in_this_process |= {runner: our_step(batch, device, runner, chosen) for runner in runners}

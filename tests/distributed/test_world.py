@@ -49,7 +49,7 @@ def meet(rank: int, out: str) -> None:
         for call, failing in ((world.from_first, 0), (world.together, 1)):
             with pytest.raises(GanDistError, match=f"rank {failing} says no") as caught:
                 call(lambda failing=failing: _refuse_on(rank, failing))  # type: ignore[misc]
-            assert caught.value.told_elsewhere == (rank != failing)
+            assert caught.value.reported_elsewhere == (rank != failing)
     Path(out, f"left-{rank}").touch()
 
 

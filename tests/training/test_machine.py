@@ -14,7 +14,7 @@ import torch
 
 from gan_dist.config.schema import load_config
 from gan_dist.training import trainer
-from gan_dist.training.machine import settled
+from gan_dist.training.machine import torch_settings
 from tests.helpers.games import CPU
 
 PAGES = 2**25 // resource.getpagesize()
@@ -34,15 +34,15 @@ def _work(width: int = 2**20) -> int:
 
 
 def tell() -> None:
-    """Prints what `_work` pays before, within and after `settled`, and within that of a GPU's run."""
-    with settled(CPU):
+    """Prints what `_work` pays before, within and after `torch_settings`, and within that of a GPU's run."""
+    with torch_settings(CPU):
         pass
     medium = _work(2**16)  # up to 8 MiB, which glibc learns to keep by itself, unless somebody has set anything
     before = _work()
-    with settled(CPU):
+    with torch_settings(CPU):
         within = _work()
     after = _work()
-    with settled(torch.device("cuda")):
+    with torch_settings(torch.device("cuda")):
         print(json.dumps([before, within, after, _work(), medium]))
 
 
@@ -64,12 +64,12 @@ def test_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
 
 def test_deterministic_asks_torch_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    with settled(CPU, deterministic=True):
+    with torch_settings(CPU, deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()  # told of, and no end
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
     assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    with pytest.raises(ZeroDivisionError), settled(CPU, deterministic=True):
+    with pytest.raises(ZeroDivisionError), torch_settings(CPU, deterministic=True):
         raise ZeroDivisionError
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -101,7 +101,7 @@ def test_deterministic_games_on_a_gpu_have_the_same_bits() -> None:
 
     device = torch.device("cuda", 0)
     found = []
-    with settled(device, deterministic=True):
+    with torch_settings(device, deterministic=True):
         for _ in range(2):
             update = game(World(device=device), precision="bf16")
             runner = make_runner("captured", update)

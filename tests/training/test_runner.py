@@ -15,7 +15,7 @@ from gan_dist.distributed.world import World
 from gan_dist.training import runner as runners
 from gan_dist.training.runner import Captured, Compiled, make_runner, native_bf16, resolve_precision
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.tensors import must_agree, state_digest
+from gan_dist.utils.tensors import assert_ranks_agree, state_digest
 from tests.helpers.games import CPU, batches, game, tensors, worst
 
 STEPS = 3  # the graphs that were silently wrong before torch 2.14 need more than one to be seen
@@ -51,11 +51,11 @@ def _rank(rank: int, folder: str, backend: str) -> None:
 
     update = game(world)
     results["digest"] = state_digest(update.state_dict())
-    must_agree(world.gather_objects(results["digest"]))
+    assert_ranks_agree(world.gather_objects(results["digest"]))
     with torch.no_grad():
         update.d.parameters[0][0, 0, 0, 0] += 1e-9 * rank
     try:
-        must_agree(world.gather_objects(state_digest(update.state_dict())))
+        assert_ranks_agree(world.gather_objects(state_digest(update.state_dict())))
     except GanDistError as error:
         results["stray"] = str(error)
     torch.save(results, f"{folder}/{rank}.pt")

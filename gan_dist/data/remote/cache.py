@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from gan_dist.data.remote.fetch import Patience, fetch, look, member, never, shown
+from gan_dist.data.remote.fetch import Patience, fetch, member, shown
 from gan_dist.data.shards import MANIFEST, Dataset, Manifest, check_totals, parse_manifest, quick_fault
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import fsync_folder, publish, temporary_name
 from gan_dist.utils.flock import POLL_S, FileLock
 from gan_dist.utils.places import choose_home, held, own_folder, room
+from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
 
 FETCHERS = 4
 """Shards fetched at once: object stores give one connection a fraction of what they have."""
@@ -45,7 +46,7 @@ def open_remote(
     window_shards: int = 0,
     whole: bool = False,
     patience: Patience | None = None,
-    called_off: Callable[[], bool] = never,
+    cancelled: Callable[[], bool] = never_cancelled,
     say: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """Returns the dataset at an address, of which only the manifest has been fetched yet, unless `whole`.
@@ -57,7 +58,7 @@ def open_remote(
         UserError: no dataset there, no place to stage it, or a cache folder that is another user's.
         GanDistError: it cannot be fetched.
     """
-    manifest, content = _fetch_manifest(address, patience, called_off, say)
+    manifest, content = _fetch_manifest(address, patience, cancelled, say)
     sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
     needed = sum(sizes[: 2 * window_shards or None])
     name = manifest.identity[:32] + ("-window" if window_shards else "")
@@ -66,9 +67,9 @@ def open_remote(
         sweep(home, name)
     cache = Cache(address, manifest, home / name, window_shards > 0, cache_dir is None, patience, say)
     try:
-        cache.enter(content, called_off)
+        cache.enter(content, cancelled)
         if whole:
-            cache.fetch_all(called_off=called_off)
+            cache.fetch_all(cancelled=cancelled)
     except BaseException:
         cache.close()
         raise
@@ -76,7 +77,7 @@ def open_remote(
 
 
 def _fetch_manifest(
-    address: str, patience: Patience | None, called_off: Callable[[], bool], say: Callable[[str], None]
+    address: str, patience: Patience | None, cancelled: Callable[[], bool], say: Callable[[str], None]
 ) -> tuple[Manifest, bytes]:
     source, found = member(address, MANIFEST), []
 
@@ -90,7 +91,7 @@ def _fetch_manifest(
         found.append((manifest, content))
         return None
 
-    fetch(source, receive, patience=patience, called_off=called_off, say=say)
+    fetch(source, receive, patience=patience, cancelled=cancelled, say=say)
     return found[0]
 
 
@@ -114,17 +115,17 @@ class Cache:
         # At the end of the process too: an automatic cache must not stay because somebody forgot to close.
         self._leave = weakref.finalize(self, _leave, folder, self._lock, self._held, automatic)
 
-    def enter(self, manifest: bytes, called_off: Callable[[], bool] = never) -> None:
+    def enter(self, manifest: bytes, cancelled: Callable[[], bool] = never_cancelled) -> None:
         """Becomes a user of the folder, and makes it where it is not there."""
         with _writing(self.folder):
             while True:
                 own_folder(self.folder.parent)
                 with suppress(FileNotFoundError):  # whoever left last has just removed it: once more
-                    self._lock.take(exclusive=False, wait=called_off)
+                    self._lock.take(exclusive=False, wait=cancelled)
                     break
             self.folder.mkdir(mode=0o700, exist_ok=True)
             with FileLock(self.folder / f"{MANIFEST}.lock") as lock:
-                lock.take(exclusive=True, wait=called_off, give_up=_Standstill(self.folder))
+                lock.take(exclusive=True, wait=cancelled, give_up=_Standstill(self.folder))
                 if not (self.folder / MANIFEST).exists():
                     publish(self.folder / MANIFEST, manifest)
 
@@ -133,7 +134,7 @@ class Cache:
         """Bytes of all shards."""
         return sum(shard.bytes for shard in self.manifest.shards)
 
-    def hold(self, i: int, called_off: Callable[[], bool] = never) -> None:
+    def hold(self, i: int, cancelled: Callable[[], bool] = never_cancelled) -> None:
         """Makes shard `i` lie in the folder, whole and right, until it is dropped: fetched by whoever comes first."""
         if i in self._held:
             return
@@ -142,7 +143,7 @@ class Cache:
         hung = _Standstill(self.folder)
         with _writing(self.folder), lock:
             while True:
-                lock.take(exclusive=False, wait=called_off, give_up=hung)
+                lock.take(exclusive=False, wait=cancelled, give_up=hung)
                 if path.exists():
                     fault = quick_fault(self.folder, shard, self.manifest.resolution)
                     if fault is None:
@@ -156,12 +157,12 @@ class Cache:
                 # this one apart from one that hangs with the lock.
                 alone = lock.take(exclusive=True)
                 if not alone and not hung():
-                    look(called_off)
+                    raise_if_cancelled(cancelled)
                     time.sleep(POLL_S)
                 elif not path.exists() or quick_fault(self.folder, shard, self.manifest.resolution):
                     for left in self.folder.glob(f"{shard.file}.*.tmp") if alone else ():
                         left.unlink(missing_ok=True)  # by a process that was killed: we have the lock
-                    self._download(shard.file, shard.sha256, shard.bytes, called_off)
+                    self._download(shard.file, shard.sha256, shard.bytes, cancelled)
                     fetched = True
             mine = lock.hand_over() if self.windowed else lock
             if self._held.setdefault(i, mine) is not mine:
@@ -171,11 +172,11 @@ class Cache:
         """Makes the sidecar of shard `i` lie in the folder."""
         shard = self.manifest.shards[i]
         with _writing(self.folder), FileLock(self.folder / f"{shard.sidecar}.lock") as lock:
-            lock.take(exclusive=True, wait=never, give_up=_Standstill(self.folder))
+            lock.take(exclusive=True, wait=never_cancelled, give_up=_Standstill(self.folder))
             if not (self.folder / shard.sidecar).exists():
-                self._download(shard.sidecar, shard.sidecar_sha256, None, never)
+                self._download(shard.sidecar, shard.sidecar_sha256, None, never_cancelled)
 
-    def _download(self, name: str, sha256: str, size: int | None, called_off: Callable[[], bool]) -> None:
+    def _download(self, name: str, sha256: str, size: int | None, cancelled: Callable[[], bool]) -> None:
         path = self.folder / name
         temporary = temporary_name(path)
 
@@ -199,13 +200,15 @@ class Cache:
             return None
 
         try:
-            fetch(member(self.address, name), receive, patience=self._patience, called_off=called_off, say=self._say)
+            fetch(member(self.address, name), receive, patience=self._patience, cancelled=cancelled, say=self._say)
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(self.folder)
 
     def fetch_all(
-        self, progress: Callable[[int, int], None] = lambda done, total: None, called_off: Callable[[], bool] = never
+        self,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        cancelled: Callable[[], bool] = never_cancelled,
     ) -> None:
         """Returns when every shard lies in the folder; one process of the machine fetches, the others wait for it.
 
@@ -221,7 +224,7 @@ class Cache:
                         with suppress(OSError):
                             sizes += entry.stat().st_size
             progress(min(sizes, self.total), self.total)
-            return called_off()
+            return cancelled()
 
         with _writing(self.folder), FileLock(self.folder / "staging.lock") as lock:
             lock.take(exclusive=True, wait=tell, give_up=_Standstill(self.folder))
@@ -310,9 +313,9 @@ def in_parallel(
     work: Callable[[int, Callable[[], bool]], None],
     items: Sequence[int],
     threads: int,
-    called_off: Callable[[], bool] = never,
+    cancelled: Callable[[], bool] = never_cancelled,
 ) -> None:
-    """Calls `work(item, called_off)` for all items on some threads; the caller polls `called_off` meanwhile.
+    """Calls `work(item, cancelled)` for all items on some threads; the caller polls `cancelled` meanwhile.
 
     Raises the first error soon after it comes: threads that hang in the network are left to end by themselves.
     """
@@ -338,7 +341,7 @@ def in_parallel(
     try:
         while not failures and (alive := [thread for thread in running if thread.is_alive()]):
             alive[0].join(POLL_S)
-            look(called_off)
+            raise_if_cancelled(cancelled)
     finally:
         over.set()
         deadline = time.monotonic() + GRACE_S
@@ -346,4 +349,4 @@ def in_parallel(
             thread.join(max(0.0, deadline - time.monotonic()))
     if failures:
         raise failures[0]
-    called_off()
+    cancelled()

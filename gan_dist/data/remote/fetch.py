@@ -26,7 +26,8 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, url2pathname, urlopen
 
-from gan_dist.utils.errors import EXIT_STOPPED, GanDistError, UserError
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
 
 CHUNK = 2**20
 SLOWEST = 1024
@@ -45,19 +46,8 @@ class Patience:
     stall_s: float = float(os.environ.get("GAN_DIST_FETCH_STALL_S") or 30)
 
 
-class Abandoned(GanDistError):
-    """The work was called off: by a stop request, or because another rank has failed."""
-
-    exit_status = EXIT_STOPPED
-
-
 class _Lost(Exception):
     """This attempt failed; another may not."""
-
-
-def never() -> bool:
-    """Returns False: nobody calls the work off."""
-    return False
 
 
 def member(base: str, name: str) -> str:
@@ -84,7 +74,7 @@ def fetch(
     receive: Callable[[Iterator[bytes]], str | None],
     *,
     patience: Patience | None = None,
-    called_off: Callable[[], bool] = never,
+    cancelled: Callable[[], bool] = never_cancelled,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Gives the bytes at `address` to `receive`, which returns what is wrong with them, or None when they are right.
@@ -94,12 +84,12 @@ def fetch(
     Raises:
         UserError: the source answers, but with wrong bytes, or refuses.
         GanDistError: it could not be reached, cut the line or stalled every time.
-        Abandoned: `called_off()` became true.
+        Cancelled: `cancelled()` became true.
     """
     patience, wrong = patience or Patience(), 0
     for attempt in itertools.count(1):
         try:
-            with closing(_chunks(address, patience.stall_s, called_off)) as chunks:
+            with closing(_chunks(address, patience.stall_s, cancelled)) as chunks:
                 fault = receive(chunks)
             if fault is None:
                 return
@@ -119,23 +109,17 @@ def fetch(
         # Spread out: the ranks of a job that lost a server together should not come back together.
         until = time.monotonic() + patience.backoff_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
         while time.monotonic() < until:
-            look(called_off)
+            raise_if_cancelled(cancelled)
             time.sleep(min(0.1, patience.backoff_s))
 
 
-def look(called_off: Callable[[], bool]) -> None:
-    """Raises Abandoned when the work was called off."""
-    if called_off():
-        raise Abandoned("stopped while fetching data; what has been fetched is kept as long as the cache is")
-
-
-def _chunks(address: str, stall_s: float, called_off: Callable[[], bool]) -> Generator[bytes]:
+def _chunks(address: str, stall_s: float, cancelled: Callable[[], bool]) -> Generator[bytes]:
     """Yields what stands at an address. Raises _Lost for what may pass, UserError for what will not."""
     scheme = address.partition(":")[0].lower()
     reader = {"http": _http, "https": _http, "file": _file}.get(scheme, _process)
     began, received = time.monotonic(), 0
-    for data in reader(address, stall_s, called_off):
-        look(called_off)
+    for data in reader(address, stall_s, cancelled):
+        raise_if_cancelled(cancelled)
         received += len(data)
         if (now := time.monotonic()) - began > stall_s:
             if received < SLOWEST * stall_s:
@@ -144,7 +128,7 @@ def _chunks(address: str, stall_s: float, called_off: Callable[[], bool]) -> Gen
         yield data
 
 
-def _http(address: str, stall_s: float, called_off: Callable[[], bool]) -> Iterator[bytes]:
+def _http(address: str, stall_s: float, cancelled: Callable[[], bool]) -> Iterator[bytes]:
     parts = urlsplit(address)
     headers = {"Accept-Encoding": "identity", "User-Agent": "gan_dist"}
     if "@" in parts.netloc:
@@ -186,7 +170,7 @@ def file_of(address: str) -> Path:
     return Path(url2pathname(parts.path))
 
 
-def _file(address: str, stall_s: float, called_off: Callable[[], bool]) -> Iterator[bytes]:
+def _file(address: str, stall_s: float, cancelled: Callable[[], bool]) -> Iterator[bytes]:
     path = file_of(address)
     try:
         with path.open("rb") as stream:
@@ -198,7 +182,7 @@ def _file(address: str, stall_s: float, called_off: Callable[[], bool]) -> Itera
         raise _Lost(_reason(error)) from None
 
 
-def _process(address: str, stall_s: float, called_off: Callable[[], bool]) -> Iterator[bytes]:
+def _process(address: str, stall_s: float, cancelled: Callable[[], bool]) -> Iterator[bytes]:
     """Yields what a program prints: the command of a `pipe:`, or the one that webdataset runs for a scheme."""
     from webdataset.gopen import Pipe, gopen
 
@@ -221,7 +205,7 @@ def _process(address: str, stall_s: float, called_off: Callable[[], bool]) -> It
     out, heard = pipe.stream.fileno(), time.monotonic()
     try:
         while True:
-            look(called_off)
+            raise_if_cancelled(cancelled)
             if not select.select([out], [], [], 0.2)[0]:
                 if time.monotonic() - heard > stall_s:
                     raise _Lost(f"it stalled: nothing for {stall_s:g} s")

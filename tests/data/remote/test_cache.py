@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from gan_dist.data.remote.cache import Cache, open_remote
-from gan_dist.data.remote.fetch import Abandoned, Patience, member, shown
+from gan_dist.data.remote.fetch import Patience, member, shown
 from gan_dist.data.shards import MANIFEST, Dataset, open_dataset
 from gan_dist.utils.errors import EXIT_STOPPED, GanDistError, UserError
 from gan_dist.utils.places import available_memory, choose_home, file_system, own_folder, room
+from gan_dist.utils.stop import Cancelled
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.server import FAULTS, Server
@@ -158,9 +159,9 @@ def test_a_call_off_ends_the_wait(source: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     with (
         Server(source, lambda name, nth: "stall" if name != MANIFEST else None) as server,
-        pytest.raises(Abandoned) as caught,
+        pytest.raises(Cancelled) as caught,
     ):
-        open_remote(server.address, tmp_path, whole=True, called_off=off.is_set)
+        open_remote(server.address, tmp_path, whole=True, cancelled=off.is_set)
     assert caught.value.exit_status == EXIT_STOPPED and time.monotonic() - began < 5
 
 

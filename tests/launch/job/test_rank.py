@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gan_dist.data.remote.fetch import Abandoned
 from gan_dist.utils.errors import GanDistError
+from gan_dist.utils.stop import Cancelled
 from launch.job import rank
 from launch.job.signals import STOP
 from launch.job.torchrun import verdict
@@ -43,11 +43,11 @@ def test_a_stop_before_there_was_anything_to_save_is_no_failure(
 ) -> None:
     monkeypatch.setattr(STOP, "reason", "SIGUSR2")
     told = {"stopped": "requeue SIGUSR2, while data were fetched\n"}
-    assert words_of(Abandoned("stopped by SIGUSR2"), tmp_path, monkeypatch) == (0, told)
+    assert words_of(Cancelled("stopped by SIGUSR2"), tmp_path, monkeypatch) == (0, told)
     assert verdict(tmp_path, 0) == 75
     (tmp_path / "stopped").unlink()
-    elsewhere = Abandoned("stopped by SIGUSR2")
-    elsewhere.told_elsewhere = True
+    elsewhere = Cancelled("stopped by SIGUSR2")
+    elsewhere.reported_elsewhere = True
     assert words_of(elsewhere, tmp_path, monkeypatch) == (0, {})
 
 
