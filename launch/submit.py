@@ -18,7 +18,8 @@ from typing import Any
 import submitit
 
 from gan_dist.config.base import read_yaml
-from gan_dist.config.schema import Config, change_rule, changes, load_config, to_yaml
+from gan_dist.config.diff import change_rule, changes
+from gan_dist.config.schema import Config, load_config, to_yaml
 from gan_dist.runs.naming import run_and_step, runs_home
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import publish

@@ -172,28 +172,45 @@ def validate(model: type[_Model], values: Mapping[str, Any], origin: str, overri
         raise UserError(words if said else f"{origin}: {words}") from None
 
 
+_LIST = "{key}: expected a list of numbers such as [0.5, 0.999], found {found!r}"
+_SENTENCES = {
+    "extra_forbidden": "unknown key {place}{nearest}",
+    "invalid_key": "unknown key {place}{nearest}",
+    "not_a_section": "{place} is a section; expected its keys ({keys}), found {found!r}",
+    "tuple_type": _LIST,
+    "too_long": _LIST,
+    "missing": "{place} is missing",
+    "missing_dataset": "{place} is missing; name a dataset",
+    "value_error": "{message}",
+    "number_for_text": "{place}: expected {message}, found {found!r}; "
+    "put it in quotes, in a shell in two kinds: '\"...\"'",
+}
+"""What is said of each kind of fault: pydantic's names, and some of our own for what they leave together."""
+_ANY_OTHER = "{place}: expected {message}, found {found!r}"
+
+
 def _explain(model: type[BaseModel], error: ValidationError) -> tuple[str, str]:
-    """Returns what a validation's first fault is about, a key or a section whose keys disagree, and what is wrong."""
+    """Returns what a validation's first fault is about (a key, or a section whose keys disagree) and the sentence."""
     fault = min(error.errors(), key=lambda each: each["type"] == "missing")  # a key may be missing because misspelt
-    kind, found = fault["type"], fault.get("input")
+    kind, found, message = fault["type"], fault.get("input"), fault["msg"]
+    for prefix in ("Value error, ", "Input should be ", "a valid "):
+        message = message.removeprefix(prefix)
     tried = ("str", "int", "bool", "[key]")  # by a union, beyond section and key
     parts = [str(part) for number, part in enumerate(fault["loc"]) if number < 2 or part not in tried]
-    key, place = ".".join(parts[:2]), ".".join(parts)
-    if kind in ("extra_forbidden", "invalid_key"):
-        return key, f"unknown key {place}{_nearest(model, place)}"
-    if len(parts) == 1 and (keys := _keys_of(model, place)) and kind != "value_error":
-        return "", f"{place} is a section; expected its keys ({', '.join(keys)}), found {found!r}"
-    if kind in ("tuple_type", "too_long") or (kind == "missing" and len(parts) > 2):
-        return key, f"{key}: expected a list of numbers such as [0.5, 0.999], found {found!r}"
-    if kind == "missing":
-        return key, f"{place} is missing" + ("; name a dataset" if place == "data.shards" else "")
-    if kind == "value_error":
-        words = fault["msg"].removeprefix("Value error, ")
-        return key or words.partition(".")[0], words
-    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    number = kind == "string_type" and isinstance(found, int | float)
-    hint = "; put it in quotes, in a shell in two kinds: '\"...\"'" if number else ""
-    return key, f"{place}: expected {expected}, found {found!r}{hint}"
+    key, place, keys = ".".join(parts[:2]), ".".join(parts), ", ".join(_keys_of(model, ".".join(parts)))
+    if len(parts) == 1 and keys and kind not in ("value_error", "extra_forbidden", "invalid_key"):
+        kind, key = "not_a_section", ""
+    elif kind == "missing" and place == "data.shards":
+        kind = "missing_dataset"
+    elif kind == "missing" and len(parts) > 2:  # an element of a list
+        kind = "too_long"
+    elif kind == "string_type" and isinstance(found, int | float):
+        kind = "number_for_text"
+    elif kind == "value_error":
+        key = key or message.partition(".")[0]
+    nearest = _nearest(model, place) if "{nearest}" in _SENTENCES.get(kind, "") else ""
+    sentence = _SENTENCES.get(kind, _ANY_OTHER)
+    return key, sentence.format(key=key, place=place, keys=keys, found=found, message=message, nearest=nearest)
 
 
 def _keys_of(model: type[BaseModel], section: str) -> list[str]:

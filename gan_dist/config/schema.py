@@ -182,34 +182,13 @@ class Config(Section):
         return self.model_dump(mode="json")
 
 
-CHANGE_RULES: dict[str, Literal["free", "said", "upward"]] = {
-    "data.shards": "free",  # the dataset itself is held by its manifest's hash
-    "data.placement": "free",
-    "data.cache_dir": "free",
-    "train.epochs": "upward",
-    "train.stop_after_minutes": "free",
-    "train.device": "said",
-    "train.precision": "said",
-    "train.runner": "said",
-    "train.threads": "said",
-    "train.deterministic": "said",
-    "log.": "free",
-    "checkpoint.": "free",
-    "evaluate.": "free",
-    "dist.": "free",
-}
-"""What may differ when a run continues. `said` changes bits though not the game, so it is announced; keys (or whole
-sections) that are not listed would make another run and are refused. The number of ranks is not a key: it is free."""
-
-FIXED_FROM = ("model.",)
-"""What a new run that starts from another's checkpoint (`--from`) must share with it: the shapes."""
-
-
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """Returns the validated configuration of a YAML file or a plain mapping, with `section.key=value` words applied.
 
     Paths come out absolute. Raises UserError with one line naming the key and what to do.
     """
+    if isinstance(source, Config) and not overrides:
+        return source
     if isinstance(source, Config):
         values, origin = source.to_dict(), "configuration"
     elif isinstance(source, Mapping):
@@ -235,29 +214,6 @@ def preset(name: str) -> Config:
 def presets() -> dict[str, dict[str, Any]]:
     """Returns the configurations that come with gan_dist by name, as plain nested values."""
     return {name: preset(name).to_dict() for name in ("paintings64", "demo")}
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested sections as one {"section.key": value}."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns {key: (stored, wanted)} for every key that differs between two configurations as plain values."""
-    old, new = flatten(stored), flatten(wanted)
-    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
-
-
-def change_rule(key: str) -> str:
-    """Returns how `key` may move when a run continues: free, said, upward, or never."""
-    section = key.split(".")[0] + "."
-    return CHANGE_RULES.get(key, CHANGE_RULES.get(section, "never"))
 
 
 def to_yaml(config: Config) -> str:

@@ -11,15 +11,8 @@ from typing import Any
 
 import torch
 
-from gan_dist.config.schema import (
-    FIXED_FROM,
-    Config,
-    change_rule,
-    changes,
-    flatten,
-    load_config,
-    to_yaml,
-)
+from gan_dist.config.diff import FIXED_FROM, change_rule, changes, flatten
+from gan_dist.config.schema import Config, load_config, to_yaml
 from gan_dist.utils.errors import UserError
 from gan_dist.model.networks import Generator
 from gan_dist.runs.naming import run_and_step, run_path

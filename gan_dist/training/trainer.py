@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from gan_dist.config.schema import Config, flatten, load_config, presets, to_yaml
+from gan_dist.config.diff import flatten
+from gan_dist.config.schema import Config, load_config, presets, to_yaml
 from gan_dist.data.gather import gather
 from gan_dist.data.order import Order, rank_slice
 from gan_dist.data.shards import Dataset

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gan_dist.config.base import expand_path, known_keys
-from gan_dist.config.schema import Config, change_rule, changes, load_config, preset, to_yaml
+from gan_dist.config.diff import change_rule, changes
+from gan_dist.config.schema import Config, load_config, preset, to_yaml
 from gan_dist.utils.errors import UserError
 
 BASE = {"data": {"shards": "/tmp/set"}}

@@ -1,0 +1,53 @@
+"""What differs between two configurations, and which keys may differ when a run continues."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Rule = Literal["free", "said", "upward", "never"]
+
+CHANGE_RULES: dict[str, Rule] = {
+    "data.shards": "free",  # the dataset itself is held by its manifest's hash
+    "data.placement": "free",
+    "data.cache_dir": "free",
+    "train.epochs": "upward",
+    "train.stop_after_minutes": "free",
+    "train.device": "said",
+    "train.precision": "said",
+    "train.runner": "said",
+    "train.threads": "said",
+    "train.deterministic": "said",
+    "log.": "free",
+    "checkpoint.": "free",
+    "evaluate.": "free",
+    "dist.": "free",
+}
+"""What may differ when a run continues. `said` changes bits though not the game, so it is announced; keys (or whole
+sections) that are not listed would make another run and are refused. The number of ranks is not a key: it is free."""
+
+FIXED_FROM = ("model.",)
+"""What a new run that starts from another's checkpoint (`--from`) must share with it: the shapes."""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested sections as one {"section.key": value}."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns {key: (stored, wanted)} for every key that differs between two configurations as plain values."""
+    old, new = flatten(stored), flatten(wanted)
+    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+
+
+def change_rule(key: str) -> Rule:
+    """Returns how `key` may move when a run continues: free, said, upward, or never."""
+    section = key.split(".")[0] + "."
+    return CHANGE_RULES.get(key, CHANGE_RULES.get(section, "never"))
