@@ -6,13 +6,13 @@ import gc
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +24,6 @@ from gan_dist.training.update import Update
 from gan_dist.utils.errors import GanDistError, UserError
 
 SWEEP = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor")
 
 
 def bench_step(
@@ -37,15 +36,15 @@ def bench_step(
     latent_dim: int = 100,
     channels: int = 64,
     seconds: float = 5.0,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Returns the figures of the fastest (batch, runner) measured, all of them under `sweep`, for JSON.
 
     `batches` are global. Keys: images_per_second (median over steps; `spread` holds its 10th and 90th percentile),
-    milliseconds {step, d_step, g_step, collectives, optimizer} (the parts from separate eager steps that wait after
-    each), gflop_per_image, matmul_share and copy_share of the measured rates (1 is the machine's limit, above it is an
-    error of measurement; the traffic is that of the convolutions alone, all else fused into them), peak_memory_gib,
-    and, with more than one rank, `scaling`. A collective: every rank calls it.
+    milliseconds {step, d_step, g_step, collectives, optimizer} (the parts are of separate eager steps, under torch's
+    profiler), gflop_per_image, matmul_share and copy_share of the measured rates (1 is the machine's limit, above it
+    is an error of measurement; the traffic is that of the convolutions alone, all else fused into them),
+    peak_memory_gib, and, with more than one rank, `scaling`. A collective: every rank calls it.
 
     Raises UserError for a runner or precision that the device cannot do and for fewer images than ranks; GanDistError
     naming the largest batch that fits when none of `batches` does.
@@ -63,7 +62,7 @@ def bench_step(
             except torch.OutOfMemoryError:
                 row = {"batch": batch, "runner": name, "out_of_memory": True}
             rows.append(row)
-            say(_line(row))
+            log(_line(row))
     good = [row for row in rows if not row.get("out_of_memory")]
     if not good:
         fits = _largest_that_fits(world, min(batches), runners[0], chosen, shape)
@@ -83,7 +82,7 @@ def bench_step(
     }
     if world.size > 1:
         report["scaling"] = _scaling(world, good, chosen, shape, seconds)
-        say(report["scaling"]["verdict"])
+        log(report["scaling"]["verdict"])
     return report
 
 
@@ -158,74 +157,41 @@ def time_steps(
         runner.step(reals, latents)
     _wait(world.device)
     count = world.gather_objects(min(500, max(5, int(seconds * 1.0 / (time.perf_counter() - start)))))[0]
-    found = []
+    times = []
     for _ in range(count):
         start = time.perf_counter()
         for _ in range(block):
             runner.step(reals, latents)
         _wait(world.device)
-        found.append((time.perf_counter() - start) / block)
-    return found
+        times.append((time.perf_counter() - start) / block)
+    return times
 
 
 def _parts(update: Update, reals: list[Tensor], latents: list[Tensor], rounds: int = 5) -> dict[str, float]:
-    """Returns milliseconds of D step, G step, collectives and optimiser, medians of eager steps that wait at each seam.
+    """Returns milliseconds of D step, G step, collectives and optimiser: medians of eager steps under torch's profiler.
 
-    Collectives and optimiser are parts of the D and G steps. The first two steps warm up and do not count.
+    On a GPU by its own clock. Collectives and optimiser are parts of the D and G steps. The first two steps warm up.
     """
     device = update.world.device
-    spent: dict[str, float] = {}
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            _wait(device)
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            _wait(device)
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
-            return result
-
-        return wrapper
-
-    seam = 0.0
-    deceive = update.deceive
-
-    def marked(fake: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal seam
-        _wait(device)
-        seam = time.perf_counter()
-        return deceive(fake)
-
-    update.deceive = marked  # type: ignore[method-assign]
-    for player in (update.g, update.d):
-        player.optimizer.step = timed("optimizer", player.optimizer.step)  # type: ignore[method-assign]
-    rows: dict[str, list[float]] = {"d_step": [], "g_step": [], "collectives": [], "optimizer": []}
-    with _patched(dist, COLLECTIVES, lambda function: timed("collectives", function)):
-        for index in range(rounds + 2):
-            spent.clear()
-            _wait(device)
-            start = time.perf_counter()
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    rows: list[tuple[float, float, float, float]] = []
+    for index in range(rounds + 2):
+        with profile(activities=activities) as trace, record_function("whole step"):
             update.step(reals, latents)
             _wait(device)
-            end = time.perf_counter()
-            if index >= 2:
-                rows["d_step"].append(seam - start)
-                rows["g_step"].append(end - seam)
-                rows["collectives"].append(spent.get("collectives", 0.0))
-                rows["optimizer"].append(spent["optimizer"])
-    return {name: 1e3 * statistics.median(values) for name, values in rows.items()}
-
-
-@contextmanager
-def _patched(module: Any, names: Sequence[str], change: Callable[[Any], Any]) -> Iterator[None]:
-    kept = {name: getattr(module, name) for name in names}
-    for name, function in kept.items():
-        setattr(module, name, change(function))
-    try:
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(module, name, function)
+        if index < 2:
+            continue
+        events = [event for event in trace.events() or () if (event.device_type == DeviceType.CUDA) == cuda]
+        events.sort(key=lambda event: event.time_range.start)
+        (whole,) = (event.time_range for event in events if event.name == "whole step")
+        adams = [event.time_range for event in events if event.name.startswith("Optimizer.step")]
+        seam = adams[update.d_steps - 1].end  # D's last update ends its step
+        collectives = [event.time_range for event in events if event.name.startswith(("gloo:", "nccl"))]
+        spent = (sum(span.end - span.start for span in spans) for spans in (collectives, adams))
+        rows.append((seam - whole.start, whole.end - seam, *spent))
+    names = ("d_step", "g_step", "collectives", "optimizer")
+    return {name: statistics.median(column) / 1e3 for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 class _ConvolutionTraffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -276,14 +242,14 @@ def machine_limits(device: torch.device, precision: str) -> dict[str, float]:
 
 def _best(device: torch.device, function: Callable[[], Any], rounds: int = 8) -> float:
     function()
-    found = []
+    times = []
     for _ in range(rounds):
         _wait(device)
         start = time.perf_counter()
         function()
         _wait(device)
-        found.append(time.perf_counter() - start)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _scaling(
@@ -298,8 +264,8 @@ def _scaling(
                 single = World(device=world.device)
                 try:
                     update, reals, latents = build(single, row["batch"], precision, shape)
-                    found = time_steps(single, make_runner(row["runner"], update), reals, latents, seconds)
-                    rate = row["batch"] / statistics.median(found)
+                    times = time_steps(single, make_runner(row["runner"], update), reals, latents, seconds)
+                    rate = row["batch"] / statistics.median(times)
                 except torch.OutOfMemoryError:
                     _release(world.device)
             alone[str(row["batch"])] = world.gather_objects(rate)[0]

@@ -105,7 +105,7 @@ def bench_step(
     from gan_dist.bench.step import SWEEP
     from gan_dist.bench.step import bench_step as measure
     from gan_dist.distributed.world import join
-    from gan_dist.training.machine import torch_settings
+    from gan_dist.training.runner import torch_settings
 
     batches = batch or (list(SWEEP) if sweep else [128])
     if threads is not None:
@@ -119,7 +119,7 @@ def bench_step(
             precision=precision,
             resolution=resolution,
             seconds=seconds,
-            say=(lambda line: print(line, file=sys.stderr)) if first else (lambda line: None),
+            log=(lambda line: print(line, file=sys.stderr)) if first else (lambda line: None),
         )
         if first:
             _figures(figures, as_json)

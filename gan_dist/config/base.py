@@ -39,14 +39,14 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        keys = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is a word", key_node.start_mark)
             key = self.construct_object(key_node, deep=deep)
-            if key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -144,10 +144,10 @@ def with_overrides(model: type[BaseModel], values: Mapping[str, Any], overrides:
 
     Raises UserError for a word of another form, and for a key that `model` does not have.
     """
-    found = dict(values)
+    merged = dict(values)
     for name in model.model_fields:
-        if found.get(name) is None and _keys_of(model, name):
-            found[name] = {}
+        if merged.get(name) is None and _keys_of(model, name):
+            merged[name] = {}
     for key, value in parse_overrides(overrides).items():
         head, _, tail = key.partition(".")
         if key not in known_keys(model):
@@ -155,21 +155,21 @@ def with_overrides(model: type[BaseModel], values: Mapping[str, Any], overrides:
         if not tail and (keys := _keys_of(model, head)):
             raise UserError(f"{key} is a section; set one of its keys: {', '.join(keys)}")
         if not tail:
-            found[head] = value
-        elif isinstance(found[head], dict):  # what a file has instead is refused later
-            found[head] = {**found[head], tail: value}
-    return found
+            merged[head] = value
+        elif isinstance(merged[head], dict):  # what a file has instead is refused later
+            merged[head] = {**merged[head], tail: value}
+    return merged
 
 
 def validate(model: type[_Model], values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> _Model:
     """Returns the model. Raises UserError with one line that names the key, expected and found, and the `origin` of
-    `values`, unless the fault was said in `overrides`."""
+    `values`, unless the fault stands in `overrides`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         key, words = _explain(model, error)
-        said = any(f"{word}.".startswith(f"{key}.") for word in parse_overrides(overrides))
-        raise UserError(words if said else f"{origin}: {words}") from None
+        in_overrides = any(f"{word}.".startswith(f"{key}.") for word in parse_overrides(overrides))
+        raise UserError(words if in_overrides else f"{origin}: {words}") from None
 
 
 _LIST = "{key}: expected a list of numbers such as [0.5, 0.999], found {found!r}"
@@ -185,7 +185,7 @@ _SENTENCES = {
     "number_for_text": "{place}: expected {message}, found {found!r}; "
     "put it in quotes, in a shell in two kinds: '\"...\"'",
 }
-"""What is said of each kind of fault: pydantic's names, and some of our own for what they leave together."""
+"""The sentence for each kind of fault: pydantic's kinds, and some of our own where theirs say too little."""
 _ANY_OTHER = "{place}: expected {message}, found {found!r}"
 
 

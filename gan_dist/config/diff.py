@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Rule = Literal["free", "said", "upward", "never"]
+Rule = Literal["free", "noted", "upward", "never"]
 
 CHANGE_RULES: dict[str, Rule] = {
     "data.shards": "free",  # the dataset itself is held by its manifest's hash
@@ -13,17 +13,17 @@ CHANGE_RULES: dict[str, Rule] = {
     "data.cache_dir": "free",
     "train.epochs": "upward",
     "train.stop_after_minutes": "free",
-    "train.device": "said",
-    "train.precision": "said",
-    "train.runner": "said",
-    "train.threads": "said",
-    "train.deterministic": "said",
+    "train.device": "noted",
+    "train.precision": "noted",
+    "train.runner": "noted",
+    "train.threads": "noted",
+    "train.deterministic": "noted",
     "log.": "free",
     "checkpoint.": "free",
     "evaluate.": "free",
     "dist.": "free",
 }
-"""What may differ when a run continues. `said` changes bits though not the game, so it is announced; keys (or whole
+"""What may differ when a run continues. `noted` changes bits though not the game, so the start says so; keys (or whole
 sections) that are not listed would make another run and are refused. The number of ranks is not a key: it is free."""
 
 FIXED_FROM = ("model.",)
@@ -48,6 +48,6 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, t
 
 
 def change_rule(key: str) -> Rule:
-    """Returns how `key` may move when a run continues: free, said, upward, or never."""
+    """Returns how `key` may move when a run continues: free, noted, upward, or never."""
     section = key.split(".")[0] + "."
     return CHANGE_RULES.get(key, CHANGE_RULES.get(section, "never"))

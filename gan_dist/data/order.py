@@ -12,6 +12,17 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from gan_dist.utils.errors import UserError
+
+
+def check_ranks(ranks: int, global_batch: int) -> None:
+    """Raises UserError unless a global batch has an image for each of `ranks`."""
+    if ranks > global_batch:
+        raise UserError(
+            f"{ranks} ranks, but train.global_batch is {global_batch}: each rank needs an image; "
+            "start fewer ranks or raise train.global_batch"
+        )
+
 
 def rank_slice(global_batch: int, rank: int, size: int) -> tuple[int, int]:
     """Returns [lo, hi) of the global batch that belongs to `rank`: in rank order they cover it, sizes differ by one."""

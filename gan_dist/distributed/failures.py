@@ -95,8 +95,8 @@ def _name_the_lost(world: World, hosts: list[str], error: BaseException) -> str:
         missing = set(range(world.size)) - {world.rank}
         while missing and time.monotonic() < deadline:
             missing -= {rank for rank in missing if store.check([f"survivor/{rank}"])}
-            said = {rank for rank in missing if store.check([f"last-words/{rank}"])}
-            if said == missing:
+            explained = {rank for rank in missing if store.check([f"last-words/{rank}"])}
+            if explained == missing:
                 break
             time.sleep(0.1)
         lost = sorted(missing)

@@ -1,4 +1,4 @@
-"""Work that may take longer than a collective: ranks wait for one another's data, not for one another's death."""
+"""Work that may take longer than a collective may: the ranks tell one another every second that they are alive."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def with_heartbeat(world: World, work: Callable[[Callable[[], bool]], T], stop: 
             if world.size == 1 and stop:
                 break
         done = not thread.is_alive()
-        told = world.gather_objects((done, _portable(failure, world), stop.reason))
-        failures = [(rank, error) for rank, (_, error, _) in enumerate(told) if error is not None]
-        reasons = [reason for _, _, reason in told if reason]
+        answers = world.gather_objects((done, _portable(failure, world), stop.reason))
+        failures = [(rank, error) for rank, (_, error, _) in enumerate(answers) if error is not None]
+        reasons = [reason for _, _, reason in answers if reason]
         if reasons:  # work that heeds the same request by itself is no failure
             failures = [(rank, error) for rank, error in failures if not isinstance(error, Cancelled)]
         if failures or reasons:
@@ -58,13 +58,13 @@ def with_heartbeat(world: World, work: Callable[[Callable[[], bool]], T], stop: 
             if isinstance(error, GanDistError):
                 error.reported_elsewhere = rank != world.rank
             raise error
-        if all(done for done, _, _ in told):
+        if all(done for done, _, _ in answers):
             result: T = value[0]
             return result
 
 
 def _portable(failure: list[BaseException], world: World) -> GanDistError | OSError | None:
-    """Returns a failure as the other ranks can be told of it."""
+    """Returns a failure in a form that can be sent to the other ranks."""
     if not failure or isinstance(failure[0], GanDistError | OSError):
         return failure[0] if failure else None  # type: ignore[return-value]
     return GanDistError(f"rank {world.rank} on {world.host} failed: {type(failure[0]).__name__}: {failure[0]}")

@@ -1,10 +1,9 @@
-"""Before the game: what would spoil it hours later is looked for now, and the host that is to blame is named."""
+"""Checks before a run that would otherwise fail hours later; each names the rank and host at fault."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ import torch
 
 from gan_dist.distributed.world import World
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.tensors import tensors
 
 CLOCK_S = 30.0
 """Clocks further apart than this make files of one run look older than those before them."""
@@ -48,21 +46,21 @@ def preflight(world: World, dataset: str, task: Mapping[str, Any]) -> list[str]:
         **{name: str(value) for name, value in task.items()},
     }
     world.barrier()
-    told = world.gather_objects((world.host, time.time(), facts))
-    hosts = [host for host, _, _ in told]
+    answers = world.gather_objects((world.host, time.time(), facts))
+    hosts = [host for host, _, _ in answers]
     for name in facts:
-        _assert_ranks_agree(name, hosts, [theirs.get(name, "nothing") for _, _, theirs in told])
+        _assert_ranks_agree(name, hosts, [theirs.get(name, "nothing") for _, _, theirs in answers])
     total = int(world.all_reduce(torch.full((), world.rank + 1.0, device=world.device)).item())
     if total != world.size * (world.size + 1) // 2:
         raise GanDistError(
             f"rank {world.rank} on {world.host}: the first all-reduce over {world.size} ranks gave {total}, expected "
             f"{world.size * (world.size + 1) // 2}; check dist.backend and the network"
         )
-    clocks = sorted(seconds for _, seconds, _ in told)
+    clocks = sorted(seconds for _, seconds, _ in answers)
     middle = clocks[len(clocks) // 2]
     return [
         f"the clock of {host} is {seconds - middle:+.0f} s from the others'; times in the run's history will jump"
-        for host, seconds in {host: seconds for host, seconds, _ in told}.items()
+        for host, seconds in {host: seconds for host, seconds, _ in answers}.items()
         if abs(seconds - middle) > CLOCK_S
     ]
 
@@ -77,17 +75,3 @@ def _assert_ranks_agree(name: str, hosts: list[str], values: list[str]) -> None:
         f"{name} is not the same on all ranks: {'; '.join(odd[:4])}; the others have {common}; "
         "start all ranks from one environment, with one dataset and the same words"
     )
-
-
-def check_disk(directory: Path, state: Mapping[str, Any]) -> None:
-    """Returns if the disk of `directory` has room for two checkpoints of `state`: the newest one and the next.
-
-    Raises GanDistError with both figures when it has not.
-    """
-    needed = 2 * sum(tensor.numel() * tensor.element_size() for _, tensor in tensors(state))
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise GanDistError(
-            f"{directory} has {free / 2**20:,.0f} MiB free, but two checkpoints take {needed / 2**20:,.0f} MiB; "
-            "free some space, or choose another --run-dir"
-        )

@@ -42,7 +42,7 @@ def meet(rank: int, size: int, timeout_s: float) -> Any:
 
 
 def _await_listener(host: str, port: int, deadline: float) -> None:
-    """Returns when somebody listens there. torch's own client may take twice its timeout, and then tells in C++."""
+    """Waits until somebody listens there. torch's own client may wait twice its timeout, and its error is C++'s."""
     while True:
         try:
             socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()

@@ -105,7 +105,7 @@ class World:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
-            raise self._as_told_by(0, outcome[1])
+            raise self._reported_by(0, outcome[1])
         result: T = outcome[0]
         return result
 
@@ -121,18 +121,18 @@ class World:
             failure = error
         failures = [(rank, error) for rank, error in enumerate(self.gather_objects(failure)) if error is not None]
         if failures:
-            raise self._as_told_by(*failures[0])
+            raise self._reported_by(*failures[0])
         returned: T = result
         return returned
 
-    def _as_told_by(self, rank: int, error: GanDistError | OSError) -> GanDistError | OSError:
+    def _reported_by(self, rank: int, error: GanDistError | OSError) -> GanDistError | OSError:
         """Returns `error`, marked on all ranks but `rank` so that it is printed once."""
         if isinstance(error, GanDistError):
             error.reported_elsewhere = rank != self.rank
         return error
 
     def barrier(self) -> None:
-        """Returns when every rank has called it."""
+        """Waits until every rank has called it."""
         if self.control is not None:
             dist.barrier(group=self.control)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.tensors import tensors
 
 FORMAT = 1
 PREFIX = "step-"
@@ -34,7 +35,7 @@ def directory_name(step: int) -> str:
 
 
 def flush_directory(directory: Path) -> None:
-    """Returns once the names in `directory` are on the disk."""
+    """Flushes the names in `directory` to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,7 +44,7 @@ def flush_directory(directory: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Writes `content` to `path` and returns once it is on the disk."""
+    """Writes `content` to `path` and flushes it to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -108,10 +109,21 @@ def save(
     return final
 
 
+def check_disk(directory: Path, state: Mapping[str, Any]) -> None:
+    """Raises GanDistError unless `directory` has room for two checkpoints of `state`: the newest and the next."""
+    needed = 2 * sum(tensor.numel() * tensor.element_size() for _, tensor in tensors(state))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise GanDistError(
+            f"{directory} has {free / 2**20:,.0f} MiB free, but two checkpoints take {needed / 2**20:,.0f} MiB; "
+            "free some space, or choose another --run-dir"
+        )
+
+
 def step_directories(directory: Path) -> list[Path]:
     """Returns the checkpoint directories, newest step first, sound or not."""
-    found = [path for path in directory.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]), reverse=True)
+    paths = [path for path in directory.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return sorted(paths, key=lambda path: int(path.name[len(PREFIX) :]), reverse=True)
 
 
 def prune(directory: Path, step: int, keep: int) -> None:
@@ -204,11 +216,11 @@ def load_newest(directory: Path) -> Loaded | None:
     skipped: list[str] = []
     for path in step_directories(directory):
         try:
-            found = load(path)
+            loaded = load(path)
         except GanDistError as error:
             skipped.append(str(error))
             continue
-        return Loaded(found.path, found.state, found.manifest, tuple(skipped))
+        return Loaded(loaded.path, loaded.state, loaded.manifest, tuple(skipped))
     if skipped:
         raise GanDistError(f"no sound checkpoint in {directory} ({'; '.join(skipped)}); nothing was overwritten")
     return None
@@ -228,7 +240,7 @@ def find(run: Path, step: int | None = None) -> Loaded:
             steps = ", ".join(str(int(p.name[len(PREFIX) :])) for p in step_directories(directory)) or "none"
             raise UserError(f"{run} has no checkpoint of step {step}; it has: {steps}")
         return load(path)
-    found = load_newest(directory)
-    if found is None:
+    newest = load_newest(directory)
+    if newest is None:
         raise UserError(f"{run} has no checkpoints yet; train it first")
-    return found
+    return newest

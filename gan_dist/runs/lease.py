@@ -48,7 +48,7 @@ class Holder:
     launch: str | None
 
     def ended(self) -> bool:
-        """Returns whether this kernel can tell that the holder's process is gone."""
+        """Returns whether this kernel knows that the holder's process is gone."""
         mine, theirs = _process_birth(os.getpid()).rsplit(":", 1)[0], self.started.rsplit(":", 1)[0]
         return bool(mine) and mine == theirs and _process_birth(self.pid) != self.started
 
@@ -90,7 +90,7 @@ class Lease:
         self._thread.start()
 
     @classmethod
-    def take(cls, run_dir: Path, say: Callable[[str], None] = lambda line: None, term_s: float = TERM_S) -> Lease:
+    def take(cls, run_dir: Path, log: Callable[[str], None] = lambda line: None, term_s: float = TERM_S) -> Lease:
         """Returns the lease on `run_dir`, waiting one term at most to see whether a holder is alive.
 
         Raises UserError naming the holder when it is.
@@ -106,18 +106,18 @@ class Lease:
             launch=os.environ.get(LAUNCH_ID),
         )
         while True:
-            held = _read(path)
-            if held is not None:
-                _outwait(path, held, mine, say, term_s)
-                mine = Holder(**{**asdict(mine), "fence": held.fence + 1})
-            if _create(path, mine, replacing=held):
+            holder = _read(path)
+            if holder is not None:
+                _await_expiry(path, holder, mine, log, term_s)
+                mine = Holder(**{**asdict(mine), "fence": holder.fence + 1})
+            if _create(path, mine, replacing=holder):
                 return cls(path, mine, term_s)
 
     def check(self) -> None:
-        """Returns if this trainer still holds the lease. Raises LeaseLost when another has taken it."""
-        held = _read(self._path)
-        if held is None or held.nonce != self._holder.nonce:
-            taker = held or "another trainer, which has ended since"
+        """Raises LeaseLost unless this trainer still holds the lease."""
+        holder = _read(self._path)
+        if holder is None or holder.nonce != self._holder.nonce:
+            taker = holder or "another trainer, which has ended since"
             raise LeaseLost(f"{self._path.parent} was taken over by {taker}; this trainer writes no more")
 
     def release(self) -> None:
@@ -141,18 +141,18 @@ class Lease:
                 temporary.replace(self._path)
 
 
-def _outwait(path: Path, held: Holder, mine: Holder, say: Callable[[str], None], term_s: float) -> None:
-    """Returns when `held` may be taken over. Raises UserError when it was renewed while we watched."""
-    if held.ended() or (held.launch is not None and held.launch == mine.launch):
+def _await_expiry(path: Path, holder: Holder, mine: Holder, log: Callable[[str], None], term_s: float) -> None:
+    """Waits until `holder` may be taken over. Raises UserError when it renewed the lease meanwhile."""
+    if holder.ended() or (holder.launch is not None and holder.launch == mine.launch):
         return
-    say(f"{path.parent} is held by {held}; waiting {term_s:g} s to see whether it is alive")
+    log(f"{path.parent} is held by {holder}; waiting {term_s:g} s to see whether it is alive")
     deadline = time.monotonic() + term_s
     while time.monotonic() < deadline:
         time.sleep(min(0.5, term_s / 10))
         now = _read(path)
         if now is None:
             return
-        if now != held:
+        if now != holder:
             raise UserError(
                 f"{path.parent} is being trained by {now}, seen alive just now; wait for it, stop it "
                 f"(touch {path.parent / 'stop'}), or choose another --run-dir"
@@ -197,25 +197,25 @@ def _create(path: Path, mine: Holder, replacing: Holder | None) -> bool:
 
 @contextmanager
 def claim(
-    run_dir: Path, world: World, check: Callable[[], T], say: Callable[[str], None]
+    run_dir: Path, world: World, check: Callable[[], T], log: Callable[[str], None]
 ) -> Iterator[tuple[T, Lease | None]]:
     """Yields what `check` returns on rank 0, and there the lease on the run directory, given back on the way out.
 
     `check` runs before anything is written, and again once the directory is ours: it may have moved in between.
     """
-    held: list[Lease] = []
+    leases: list[Lease] = []
 
     def take() -> T:
         check()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.append(Lease.take(run_dir, say))
+            leases.append(Lease.take(run_dir, log))
         except OSError as error:
             raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
         return check()
 
     try:
-        yield world.from_first(take), held[0] if held else None
+        yield world.from_first(take), leases[0] if leases else None
     finally:
-        for lease in held:
+        for lease in leases:
             lease.release()

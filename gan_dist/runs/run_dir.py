@@ -79,7 +79,7 @@ def prepare_start(
         rule = change_rule(key)
         if rule == "never" or (rule == "upward" and new < old):
             refused.append(f"{key} was {old}, now {new}")
-        elif rule == "said":
+        elif rule == "noted":
             notes.append(f"{key} was {old}, now {new}: the same game, though not the same bits")
     if refused:
         raise UserError(

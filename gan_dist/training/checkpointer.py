@@ -1,8 +1,11 @@
-"""Checkpoints off the training path: a thread moves the state to the host, compares it between ranks and writes it."""
+"""When a run is saved, and saving off the training path, in a thread that compares the state and writes it."""
 
 from __future__ import annotations
 
+import math
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,73 +18,153 @@ from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.tensors import assert_ranks_agree, state_digest, to_host
 
 
-class Saver:
-    """Saves states one at a time, each in a thread whose outcome a later call collects. Every rank has one.
+class Checkpointer:
+    """Saves states, one at a time, each in a thread whose outcome a later call collects. One a rank, called alike.
 
     On all ranks the thread first compares the state between them: one that is not the same everywhere is never
-    written. Rank 0 then writes it; `guard` runs last before it becomes visible, and may raise to forbid it.
+    written. Rank 0 then writes it; `before_publishing` runs last before it becomes visible, and may raise to forbid it.
+    `facts` go into every checkpoint's manifest. `every_steps`, `every_minutes`, `keep` and `keep_epochs` are the
+    configuration's; `synchronised` says whether batch norm's running statistics are the same on all ranks.
     """
 
-    def __init__(self, directory: Path, keep: int, world: World, synchronised: bool = True) -> None:
-        self.directory, self.keep = directory, keep
-        self.guard: Callable[[], None] = lambda: None
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        *,
+        keep: int,
+        every_steps: int = 0,
+        every_minutes: float = 0,
+        keep_epochs: bool = False,
+        saved_step: int = -1,
+        synchronised: bool = True,
+        facts: Mapping[str, Any] | None = None,
+        before_publishing: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory = directory
+        self.saved_step = saved_step
+        """The newest step that was given to be saved; -1 before the first."""
         self._world, self._synchronised = world, synchronised
+        self._keep, self._keep_epochs = keep, keep_epochs
+        self._every_steps, self._every_s = every_steps, 60 * every_minutes
+        self._facts, self._before_publishing = facts or {}, before_publishing
+        self._next_by_clock = math.inf
         self._state: Mapping[str, Any] | None = None
         self._thread: threading.Thread | None = None
-        self._failure: list[OSError | GanDistError] = []
+        self._failure: OSError | GanDistError | None = None
 
-    def start(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Begins to save `state`, whose tensors must be copies that nothing else touches.
+    # When: by steps, by rank 0's clock, at the ends of epochs.
 
-        Waits first for a save that is still under way.
+    def start_clock(self) -> None:
+        """Counts the minutes from now."""
+        self._next_by_clock = time.monotonic() + self._every_s if self._every_s else math.inf
+
+    def clock_is_due(self) -> bool:
+        """Returns whether this rank's clock wants a checkpoint; the clock then starts anew."""
+        due = time.monotonic() >= self._next_by_clock
+        if due:
+            self.start_clock()
+        return due
+
+    def is_due(self, step: int, epoch_ended: bool, requested: bool) -> bool:
+        """Returns whether `step` is to be saved; `requested` is what the ranks agreed on beside the cadence."""
+        by_steps = self._every_steps > 0 and step % self._every_steps == 0
+        return by_steps or requested or self.is_for_good(epoch_ended)
+
+    def is_for_good(self, epoch_ended: bool) -> bool:
+        """Returns whether the checkpoint at hand is never pruned."""
+        return self._keep_epochs and epoch_ended
+
+    # How: off the training path.
+
+    def reusable(self) -> Mapping[str, Any] | None:
+        """Returns the state saved last, once its save is over: its tensors are free to hold the next one."""
+        self._join()
+        return self._state
+
+    def save(self, state: Mapping[str, Any], *, kept: bool = False, best: Mapping[str, Any] | None = None) -> None:
+        """Begins to save `state`, whose tensors must be copies that nothing else touches; waits for an earlier save.
+
+        A `kept` checkpoint is never pruned; `best` marks it as the best so far: what the evaluation said of it.
         """
         self._join()
-        self._state = state
-        device, made = self._world.device, None
+        self._state, self.saved_step = state, int(state["step"])
+        device, copied = self._world.device, None
         if device.type == "cuda":
-            made = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            made.record()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
 
         def work() -> None:
             try:
-                if made is None:
-                    self._save(to_host(state), facts)
-                    return
-                # A stream of its own: the copies wait for no later step, and no step waits for them.
-                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                stream.wait_event(made)
-                with torch.cuda.stream(stream):
-                    host = to_host(state)
-                self._save(host, facts)
+                host = self._agreed(lambda: self._on_host(state, copied))
+                if self._world.rank == 0:
+                    facts = {**self._facts, "kept": kept, "best": best}
+                    save(self.directory, host, facts, keep=self._keep, guard=self._before_publishing)
             except (OSError, GanDistError) as error:
-                self._failure.append(error)
+                self._failure = error
+            except BaseException as error:  # whatever it was, nothing was saved
+                self._failure = GanDistError(f"the checkpoint could not be made: {_one_line(error)}")
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
         self._thread.start()
 
-    def spent(self) -> Mapping[str, Any] | None:
-        """Returns the state that was saved last, once that is over: its tensors are free to hold the next one."""
-        self._join()
-        return self._state
+    def failure(self, *, wait: bool = False) -> OSError | GanDistError | None:
+        """Returns and forgets why the last finished save failed, or None; `wait` lets one under way finish first."""
+        if wait or (self._thread is not None and not self._thread.is_alive()):
+            self._join()
+        failure = None
+        if self._thread is None:
+            failure, self._failure = self._failure, None
+        return failure
 
-    def _save(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        if self._world.size > 1:
-            try:
-                digests = self._world.gather_objects_aside(state_digest(state, self._synchronised))
-            except RuntimeError as error:
-                first_line = str(error).strip().split("\n")[0]
-                raise GanDistError(f"the ranks could not compare their states: {first_line}") from error
-            assert_ranks_agree(digests)
-        if self._world.rank == 0:
-            save(self.directory, state, facts, keep=self.keep, guard=self.guard)
+    def wait(self) -> None:
+        """Waits until the newest save is on rank 0's disk. Raises GanDistError, on every rank, when it is not there."""
+        failure = self._world.from_first(lambda: self.failure(wait=True))
+        if isinstance(failure, GanDistError):
+            raise failure
+        if failure is not None:
+            raise GanDistError(
+                f"the checkpoint of step {self.saved_step} could not be saved in {self.directory}: "
+                f"{os.strerror(failure.errno) if failure.errno else failure}; earlier ones are as they were"
+            )
+
+    def _on_host(self, state: Mapping[str, Any], copied: Any) -> Mapping[str, Any]:
+        # On a GPU in a stream of its own: the copies wait for no later step, and no step waits for them.
+        stream: Any = None
+        if copied is not None:
+            stream = torch.cuda.Stream(self._world.device)  # type: ignore[no-untyped-call]
+            stream.wait_event(copied)
+        with torch.cuda.stream(stream):  # None: no effect
+            host: Mapping[str, Any] = to_host(state)
+        return host
+
+    def _agreed(self, copy: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Returns the state that `copy` makes, once all ranks have made the same. A rank that fails tells the others,
+        which would wait for it. Raises GanDistError, on every rank."""
+        if self._world.size == 1:
+            return copy()
+        state: Mapping[str, Any] = {}
+        digest = reason = ""
+        try:
+            state = copy()
+            digest = state_digest(state, self._synchronised)
+        except Exception as error:
+            reason = _one_line(error)
+        try:
+            answers = self._world.gather_objects_aside((digest, reason))
+        except RuntimeError as error:
+            raise GanDistError(f"the ranks could not compare their states: {_one_line(error)}") from error
+        for rank, (_, reason) in enumerate(answers):
+            if reason:
+                raise GanDistError(f"the checkpoint could not be made: rank {rank}: {reason}")
+        assert_ranks_agree([digest for digest, _ in answers])
+        return state
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def failure(self, *, wait: bool = False) -> OSError | GanDistError | None:
-        """Returns and forgets why the last finished save failed, or None; `wait` lets one under way finish first."""
-        if wait or (self._thread is not None and not self._thread.is_alive()):
-            self._join()
-        return self._failure.pop() if self._failure and self._thread is None else None
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().split("\n")[0]

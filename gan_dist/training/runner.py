@@ -1,26 +1,35 @@
-"""How the update is run: eagerly, compiled, or captured as a CUDA graph. The algorithm is update.py's, and only there.
+"""How the update runs: eagerly, compiled, or captured as a CUDA graph; and what torch and the C library are set to.
+
+The algorithm is update.py's, and only there.
 
 Shapes never change inside a run, so each runner prepares once, at its first step.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from gan_dist.training.update import Precision, Update
+from gan_dist.training.update import NO_REQUESTS, Precision, Requests, Update
 from gan_dist.utils.errors import GanDistError, UserError
 
 RUNNERS = ("eager", "compiled", "captured")
 PASSES = ("generate", "discriminate", "deceive")
 WARM_UP_STEPS = 3
 """Steps before a capture: cuDNN chooses its algorithms and the allocator finds its blocks (torch's manual)."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # mallopt(3)
+_NEVER = -1
+_USUAL_MMAPS, _USUAL_TRIM, _USUAL_MMAP = 65536, 64 * 2**20, 32 * 2**20
+"""What glibc has, and for its two thresholds the largest that it comes to by itself where nobody sets them."""
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class Runner(Protocol):
@@ -31,7 +40,7 @@ class Runner(Protocol):
     reason: str
     """Why, in one clause, for the console."""
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: float = 0.0) -> Tensor:
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         """Returns STATS as Update.step does; the vector is valid until the following call."""
 
 
@@ -44,8 +53,8 @@ class Eager:
         self.update = update
         self.reason = reason
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: float = 0.0) -> Tensor:
-        return self.update.step(reals, latents, stop)
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
+        return self.update.step(reals, latents, requests)
 
 
 class Compiled:
@@ -64,9 +73,9 @@ class Compiled:
             whole = torch.compile(getattr(update, name), backend=backend, fullgraph=True, dynamic=False)
             setattr(update, name, whole)
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: float = 0.0) -> Tensor:
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         try:
-            return self.update.step(reals, latents, stop)
+            return self.update.step(reals, latents, requests)
         except torch._dynamo.exc.TorchDynamoException as error:
             first_line = str(error).strip().split("\n")[0]
             raise GanDistError(
@@ -90,7 +99,7 @@ class Captured:
         self.inputs: list[Tensor] = []
         self.stats = torch.empty(0)
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: float = 0.0) -> Tensor:
+    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         if self.graph is None and self.name == "captured":
             try:
                 self._capture(reals, latents)
@@ -105,31 +114,32 @@ class Captured:
                 self.name, self.reason, self.graph = "eager", f"the step could not be captured: {first_line}", None
                 logging.getLogger("gan_dist").warning("falling back to the eager runner: %s", self.reason)
         if self.graph is None:
-            return self.update.step(reals, latents, stop)
+            return self.update.step(reals, latents, requests)
         for static, value in zip(self.inputs, (*reals, *latents), strict=True):
             static.copy_(value, non_blocking=True)
-        self.stop.fill_(stop)
+        for slot, request in zip(self.requests, requests, strict=True):
+            slot.fill_(request)
         self.graph.replay()
         return self.stats
 
     def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
         """Warms up on a side stream, gives the state back what the warm-up moved, and records."""
         self.inputs = [value.clone() for value in (*reals, *latents)]
-        self.stop = torch.zeros((), device=self.update.world.device)
+        self.requests = torch.zeros(len(NO_REQUESTS), device=self.update.world.device)
         reals, latents = self.inputs[: len(reals)], self.inputs[len(reals) :]
         kept = self.update.snapshot()
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
-                self.update.step(reals, latents, self.stop)
+                self.update.step(reals, latents, self.requests)
         torch.cuda.current_stream().wait_stream(side)
         self.update.load_state_dict(kept)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the prefetch thread and NCCL's watchdog may call CUDA while this thread records.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.stats = self.update.step(reals, latents, self.stop)
+            self.stats = self.update.step(reals, latents, self.requests)
 
 
 def make_runner(name: str, update: Update) -> Runner:
@@ -164,8 +174,8 @@ def make_runner(name: str, update: Update) -> Runner:
 def compiler() -> str | None:
     """Returns the path of the C++ compiler that torch.compile would use on a CPU, or None."""
     for candidate in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if candidate and (found := shutil.which(candidate)):
-            return found
+        if candidate and (path := shutil.which(candidate)):
+            return path
     return None
 
 
@@ -198,3 +208,56 @@ def resolve_precision(name: str, device: torch.device) -> tuple[Precision, str]:
         raise UserError(f"train.precision=tf32 is an NVIDIA GPU's, but this rank drives {device.type}; use fp32")
     precision: Any = name
     return precision, "asked for"
+
+
+@contextmanager
+def torch_settings(device: torch.device, deterministic: bool = False) -> Iterator[None]:
+    """Within it, steps on `device` run at its speed, and with `deterministic` to the same bits on a GPU as well.
+
+    Everything is for the process, and is put back at the end.
+    """
+    with _deterministic_kernels(deterministic), _memory_kept(device.type == "cpu"):
+        yield
+
+
+@contextmanager
+def _deterministic_kernels(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads this when it is first used; torch refuses its products without it.
+    workspace = os.environ.get(_CUBLAS)
+    os.environ.setdefault(_CUBLAS, ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # An operation that has no deterministic kernel warns, and does not end the run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if workspace is None:
+            del os.environ[_CUBLAS]
+
+
+@contextmanager
+def _memory_kept(wanted: bool) -> Iterator[None]:
+    """The C library keeps what tensors free for those of the next step.
+
+    It would give large ones back at once, and the kernel clear each page anew: 48,000 page faults a step at batch 128,
+    a twelfth of it on 2 cores. Nothing changes where the C library is not glibc, or where a person has tuned it.
+    """
+    wanted = wanted and not any(name.startswith("MALLOC_") for name in os.environ)
+    wanted = wanted and "glibc.malloc" not in os.environ.get("GLIBC_TUNABLES", "")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if wanted and os.name == "posix" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, _NEVER)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_MAX, _USUAL_MMAPS)
+        mallopt(_TRIM_THRESHOLD, _USUAL_TRIM)
+        mallopt(_MMAP_THRESHOLD, _USUAL_MMAP)
+        ctypes.CDLL(None).malloc_trim(0)

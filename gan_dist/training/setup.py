@@ -1,15 +1,376 @@
-"""A configuration's players: both networks from the seed, and the update they play."""
+"""A configuration made into a run: its dataset and place on disk, its networks and update, everything the loop uses."""
 
 from __future__ import annotations
 
+import math
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from gan_dist.config.schema import Config
-from gan_dist.distributed.world import World
+from gan_dist.config.diff import flatten
+from gan_dist.config.schema import Config, load_config, to_yaml
+from gan_dist.data.order import Order, check_ranks, rank_slice
+from gan_dist.data.remote.cache import open_remote
+from gan_dist.data.remote.fetch import shown
+from gan_dist.data.shards import Dataset, open_dataset
+from gan_dist.data.stream import Stream, choose_placement, stage
+from gan_dist.distributed.failures import naming_lost_ranks
+from gan_dist.distributed.heartbeat import with_heartbeat
+from gan_dist.distributed.preflight import preflight
+from gan_dist.distributed.world import World, join
 from gan_dist.model.networks import Discriminator, Generator, initialise
-from gan_dist.runs.run_dir import Start
-from gan_dist.training.ema import Average
+from gan_dist.runs.checkpoint import check_disk
+from gan_dist.runs.lease import Lease, claim
+from gan_dist.runs.naming import choose_run_dir
+from gan_dist.runs.run_dir import Start, prepare_start, resolved_changes, write_start
+from gan_dist.telemetry.gallery import Gallery
+from gan_dist.telemetry.telemetry import Telemetry
+from gan_dist.training.checkpointer import Checkpointer
+from gan_dist.training.control import StopWatcher
+from gan_dist.training.evaluator import Examiner
+from gan_dist.training.optim import EMA
+from gan_dist.training.runner import Runner, make_runner, resolve_precision, torch_settings
+from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.update import Precision, Update
+from gan_dist.training.vitals import code_version
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.files import is_address
+from gan_dist.utils.places import NETWORK, file_system
+from gan_dist.utils.progress import transfers
+from gan_dist.utils.stop import StopRequest
+from gan_dist.utils.tensors import assert_ranks_agree, copy_state, state_digest
+
+
+@dataclass
+class Run:
+    """One run on this rank: its parts, what the loop needs of its configuration, and where it stands."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    """The whole configuration as plain values, as checkpoints hold it."""
+    config_yaml: str
+    facts: Mapping[str, Any]
+    """What environment.json says: software, hardware, dataset, parent, and what `auto` settings came to."""
+    world: World
+    dataset: Dataset
+    order: Order
+    stream: Stream
+    update: Update
+    runner: Runner
+    ema: EMA | None
+    checkpointer: Checkpointer
+    evaluator: Examiner
+    telemetry: Telemetry
+    statistics: StepStatistics
+    gallery: Gallery
+    stop: StopRequest
+    stop_watcher: StopWatcher
+
+    seed: int
+    global_batch: int
+    lo: int
+    hi: int
+    """This rank takes images [lo, hi) of every global batch."""
+    d_steps: int
+    latent_dim: int
+    x_flip: bool
+    scalars_every: int
+    samples_every: int
+    grid: int
+    timeout_s: float
+
+    end: int
+    """The step at which the run is done."""
+    step: int = 0
+    images_seen: int = 0
+    """The position of the data stream: all there is to know of where the data stands."""
+    drawn_step: int = -1
+    """The newest step whose samples were drawn."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
+        return self.world.rank == 0
+
+    def advance(self) -> bool:
+        """Moves on by a step's images and returns whether an epoch ended in it."""
+        epoch = self.images_seen // self.dataset.num_samples
+        self.step += 1
+        self.images_seen += self.d_steps * self.global_batch
+        return self.images_seen // self.dataset.num_samples > epoch
+
+    def snapshot(self, into: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Returns what a checkpoint holds: copies, made in the memory of an earlier snapshot `into` where it fits."""
+        state = self.update.snapshot(into)
+        if self.ema is not None:
+            state["generator_ema"] = copy_state(self.ema.network.state_dict(), (into or {}).get("generator_ema"))
+        counts = {"format": 1, "step": self.step, "images_seen": self.images_seen}
+        return {**counts, **state, "config": dict(self.config)}
+
+
+@contextmanager
+def open_run(
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    run_dir: str | Path | None = None,
+    from_run: str | None = None,
+    max_steps: int | None = None,
+    stop: StopRequest | None = None,
+    verbosity: int | None = 0,
+    command: Sequence[str] = (),
+) -> Iterator[Run]:
+    """Yields the run that `trainer.train` is asked for, ready for its next step; leaves nothing running behind it.
+
+    Arguments as those of `train`; verbosity None prints nothing. A collective: under torchrun every rank calls it.
+    Raises UserError for bad input, before anything is written, and GanDistError for failures of one line.
+    """
+    settings, directory = load_config(config, overrides), choose_run_dir(config, name, run_dir)
+    stop = stop if stop is not None else StopRequest()
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"--max-steps: expected 1 or more, found {max_steps}")
+    if settings.train.threads is not None:
+        torch.set_num_threads(settings.train.threads)
+    limits = settings.dist
+    with join(settings.train.device, limits.backend, limits.init_timeout_s, limits.timeout_s) as world:
+        world.together(lambda: check_ranks(world.size, settings.train.global_batch))
+        try:
+            with ExitStack() as opened:
+                opened.enter_context(naming_lost_ranks(world, directory))
+                opened.enter_context(torch_settings(world.device, settings.train.deterministic))
+                dataset, placement = open_for_training(settings, world, stop, verbosity)
+                opened.enter_context(dataset)
+
+                # All ranks do the same: where a dataset lies may differ between hosts, what is asked may not.
+                task = {**flatten(settings.to_dict()), "--max-steps": max_steps}
+                del task["data.shards"], task["data.cache_dir"]
+                warnings = preflight(world, dataset.identity, task)
+
+                # The directory is this trainer's alone, and holds nothing or an earlier part of the same run.
+                def check() -> Start:
+                    start = prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
+                    return replace(start, notes=(*warnings, *start.notes))
+
+                log = print if verbosity is not None else lambda line: None
+                start, lease = opened.enter_context(claim(directory, world, check, log))
+                yield opened.enter_context(
+                    build_run(settings, world, dataset, placement, directory, start, lease, max_steps, stop, verbosity)
+                )
+        except (RuntimeError, MemoryError) as error:
+            if line := out_of_memory(error, settings.train.global_batch, world.size):
+                raise line from error
+            raise
+
+
+@contextmanager
+def build_run(
+    config: Config,
+    world: World,
+    dataset: Dataset,
+    placement: str,
+    directory: Path,
+    start: Start,
+    lease: Lease | None,
+    max_steps: int | None,
+    stop: StopRequest,
+    verbosity: int | None,
+) -> Iterator[Run]:
+    """Yields the parts of a run on a dataset that is open and in a directory that is ours."""
+    # Where it stands: at its newest checkpoint, or at step 0 (with a parent's weights, if it has one).
+    batch, per_step = config.train.global_batch, config.optim.d_steps * config.train.global_batch
+    total_steps = math.ceil(math.ceil(config.train.epochs * dataset.num_samples) / per_step)
+    step = images_seen = 0
+    if start.loaded is not None and not start.fresh:
+        step, images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
+
+    # The game: networks, update, average; the same on all ranks.
+    precision, why_precision = resolve_precision(config.train.precision, world.device)
+    update = build_update(config, world, precision)
+    runner = make_runner(config.train.runner, update)
+    if start.loaded is not None:
+        update.load_state_dict(start.loaded.state)
+    ema = build_ema(config, update, start)
+    if world.size > 1:
+        assert_ranks_agree(world.gather_objects(state_digest(update.snapshot(), config.train.sync_batchnorm)))
+    drawing = update.g.network if ema is None else ema.network
+
+    # Its place on disk.
+    evaluator = Examiner(config, world, dataset, drawing, update.d.network, directory / "checkpoints")
+    resolved = {
+        "device": world.device.type,
+        "precision": precision,
+        "runner": runner.name,
+        "threads": torch.get_num_threads(),
+        "ranks": world.size,
+    }
+    facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
+    notes = [*start.notes, *([] if start.fresh else resolved_changes(directory, resolved))]
+    world.from_first(lambda: check_disk(directory, update.snapshot()))
+    world.from_first(lambda: write_start(directory, config, facts))
+
+    with ExitStack() as closing:
+        # What it logs, what it saves, what it learns from: each is closed before those above it.
+        telemetry = Telemetry(
+            directory,
+            active=world.rank == 0,
+            step=step,
+            total_steps=(end := min(total_steps, max_steps or total_steps)),
+            console=verbosity is not None and world.rank == 0,
+            verbosity=verbosity or 0,
+        )
+        closing.callback(telemetry.close)
+
+        def before_publishing() -> None:
+            telemetry.flush()  # what was logged up to this step is on the disk
+            if lease is not None:
+                lease.check()
+
+        checkpointer = Checkpointer(
+            directory / "checkpoints",
+            world,
+            keep=config.checkpoint.keep,
+            every_steps=config.checkpoint.every_steps,
+            every_minutes=config.checkpoint.every_minutes,
+            keep_epochs=config.checkpoint.keep_epochs,
+            saved_step=-1 if start.fresh else step,
+            synchronised=config.train.sync_batchnorm,
+            facts={key: facts[key] for key in ("dataset", "parent", "torch", "world_size")},
+            before_publishing=before_publishing,
+        )
+        closing.callback(lambda: checkpointer.failure(wait=True))
+        order = Order(dataset.shard_sizes, config.seed, config.data.window_shards)
+        stream = closing.enter_context(
+            Stream(
+                dataset,
+                order,
+                position=images_seen,
+                global_batch=batch,
+                rank=world.rank,
+                size=world.size,
+                device=world.device,
+                placement=placement,
+            )
+        )
+        lo, hi = rank_slice(batch, world.rank, world.size)
+        seconds, source = config.train.stop_after_minutes, torch.Generator().manual_seed(config.seed)
+        fixed_latents = torch.randn(config.log.grid, config.model.latent_dim, generator=source)
+        run = Run(
+            directory=directory,
+            config=config.to_dict(),
+            config_yaml=to_yaml(config),
+            facts=facts,
+            world=world,
+            dataset=dataset,
+            order=order,
+            stream=stream,
+            update=update,
+            runner=runner,
+            ema=ema,
+            checkpointer=checkpointer,
+            evaluator=evaluator,
+            telemetry=telemetry,
+            statistics=StepStatistics(update, dataset.num_samples),
+            gallery=Gallery(directory, telemetry, drawing, fixed_latents),
+            stop=stop,
+            stop_watcher=StopWatcher(stop, directory, time.monotonic() + 60 * seconds if seconds else None),
+            seed=config.seed,
+            global_batch=batch,
+            lo=lo,
+            hi=hi,
+            d_steps=config.optim.d_steps,
+            latent_dim=config.model.latent_dim,
+            x_flip=config.data.x_flip,
+            scalars_every=config.log.scalars_every,
+            samples_every=config.log.samples_every,
+            grid=config.log.grid,
+            timeout_s=config.dist.timeout_s,
+            end=end,
+            step=step,
+            images_seen=images_seen,
+        )
+        _announce(run, total_steps, config.train.epochs, f"precision {precision}: {why_precision}", notes)
+        yield run
+
+
+def _announce(run: Run, total_steps: int, epochs: float, precision: str, notes: Sequence[str]) -> None:
+    """Says on the console, and in the run's history, what starts here and from where."""
+    verb, world = "continues" if run.step else "starts", run.world
+    for line in (
+        f"{run.directory.name} {verb} at step {run.step} of {run.end}: {run.dataset.num_samples} images, "
+        f"batch {run.global_batch} over {world.size} rank(s) on {world.device.type}",
+        f"{epochs:g} epochs at batch {run.global_batch} are {total_steps:,} updates of G, "
+        f"{total_steps * run.d_steps:,} of D; learning rates are as set, whatever the batch",
+        precision,
+        f"runner {run.runner.name}: {run.runner.reason}; samples in {run.stream.placement}",
+        *(f"note: {note}" for note in notes),
+    ):
+        run.telemetry.say(line)
+    where = {"world_size": world.size, "device": world.device.type, "parent": run.facts["parent"]}
+    run.telemetry.event("start", run.step, **where, notes=notes)
+
+
+def open_for_training(config: Config, world: World, stop: StopRequest, verbosity: int | None) -> tuple[Dataset, str]:
+    """Returns the dataset, checked against what the run asks of it and staged where it can be read at random, and the
+    placement that was chosen for it; a collective. `stop` ends it while remote data are fetched."""
+    data, remote = config.data, is_address(config.data.shards)
+    prefix = f"rank {world.rank}: " if world.size > 1 else ""
+
+    def log(line: str) -> None:
+        if verbosity is not None:
+            print(f"note: {prefix}{line}", flush=True)
+
+    def open_and_stage(cancelled: Callable[[], bool]) -> tuple[Dataset, str]:
+        if remote:
+            windows = data.window_shards if data.placement in ("auto", "windowed") else 0
+            dataset = open_remote(data.shards, data.cache_dir, window_shards=windows, cancelled=cancelled, say=log)
+        else:
+            dataset = open_dataset(data.shards)
+        try:
+            verbose = verbosity is not None and verbosity >= 0 and world.rank == 0
+            return dataset, _stage(dataset, config, world, verbose, lambda: cancelled() or bool(stop))
+        except BaseException:
+            dataset.close()
+            raise
+
+    # What lies here needs no staging: a stop then waits for the first step, which saves.
+    return with_heartbeat(world, open_and_stage, stop if remote else StopRequest())
+
+
+def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancelled: Callable[[], bool]) -> str:
+    """Returns the placement of a dataset that it has brought to where it can be read at random."""
+    if dataset.resolution != config.model.resolution:
+        raise UserError(
+            f"model.resolution is {config.model.resolution}, but {config.data.shards} holds {dataset.resolution}x"
+            f"{dataset.resolution} images; set model.resolution={dataset.resolution} or prepare the set again"
+        )
+    placement = choose_placement(config.data.placement, dataset, world.device, config.data.window_shards)
+
+    def log(line: str) -> None:
+        if verbose:
+            print(line, flush=True)
+
+    if dataset.cache is not None:
+        what = f"{config.data.window_shards} shards at a time" if placement == "windowed" else "as a whole"
+        log(f"{shown(config.data.shards)} is staged in {dataset.root}, {what}")
+    elif verbose and placement != "device" and NETWORK.search(kind := file_system(dataset.root)):
+        log(f"note: the samples lie on {kind}; data.shards=file://{dataset.root} brings them here first")
+    if (batch := config.train.global_batch) > dataset.num_samples:
+        log(f"note: train.global_batch is {batch}, the dataset has {dataset.num_samples} images: batches repeat some")
+    with transfers(verbose) as progress:
+        warning = stage(dataset, placement, first=world.local_rank == 0, progress=progress, cancelled=cancelled)
+    if warning:
+        log(f"note: {warning}")
+    return placement
 
 
 def build_update(config: Config, world: World, precision: Precision) -> Update:
@@ -39,7 +400,7 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
     )
 
 
-def build_average(config: Config, update: Update, start: Start) -> Average | None:
+def build_ema(config: Config, update: Update, start: Start) -> EMA | None:
     """Returns the averaged generator that the configuration asks for, as it was where the run starts, or None."""
     half_life, model = config.train.ema_half_life_images, config.model
     if half_life == 0:
@@ -47,7 +408,46 @@ def build_average(config: Config, update: Update, start: Start) -> Average | Non
     twin = Generator(model.resolution, model.latent_dim, model.g_channels)
     per_step = config.optim.d_steps * config.train.global_batch
     # A run that began with another's weights has no meaningless first ones to forget.
-    average = Average(update.g.network, twin, half_life, per_step, ramp=start.parent is None)
+    ema = EMA(update.g.network, twin, half_life, per_step, ramp=start.parent is None)
     if start.loaded is not None and "generator_ema" in start.loaded.state:
-        average.network.load_state_dict(start.loaded.state["generator_ema"])
-    return average
+        ema.network.load_state_dict(start.loaded.state["generator_ema"])
+    return ema
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Returns what a run's environment.json says of the software, the hardware and the world it runs in."""
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "gan_dist": code_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _processor(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": world.size,
+        "command": sys.argv,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def out_of_memory(error: BaseException, global_batch: int, ranks: int) -> GanDistError | None:
+    """Returns the one line that answers an out-of-memory error of device or host, or None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        where = "the GPU"
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error):
+        where = "this machine"
+    else:
+        return None
+    return GanDistError(
+        f"{where} is out of memory with train.global_batch={global_batch} on {ranks} rank(s); "
+        "lower train.global_batch, model.g_channels or model.d_channels, or use more ranks"
+    )

@@ -17,7 +17,6 @@ from gan_dist.distributed.world import World
 from gan_dist.model.batchnorm import synchronise
 from gan_dist.model.losses import LossName, discriminator_loss, generator_loss, minimax_value
 from gan_dist.training.optim import Player, frozen
-from gan_dist.utils.errors import UserError
 from gan_dist.utils.tensors import copy_state, to_host
 
 Precision = Literal["bf16", "tf32", "fp32", "fp64"]
@@ -32,11 +31,15 @@ STATS = (
     "gradient_norm/discriminator",
     "gradient_norm/generator",
     "control/stop",
+    "control/save",
     "control/skipped",
 )
 """What a step returns, in order. All are the whole world's: losses, probabilities and the value are means over the
-global batch; control/stop is the number of ranks that ask to stop; control/skipped the number of this step's updates
-(of D and of G) that were not applied because a gradient or loss was not finite."""
+global batch; control/stop and control/save are the numbers of ranks that ask to stop and to save; control/skipped is
+the number of this step's updates (of D and of G) that were not applied because a gradient or loss was not finite."""
+Requests = tuple[float, float]
+"""(stop, save): 1 where a rank asks for it, else 0."""
+NO_REQUESTS: Requests = (0.0, 0.0)
 
 
 class Update:
@@ -59,15 +62,7 @@ class Update:
         precision: Precision = "fp32",
         sync_batchnorm: bool = True,
     ) -> None:
-        """Moves both networks to the world's device and makes rank 0's parameters everybody's.
-
-        Raises UserError when there are more ranks than images in a batch.
-        """
-        if world.size > global_batch:
-            raise UserError(
-                f"train.global_batch is {global_batch} but there are {world.size} ranks; "
-                f"each needs an image: use a batch of {world.size} or more, or fewer ranks"
-            )
+        """Moves both networks to the world's device and makes rank 0's parameters everybody's."""
         self.world = world
         self.global_batch = global_batch
         self.d_steps = d_steps
@@ -83,15 +78,20 @@ class Update:
         for network in (generator, discriminator):
             network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
             synchronise(network, world if sync_batchnorm else World(device=world.device))
-        # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the stop requests.
-        self.g = Player(generator, world, lr=g_lr, betas=betas, num_extras=3)
+        # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
+        self.g = Player(generator, world, lr=g_lr, betas=betas, num_extras=4)
         self.d = Player(discriminator, world, lr=d_lr, betas=betas, num_extras=4)
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], stop: Tensor | float = 0.0) -> Tensor:
+    def step(
+        self,
+        reals: Sequence[Tensor],
+        latents: Sequence[Tensor],
+        requests: Requests | Tensor = NO_REQUESTS,
+    ) -> Tensor:
         """Returns STATS, one vector on the device, after d_steps updates of D and one of G.
 
-        reals: d_steps local uint8 batches [b, 3, S, S]; latents: as many local [b, Z]; stop: 1 where this rank asks to
-        stop. Two all-reduces (one a network and update) carry gradients, statistics and the stop request together.
+        reals: d_steps local uint8 batches [b, 3, S, S]; latents: as many local [b, Z]; requests: this rank's, as
+        Requests or a tensor [2]. An all-reduce a network and update carries gradients, statistics and requests.
         """
         d, g = self.d, self.g
         skipped = torch.zeros((), device=self.world.device)
@@ -109,12 +109,14 @@ class Update:
         d_kept = d.buffers.snapshot()
         with frozen(d.network):
             g_loss, g_extras = self.deceive(fake)
-            word = stop.to(self.dtype) if isinstance(stop, Tensor) else g_extras.new_full((), stop)
-            g_norm, g_bad, g_sums = g.update(g_loss, torch.cat([g_extras, word.view(1)]))
+            if not isinstance(requests, Tensor):  # filled by kernels: a copy from the host would wait for the device
+                requests = torch.cat([g_extras.new_full((1,), value) for value in requests])
+            g_norm, g_bad, g_sums = g.update(g_loss, torch.cat([g_extras, requests.to(self.dtype)]))
         g.buffers.restore(g_kept, g_bad)
         d.buffers.restore(d_kept, g_bad)
         skipped += g_bad
-        values = [d_sums[0], g_sums[0], d_sums[1], d_sums[2], g_sums[1], d_sums[3], d_norm, g_norm, g_sums[2], skipped]
+        values = [d_sums[0], g_sums[0], d_sums[1], d_sums[2], g_sums[1], d_sums[3], d_norm, g_norm]
+        values += [g_sums[2], g_sums[3], skipped]
         return torch.stack([value.to(self.dtype) for value in values])
 
     # The three passes below are what a runner may compile. Losses and statistics are sums over this rank's share,
@@ -168,8 +170,8 @@ class Update:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a snapshot in host memory and torch's default layout: what a checkpoint holds."""
-        settled: dict[str, Any] = to_host(self.snapshot())
-        return settled
+        state: dict[str, Any] = to_host(self.snapshot())
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state, bit for bit. Learning rates and betas stay those that this Update was made with."""

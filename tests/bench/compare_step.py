@@ -25,8 +25,7 @@ from torch import nn
 
 from gan_dist.bench.step import build, machine_limits, work
 from gan_dist.distributed.world import World
-from gan_dist.training.machine import torch_settings
-from gan_dist.training.runner import make_runner, resolve_precision
+from gan_dist.training.runner import make_runner, resolve_precision, torch_settings
 
 
 def tutorial_step(batch: int, device: torch.device) -> Callable[[], object]:

@@ -63,12 +63,12 @@ def peer(out: Path) -> dict[str, Any]:
 
 def sweep(out: Path) -> dict[str, Any]:
     runners = ("eager", "compiled", "captured")
-    return bench_step(_world(), batches=SWEEP[3:], runners=runners, precision="bf16", seconds=2, say=print)
+    return bench_step(_world(), batches=SWEEP[3:], runners=runners, precision="bf16", seconds=2, log=print)
 
 
 def scaling(out: Path) -> dict[str, Any]:
     with join("cuda") as world:
-        return bench_step(world, batches=SWEEP[3:], runners=("captured",), precision="bf16", seconds=2, say=print)
+        return bench_step(world, batches=SWEEP[3:], runners=("captured",), precision="bf16", seconds=2, log=print)
 
 
 def _microseconds(function: Callable[[], Any], repeats: int = 30) -> float:

@@ -25,11 +25,11 @@ def _known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sweep_reports_the_fastest_and_its_parts() -> None:
-    said: list[str] = []
-    found = bench_step(World(), batches=(4, 8), say=said.append, **SMALL)
+    lines: list[str] = []
+    found = bench_step(World(), batches=(4, 8), log=lines.append, **SMALL)
     assert found["images_per_second"] == max(row["images_per_second"] for row in found["sweep"])
     assert [row["batch"] for row in found["sweep"]] == [4, 8]
-    assert len(said) == 2
+    assert len(lines) == 2
     parts = found["milliseconds"]
     assert parts["collectives"] == 0
     assert 0 < parts["optimizer"] < parts["d_step"] + parts["g_step"]

@@ -167,4 +167,4 @@ def test_changes_and_their_rules() -> None:
         "train.epochs": (30.0, 40.0),
         "train.threads": (None, 1),
     }
-    assert [change_rule(key) for key in found] == ["free", "never", "upward", "said"]
+    assert [change_rule(key) for key in found] == ["free", "never", "upward", "noted"]

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gan_dist.data.order import Order, rank_slice
+from gan_dist.data.order import Order, check_ranks, rank_slice
+from gan_dist.utils.errors import UserError
 
 shards = st.lists(st.integers(1, 20), min_size=1, max_size=8)
 seeds = st.integers(0, 2**63)
@@ -108,3 +109,9 @@ def test_a_hundred_thousand_samples_permute_quickly() -> None:
 def test_an_order_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         Order([], seed=0)
+
+
+def test_more_ranks_than_images_in_a_batch_are_refused() -> None:
+    check_ranks(2, 2)
+    with pytest.raises(UserError, match=r"^3 ranks, but train.global_batch is 2: each rank needs an image"):
+        check_ranks(3, 2)

@@ -15,8 +15,8 @@ from gan_dist.distributed.world import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
+from gan_dist.training.statistics import update_ratio
 from gan_dist.training.update import STATS, Update, draw_latents
-from gan_dist.training.vitals import update_ratio
 
 BATCH, LATENT = 4, 8
 

@@ -172,3 +172,11 @@ def test_finding_a_step(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no checkpoints yet"):
         checkpoint.find(tmp_path / "empty")
+
+
+def test_room_for_two_checkpoints(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"step": 1, "generator": {"w": torch.zeros(1000)}, "optimizer": [{"m": torch.zeros(500)}]}
+    checkpoint.check_disk(tmp_path, state)
+    huge = {"w": torch.zeros(1, dtype=torch.float64).expand(2**50)}  # no memory behind it
+    with pytest.raises(GanDistError, match=r"MiB free, but two checkpoints take 17,179,869,184 MiB; free some space"):
+        checkpoint.check_disk(tmp_path, huge)

@@ -14,7 +14,7 @@ import torch
 from gan_dist.distributed.world import World, join
 from gan_dist.runs import checkpoint
 from gan_dist.runs.checkpoint import find
-from gan_dist.training.checkpointer import Saver
+from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.stop import StopRequest
@@ -34,39 +34,39 @@ def saved(directory: Path) -> list[str]:
 def test_a_failure_is_told_once_and_the_next_save_goes_on(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    saver = Saver(blocked / "checkpoints", 2, World())
-    saver.start(state(1), {})
-    assert isinstance(saver.failure(wait=True), OSError)
-    assert saver.failure(wait=True) is None
-    saver.directory = tmp_path / "checkpoints"
-    saver.start(state(2), {})
-    saver.start(state(3), {})
-    assert saver.failure(wait=True) is None
-    assert saved(saver.directory) == ["latest", "step-00000002", "step-00000003"]
+    checkpointer = Checkpointer(blocked / "checkpoints", World(), keep=2)
+    checkpointer.save(state(1))
+    assert isinstance(checkpointer.failure(wait=True), OSError)
+    assert checkpointer.failure(wait=True) is None
+    checkpointer.directory = tmp_path / "checkpoints"
+    checkpointer.save(state(2))
+    checkpointer.save(state(3))
+    assert checkpointer.failure(wait=True) is None
+    assert saved(checkpointer.directory) == ["latest", "step-00000002", "step-00000003"]
 
 
 def test_the_caller_does_not_wait_and_the_guard_has_the_last_word(tmp_path: Path) -> None:
-    saver, gate = Saver(tmp_path / "checkpoints", 2, World()), threading.Event()
+    gate = threading.Event()
 
     def guard() -> None:
         assert gate.wait(20)
         raise GanDistError("not any more")
 
-    saver.guard = guard
-    saver.start(state(1), {})  # returns although the save cannot end
-    assert saver.failure() is None
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(), keep=2, before_publishing=guard)
+    checkpointer.save(state(1))  # returns although the save cannot end
+    assert checkpointer.failure() is None
     gate.set()
-    assert str(saver.failure(wait=True)) == "not any more"
-    assert saved(saver.directory) == []
+    assert str(checkpointer.failure(wait=True)) == "not any more"
+    assert saved(checkpointer.directory) == []
 
 
 def save_as_rank(rank: int, folder: str) -> None:
     """Saves a state that is the same on both ranks, then one that is not."""
     with join("cpu") as world:
-        saver = Saver(Path(folder) / "checkpoints", 2, world)
-        saver.start(state(1), {})
-        saver.start(state(2, value=1e-30 * rank), {})
-        failure = saver.failure(wait=True)
+        checkpointer = Checkpointer(Path(folder) / "checkpoints", world, keep=2)
+        checkpointer.save(state(1))
+        checkpointer.save(state(2, value=1e-30 * rank))
+        failure = checkpointer.failure(wait=True)
         assert isinstance(failure, GanDistError)
         assert "rank(s) 1 of 2 do not hold rank 0's parameters" in str(failure)
 
@@ -79,16 +79,16 @@ def test_a_state_that_ranks_do_not_share_is_never_written(tmp_path: Path) -> Non
 @pytest.mark.gpu
 def test_on_a_gpu_what_is_saved_is_the_step_that_was_copied(tmp_path: Path) -> None:
     """Later steps overwrite the weights at once; the copy is made before them and read beside them."""
-    saver = Saver(tmp_path / "checkpoints", 9, World(device=torch.device("cuda", 0)))
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(device=torch.device("cuda", 0)), keep=9)
     weights = torch.zeros(16, 1024, 1024, device="cuda")
     for step in range(1, 6):
         weights.fill_(step)
-        snapshot = copy_state({"w": weights}, into=(saver.spent() or {}).get("generator"))
-        saver.start({"step": step, "images_seen": 0, "generator": snapshot}, {})
+        snapshot = copy_state({"w": weights}, into=(checkpointer.reusable() or {}).get("generator"))
+        checkpointer.save({"step": step, "images_seen": 0, "generator": snapshot})
         weights.fill_(-1)
-    assert saver.failure(wait=True) is None
+    assert checkpointer.failure(wait=True) is None
     for step in range(1, 6):
-        loaded = checkpoint.load(saver.directory / f"step-{step:08d}").state["generator"]["w"]
+        loaded = checkpoint.load(checkpointer.directory / f"step-{step:08d}").state["generator"]["w"]
         assert loaded.device.type == "cpu" and bool((loaded == step).all())
 
 

@@ -14,25 +14,25 @@ from gan_dist.config.schema import load_config
 from gan_dist.distributed.world import World
 from gan_dist.runs.checkpoint import find
 from gan_dist.runs.run_dir import Start, load_generator
-from gan_dist.training.ema import RAMP, Average
-from gan_dist.training.setup import build_average, build_update
+from gan_dist.training.optim import EMA, EMA_RAMP
+from gan_dist.training.setup import build_ema, build_update
 from gan_dist.training.trainer import train
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import assert_identical, small
 
-EMA = ["train.ema_half_life_images=64"]
+WITH_EMA = ["train.ema_half_life_images=64"]
 
 
 def drifting(batch: int, half_life: int, images: int) -> float:
     """Returns how far, in images, the average lags behind a weight that grows by one an image."""
     network, twin = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(network.weight)
-    average = Average(network, twin, half_life, batch)
+    ema = EMA(network, twin, half_life, batch)
     for seen in range(batch, images + 1, batch):
         with torch.no_grad():
             network.weight.fill_(seen)
-        average.update(seen)
-    return (network.weight.detach() - average.network.get_parameter("weight")).item()
+        ema.update(seen)
+    return (network.weight.detach() - ema.network.get_parameter("weight")).item()
 
 
 @pytest.mark.parametrize("batch", [1, 16, 128])
@@ -46,48 +46,48 @@ def test_the_half_life_is_in_images_whatever_the_batch(batch: int) -> None:
 def test_half_is_forgotten_after_a_half_life_and_the_beginning_at_once() -> None:
     network, twin = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     nn.init.ones_(network.weight)
-    average = Average(network, twin, 1000, 10, ramp=False)
+    ema = EMA(network, twin, 1000, 10, ramp=False)
     with torch.no_grad():
         network.weight.zero_()
     for step in range(1, 101):
-        average.update(10 * step)
-    assert float(average.network.get_parameter("weight")) == pytest.approx(0.5, rel=1e-4)
+        ema.update(10 * step)
+    assert float(ema.network.get_parameter("weight")) == pytest.approx(0.5, rel=1e-4)
     nn.init.ones_(network.weight)
-    early = Average(network, twin, 1000, 10)
+    early = EMA(network, twin, 1000, 10)
     with torch.no_grad():
         network.weight.zero_()
     early.update(10)
-    assert float(early.network.get_parameter("weight")) == pytest.approx(0.5 ** (1 / RAMP))
+    assert float(early.network.get_parameter("weight")) == pytest.approx(0.5 ** (1 / EMA_RAMP))
 
 
 def test_running_statistics_are_averaged_and_counters_follow() -> None:
     network, twin = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-    average = Average(network, twin, 10, 10, ramp=False)
+    ema = EMA(network, twin, 10, 10, ramp=False)
     network(torch.randn(4, 3, 5, 5))
-    average.update(10)
-    mean, halfway = network.running_mean, average.network.get_buffer("running_mean")
+    ema.update(10)
+    mean, halfway = network.running_mean, ema.network.get_buffer("running_mean")
     assert mean is not None and torch.allclose(halfway, mean / 2)
-    assert int(average.network.get_buffer("num_batches_tracked")) == 1
+    assert int(ema.network.get_buffer("num_batches_tracked")) == 1
 
 
 @pytest.mark.parametrize("d_steps", [1, 3])
 def test_a_step_counts_all_images_that_it_shows(dataset: Path, d_steps: int) -> None:
     config = load_config(small(dataset), ["train.ema_half_life_images=64", f"optim.d_steps={d_steps}"])
     update = build_update(config, World(), "fp32")
-    average = build_average(config, update, Start(parent="another@1"))  # without a ramp
-    assert average is not None
-    before = average.network.get_parameter("convt1.weight").clone()
+    ema = build_ema(config, update, Start(parent="another@1"))  # without a ramp
+    assert ema is not None
+    before = ema.network.get_parameter("convt1.weight").clone()
     with torch.no_grad():
         update.g.network.get_parameter("convt1.weight").add_(1.0)
-    average.update(10**6)
-    moved = float((average.network.get_parameter("convt1.weight") - before).mean())
+    ema.update(10**6)
+    moved = float((ema.network.get_parameter("convt1.weight") - before).mean())
     assert moved == pytest.approx(1 - 0.5 ** (d_steps * config.train.global_batch / 64), rel=1e-4)
 
 
 def test_it_is_kept_sampled_and_continued_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
-    train(small(dataset), EMA, run_dir=tmp_path / "whole", max_steps=7, console=False)
+    train(small(dataset), WITH_EMA, run_dir=tmp_path / "whole", max_steps=7, console=False)
     for steps in (3, 5, 7):
-        train(small(dataset), EMA, run_dir=tmp_path / "parts", max_steps=steps, console=False)
+        train(small(dataset), WITH_EMA, run_dir=tmp_path / "parts", max_steps=steps, console=False)
     assert_identical(tmp_path / "whole", tmp_path / "parts")
     state = find(tmp_path / "whole").state
     weight = load_generator(tmp_path / "whole").state_dict()["convt1.weight"]
@@ -96,9 +96,14 @@ def test_it_is_kept_sampled_and_continued_bit_for_bit(dataset: Path, tmp_path: P
 
 
 def test_a_new_run_takes_it_over(dataset: Path, tmp_path: Path) -> None:
-    train(small(dataset), EMA, run_dir=tmp_path / "parent", max_steps=4, console=False)
+    train(small(dataset), WITH_EMA, run_dir=tmp_path / "parent", max_steps=4, console=False)
     train(
-        small(dataset), EMA, run_dir=tmp_path / "child", from_run=str(tmp_path / "parent"), max_steps=1, console=False
+        small(dataset),
+        WITH_EMA,
+        run_dir=tmp_path / "child",
+        from_run=str(tmp_path / "parent"),
+        max_steps=1,
+        console=False,
     )
     first, parent = find(tmp_path / "child", 0).state, find(tmp_path / "parent").state
     assert torch.equal(first["generator_ema"]["convt2.weight"], parent["generator_ema"]["convt2.weight"])
@@ -112,7 +117,7 @@ def test_a_new_run_takes_it_over(dataset: Path, tmp_path: Path) -> None:
 
 def train_ranks(rank: int, dataset: str, out: str) -> None:
     dist.init_process_group("gloo")
-    words = [*EMA, "train.precision=fp64", "train.global_batch=7"]
+    words = [*WITH_EMA, "train.precision=fp64", "train.global_batch=7"]
     train(small(Path(dataset)), words, run_dir=Path(out) / str(dist.get_world_size()), max_steps=4, console=False)
     dist.barrier()
     dist.destroy_process_group()

@@ -32,7 +32,7 @@ CONTROLS = ("local batch norm", "D's reduction skipped", "mean losses on unequal
 CONTROL_CASE = "non_saturating-d1-batch7"
 
 
-def _play(world: World, case: str, control: str = "", stop: float = 0.0) -> dict[str, Any]:
+def _play(world: World, case: str, control: str = "", requests: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
     """Returns first-step gradients, third-step state and statistics; `control` breaks the game in one way."""
     update = game(world, sync_batchnorm=control != "local batch norm", **CASES[case])
     if control == "D's reduction skipped":
@@ -50,7 +50,7 @@ def _play(world: World, case: str, control: str = "", stop: float = 0.0) -> dict
             reals, latents = batches(update, step)
         if control == "the same latents everywhere":
             latents = [z[:share] for z in batches(game(None, **CASES[case]), step)[1]]
-        stats = update.step(reals, latents, stop)
+        stats = update.step(reals, latents, requests)
         if step == 0:
             gradients = {"d": update.d.gradients.values.clone(), "g": update.g.gradients.values.clone()}
     return {"gradients": gradients, "state": tensors(update), "stats": stats}
@@ -130,7 +130,7 @@ def _rank(rank: int, folder: str) -> None:
             continue
         world = World(rank=rank, size=size, device=CPU, group=group)
         for case in CASES:
-            results[f"{size} {case}"] = _play(world, case, stop=float(rank == 1))
+            results[f"{size} {case}"] = _play(world, case, requests=(float(rank == 1), 0.0))
         results[f"{size} batch norm"] = _batch_norm(world)
         results[f"{size} oracle"] = _oracle(world)
         results[f"{size} counts"] = _counts(world)

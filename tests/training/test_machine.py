@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from gan_dist.config.schema import load_config
-from gan_dist.training import trainer
-from gan_dist.training.machine import torch_settings
+from gan_dist.training import setup, trainer
+from gan_dist.training.runner import torch_settings
 from tests.helpers.games import CPU
 
 PAGES = 2**25 // resource.getpagesize()
@@ -84,7 +84,7 @@ def test_training_is_settled_as_its_configuration_says(monkeypatch: pytest.Monke
         found.append(torch.are_deterministic_algorithms_enabled())
         raise Stop
 
-    monkeypatch.setattr(trainer, "open_for", opened)
+    monkeypatch.setattr(setup, "open_for_training", opened)
     for wanted in (False, True):
         config = load_config("configs/demo.yaml", [f"train.deterministic={str(wanted).lower()}", "data.shards=/none"])
         with pytest.raises(Stop):

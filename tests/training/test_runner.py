@@ -165,8 +165,8 @@ def test_captured_equals_eager(precision: str, tolerance: float, d_steps: int) -
     runner = make_runner("captured", captured)
     assert isinstance(runner, Captured)
     for step in range(STEPS):
-        expected = eager.step(*batches(eager, step), float(step == 2))
-        found = runner.step(*batches(captured, step), float(step == 2))
+        expected = eager.step(*batches(eager, step), (float(step == 2), float(step == 1)))
+        found = runner.step(*batches(captured, step), (float(step == 2), float(step == 1)))
     assert worst(tensors(captured), tensors(eager)) < tolerance
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gan_dist.distributed.world import World
-from gan_dist.training.update import STATS, Update, draw_flips, draw_latents, to_signed
-from gan_dist.utils.errors import UserError
+from gan_dist.training.update import STATS, draw_flips, draw_latents, to_signed
 from tests.helpers import games
 from tests.helpers.games import CPU, batches, game, tensors, worst
 
@@ -104,7 +102,7 @@ def test_statistics_are_means_of_the_game() -> None:
     update = game(real_target=0.9)
     before = copy.deepcopy((update.g.network, update.d.network))
     (real,), (z,) = batches(update, 0)
-    stats = update.step([real], [z], stop=1.0)
+    stats = update.step([real], [z], requests=(1.0, 0.0))
     assert stats.shape == (len(STATS),)
     with torch.no_grad():
         fake = before[0](z)
@@ -121,6 +119,7 @@ def test_statistics_are_means_of_the_game() -> None:
         + F.binary_cross_entropy(l_fake.sigmoid(), torch.zeros_like(l_fake)),
         "gradient_norm/generator": torch.cat([v.flatten() for v in update.g.gradients.views]).norm(),
         "control/stop": torch.tensor(1.0),
+        "control/save": torch.tensor(0.0),
         "control/skipped": torch.tensor(0.0),
     }
     for name, value in expected.items():
@@ -143,7 +142,7 @@ def test_an_update_that_is_not_finite_is_skipped_with_its_buffers(
         return loss * math.inf, extras
 
     monkeypatch.setattr(update, method, broken)
-    stats = update.step(*batches(update, 1), stop=1.0)
+    stats = update.step(*batches(update, 1), requests=(1.0, 0.0))
     after = tensors(update)
     mine = (who, "optimizer_" + who[0])
     for name, value in before.items():
@@ -216,11 +215,6 @@ def test_the_generators_step_gives_the_discriminator_no_gradient() -> None:
     assert not any(needed)
     assert all(parameter.requires_grad for parameter in update.d.parameters)
     assert not torch.equal(gradient, update.d.gradients.flat)
-
-
-def test_more_ranks_than_images_is_refused() -> None:
-    with pytest.raises(UserError, match="global_batch is 2 but there are 3 ranks"):
-        Update(*games.networks(), world=World(rank=0, size=3), global_batch=2)
 
 
 def test_draws_are_keyed_by_seed_and_position_and_sliced() -> None:
