@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -182,7 +181,7 @@ def _parts(update: Update, reals: list[Tensor], latents: list[Tensor], rounds: i
             _wait(device)
         if index < 2:
             continue
-        events = [event for event in trace.events() or () if (event.device_type == DeviceType.CUDA) == cuda]
+        events = [event for event in trace.events() or () if (event.device_type.name == "CUDA") == cuda]
         events.sort(key=lambda event: event.time_range.start)
         (whole,) = (event.time_range for event in events if event.name == "whole step")
         adams = [event.time_range for event in events if event.name.startswith("Optimizer.step")]

@@ -167,4 +167,4 @@ class Checkpointer:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    return ": ".join(part for part in (type(error).__name__, str(error).strip().split("\n")[0]) if part)

@@ -14,6 +14,7 @@ import torch
 from gan_dist.distributed.world import World, join
 from gan_dist.runs import checkpoint
 from gan_dist.runs.checkpoint import find
+from gan_dist.training import checkpointer as checkpointing
 from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import GanDistError
@@ -58,6 +59,37 @@ def test_the_caller_does_not_wait_and_the_guard_has_the_last_word(tmp_path: Path
     gate.set()
     assert str(checkpointer.failure(wait=True)) == "not any more"
     assert saved(checkpointer.directory) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory"), MemoryError(), KeyError("w")])
+def test_whatever_ends_the_thread_is_a_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpointing, "save", broken)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(), keep=2)
+    checkpointer.save(state(1))
+    with pytest.raises(GanDistError, match=rf"the checkpoint could not be made: {type(error).__name__}"):
+        checkpointer.wait()
+
+
+def fail_as_rank(rank: int, folder: str) -> None:
+    """Saves on two ranks, of which the second cannot copy its state: neither waits for the other in vain."""
+    with join("cpu") as world:
+        checkpointer = Checkpointer(Path(folder) / "checkpoints", world, keep=2)
+        mine: dict[str, Any] = (
+            state(1) if rank == 0 else {**state(1), "generator": {"w": torch.empty(1, device="meta")}}
+        )
+        checkpointer.save(mine)
+        with pytest.raises(GanDistError, match="the checkpoint could not be made: rank 1: "):
+            checkpointer.wait()
+
+
+def test_a_rank_that_cannot_copy_its_state_tells_the_others(tmp_path: Path) -> None:
+    run_ranks(2, fail_as_rank, str(tmp_path))
+    assert saved(tmp_path) == []
 
 
 def save_as_rank(rank: int, folder: str) -> None:
