@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from gan_dist.data.dataset import Dataset
 from gan_dist.data.order import Order
-from gan_dist.data.shards import Dataset
 from gan_dist.data.stream import RING, Stream, choose_placement
 
 SOURCE_BYTES = 2**28

@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import mmap
 import os
 import re
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gan_dist.data.headers import TAR_BLOCK, first_bad_header, member_header, npy_header
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand, fsync_folder, is_address, present, temporary_name
-
-if TYPE_CHECKING:
-    import torch
-
-    from gan_dist.data.remote.cache import Cache
+from gan_dist.utils.files import expand, fsync_folder, present, temporary_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TAR_BLOCK = 512
 MEND = (
     "run the `gan-dist prepare` that made it again (only bad shards are rewritten), or `gan-dist verify` to see all "
     "that is wrong"
@@ -149,109 +147,6 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     return manifest
 
 
-class Dataset:
-    """Prepared samples, memory-mapped shard by shard at first use. A context; closing it lets all of it go.
-
-    With a `cache`, `root` is a folder on this machine to which shards are fetched at first use.
-    """
-
-    def __init__(self, root: Path, manifest: Manifest, cache: Cache | None = None) -> None:
-        self.root, self.manifest, self.cache = root, manifest, cache
-        self.identity = manifest.identity
-        self.resolution = manifest.resolution
-        self.num_samples = manifest.num_samples
-        self.shard_sizes: tuple[int, ...] = tuple(shard.samples for shard in manifest.shards)
-        self._views: dict[int, torch.Tensor] = {}
-
-    def shard_view(self, i: int) -> torch.Tensor:
-        """Returns shard `i` as uint8 [n_i, 3, S, S], a constant-stride view of the mapped tar: nothing is copied.
-
-        The map is private: a write into the view never reaches the file (and a read-only map would make torch warn).
-        """
-        if (view := self._views.get(i)) is not None:
-            return view
-        import torch
-
-        shard, size = self.manifest.shards[i], self.resolution
-        if self.cache is not None:
-            self.cache.hold(i)
-        with (self.root / shard.file).open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._views[i] = view = torch.frombuffer(mapped, dtype=torch.uint8).as_strided(
-            (shard.samples, 3, size, size), (shard.stride, size * size, size, 1), shard.data_offset
-        )
-        return view
-
-    def warm(self, i: int, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Makes shard `i` ready for random access: fetched if it is remote, read once from end to end, every header
-        looked at. Random reads of a cold disk are four times slower (FACTS: 9,600 against 38,000 images/s).
-
-        Raises:
-            UserError: a header is not what it should be.
-        """
-        shard = self.manifest.shards[i]
-        if self.cache is not None:
-            self.cache.hold(i, cancelled)
-        path, block = self.root / shard.file, bytearray(2**22)
-        with path.open("rb", buffering=0) as stream:
-            while stream.readinto(block):
-                pass
-            fault = headers_fault(stream, shard, self.resolution)
-        if fault:
-            raise UserError(f"{path} {fault}: {MEND}")
-
-    def drop(self, i: int) -> None:
-        """Gives the memory of shard `i` back, and its place on the disk where it was fetched for a while only."""
-        self._views.pop(i, None)
-        if self.cache is not None:
-            self.cache.drop(i)
-        elif hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError), (self.root / self.manifest.shards[i].file).open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def records(self, i: int) -> list[dict[str, Any]]:
-        """Returns the sidecar of shard `i`: per sample its key, source, path, width, height, mode, label, ..."""
-        if self.cache is not None:
-            self.cache.fetch_sidecar(i)
-        with (self.root / self.manifest.shards[i].sidecar).open("rb") as stream:
-            return [json.loads(line) for line in stream]
-
-    def close(self) -> None:
-        """Unmaps the shards and leaves the cache, which goes away with its last user unless somebody chose its place.
-
-        Batches that were gathered stay as they are; views must not be used any more.
-        """
-        self._views.clear()
-        if self.cache is not None:
-            self.cache.close()
-
-    def __enter__(self) -> Dataset:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def open_dataset(root: str | Path, cache_dir: str | Path | None = None) -> Dataset:
-    """Returns the dataset in the folder `root`, after a cheap look at every shard: size, first and last header, end.
-
-    An address (http, s3, gs, `pipe:` with {} for the file's name, file:) is staged on this machine first, see cache.py.
-
-    Raises:
-        UserError: no dataset there, or the first shard that is missing, cut short or not what the manifest says.
-    """
-    if is_address(str(root)):
-        from gan_dist.data.remote.cache import open_remote
-
-        return open_remote(str(root), cache_dir, whole=True)
-    manifest, root = read_manifest(root), expand(root)
-    check_totals(manifest, str(root / MANIFEST))
-    for shard in manifest.shards:
-        if fault := quick_fault(root, shard, manifest.resolution):
-            raise UserError(f"{root / shard.file} {fault}: {MEND}")
-    return Dataset(root, manifest)
-
-
 def check_totals(manifest: Manifest, where: str) -> None:
     """Raises UserError when the shards do not hold as many samples as were written: some would be missing silently."""
     written = manifest.totals.get("written", manifest.num_samples)
@@ -304,6 +199,52 @@ def headers_fault(stream: IO[bytes], shard: ShardInfo, resolution: int) -> str |
         found = np.ndarray((shard.samples, head), np.uint8, mapped, shard.data_offset - head, (shard.stride, 1)).copy()
     bad = first_bad_header(found, resolution)
     return None if bad is None else f"has a damaged header at sample {bad}"
+
+
+def first_bad_header(found: NDArray[np.uint8], resolution: int) -> int | None:
+    """Returns the first row of `found` (uint8 [n, 512 + numpy's header], a member a row) that has a wrong byte."""
+    wanted = np.frombuffer(
+        member_header(0, len(npy_header(resolution)) + 3 * resolution**2) + npy_header(resolution), np.uint8
+    )
+    digits = found[:, :9] - np.uint8(ord("0"))
+    checksum = int(bytes(wanted[148:154]), 8) + digits.sum(1, dtype=np.int64)
+    octal = (checksum[:, None] >> np.arange(15, -1, -3) & 7) + ord("0")
+    right = (digits <= 9).all(1) & (found[:, 148:154] == octal).all(1)
+    for part in (slice(9, 148), slice(154, None)):
+        right &= (found[:, part] == wanted[part]).all(1)
+    return None if right.all() else int(right.argmin())
+
+
+@lru_cache
+def npy_header(resolution: int) -> bytes:
+    """Returns the bytes that stand before the pixels in a `.npy` file of one sample."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": "|u1", "fortran_order": False, "shape": (3, resolution, resolution)}
+    )
+    return stream.getvalue()
+
+
+@lru_cache
+def _header_of_zero(content: int) -> bytes:
+    member = tarfile.TarInfo("000000000.npy")  # mtime 0 and no user: the same bytes on every machine, on every day
+    member.mode, member.size = 0o444, content
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def member_header(key: int, content: int) -> bytes:
+    """Returns the tar header of sample `key` with `content` bytes: that of sample 0 with another name and checksum.
+
+    A shard is byte for byte what webdataset's TarWriter makes (a test says so). That writer is not used: importing it
+    brings torch, 3 s a process, and it takes 85 us a sample, in the one process that all workers wait for.
+    """
+    header = bytearray(_header_of_zero(content))
+    name = b"%09d" % key
+    if len(name) != 9:
+        raise ValueError(f"key {key}: at most 9 digits")
+    header[148:154] = b"%06o" % (int(header[148:154], 8) + sum(name) - 9 * ord("0"))
+    header[:9] = name
+    return bytes(header)
 
 
 def shard_name(number: int) -> str:

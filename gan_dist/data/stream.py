@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from gan_dist.data.gather import Gather
+from gan_dist.data.dataset import Dataset, Gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.shards import Dataset
 from gan_dist.data.windowed import Windows
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.places import available_memory

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from gan_dist.data.dataset import Dataset
 from gan_dist.data.order import Order
 from gan_dist.data.remote.cache import FETCHERS, in_parallel
-from gan_dist.data.shards import Dataset
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 from gan_dist.config.base import check_seed
 from gan_dist.config.schema import EvaluateConfig
-from gan_dist.data.shards import Dataset, open_dataset
+from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import inception
 from gan_dist.evaluation.inception import Inception, load_inception

@@ -21,9 +21,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gan_dist.data.gather import gather
+from gan_dist.data.dataset import Dataset, gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.shards import Dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import inception, swd
 from gan_dist.evaluation.diversity import pairwise_distance, repeated

@@ -18,10 +18,9 @@ import torch
 
 from gan_dist.config.diff import flatten
 from gan_dist.config.schema import Config, load_config, to_yaml
+from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
-from gan_dist.data.remote.cache import open_remote
 from gan_dist.data.remote.fetch import shown
-from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import Stream, choose_placement, stage
 from gan_dist.distributed.failures import naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat

@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order
-from gan_dist.data.remote.cache import open_remote
 from gan_dist.data.remote.fetch import Patience
-from gan_dist.data.shards import MANIFEST, Dataset, open_dataset
+from gan_dist.data.shards import MANIFEST
 from gan_dist.data.stream import RING, Resident, Stream, choose_placement, stage
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.datasets import write_dataset

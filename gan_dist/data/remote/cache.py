@@ -24,11 +24,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from gan_dist.data.remote.fetch import Patience, fetch, member, shown
-from gan_dist.data.shards import MANIFEST, Dataset, Manifest, check_totals, parse_manifest, quick_fault
+from gan_dist.data.shards import MANIFEST, Manifest, quick_fault
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import fsync_folder, publish, temporary_name
 from gan_dist.utils.flock import POLL_S, FileLock
-from gan_dist.utils.places import choose_home, held, own_folder, room
+from gan_dist.utils.places import held, own_folder, room
 from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
 
 FETCHERS = 4
@@ -37,62 +37,6 @@ GRACE_S = 2.0
 """Seconds that threads get to take their half-written files away once the work is over."""
 STANDSTILL_S = 300.0
 """Seconds in which nothing grew after which whoever has the lock is taken for hung, and not waited for any more."""
-
-
-def open_remote(
-    address: str,
-    cache_dir: str | Path | None = None,
-    *,
-    window_shards: int = 0,
-    whole: bool = False,
-    patience: Patience | None = None,
-    cancelled: Callable[[], bool] = never_cancelled,
-    say: Callable[[str], None] = lambda line: None,
-) -> Dataset:
-    """Returns the dataset at an address, of which only the manifest has been fetched yet, unless `whole`.
-
-    With `window_shards` K > 0, shards that are dropped leave the disk again: room for 2K shards is enough. The caller
-    closes the dataset. `say` is told of every retry.
-
-    Raises:
-        UserError: no dataset there, no place to stage it, or a cache folder that is another user's.
-        GanDistError: it cannot be fetched.
-    """
-    manifest, content = _fetch_manifest(address, patience, cancelled, say)
-    sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-    needed = sum(sizes[: 2 * window_shards or None])
-    name = manifest.identity[:32] + ("-window" if window_shards else "")
-    home = choose_home(cache_dir, name, needed)
-    if cache_dir is None:
-        sweep(home, name)
-    cache = Cache(address, manifest, home / name, window_shards > 0, cache_dir is None, patience, say)
-    try:
-        cache.enter(content, cancelled)
-        if whole:
-            cache.fetch_all(cancelled=cancelled)
-    except BaseException:
-        cache.close()
-        raise
-    return Dataset(cache.folder, manifest, cache)
-
-
-def _fetch_manifest(
-    address: str, patience: Patience | None, cancelled: Callable[[], bool], say: Callable[[str], None]
-) -> tuple[Manifest, bytes]:
-    source, found = member(address, MANIFEST), []
-
-    def receive(chunks: Iterator[bytes]) -> str | None:
-        content = b"".join(chunks)
-        try:
-            manifest = parse_manifest(content, MANIFEST)
-            check_totals(manifest, MANIFEST)
-        except UserError as error:
-            return f"is not the manifest of a dataset ({error})"
-        found.append((manifest, content))
-        return None
-
-    fetch(source, receive, patience=patience, cancelled=cancelled, say=say)
-    return found[0]
 
 
 class Cache:

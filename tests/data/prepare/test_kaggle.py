@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
-from gan_dist.data.shards import open_dataset
 from gan_dist.utils.errors import UserError
 from tests.helpers.sources import balanced, encode
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.verify import verify
-from gan_dist.data.shards import open_dataset
 from gan_dist.utils.errors import UserError
 from tests.helpers.sources import contents, fill
 

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from gan_dist.data.remote.cache import Cache, open_remote
+from gan_dist.data.dataset import Dataset, open_dataset, open_remote
+from gan_dist.data.remote.cache import Cache
 from gan_dist.data.remote.fetch import Patience, member, shown
-from gan_dist.data.shards import MANIFEST, Dataset, open_dataset
+from gan_dist.data.shards import MANIFEST
 from gan_dist.utils.errors import EXIT_STOPPED, GanDistError, UserError
 from gan_dist.utils.places import available_memory, choose_home, file_system, own_folder, room
 from gan_dist.utils.stop import Cancelled
@@ -229,7 +230,7 @@ def test_a_cache_that_nobody_closed_goes_with_the_process(source: Path, scratch:
 
 VICTIM = """
 import signal, sys
-from gan_dist.data.remote.cache import open_remote
+from gan_dist.data.dataset import open_remote
 with open_remote(sys.argv[1], whole=True):
     signal.pause()
 """
@@ -335,7 +336,7 @@ def test_two_jobs_at_once_share_one_cache(source: Path, scratch: Path) -> None:
 
 FILL = """
 import resource, sys
-from gan_dist.data.remote.cache import open_remote
+from gan_dist.data.dataset import open_remote
 from gan_dist.utils.errors import GanDistError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_001, 20_001))
 try:
