@@ -17,8 +17,8 @@ from gan_dist.data.dataset import Dataset, Gather
 from gan_dist.data.order import Order, rank_slice
 from gan_dist.data.windowed import Windows
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.places import available_memory
 from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
+from gan_dist.utils.system import available_memory
 
 RING = 2
 """Blocks in flight: one in use, one being filled. A third is 15 % slower on one core: they no longer fit its caches."""

@@ -23,7 +23,7 @@ from gan_dist.runs.naming import run_path
 from gan_dist.runs.record import merged, read_evaluations
 from gan_dist.sampling.generate import build_generator
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.flock import FileLock
+from gan_dist.utils.locks import FileLock
 from gan_dist.utils.pictures import write_atomically
 from gan_dist.utils.stop import never_cancelled
 

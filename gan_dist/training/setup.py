@@ -40,12 +40,11 @@ from gan_dist.training.optim import EMA
 from gan_dist.training.runner import Runner, make_runner, resolve_precision, torch_settings
 from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.update import Precision, Update
-from gan_dist.training.vitals import code_version
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
-from gan_dist.utils.places import NETWORK, file_system
 from gan_dist.utils.progress import transfers
 from gan_dist.utils.stop import StopRequest
+from gan_dist.utils.system import NETWORK, code_version, file_system
 from gan_dist.utils.tensors import assert_ranks_agree, copy_state, state_digest
 
 

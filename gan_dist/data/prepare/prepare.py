@@ -35,6 +35,7 @@ from gan_dist.utils.files import (
     read_record,
 )
 from gan_dist.utils.locks import Locks
+from gan_dist.utils.system import default_workers
 
 REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timings.json", "contact_sheet.png"
 STAGED = "staged"
@@ -189,11 +190,6 @@ def _absolute(labels: str | None) -> str | None:
         table, *last = labels.rsplit(":", 2)
         return ":".join([str(expand(table)), *last])
     return labels
-
-
-def default_workers() -> int:
-    """Returns the CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_target(out: Path) -> None:

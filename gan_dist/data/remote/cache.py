@@ -12,9 +12,11 @@ Locks are flock(2) on small files: the kernel frees them when a process dies, ho
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import os
 import shutil
+import tempfile
 import threading
 import time
 import weakref
@@ -26,10 +28,10 @@ from pathlib import Path
 from gan_dist.data.remote.fetch import Patience, fetch, member, shown
 from gan_dist.data.shards import MANIFEST, Manifest, quick_fault
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import fsync_folder, publish, temporary_name
-from gan_dist.utils.flock import POLL_S, FileLock
-from gan_dist.utils.places import held, own_folder, room
+from gan_dist.utils.files import expand, fsync_folder, publish, temporary_name
+from gan_dist.utils.locks import POLL_S, FileLock
 from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
+from gan_dist.utils.system import NETWORK, file_system, room
 
 FETCHERS = 4
 """Shards fetched at once: object stores give one connection a fraction of what they have."""
@@ -37,6 +39,58 @@ GRACE_S = 2.0
 """Seconds that threads get to take their half-written files away once the work is over."""
 STANDSTILL_S = 300.0
 """Seconds in which nothing grew after which whoever has the lock is taken for hung, and not waited for any more."""
+
+
+def choose_home(cache_dir: str | Path | None, name: str, needed: int) -> Path:
+    """Returns the private folder that holds, or will hold, the folder `name` of `needed` bytes; it is made if need be.
+
+    Without a `cache_dir`: node-local scratch ($TMPDIR, or /tmp), then /dev/shm, then ~/.cache, the first with room.
+    A place where the folder is already comes first, so that all processes of a machine meet.
+    """
+    user = str(os.geteuid()) if hasattr(os, "geteuid") else getpass.getuser()
+    if cache_dir is not None:
+        homes = [expand(cache_dir) / f"gan_dist-{user}"]
+    else:
+        places = [Path(tempfile.gettempdir()), Path("/dev/shm")]
+        places = [path for path in places if path.is_dir() and not NETWORK.search(file_system(path))]
+        places.append(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+        homes = [path / f"gan_dist-{user}.auto" for path in places]
+    for home in sorted(homes, key=lambda home: not (home / name).is_dir()):
+        if needed - folder_size(home / name) <= room(home):
+            return own_folder(home)
+    found = "; ".join(f"{home.parent} has room for {room(home) / 2**30:.1f}" for home in homes)
+    raise UserError(
+        f"staging needs {needed / 2**30:.1f} GiB on this machine, but {found}; set data.cache_dir to a larger disk, or "
+        "data.window_shards to stage a few shards at a time"
+    )
+
+
+def folder_size(folder: Path) -> int:
+    """Returns the bytes of all files in `folder`, 0 where there is none."""
+    total = 0
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def own_folder(path: Path) -> Path:
+    """Returns `path`, made as a folder that nobody else can enter. Raises UserError when it is somebody else's."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()  # lstat: a link that another user laid here would lead anywhere
+        if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or path.is_symlink() or not path.is_dir()):
+            raise UserError(
+                f"the cache {path} belongs to user {found.st_uid} or is no folder: what is in there cannot be trusted; "
+                "set data.cache_dir to a place of your own"
+            )
+        path.chmod(0o700)
+    except OSError as error:
+        raise UserError(f"the cache {path} cannot be made ({error.strerror}): set data.cache_dir") from None
+    return path
 
 
 class Cache:
@@ -231,7 +285,7 @@ class _Standstill:
         self._folder, self._size, self._since = folder, -1, time.monotonic()
 
     def __call__(self) -> bool:
-        size, now = held(self._folder), time.monotonic()
+        size, now = folder_size(self._folder), time.monotonic()
         if size != self._size:
             self._size, self._since = size, now
         return now - self._since > STANDSTILL_S

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from gan_dist.data.dataset import Dataset, open_dataset, open_remote
-from gan_dist.data.remote.cache import Cache
+from gan_dist.data.remote.cache import Cache, choose_home, own_folder
 from gan_dist.data.remote.fetch import Patience, member, shown
 from gan_dist.data.shards import MANIFEST
 from gan_dist.utils.errors import EXIT_STOPPED, GanDistError, UserError
-from gan_dist.utils.places import available_memory, choose_home, file_system, own_folder, room
 from gan_dist.utils.stop import Cancelled
+from gan_dist.utils.system import available_memory, file_system, room
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.server import FAULTS, Server
@@ -400,7 +400,7 @@ def test_the_place_is_chosen_by_room_and_by_what_is_there(tmp_path: Path, monkey
     (tmp_path / "scratch").mkdir()
     free = {tmp_path / "scratch": 100, Path("/dev/shm"): 0, tmp_path / "home": 1000}
     monkeypatch.setattr(
-        "gan_dist.utils.places.room", lambda path: next(v for k, v in free.items() if path.is_relative_to(k))
+        "gan_dist.data.remote.cache.room", lambda path: next(v for k, v in free.items() if path.is_relative_to(k))
     )
     assert choose_home(None, "a", 50).is_relative_to(tmp_path / "scratch")
     assert choose_home(None, "a", 500).is_relative_to(tmp_path / "home")

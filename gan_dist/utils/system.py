@@ -1,17 +1,13 @@
-"""Where large files may lie on this machine: kinds of file systems, free room, and memory as the cgroup allows it."""
+"""What this machine offers: file systems and their free room, memory, CPUs; and which version of the code runs."""
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 import shutil
-import tempfile
+import subprocess
 from contextlib import suppress
 from pathlib import Path
-
-from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand
 
 MEMORY = {"tmpfs", "ramfs"}
 NETWORK = re.compile(r"nfs|lustre|cifs|smb|beegfs|gpfs|ceph|afs|gluster|panfs|orangefs|9p|fuse\.")
@@ -79,53 +75,24 @@ def _field(path: Path, name: str, default: int) -> int:
     return default
 
 
-def choose_home(cache_dir: str | Path | None, name: str, needed: int) -> Path:
-    """Returns the private folder that holds, or will hold, the folder `name` of `needed` bytes; it is made if need be.
-
-    Without a `cache_dir`: node-local scratch ($TMPDIR, or /tmp), then /dev/shm, then ~/.cache, the first with room.
-    A place where the folder is already comes first, so that all processes of a machine meet.
-    """
-    user = str(os.geteuid()) if hasattr(os, "geteuid") else getpass.getuser()
-    if cache_dir is not None:
-        homes = [expand(cache_dir) / f"gan_dist-{user}"]
-    else:
-        places = [Path(tempfile.gettempdir()), Path("/dev/shm")]
-        places = [path for path in places if path.is_dir() and not NETWORK.search(file_system(path))]
-        places.append(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
-        homes = [path / f"gan_dist-{user}.auto" for path in places]
-    for home in sorted(homes, key=lambda home: not (home / name).is_dir()):
-        if needed - held(home / name) <= room(home):
-            return own_folder(home)
-    found = "; ".join(f"{home.parent} has room for {room(home) / 2**30:.1f}" for home in homes)
-    raise UserError(
-        f"staging needs {needed / 2**30:.1f} GiB on this machine, but {found}; set data.cache_dir to a larger disk, or "
-        "data.window_shards to stage a few shards at a time"
-    )
+def default_workers() -> int:
+    """Returns the CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def held(folder: Path) -> int:
-    """Returns the bytes of all files in `folder`, 0 where there is none."""
-    total = 0
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(OSError):
-                total += entry.stat(follow_symlinks=False).st_size
-    return total
-
-
-def own_folder(path: Path) -> Path:
-    """Returns `path`, made as a folder that nobody else can enter. Raises UserError when it is somebody else's."""
+def code_version() -> str | None:
+    """Returns the commit that gan_dist runs from, with `-dirty` where files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        found = path.lstat()  # lstat: a link that another user laid here would lead anywhere
-        if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or path.is_symlink() or not path.is_dir()):
-            raise UserError(
-                f"the cache {path} belongs to user {found.st_uid} or is no folder: what is in there cannot be trusted; "
-                "set data.cache_dir to a place of your own"
-            )
-        path.chmod(0o700)
-    except OSError as error:
-        raise UserError(f"the cache {path} cannot be made ({error.strerror}): set data.cache_dir") from None
-    return path
+        told = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip() or None
