@@ -29,7 +29,7 @@ from gan_dist.evaluation.diversity import pairwise_distance, repeated
 from gan_dist.sampling.generate import generate
 from gan_dist.sampling.neighbours import copies, nearest
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.pictures import write_atomically
+from gan_dist.utils.files import write_atomically
 
 FEWEST = 100
 """Fewer images say nothing about a distribution."""

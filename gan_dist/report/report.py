@@ -34,8 +34,7 @@ from gan_dist.runs.record import Run, by_protocol, read_run, when
 from gan_dist.telemetry.console import duration
 from gan_dist.telemetry.gallery import dataset_card
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand
-from gan_dist.utils.pictures import write_atomically
+from gan_dist.utils.files import expand, write_atomically
 
 FILM_BUDGET = 5_500_000
 """Bytes that the pictures of the evolution take on a page, over all its runs; a page stays below 10 MB."""

@@ -42,7 +42,7 @@ from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.update import Precision, Update
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
-from gan_dist.utils.progress import transfers
+from gan_dist.utils.progress import progress
 from gan_dist.utils.stop import StopRequest
 from gan_dist.utils.system import NETWORK, code_version, file_system
 from gan_dist.utils.tensors import assert_ranks_agree, copy_state, state_digest
@@ -364,8 +364,8 @@ def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancel
         log(f"note: the samples lie on {kind}; data.shards=file://{dataset.root} brings them here first")
     if (batch := config.train.global_batch) > dataset.num_samples:
         log(f"note: train.global_batch is {batch}, the dataset has {dataset.num_samples} images: batches repeat some")
-    with transfers(verbose) as progress:
-        warning = stage(dataset, placement, first=world.local_rank == 0, progress=progress, cancelled=cancelled)
+    with progress(shown=verbose, in_bytes=True) as show:
+        warning = stage(dataset, placement, first=world.local_rank == 0, progress=show, cancelled=cancelled)
     if warning:
         log(f"note: {warning}")
     return placement

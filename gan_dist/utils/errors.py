@@ -21,3 +21,8 @@ class UserError(GanDistError):
     """Bad usage, configuration or input: says what was expected, what was found, what to do. Status 2."""
 
     exit_status = EXIT_USAGE
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of the error's text, or the name of its class when it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

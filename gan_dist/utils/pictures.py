@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -32,12 +32,6 @@ def png_bytes(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     to_pil(image).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`, making its folder where needed: whole, or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    publish(path, content)
 
 
 def save_png(image: Tensor, path: Path) -> None:

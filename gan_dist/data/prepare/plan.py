@@ -27,7 +27,7 @@ from gan_dist.data.prepare.reading import Reader, SourceChanged
 from gan_dist.data.prepare.rejects import Rejected
 from gan_dist.data.prepare.sources import Entry, Listing, Source, list_source, open_source
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import clear_temporaries, expand, publish
+from gan_dist.utils.files import clear_temporaries, expand, write_atomically
 from gan_dist.utils.locks import Locks
 
 _T = TypeVar("_T")
@@ -301,9 +301,9 @@ def settle(plan: Plan, out: Path) -> None:
             raise UserError(f"{folder} is damaged ({error}): remove {out} and prepare again") from None
         return
     lines = (json.dumps([*entry.place, entry.size, entry.stamp]) for entry in plan.entries)
-    publish(folder / "entries.jsonl.gz", gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
+    write_atomically(folder / "entries.jsonl.gz", gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
     told = {"digest": plan.digest, "recipe": plan.recipe, "counts": plan.counts, "classes": plan.classes}
-    publish(folder / "plan.json", json.dumps(told, indent=1).encode())
+    write_atomically(folder / "plan.json", json.dumps(told, indent=1).encode())
 
 
 def _compare(plan: Plan, found: dict[str, Any], folder: Path, out: Path) -> None:

@@ -30,9 +30,9 @@ from gan_dist.utils.files import (
     expand,
     expand_directory,
     present,
-    publish,
-    publish_record,
     read_record,
+    write_atomically,
+    write_record,
 )
 from gan_dist.utils.locks import Locks
 from gan_dist.utils.system import default_workers
@@ -259,7 +259,7 @@ class _Run:
                     began = perf_counter()
                     info = writer.commit()
                 part["shard"] = asdict(info) if info else None
-                publish_record(self.out / FOLDER / f"{shard_name(shard)}.json", part)
+                write_record(self.out / FOLDER / f"{shard_name(shard)}.json", part)
                 self._add_time("write", perf_counter() - began)
 
     def _clear(self, shard: int) -> None:
@@ -366,11 +366,11 @@ class _Run:
                     f"none of {len(rejects):,} images could be used: {reasons}"
                     f" (first: {first['source']}/{first['path']!r}: {first['reason']} {first['detail']})"
                 )
-            publish(self.out / REJECTS, _lines(rejects))
+            write_atomically(self.out / REJECTS, _lines(rejects))
             if self.plan.recipe["dedupe"]:
-                publish(self.out / DUPLICATES, _lines(self.plan.duplicates))
+                write_atomically(self.out / DUPLICATES, _lines(self.plan.duplicates))
             if account.entries or not (self.out / TIMINGS).exists():
-                publish(self.out / TIMINGS, json.dumps(account.timings(), indent=1).encode() + b"\n")
+                write_atomically(self.out / TIMINGS, json.dumps(account.timings(), indent=1).encode() + b"\n")
             if account.reject_fraction > max_reject_fraction:
                 (self.out / MANIFEST).unlink(missing_ok=True)
                 raise TooManyRejects(
@@ -381,8 +381,8 @@ class _Run:
             shards = tuple(ShardInfo(**part["shard"]) for part in parts if part["shard"])
             resolution = self.plan.image.resolution
             manifest = Manifest(FORMAT, resolution, self.plan.recipe, self.plan.classes, account.totals(), shards)
-            publish(self.out / SHEET, contact_sheet(self.out, manifest, seed=self.plan.digest))
-            publish(self.out / MANIFEST, manifest.to_bytes())
+            write_atomically(self.out / SHEET, contact_sheet(self.out, manifest, seed=self.plan.digest))
+            write_atomically(self.out / MANIFEST, manifest.to_bytes())
             shutil.rmtree(self.out / FOLDER / STAGED, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from gan_dist.data.prepare.plan import FOLDER
 from gan_dist.data.shards import Manifest, ShardInfo, member_fault, quick_fault, read_manifest
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import clear_temporaries, expand, publish
+from gan_dist.utils.files import clear_temporaries, expand, write_atomically
 
 COMMAND = "command.json"
 """Beside the plan: the arguments of the last run, so that a fault can name the command that mends it."""
@@ -124,7 +124,8 @@ def _list_faults(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 def remember(root: Path, sources: Sequence[str], options: dict[str, Any]) -> None:
     """Keeps how the dataset in `root` is made, absolute paths included: it is no part of what must be reproducible."""
     clear_temporaries(root / FOLDER / COMMAND)
-    publish(root / FOLDER / COMMAND, json.dumps({"sources": list(sources), "options": options}, indent=1).encode())
+    command = {"sources": list(sources), "options": options}
+    write_atomically(root / FOLDER / COMMAND, json.dumps(command, indent=1).encode())
 
 
 def remembered(root: Path) -> tuple[list[str], dict[str, Any]] | None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from gan_dist.data.remote.fetch import Patience, fetch, member, shown
 from gan_dist.data.shards import MANIFEST, Manifest, quick_fault
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import expand, fsync_folder, publish, temporary_name
+from gan_dist.utils.files import expand, fsync_folder, temporary_name, write_atomically
 from gan_dist.utils.locks import POLL_S, FileLock
 from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
 from gan_dist.utils.system import NETWORK, file_system, room
@@ -125,7 +125,7 @@ class Cache:
             with FileLock(self.folder / f"{MANIFEST}.lock") as lock:
                 lock.take(exclusive=True, wait=cancelled, give_up=_Standstill(self.folder))
                 if not (self.folder / MANIFEST).exists():
-                    publish(self.folder / MANIFEST, manifest)
+                    write_atomically(self.folder / MANIFEST, manifest)
 
     @property
     def total(self) -> int:

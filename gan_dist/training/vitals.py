@@ -1,3 +1,0 @@
-"""Which code this is."""
-
-from __future__ import annotations
