@@ -12,12 +12,12 @@ from typing import Any
 
 from PIL import Image, JpegImagePlugin
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe
 from gan_dist.data.prepare.plan import Options, make_plan
 from gan_dist.data.prepare.reading import Reader
-from gan_dist.data.prepare.rejects import Rejected
-from gan_dist.data.prepare.remote import source_name, spread
 from gan_dist.data.prepare.sources import Entry, Source
+from gan_dist.data.prepare.staging import source_name, spread
 from gan_dist.data.prepare.workers import make_jobs, run_jobs
 from gan_dist.data.shards import ShardWriter
 from gan_dist.utils.system import default_workers

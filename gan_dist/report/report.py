@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gan_dist.data.prepare.rejects import REASONS
+from gan_dist.data.prepare.account import REASONS
 from gan_dist.data.shards import read_manifest
 from gan_dist.report.charts import render
 from gan_dist.report.compare import side_by_side

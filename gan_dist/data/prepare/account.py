@@ -1,13 +1,47 @@
-"""The account of a preparation: every source entry is somewhere in it."""
+"""The account of a preparation: why an image is rejected, how many went where, and a sheet of samples to look at."""
 
 from __future__ import annotations
 
+import io
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from gan_dist.data.shards import Manifest
 from gan_dist.utils.errors import GanDistError
+
+REASONS = {
+    "empty": "no bytes at all",
+    "not_an_image": "the content is of no image format, whatever the name says",
+    "unsupported": "an image format or mode that cannot be read here",
+    "truncated": "the data end before the picture does (--keep-truncated keeps it)",
+    "corrupt": "the decoder found the data broken",
+    "too_large": "decoding would need more memory than a worker may take",
+    "too_small": "the short edge is below --min-side",
+    "unreadable": "the file could not be opened or read",
+    "encrypted": "an encrypted archive member",
+    "bad_archive": "the archive contradicts itself about this member",
+    "decoder_crashed": "decoding it killed a worker process, twice",
+    "timed_out": "decoding it took longer than a worker may",
+}
+"""The whole vocabulary of rejects.jsonl."""
+
+
+class Rejected(Exception):
+    """An image that cannot be used: a reason of `REASONS` and free detail without addresses or times."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        detail = re.sub(r" at 0x[0-9a-fA-F]+", "", detail)
+        super().__init__(reason, " ".join(detail.split())[:200])
+        self.reason: str = self.args[0]
+        self.detail: str = self.args[1]
+
 
 _TOTALS: tuple[str, ...] = ("seen", "written", "rejected", "replaced", "skipped", "duplicates", "classes", "unlabelled")
 _TOTALS += ("ambiguous", "flags", "source_bytes")
@@ -120,3 +154,34 @@ class TooManyRejects(GanDistError):
     def __init__(self, message: str, account: Account) -> None:
         super().__init__(message)
         self.account = account
+
+
+_SHEET_SIDE = 12
+_SHEET_GAP = 2
+
+
+def contact_sheet(root: Path, manifest: Manifest, seed: str) -> bytes:
+    """Returns a PNG of up to 144 samples of the shards in `root`, drawn by `seed` (hexadecimal)."""
+    size, sizes = manifest.resolution, [shard.samples for shard in manifest.shards]
+    side = min(_SHEET_SIDE, max(1, 1536 // size))
+    count = min(manifest.num_samples, side * side)
+    # raw bits and a stable sort: numpy promises bit generators' streams for ever, not those of its distributions
+    keys = np.random.Philox(int(seed[:16], 16)).random_raw(manifest.num_samples)
+    chosen = np.sort(np.argsort(keys, kind="stable")[:count])
+    starts = np.cumsum([0, *sizes])
+    rows, cell = -(-count // side), size + _SHEET_GAP
+    page = Image.new("RGB", (_SHEET_GAP + side * cell, _SHEET_GAP + rows * cell), (32, 32, 32))
+    for place, sample in enumerate(chosen.tolist()):
+        number = int(np.searchsorted(starts, sample, side="right")) - 1
+        shard = manifest.shards[number]
+        with (root / shard.file).open("rb") as stream:
+            stream.seek(shard.data_offset + (sample - int(starts[number])) * shard.stride)
+            pixels = np.frombuffer(stream.read(3 * size * size), np.uint8).reshape(3, size, size)
+        row, column = divmod(place, side)
+        page.paste(
+            Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))),
+            (_SHEET_GAP + column * cell, _SHEET_GAP + row * cell),
+        )
+    out = io.BytesIO()
+    page.save(out, "PNG")
+    return out.getvalue()

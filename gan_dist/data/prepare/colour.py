@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, JpegImagePlugin
 
-from gan_dist.data.prepare.rejects import Rejected
+from gan_dist.data.prepare.account import Rejected
 
 Converter = Callable[[Image.Image], Image.Image]
 

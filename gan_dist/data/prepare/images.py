@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.colour import Converter, normaliser, to_srgb
-from gan_dist.data.prepare.rejects import Rejected
 
 RESAMPLE = {
     "lanczos": Image.Resampling.LANCZOS,

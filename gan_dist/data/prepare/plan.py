@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import PIL
 from PIL import features
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import BACKGROUND, Recipe
 from gan_dist.data.prepare.labels import label
 from gan_dist.data.prepare.reading import Reader, SourceChanged
-from gan_dist.data.prepare.rejects import Rejected
 from gan_dist.data.prepare.sources import Entry, Listing, Source, list_source, open_source
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import clear_temporaries, expand, write_atomically

@@ -16,11 +16,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from gan_dist.data.prepare.account import Account, TooManyRejects
+from gan_dist.data.prepare.account import Account, TooManyRejects, contact_sheet
 from gan_dist.data.prepare.images import RESAMPLE, Recipe
 from gan_dist.data.prepare.plan import FOLDER, Options, Plan, claim, make_plan, settle
-from gan_dist.data.prepare.remote import needs_staging, source_name, spread, stage
-from gan_dist.data.prepare.sheet import contact_sheet
+from gan_dist.data.prepare.staging import needs_staging, source_name, spread, stage
 from gan_dist.data.prepare.verify import remember, remembered, verify
 from gan_dist.data.prepare.workers import Done, make_jobs, run_jobs
 from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardInfo, ShardWriter, read_manifest, shard_name

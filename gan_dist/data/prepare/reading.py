@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import MEMORY_LIMIT
-from gan_dist.data.prepare.rejects import Rejected
 from gan_dist.data.prepare.sources import Entry, Source
 from gan_dist.utils.errors import GanDistError
 

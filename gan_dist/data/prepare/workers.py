@@ -24,9 +24,9 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import IO, Any
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.reading import Reader
-from gan_dist.data.prepare.rejects import Rejected
 from gan_dist.data.prepare.sources import Entry, Source
 from gan_dist.utils.errors import GanDistError
 

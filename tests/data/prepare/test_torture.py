@@ -28,9 +28,9 @@ from PIL import Image
 
 from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare import workers
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.reading import Reader
-from gan_dist.data.prepare.rejects import Rejected
 from gan_dist.data.prepare.sources import list_source, open_source
 from gan_dist.data.prepare.verify import verify
 from gan_dist.utils.errors import GanDistError, UserError
