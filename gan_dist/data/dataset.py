@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from gan_dist.data.remote.cache import Cache, choose_home, sweep
-from gan_dist.data.remote.fetch import Patience, fetch, member
+from gan_dist.data.remote.fetch import RetryPolicy, fetch, file_address
 from gan_dist.data.shards import (
     MANIFEST,
     MEND,
@@ -33,9 +33,9 @@ from gan_dist.utils.stop import never_cancelled
 
 
 class Dataset:
-    """Prepared samples, memory-mapped shard by shard at first use. A context; closing it lets all of it go.
+    """Prepared samples; each shard is memory-mapped at its first use. A context that unmaps them all at its end.
 
-    With a `cache`, `root` is a folder on this machine to which shards are fetched at first use.
+    With a `cache`, `root` is a folder on this machine to which each shard is fetched at its first use.
     """
 
     def __init__(self, root: Path, manifest: Manifest, cache: Cache | None = None) -> None:
@@ -49,13 +49,13 @@ class Dataset:
     def shard_view(self, i: int) -> torch.Tensor:
         """Returns shard `i` as uint8 [n_i, 3, S, S], a constant-stride view of the mapped tar: nothing is copied.
 
-        The map is private: a write into the view never reaches the file (and a read-only map would make torch warn).
+        The map is private: writing to the view never changes the file (and a read-only map would make torch warn).
         """
         if (view := self._views.get(i)) is not None:
             return view
         shard, size = self.manifest.shards[i], self.resolution
         if self.cache is not None:
-            self.cache.hold(i)
+            self.cache.fetch_shard(i)
         with (self.root / shard.file).open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         self._views[i] = view = torch.frombuffer(mapped, dtype=torch.uint8).as_strided(
@@ -63,16 +63,16 @@ class Dataset:
         )
         return view
 
-    def warm(self, i: int, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Makes shard `i` ready for random access: fetched if it is remote, read once from end to end, every header
-        looked at. Random reads of a cold disk are four times slower (FACTS: 9,600 against 38,000 images/s).
+    def warm(self, i: int, cancelled: Callable[[], bool] = never_cancelled) -> None:
+        """Makes shard `i` ready for random access: fetches it if it is remote, reads it once from end to end, and
+        checks every header. Random reads of a cold disk are four times slower (9,600 against 38,000 images/s).
 
         Raises:
-            UserError: a header is not what it should be.
+            UserError: a header is damaged.
         """
         shard = self.manifest.shards[i]
         if self.cache is not None:
-            self.cache.hold(i, cancelled)
+            self.cache.fetch_shard(i, cancelled)
         path, block = self.root / shard.file, bytearray(2**22)
         with path.open("rb", buffering=0) as stream:
             while stream.readinto(block):
@@ -82,7 +82,7 @@ class Dataset:
             raise UserError(f"{path} {fault}: {MEND}")
 
     def drop(self, i: int) -> None:
-        """Gives the memory of shard `i` back, and its place on the disk where it was fetched for a while only."""
+        """Frees the memory of shard `i`, and its disk space where it was fetched for a window only."""
         self._views.pop(i, None)
         if self.cache is not None:
             self.cache.drop(i)
@@ -98,9 +98,9 @@ class Dataset:
             return [json.loads(line) for line in stream]
 
     def close(self) -> None:
-        """Unmaps the shards and leaves the cache, which goes away with its last user unless somebody chose its place.
+        """Unmaps the shards and leaves the cache, which its last user removes unless its place was configured.
 
-        Batches that were gathered stay as they are; views must not be used any more.
+        Gathered batches stay valid; views do not.
         """
         self._views.clear()
         if self.cache is not None:
@@ -114,12 +114,13 @@ class Dataset:
 
 
 def open_dataset(root: str | Path, cache_dir: str | Path | None = None) -> Dataset:
-    """Returns the dataset in the folder `root`, after a cheap look at every shard: size, first and last header, end.
+    """Returns the dataset in the folder `root`, after a quick check of every shard: size, first and last header, end.
 
-    An address (http, s3, gs, `pipe:` with {} for the file's name, file:) is staged on this machine first, see cache.py.
+    A dataset at an address (http, s3, gs, file:, or `pipe:` with {} for the file's name) is first fetched as a whole
+    into a cache on this machine, see remote/cache.py.
 
     Raises:
-        UserError: no dataset there, or the first shard that is missing, cut short or not what the manifest says.
+        UserError: no dataset there, or a shard that is missing, cut short or not what the manifest says.
     """
     if is_address(str(root)):
         return open_remote(str(root), cache_dir, whole=True)
@@ -137,27 +138,27 @@ def open_remote(
     *,
     window_shards: int = 0,
     whole: bool = False,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
     cancelled: Callable[[], bool] = never_cancelled,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
-    """Returns the dataset at an address, of which only the manifest has been fetched yet, unless `whole`.
+    """Returns the dataset at an address. Only its manifest has been fetched, unless `whole`. The caller closes it.
 
-    With `window_shards` K > 0, shards that are dropped leave the disk again: room for 2K shards is enough. The caller
-    closes the dataset. `say` is told of every retry.
+    With `window_shards` K > 0, dropped shards are removed from the disk, so that room for 2K shards is enough. `log`
+    gets a line for every retry.
 
     Raises:
-        UserError: no dataset there, no place to stage it, or a cache folder that is another user's.
+        UserError: no dataset there, no room for it on this machine, or a cache folder that belongs to another user.
         GanDistError: it cannot be fetched.
     """
-    manifest, content = _fetch_manifest(address, patience, cancelled, say)
+    manifest, content = _fetch_manifest(address, retry, cancelled, log)
     sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
     needed = sum(sizes[: 2 * window_shards or None])
     name = manifest.identity[:32] + ("-window" if window_shards else "")
     home = choose_home(cache_dir, name, needed)
     if cache_dir is None:
         sweep(home, name)
-    cache = Cache(address, manifest, home / name, window_shards > 0, cache_dir is None, patience, say)
+    cache = Cache(address, manifest, home / name, window_shards > 0, cache_dir is None, retry, log)
     try:
         cache.enter(content, cancelled)
         if whole:
@@ -169,9 +170,9 @@ def open_remote(
 
 
 def _fetch_manifest(
-    address: str, patience: Patience | None, cancelled: Callable[[], bool], say: Callable[[str], None]
+    address: str, retry: RetryPolicy | None, cancelled: Callable[[], bool], log: Callable[[str], None]
 ) -> tuple[Manifest, bytes]:
-    source, found = member(address, MANIFEST), []
+    received: list[tuple[Manifest, bytes]] = []
 
     def receive(chunks: Iterator[bytes]) -> str | None:
         content = b"".join(chunks)
@@ -180,20 +181,20 @@ def _fetch_manifest(
             check_totals(manifest, MANIFEST)
         except UserError as error:
             return f"is not the manifest of a dataset ({error})"
-        found.append((manifest, content))
+        received.append((manifest, content))
         return None
 
-    fetch(source, receive, patience=patience, cancelled=cancelled, say=say)
-    return found[0]
+    fetch(file_address(address, MANIFEST), receive, retry=retry, cancelled=cancelled, log=log)
+    return received[0]
 
 
 class Gather:
-    """Copies samples into batches with one `index_select` each, whatever shards they lie in.
+    """Copies samples into batches with one `index_select` each, whichever shards they are in.
 
-    All maps together are seen as one tensor over the addresses from the lowest to the highest, whose rows overlap: they
-    begin at every multiple of the greatest step that meets each sample (1,024 bytes at 64x64). Nobody reads a row that
-    no sample begins at, so what lies between the maps does not matter. A gather a shard and another that puts the
-    batch into order take three times as long (measured on an EPYC core: 180,000 against 560,000 images/s at 64x64).
+    All mapped shards are seen as one tensor over the addresses from the lowest to the highest, with overlapping rows:
+    one begins at every multiple of the largest step that meets each sample (1,024 bytes at 64x64). Only rows at which a
+    sample begins are read, so what lies between the maps does not matter. One gather a shard, and another that puts the
+    batch into order, take three times as long (measured on an EPYC core: 180,000 against 560,000 images/s at 64x64).
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -213,21 +214,23 @@ class Gather:
         return out
 
     def forget(self, shard: int) -> None:
-        """Unmaps a shard, as far as it is this object's to do; it is mapped again when a sample is asked for."""
+        """Lets go of a shard's map; it is mapped again when one of its samples is asked for."""
         self._row[self._starts[shard] : self._starts[shard + 1]] = -1
         self._maps.pop(shard, None)
 
     def _map(self, shards: set[int]) -> None:
-        """Lays the view over all shards that are mapped and over `shards`."""
+        """Extends the view to `shards`."""
+        # one tensor from the lowest address to the highest
         self._maps |= {shard: self._dataset.shard_view(int(shard)) for shard in shards}
         starts = np.array([view.data_ptr() for view in self._maps.values()])
         strides = np.array([view.stride(0) for view in self._maps.values()])
+        counts = np.array([len(view) for view in self._maps.values()])
         pixels = 3 * self._dataset.resolution**2
         low = starts.min()
-        unit = int(np.gcd.reduce(np.concatenate([starts - low, strides])))
-        counts = np.array([len(view) for view in self._maps.values()])
         size = int((starts + (counts - 1) * strides).max() - low) + pixels
         whole = torch.frombuffer((ctypes.c_uint8 * size).from_address(int(low)), dtype=torch.uint8)
+        # its rows, and the row of each sample
+        unit = int(np.gcd.reduce(np.concatenate([starts - low, strides])))
         self._rows = whole.as_strided(((size - pixels) // unit + 1, pixels), (unit, 1))
         for shard, first, step, count in zip(self._maps, (starts - low) // unit, strides // unit, counts, strict=True):
             self._row[self._starts[shard] : self._starts[shard + 1]] = first + step * np.arange(count)

@@ -1,8 +1,8 @@
-"""The shard and manifest format: USTAR tars of `.npy` samples at a constant stride, described by one manifest.json.
+"""The format of shards and manifest: USTAR tars of `.npy` samples at a constant stride, listed in one manifest.json.
 
 A member is `<9-digit key>.npy`: a 512-byte tar header, numpy's header, the uint8 (3, S, S) pixels, zeros up to the
-next multiple of 512. All members are alike, so a memory map of the tar is one strided tensor; any WebDataset reader
-reads them.
+next multiple of 512. All members have the same size, so a memory map of the tar is one strided tensor. Any WebDataset
+reader reads them. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ from gan_dist.utils.files import expand, fsync_folder, present, temporary_name
 FORMAT = 1
 MANIFEST = "manifest.json"
 TAR_BLOCK = 512
-MEND = (
-    "run the `gan-dist prepare` that made it again (only bad shards are rewritten), or `gan-dist verify` to see all "
-    "that is wrong"
-)
+MEND = "run the `gan-dist prepare` that made it again (it rewrites only bad shards), or `gan-dist verify` to list all faults"
+"""What to do about a damaged shard."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says of one shard.
+    """A shard's entry in the manifest.
 
     `file`: name beside the manifest; `samples`: members, at least 1; `bytes`, `sha256`: of the tar; `stride`: bytes
     from one member to the next; `data_offset`: byte offset of the first sample's pixels; `sidecar_sha256`: of the
@@ -61,7 +59,7 @@ class ShardInfo:
 
     @property
     def sidecar(self) -> str:
-        """The name of the per-sample records, one JSON object a line, in the order of the members."""
+        """The file of the per-sample records, one JSON object a line, in the order of the members."""
         return Path(self.file).with_suffix(".jsonl").name
 
 
@@ -71,7 +69,7 @@ class Manifest:
 
     `format`: version of this layout; `resolution`: S; `recipe`: how sources became pixels; `classes`: names, a label is
     an index into them; `totals`: the account of every source entry; `shards`: in order. `identity`: sha256 of
-    manifest.json, which is the dataset's name wherever it lies.
+    manifest.json, which names the dataset wherever it is stored.
     """
 
     format: int
@@ -96,7 +94,7 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def to_bytes(self) -> bytes:
-        """Returns what manifest.json holds: JSON with one shard a line, the same bytes for the same contents."""
+        """Returns the bytes of manifest.json: JSON with one shard a line; equal manifests give equal bytes."""
         head = {key: value for key, value in asdict(self).items() if key not in ("shards", "identity")}
         text = json.dumps(head, indent=1)
         lines = ",\n".join("  " + json.dumps(asdict(shard)) for shard in self.shards)
@@ -122,7 +120,7 @@ def read_manifest(root: str | Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Returns the manifest in the bytes of manifest.json, which messages say lies at `where`.
+    """Returns the manifest in the bytes of manifest.json; `where` names the file in errors.
 
     Raises:
         UserError: it is damaged, or a newer gan_dist wrote it.
@@ -139,7 +137,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         if not shards or manifest.resolution < 1 or any(shard.samples < 1 for shard in shards):
             raise ValueError("no samples")
         for shard in shards:
-            # It becomes part of paths and of shell commands, and may have come from anywhere.
+            # It becomes part of paths and shell commands, and may come from anywhere.
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.tar", shard.file, re.ASCII):
                 raise ValueError(f"{shard.file!r} is no name of a shard")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -148,7 +146,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 
 def check_totals(manifest: Manifest, where: str) -> None:
-    """Raises UserError when the shards do not hold as many samples as were written: some would be missing silently."""
+    """Raises UserError unless the shards hold as many samples as were written: none may be missing silently."""
     written = manifest.totals.get("written", manifest.num_samples)
     if written != manifest.num_samples:
         raise UserError(
@@ -158,14 +156,14 @@ def check_totals(manifest: Manifest, where: str) -> None:
 
 
 def quick_fault(root: Path, shard: ShardInfo, resolution: int) -> str | None:
-    """Returns what is wrong with a shard as far as its size and two headers tell, or None."""
+    """Returns what is wrong with a shard, judged by its size, two headers and its end, or None."""
     pixels = 3 * resolution * resolution
     if shard.data_offset + (shard.samples - 1) * shard.stride + pixels > shard.bytes or shard.stride < pixels:
         return f"cannot hold {shard.samples} samples of {resolution}x{resolution} in {shard.bytes} bytes"
     try:
         with (root / shard.file).open("rb") as stream:
-            if (found := os.fstat(stream.fileno()).st_size) != shard.bytes:
-                return f"has {found} bytes, expected {shard.bytes}"
+            if (size := os.fstat(stream.fileno()).st_size) != shard.bytes:
+                return f"has {size} bytes, expected {shard.bytes}"
             for member in (0, shard.samples - 1):
                 if fault := member_fault(stream, shard, member, resolution):
                     return fault
@@ -196,28 +194,31 @@ def headers_fault(stream: IO[bytes], shard: ShardInfo, resolution: int) -> str |
     """Returns what is wrong with the first bad header among all members of an open shard, or None."""
     head = TAR_BLOCK + len(npy_header(resolution))
     with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        found = np.ndarray((shard.samples, head), np.uint8, mapped, shard.data_offset - head, (shard.stride, 1)).copy()
-    bad = first_bad_header(found, resolution)
+        headers = np.ndarray(
+            (shard.samples, head), np.uint8, mapped, shard.data_offset - head, (shard.stride, 1)
+        ).copy()
+    bad = first_bad_header(headers, resolution)
     return None if bad is None else f"has a damaged header at sample {bad}"
 
 
-def first_bad_header(found: NDArray[np.uint8], resolution: int) -> int | None:
-    """Returns the first row of `found` (uint8 [n, 512 + numpy's header], a member a row) that has a wrong byte."""
+def first_bad_header(headers: NDArray[np.uint8], resolution: int) -> int | None:
+    """Returns the first row of `headers` (uint8 [n, 512 + numpy's header], a member a row) with a wrong byte, or
+    None."""
     wanted = np.frombuffer(
         member_header(0, len(npy_header(resolution)) + 3 * resolution**2) + npy_header(resolution), np.uint8
     )
-    digits = found[:, :9] - np.uint8(ord("0"))
+    digits = headers[:, :9] - np.uint8(ord("0"))
     checksum = int(bytes(wanted[148:154]), 8) + digits.sum(1, dtype=np.int64)
     octal = (checksum[:, None] >> np.arange(15, -1, -3) & 7) + ord("0")
-    right = (digits <= 9).all(1) & (found[:, 148:154] == octal).all(1)
+    right = (digits <= 9).all(1) & (headers[:, 148:154] == octal).all(1)
     for part in (slice(9, 148), slice(154, None)):
-        right &= (found[:, part] == wanted[part]).all(1)
+        right &= (headers[:, part] == wanted[part]).all(1)
     return None if right.all() else int(right.argmin())
 
 
 @lru_cache
 def npy_header(resolution: int) -> bytes:
-    """Returns the bytes that stand before the pixels in a `.npy` file of one sample."""
+    """Returns the bytes before the pixels in the `.npy` file of a sample."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         stream, {"descr": "|u1", "fortran_order": False, "shape": (3, resolution, resolution)}
@@ -227,7 +228,7 @@ def npy_header(resolution: int) -> bytes:
 
 @lru_cache
 def _header_of_zero(content: int) -> bytes:
-    member = tarfile.TarInfo("000000000.npy")  # mtime 0 and no user: the same bytes on every machine, on every day
+    member = tarfile.TarInfo("000000000.npy")  # mtime 0 and no user: the same bytes on every machine, every day
     member.mode, member.size = 0o444, content
     return member.tobuf(tarfile.USTAR_FORMAT)
 
@@ -235,8 +236,8 @@ def _header_of_zero(content: int) -> bytes:
 def member_header(key: int, content: int) -> bytes:
     """Returns the tar header of sample `key` with `content` bytes: that of sample 0 with another name and checksum.
 
-    A shard is byte for byte what webdataset's TarWriter makes (a test says so). That writer is not used: importing it
-    brings torch, 3 s a process, and it takes 85 us a sample, in the one process that all workers wait for.
+    A shard equals webdataset's TarWriter's byte for byte (a test compares them). That writer is not used here: it
+    imports torch, which takes 3 s a process, and takes 85 us a sample in the one process that all workers wait for.
     """
     header = bytearray(_header_of_zero(content))
     name = b"%09d" % key
@@ -253,7 +254,7 @@ def shard_name(number: int) -> str:
 
 
 class _Digest:
-    """A file that hashes and counts what is written to it."""
+    """A file that hashes and counts the bytes written to it."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.sha256, self.bytes = stream, hashlib.sha256(), 0
@@ -264,7 +265,7 @@ class _Digest:
         return self.stream.write(data)
 
     def commit(self) -> str:
-        """Flushes to the disk, closes, and returns the sha256 of all that was written."""
+        """Returns the sha256 of all that was written, once it is on the disk; closes the file."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.stream.close()
@@ -272,8 +273,8 @@ class _Digest:
 
 
 class ShardWriter:
-    """Writes one shard and its sidecar; both appear, durable and whole, at `commit`. Leaving the context without a
-    commit leaves nothing behind."""
+    """Writes one shard and its sidecar. Both appear at `commit`, durable and complete; a context left without a commit
+    leaves no file."""
 
     def __init__(self, root: Path, number: int, resolution: int) -> None:
         self.root, self.resolution, self.samples = root, resolution, 0
@@ -289,7 +290,7 @@ class ShardWriter:
             raise
 
     def add(self, key: int, pixels: bytes, record: Mapping[str, Any]) -> None:
-        """Appends a sample: `pixels` is uint8 (3, S, S) in C order, `record` what the sidecar says of it."""
+        """Appends a sample: `pixels` are the bytes of uint8 (3, S, S) in C order, `record` goes into the sidecar."""
         if len(pixels) != 3 * self.resolution**2:
             raise ValueError(f"expected {3 * self.resolution**2} bytes of pixels, found {len(pixels)}")
         content = len(npy_header(self.resolution)) + len(pixels)
@@ -300,7 +301,7 @@ class ShardWriter:
         self.samples += 1
 
     def commit(self) -> ShardInfo | None:
-        """Returns the shard's entry for the manifest, or None (and leaves no file) when it has no sample."""
+        """Returns the shard's entry for the manifest; None, leaving no file, when it has no sample."""
         if not self.samples:
             self.discard()
             for path in self._temporary:
@@ -318,7 +319,7 @@ class ShardWriter:
         return ShardInfo(self.path.name, self.samples, tar.bytes, digests[0], stride, TAR_BLOCK + header, digests[1])
 
     def discard(self) -> None:
-        """Removes what has not been committed."""
+        """Removes the files unless they were committed."""
         for out in self._out.values():
             with contextlib.suppress(OSError):  # closing flushes
                 out.stream.close()
