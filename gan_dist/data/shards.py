@@ -30,7 +30,7 @@ from gan_dist.utils.files import expand, fsync_folder, present, temporary_name
 FORMAT = 1
 MANIFEST = "manifest.json"
 TAR_BLOCK = 512
-MEND = "run the `gan-dist prepare` that made it again (it rewrites only bad shards), or `gan-dist verify` to list all faults"
+MEND = "run the `gan-dist prepare` that made it again (it rewrites only bad shards); `gan-dist verify` lists all faults"
 """What to do about a damaged shard."""
 
 

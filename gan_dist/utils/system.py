@@ -14,14 +14,14 @@ NETWORK = re.compile(r"nfs|lustre|cifs|smb|beegfs|gpfs|ceph|afs|gluster|panfs|or
 
 
 def existing(path: Path) -> Path:
-    """Returns `path`, or the nearest folder above it that is there."""
+    """Returns `path`, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
 def file_system(path: Path) -> str:
-    """Returns the type of the file system that `path` lies or would lie on (ext4, nfs4, tmpfs, ...); "" if unknown."""
+    """Returns the type of the file system of `path`, which need not exist (ext4, nfs4, tmpfs, ...); "" if unknown."""
     real, best, kind = existing(path).resolve(), -1, ""
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -33,16 +33,16 @@ def file_system(path: Path) -> str:
 
 
 def room(path: Path) -> int:
-    """Returns the bytes that files under `path` may still take; in a file system of memory at most half of what is
-    available, since files there are charged to the job like its own memory."""
+    """Returns the bytes that files under `path` may still take; on a tmpfs at most half of the available memory, since
+    its files are charged to the job like its own memory."""
     free = shutil.disk_usage(existing(path)).free
     return min(free, available_memory() // 2) if file_system(path) in MEMORY else free
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns the bytes of memory that this process may still take: the machine's, or less where a cgroup says so.
+    """Returns the bytes of memory that this process may still take: the machine's, or less where a cgroup limits it.
 
-    Page cache that can go counts as available. Cgroups of both versions are understood, with all their ancestors.
+    Reclaimable page cache counts as available. Cgroups of both versions are read, with all their ancestors.
     """
     rooms = [_field(proc / "meminfo", "MemAvailable", 2**62 // 1024) * 1024]
     with suppress(OSError):
@@ -55,7 +55,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
             else:
                 continue
-            own = base / place.lstrip("/")  # not there in a container that sees its own part of the tree as the whole
+            own = base / place.lstrip("/")  # missing in a container that sees its subtree as the root
             rooms += [_headroom(folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(base)]
     return max(0, min(rooms))
 
@@ -63,20 +63,20 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 def _headroom(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
     try:
         most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
-    except (OSError, ValueError):  # no limit says "max"
+    except (OSError, ValueError):  # "max": no limit
         return 2**62
     return most - max(0, used - _field(folder / "memory.stat", reclaimable, 0))
 
 
 def _field(path: Path, name: str, default: int) -> int:
     with suppress(OSError):
-        found = re.search(rf"^{name}:?\s+(\d+)", path.read_text(), re.MULTILINE)
-        return int(found[1]) if found else default
+        match = re.search(rf"^{name}:?\s+(\d+)", path.read_text(), re.MULTILINE)
+        return int(match[1]) if match else default
     return default
 
 
 def default_workers() -> int:
-    """Returns the CPUs that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -86,7 +86,7 @@ def code_version() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        told = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
@@ -95,4 +95,4 @@ def code_version() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip() or None
+    return described.stdout.strip() or None
