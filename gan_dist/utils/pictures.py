@@ -17,7 +17,7 @@ from gan_dist.utils.files import write_atomically
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Returns images in [-1, 1] as uint8 on the CPU: -1 becomes 0, 1 becomes 255 (the inverse of what the update does)."""
+    """Returns images in [-1, 1] as uint8 on the CPU: -1 becomes 0, 1 becomes 255 (the update's inverse)."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

@@ -1,4 +1,4 @@
-"""The account of a preparation: why an image is rejected, how many went where, and a sheet of samples to look at."""
+"""The account of a preparation: why images are rejected, how many went where, and a contact sheet of samples."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gan_dist.utils.errors import GanDistError
 
 REASONS = {
     "empty": "no bytes at all",
-    "not_an_image": "the content is of no image format, whatever the name says",
+    "not_an_image": "the content has no image format, whatever the name says",
     "unsupported": "an image format or mode that cannot be read here",
-    "truncated": "the data end before the picture does (--keep-truncated keeps it)",
-    "corrupt": "the decoder found the data broken",
+    "truncated": "the file ends before the picture is complete (--keep-truncated keeps it)",
+    "corrupt": "the decoder reports damaged data",
     "too_large": "decoding would need more memory than a worker may take",
     "too_small": "the short edge is below --min-side",
     "unreadable": "the file could not be opened or read",
     "encrypted": "an encrypted archive member",
     "bad_archive": "the archive contradicts itself about this member",
-    "decoder_crashed": "decoding it killed a worker process, twice",
-    "timed_out": "decoding it took longer than a worker may",
+    "decoder_crashed": "decoding it killed a worker process twice",
+    "timed_out": "decoding it took too long",
 }
-"""The whole vocabulary of rejects.jsonl."""
+"""Every reason in rejects.jsonl."""
 
 
 class Rejected(Exception):
-    """An image that cannot be used: a reason of `REASONS` and free detail without addresses or times."""
+    """An image that cannot be used: a `reason` of REASONS, and free `detail` without memory addresses or times."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         detail = re.sub(r" at 0x[0-9a-fA-F]+", "", detail)
@@ -49,14 +49,14 @@ _TOTALS += ("ambiguous", "flags", "source_bytes")
 
 @dataclass
 class Account:
-    """seen = written + rejected + replaced + skipped, once `complete`.
+    """Where every source entry went: seen = written + rejected + replaced + skipped, once `complete`.
 
-    `seen`: files over sources and replacements; `written`: samples; `rejected`: by reason; `replaced`: originals whose
-    replacement was taken instead; `skipped`: by kind; `duplicates`: skipped ones of equal content (with dedupe);
+    `seen`: files in sources and replacements; `written`: samples; `rejected`: by reason; `replaced`: originals whose
+    replacement was taken instead; `skipped`: by kind; `duplicates`: skipped files of equal content (with dedupe);
     `classes`: samples by class name; `unlabelled`, `ambiguous`: entries without a class, or with several; `flags`:
-    samples by what was done beyond the ordinary; `shards`, `shards_done`: pieces of the work; `source_bytes`: read for
-    what is done; `notes`: lines for a person. The rest is about this run alone: `entries`, `read_bytes` handled in
-    `seconds` by `workers`, seconds by `stages`, `peak_worker_bytes`.
+    samples by special treatment; `shards`, `shards_done`: in all, and finished; `source_bytes`: read for these;
+    `notes`: lines for the user. The rest is about this run alone: `entries` and `read_bytes` handled in `seconds` by
+    `workers`, seconds by `stages`, `peak_worker_bytes`.
     """
 
     out: str
@@ -83,7 +83,7 @@ class Account:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is done, by this run or another."""
+        """Whether every shard is finished, by this run or another."""
         return self.shards_done == self.shards
 
     @property
@@ -98,11 +98,11 @@ class Account:
         return self.entries / self.seconds if self.seconds else 0.0
 
     def totals(self) -> dict[str, Any]:
-        """Returns what the manifest keeps: all but timings, and nothing that depends on who ran it when."""
+        """Returns the manifest's totals: no timings, and nothing that depends on who prepared, or when."""
         return {key: getattr(self, key) for key in _TOTALS}
 
     def timings(self) -> dict[str, Any]:
-        """Returns what timings.json keeps, of this run."""
+        """Returns the content of timings.json, about this run."""
         return {
             "images": self.entries,
             "seconds": round(self.seconds, 3),
@@ -114,12 +114,12 @@ class Account:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """Returns the summary table: what, how many."""
+        """Returns the summary table, a name and a text a row."""
 
         def by(counts: Mapping[str, int], limit: int = 12) -> str:
             largest = Counter(counts).most_common()
-            told = ", ".join(f"{count:,} {name}" for name, count in largest[:limit])
-            return told + (f", {len(largest) - limit} more" if len(largest) > limit else "")
+            text = ", ".join(f"{count:,} {name}" for name, count in largest[:limit])
+            return text + (f", {len(largest) - limit} more" if len(largest) > limit else "")
 
         rows = [
             ("seen", f"{self.seen:,}"),
@@ -149,7 +149,7 @@ class Account:
 
 
 class TooManyRejects(GanDistError):
-    """More images were rejected than allowed. The account has been written; the manifest has not."""
+    """More images were rejected than allowed. Everything has been written except the manifest."""
 
     def __init__(self, message: str, account: Account) -> None:
         super().__init__(message)
@@ -161,11 +161,11 @@ _SHEET_GAP = 2
 
 
 def contact_sheet(root: Path, manifest: Manifest, seed: str) -> bytes:
-    """Returns a PNG of up to 144 samples of the shards in `root`, drawn by `seed` (hexadecimal)."""
+    """Returns a PNG of up to 144 samples of the shards in `root`, chosen by `seed` (hexadecimal)."""
     size, sizes = manifest.resolution, [shard.samples for shard in manifest.shards]
     side = min(_SHEET_SIDE, max(1, 1536 // size))
     count = min(manifest.num_samples, side * side)
-    # raw bits and a stable sort: numpy promises bit generators' streams for ever, not those of its distributions
+    # raw bits and a stable sort: numpy guarantees the streams of bit generators, not those of its distributions
     keys = np.random.Philox(int(seed[:16], 16)).random_raw(manifest.num_samples)
     chosen = np.sort(np.argsort(keys, kind="stable")[:count])
     starts = np.cumsum([0, *sizes])

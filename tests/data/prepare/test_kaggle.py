@@ -155,7 +155,7 @@ def test_a_table_matches_by_path_then_by_unique_name(tmp_path: Path) -> None:
         ("{}/t.csv:file:l", "no column 'file' .* it has f, l"),
         ("{}/t.csv:l:f", "no row matches"),
         ("{}/latin.csv:f:l", r"not UTF-8 \(line 2\)"),
-        ("folders", "no image lies in a folder"),
+        ("folders", "no image is in a folder"),
     ],
 )
 def test_labels_that_do_not_fit_are_one_line(tmp_path: Path, spec: str, message: str) -> None:
