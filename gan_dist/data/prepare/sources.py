@@ -186,7 +186,7 @@ def _list_folder(source: Source, number: int, exclude: Path | None, listing: Lis
             listing.skipped["unreadable folder"] += 1
             continue
         if folder and any(item.name == ".prepare" for item in items):
-            listing.notes.append(f"{where} is a gan_dist dataset: left out of {source.name}")
+            listing.notes.append(f"{where} is a dataset of gan_dist: left out of {source.name}")
             continue
         inner = []
         for item in items:
