@@ -82,21 +82,11 @@ def prepare(
     """
     began = perf_counter()
     # check the arguments
-    options = _options(
-        Recipe(resolution, resample, min_side, keep_truncated, full_decode),
-        Options(
-            replacements=str(expand(replacements)) if replacements else None,
-            labels=_absolute(labels),
-            dedupe=dedupe,
-        ),
-        shard_samples,
-        task,
-    )
+    recipe = Recipe(resolution, resample, min_side, keep_truncated, full_decode)
+    extra = str(expand(replacements)) if replacements else None
+    options = Options(recipe, extra, _absolute(labels), dedupe, shard_samples)
     processes = default_workers() if workers is None else workers
-    if processes < 0:
-        raise UserError(f"workers {workers}: expected 0 or more")
-    if not 0 <= max_reject_fraction <= 1:
-        raise UserError(f"max_reject_fraction {max_reject_fraction}: expected 0 to 1")
+    _check(options, task, processes, max_reject_fraction)
     target = expand_directory(out)
     texts = spread([sources] if isinstance(sources, str | Path) else sources)
     if not texts:
@@ -159,7 +149,7 @@ def _with_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tupl
 
 
 def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_fraction: float) -> Account | None:
-    """Returns the account of a dataset that is complete and sound, or None: then nothing needs to be fetched again."""
+    """Returns the account of a dataset that is complete and sound, so that nothing is fetched again; else None."""
     arguments = {**options.non_defaults(), "max_reject_fraction": max_reject_fraction}
     if not present(out / MANIFEST) or stored_command(out) != (list(texts), arguments) or verify(out):
         return None
@@ -175,16 +165,20 @@ class _NothingLeft(Exception):
     """Every image was rejected."""
 
 
-def _options(image: Recipe, options: Options, shard_samples: int, task: tuple[int, int] | None) -> Options:
-    if not 1 <= image.resolution <= 4096:
-        raise UserError(f"resolution {image.resolution}: expected 1 to 4096")
-    if image.resample not in RESAMPLE:
-        raise UserError(f"resample {image.resample!r}: expected one of {', '.join(RESAMPLE)}")
-    if shard_samples < 1:
-        raise UserError(f"shard_samples {shard_samples}: expected at least 1")
+def _check(options: Options, task: tuple[int, int] | None, processes: int, max_reject_fraction: float) -> None:
+    """Raises UserError for an argument of `prepare` that is out of range."""
+    if not 1 <= options.image.resolution <= 4096:
+        raise UserError(f"resolution {options.image.resolution}: expected 1 to 4096")
+    if options.image.resample not in RESAMPLE:
+        raise UserError(f"resample {options.image.resample!r}: expected one of {', '.join(RESAMPLE)}")
+    if options.shard_samples < 1:
+        raise UserError(f"shard_samples {options.shard_samples}: expected at least 1")
     if task is not None and not 0 <= task[0] < task[1]:
         raise UserError(f"task {task[0]}/{task[1]}: expected i/n with 0 <= i < n")
-    return Options(image, options.replacements, options.labels, options.dedupe, shard_samples)
+    if processes < 0:
+        raise UserError(f"workers {processes}: expected 0 or more")
+    if not 0 <= max_reject_fraction <= 1:
+        raise UserError(f"max_reject_fraction {max_reject_fraction}: expected 0 to 1")
 
 
 def _absolute(labels: str | None) -> str | None:
@@ -217,7 +211,7 @@ def write_failure(out: Path) -> Iterator[None]:
         what = f"{out}: {error.strerror or error}"
         if error.errno in _NO_SPACE:
             raise GanDistError(f"no space left for {what}: make space and run the same command again") from None
-        raise GanDistError(f"cannot write into {what}: run the same command again when it can be written") from None
+        raise GanDistError(f"cannot write into {what}: make it writable and run the same command again") from None
 
 
 class _Run:

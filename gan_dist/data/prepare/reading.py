@@ -64,7 +64,7 @@ class Reader:
             reason = error.strerror or type(error).__name__
             if error.errno in _SYSTEM_FAILURES:
                 raise GanDistError(
-                    f"{source.path} cannot be read now ({reason}): run the same command again when it can"
+                    f"{source.path} cannot be read now ({reason}): run the same command again later"
                 ) from None
             raise Rejected("unreadable", reason) from None
         if len(data) != entry.size:
