@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gan_dist.data.dataset import open_dataset
     from gan_dist.data.prepare.prepare import prepare
-    from gan_dist.data.shards import open_dataset
     from gan_dist.runs.run_dir import load_generator
     from gan_dist.training.trainer import train
 
@@ -18,7 +18,7 @@ __all__ = ["load_generator", "open_dataset", "prepare", "train"]
 _HOMES = {
     "prepare": "gan_dist.data.prepare.prepare",
     "train": "gan_dist.training.trainer",
-    "open_dataset": "gan_dist.data.shards",
+    "open_dataset": "gan_dist.data.dataset",
     "load_generator": "gan_dist.runs.run_dir",
 }
 

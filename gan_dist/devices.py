@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from gan_dist.utils.errors import first_line
+
 State = Literal["ok", "warning", "problem"]
 CUDA_DRIVERS = {11: 450.80, 12: 525.60, 13: 580.65}
 """Oldest Linux driver for a build of each CUDA generation (NVIDIA, CUDA compatibility, minor version compatibility)."""
@@ -113,7 +115,7 @@ def check_gpus() -> list[Finding]:
             probe = torch.randn(256, 256, device=f"cuda:{index}")
             finite = bool(torch.isfinite(probe @ probe).all())
         except RuntimeError as error:
-            findings.append(Finding("gpu", "problem", found, f"it fails: {str(error).splitlines()[0]}"))
+            findings.append(Finding("gpu", "problem", found, f"it fails: {first_line(error)}"))
             continue
         if not finite:
             findings.append(Finding("gpu", "problem", found, "it computes nonsense; leave this GPU out"))

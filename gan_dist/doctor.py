@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from gan_dist.devices import Finding, check_bf16, check_gpus, check_nccl
+from gan_dist.utils.errors import first_line
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
 
@@ -51,8 +52,7 @@ def diagnose(directory: str | Path = ".") -> list[Finding]:
         try:
             findings += check()
         except Exception as error:  # a strange machine is the very thing to be looked at here
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            findings.append(Finding(topic, "warning", f"could not be looked at: {reason}"))
+            findings.append(Finding(topic, "warning", f"could not be looked at: {first_line(error)}"))
     return findings
 
 
@@ -92,9 +92,8 @@ def check_packages() -> list[Finding]:
 
         nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         advice = "its build does not match torch's: pip install --force-reinstall torch torchvision, from one index"
-        return [Finding("packages", "problem", f"torchvision fails: {reason}", advice)]
+        return [Finding("packages", "problem", f"torchvision fails: {first_line(error)}", advice)]
     return [Finding("packages", "ok", f"{len(names)} packages, torchvision {torchvision.__version__}")]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from gan_dist.utils.errors import GanDistError
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 from launch import slurm
 from launch.batch_script import Batch, batch_script, interpreter
 from launch.job.addresses import addresses, expand_hosts
@@ -88,7 +88,7 @@ def examine(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str
     with fresh(home) as folder:
         gpus = bool(cluster.slurm.gpus_per_node or cluster.slurm.gres)
         text = script(home, folder, trial(folder, ranks, gpus), cluster)
-        publish(folder / "submission.sh", text.encode())
+        write_atomically(folder / "submission.sh", text.encode())
         job = slurm.submit(text)
     try:
         yield f"job {job} asks for {cluster.slurm.nodes} node(s), {ranks} rank(s); waiting for it"
@@ -180,7 +180,7 @@ def main() -> None:
         "interfaces": addresses(),
         "findings": [asdict(finding) for finding in diagnose()],
     }
-    publish(Path(sys.argv[1]) / f"node-{host}.json", json.dumps(told).encode())
+    write_atomically(Path(sys.argv[1]) / f"node-{host}.json", json.dumps(told).encode())
 
 
 if __name__ == "__main__":

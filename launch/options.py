@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from gan_dist.config.base import NonNegative, Positive, Section, expand_path, read_yaml, validate, with_overrides
-from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import present
+from gan_dist.config.base import NonNegative, Positive, Section, read_yaml, validate, with_overrides
+from gan_dist.utils.files import expand, expand_variables, present
 
 OURS = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
 """sbatch options that the protocol of saving and requeueing sets; `slurm.extra` may not."""
@@ -153,7 +152,7 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
 
     Raises UserError with one line naming the key, its nearest valid name, or expected and found.
     """
-    values: dict[str, Any] = read_yaml(Path(expand_path(str(path))), "configs/clusters/slurm.yaml") if path else {}
+    values: dict[str, Any] = read_yaml(expand(path), "configs/clusters/slurm.yaml") if path else {}
     values = with_overrides(ClusterOptions, values, overrides)
     options = validate(ClusterOptions, values, str(path) if path else "cluster options", overrides)
     return options.model_copy(update={"job": _located(options.job)})
@@ -161,7 +160,7 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
 
 def _located(job: JobOptions) -> JobOptions:
     """Returns `job` with paths that mean the same in a job, which runs in another directory and quotes its words."""
-    python = _expanded("job.python", job.python) if job.python else None
+    python = expand_variables(job.python, "job.python") if job.python else None
     if python and "/" in python and not job.container:
         python = os.path.abspath(python)  # noqa: PTH100 (resolve() would leave the virtual environment)
     words = [_container_word(number, word) for number, word in enumerate(shlex.split(job.container or ""))]
@@ -171,15 +170,7 @@ def _located(job: JobOptions) -> JobOptions:
 def _container_word(number: int, word: str) -> str:
     if re.search(r"\s", word):  # bash -c 'exec "$@"'
         return word
-    word = _expanded("job.container", word)
+    word = expand_variables(word, "job.container")
     # A program is looked for on PATH, as by a shell; and "exec" is no file, even if there is one.
     path_like = "/" in word or ("." in word and number > 0)
     return os.path.abspath(word) if path_like and present(Path(word)) else word  # noqa: PTH100
-
-
-def _expanded(key: str, text: str) -> str:
-    """Returns `text` with `~` and `$VAR` expanded. Raises UserError for a variable that is not set."""
-    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (Path's fails where nobody is called that)
-    if missing := re.search(r"\$\{?([A-Za-z_]\w*)", expanded):
-        raise UserError(f"{key}: the environment variable {missing[1]} is not set; set it or write {text} out")
-    return expanded

@@ -22,7 +22,7 @@ from gan_dist.config.diff import change_rule, changes
 from gan_dist.config.schema import Config, load_config, to_yaml
 from gan_dist.runs.naming import run_and_step, runs_home
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 from launch import slurm, snapshot
 from launch.batch_script import Batch, batch_script, interpreter, rank_lines
 from launch.job.rank import TrainJob
@@ -143,7 +143,7 @@ def submit_training(
         refuse_busy(run)
     with fresh(run, cluster.job.runs) as folder:
         (run / "stop").unlink(missing_ok=True)  # a wish that came too late for an earlier job is none for this one
-        publish(folder / "config.yaml", to_yaml(settings).encode())
+        write_atomically(folder / "config.yaml", to_yaml(settings).encode())
         ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
         job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, parent)
         text = training_batch(run, folder, cluster, run.name, after)
@@ -201,12 +201,12 @@ def enqueue(
 ) -> Submission:
     """Returns the submission of the batch script `text`: queued and written down in its directory, or neither."""
     commit = snapshot.commit_of(snapshot.CHECKOUT)  # takes its time, and there is none once there is a job
-    publish(folder / "submission.sh", text.encode())
+    write_atomically(folder / "submission.sh", text.encode())
     made: list[Submission] = []
 
     def keep(job: str) -> None:
         made.append(Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after))
-        publish(folder / "job.json", (json.dumps(asdict(made[0]), indent=2) + "\n").encode())
+        write_atomically(folder / "job.json", (json.dumps(asdict(made[0]), indent=2) + "\n").encode())
 
     slurm.submit(text, keep)
     return made[0]

@@ -1,4 +1,4 @@
-"""How fast this machine feeds training: `gan-dist bench loader`."""
+"""How fast this machine can feed training: `gan-dist bench loader`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from gan_dist.data.dataset import Dataset
 from gan_dist.data.order import Order
-from gan_dist.data.shards import Dataset
 from gan_dist.data.stream import RING, Stream, choose_placement
 
 SOURCE_BYTES = 2**28
-"""What memcpy copies from: far more than caches hold."""
+"""Bytes that memcpy copies from: far more than the caches hold."""
 
 
 def bench_loader(
@@ -27,14 +27,14 @@ def bench_loader(
     rounds: int = 3,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Returns images/s of a dataset in random order, by placement, beside what the machine could do at best.
+    """Returns images/s of a dataset in random order, by placement, beside this machine's limits.
 
-    `images_per_second`: of the placement that `auto` takes, warm. `placements`: each in warm memory, after an epoch's
-    first touch; windowed reads every shard again, so it is told as it is. `memcpy`: whole batches copied from memory
-    into as many reused buffers; `share_of_memcpy`: of the memory placement. `page_cache_read`: shards read from end to
-    end out of the page cache. `cold`: the same from the disk (`sequential_read`), and an epoch of the memory placement
-    that starts with that read (`memory`); None where the page cache could not be emptied. Medians of interleaved
-    rounds of `seconds` each.
+    `images_per_second`: of the placement that `auto` takes, warm. `placements`: each in warm memory, after an epoch has
+    touched every page, except windowed, which reads every shard again. `memcpy`: whole batches copied from memory into
+    as many reused buffers; `share_of_memcpy`: of the memory placement. `page_cache_read`: shards read from end to end
+    from the page cache. `cold`: the same from the disk (`sequential_read`), and an epoch of the memory placement that
+    starts with that read (`memory`); None where the page cache cannot be emptied. Medians of interleaved rounds of
+    `seconds` each.
     """
     device = device or torch.device("cpu")
     placements = ["memory", "windowed", *(["device"] if device.type == "cuda" else [])]
@@ -42,26 +42,26 @@ def bench_loader(
     cold_read = _cold_read(dataset, seconds)
     for i in range(len(dataset.shard_sizes)):
         dataset.warm(i)
-    found: dict[str, list[float]] = {}
+    rounds_of: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name in placements:
             if name == "windowed":
                 with Stream(
                     dataset, _order(dataset, window), position=0, global_batch=batch, device=device, placement=name
                 ) as stream:
-                    found.setdefault(name, []).append(_rate(stream, batch, seconds))
+                    rounds_of.setdefault(name, []).append(_rate(stream, batch, seconds))
                 for i in range(len(dataset.shard_sizes)):
-                    dataset.warm(i)  # the windows have let go of them
+                    dataset.warm(i)  # the windows have dropped them
                 continue
             with Stream(
                 dataset, _order(dataset), position=0, global_batch=batch, device=device, placement=name
             ) as stream:
                 for _ in range(-(-dataset.num_samples // batch)):
                     stream.next()  # maps every page once
-                found.setdefault(name, []).append(_rate(stream, batch, seconds))
-        found.setdefault("memcpy", []).append(memcpy_rate(dataset.resolution, batch, seconds))
-        found.setdefault("page_cache_read", []).append(_read_rate(dataset, seconds))
-    rates = {name: round(statistics.median(values)) for name, values in found.items()}
+                rounds_of.setdefault(name, []).append(_rate(stream, batch, seconds))
+        rounds_of.setdefault("memcpy", []).append(memcpy_rate(dataset.resolution, batch, seconds))
+        rounds_of.setdefault("page_cache_read", []).append(_read_rate(dataset, seconds))
+    rates = {name: round(statistics.median(values)) for name, values in rounds_of.items()}
     chosen = choose_placement("auto", dataset, device)
     return {
         "images_per_second": rates[chosen],
@@ -69,7 +69,7 @@ def bench_loader(
         "placements": {name: rates[name] for name in placements},
         "memcpy": rates["memcpy"],
         "page_cache_read": rates["page_cache_read"],
-        "share_of_memcpy": round(statistics.median(map(_ratio, found["memory"], found["memcpy"])), 3),
+        "share_of_memcpy": round(statistics.median(map(_ratio, rounds_of["memory"], rounds_of["memcpy"])), 3),
         "cold": {
             "sequential_read": cold_read and round(cold_read),
             "memory": cold_read and round(1 / (1 / cold_read + 1 / rates["memory"])),
@@ -97,7 +97,7 @@ def _timed(
     device: torch.device | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> float:
-    """Returns how many a second `work` does, which returns how many each call did."""
+    """Returns items a second of `work`, which returns the number of items of each call."""
     done, began = 0, clock()
     while (now := clock() - began) < seconds:
         done += work()
@@ -109,12 +109,12 @@ def _timed(
 
 def _rate(stream: Stream, batch: int, seconds: float) -> float:
     for _ in range(16 * RING):
-        last = stream.next()  # what was fetched before the clock starts does not count
+        last = stream.next()  # batches gathered before the clock starts do not count
     return _timed(lambda: len(stream.next()), seconds, last.device)
 
 
 def memcpy_rate(resolution: int, batch: int, seconds: float, clock: Callable[[], float] = perf_counter) -> float:
-    """Returns images/s of plain copies: batches that lie in a row, from memory into as many buffers as a stream has."""
+    """Returns images/s of plain copies: consecutive batches, from memory into as many buffers as a stream has."""
     pixels = 3 * resolution**2
     count = max(1, SOURCE_BYTES // (batch * pixels))
     source = torch.ones(count, batch, pixels, dtype=torch.uint8)

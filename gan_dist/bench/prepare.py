@@ -12,15 +12,15 @@ from typing import Any
 
 from PIL import Image, JpegImagePlugin
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe
 from gan_dist.data.prepare.plan import Options, make_plan
-from gan_dist.data.prepare.prepare import default_workers
 from gan_dist.data.prepare.reading import Reader
-from gan_dist.data.prepare.rejects import Rejected
-from gan_dist.data.prepare.remote import source_name, spread
 from gan_dist.data.prepare.sources import Entry, Source
+from gan_dist.data.prepare.staging import source_name, spread
 from gan_dist.data.prepare.workers import make_jobs, run_jobs
 from gan_dist.data.shards import ShardWriter
+from gan_dist.utils.system import default_workers
 
 
 def bench_prepare(
@@ -34,10 +34,10 @@ def bench_prepare(
 ) -> dict[str, Any]:
     """Returns this machine's figures for preparing `source` (local), from up to `samples` images spread over it.
 
-    `images_per_second` and `mb_per_second` of all `workers` together, both also a worker (`..._per_core`); `shares` of
-    the workers' time in read, decode and resize, and `write`, the parent's time over the whole time; `floor_fraction`:
-    the least possible time, which is reading and entropy-decoding (a JPEG decoded to 1/8 does hardly more), over the
-    workers' time; None when no image is a JPEG. Nothing is kept.
+    `images_per_second` and `mb_per_second` of all `workers` together, and for each (`..._per_core`); `shares` of the
+    workers' time in read, decode and resize, and `write`, the parent's time over the whole time; `floor_fraction`: the
+    least possible time, reading and entropy-decoding (a JPEG decoded to 1/8 takes hardly more), over the workers' time;
+    None when no image is a JPEG. Nothing is kept.
 
     Raises:
         UserError: a source that cannot be prepared.
@@ -60,7 +60,7 @@ def bench_prepare(
         ):
             for number, done in enumerate(finished):
                 if number == 0 and len(jobs) > 4 * max(workers, 1):
-                    began = perf_counter()  # the workers have started; the first job's images are not counted
+                    began = perf_counter()  # the workers have started; the first job does not count
                 else:
                     measured += len(done.outcomes)
                 for stage, spent in done.seconds.items():

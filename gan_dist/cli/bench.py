@@ -75,7 +75,7 @@ def bench_loader(
     import torch
 
     from gan_dist.bench.loader import bench_loader as measure
-    from gan_dist.data.shards import open_dataset
+    from gan_dist.data.dataset import open_dataset
     from gan_dist.distributed.world import choose_device
 
     if threads is not None:

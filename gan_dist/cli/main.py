@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,6 +170,7 @@ def prepare(
     from gan_dist.config.schema import RESOLUTIONS
     from gan_dist.data.prepare.account import TooManyRejects
     from gan_dist.data.prepare.prepare import prepare as prepare_dataset
+    from gan_dist.utils.progress import progress
 
     if len(sources) < 2:
         raise UserError("expected SOURCE... OUT: one source or more, then the dataset's directory")
@@ -177,7 +179,7 @@ def prepare(
         print(f"note: {resolution} pixels are for other programs; gan-dist trains on {trained}", file=sys.stderr)
     account = None
     try:
-        with _interruptible(), _bar("preparing") as progress:
+        with _interruptible(), progress(out) as show:
             account = prepare_dataset(
                 sources[:-1],
                 sources[-1],
@@ -193,7 +195,7 @@ def prepare(
                 min_side=min_side,
                 keep_truncated=keep_truncated,
                 full_decode=full_decode,
-                progress=progress,
+                progress=partial(show, "preparing"),
             )
     except TooManyRejects as error:
         account = error.account
@@ -216,36 +218,14 @@ def _task(text: str | None) -> tuple[int, int] | None:
 def verify(dataset: Annotated[str, typer.Argument(help="A dataset that prepare wrote.")]) -> None:
     """Re-read a whole dataset and name what is wrong with it."""
     from gan_dist.data.prepare.verify import verify as verify_dataset
+    from gan_dist.utils.progress import progress
 
-    with _bar("verifying") as progress:
-        faults = verify_dataset(dataset, progress=progress)
+    with progress(out) as show:
+        faults = verify_dataset(dataset, progress=partial(show, "verifying"))
     _print(map(str, faults))
     if faults:
         raise typer.Exit(EXIT_FAILED)
     out.print(f"{dataset}: sound", markup=False)
-
-
-@contextmanager
-def _bar(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (done, total) that moves a bar on a terminal, or prints a line each tenth in a log."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if not out.is_terminal:
-        told = -1
-
-        def tell(done: int, total: int) -> None:
-            nonlocal told
-            tenth = 10 * done // max(total, 1)
-            if tenth > told:
-                told = tenth
-                out.print(f"{verb}: {done} of {total}")
-
-        yield tell
-        return
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as bar:
-        task = bar.add_task(verb, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command()

@@ -4,7 +4,6 @@ to write instead."""
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,19 +72,6 @@ def _load(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except (ValueError, TypeError, RecursionError) as error:  # `!!int x`, `!!map 3`, ten thousand brackets
         raise yaml.YAMLError(str(error)) from None
-
-
-def expand_path(text: str) -> str:
-    """Returns `text` as an absolute path with `~` and `$VAR` expanded; addresses (http:, s3:, pipe:, ...) pass.
-
-    Raises UserError for an unset variable.
-    """
-    if re.match(r"^(?:[a-z][a-z0-9+.-]*://|pipe:)", text):
-        return text
-    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (Path's fails where nobody is called that)
-    if missing := re.search(r"\$\{?(\w+)", expanded):
-        raise UserError(f"{text}: the environment variable {missing[1]} is not set; set it or write the path out")
-    return os.path.abspath(expanded)  # noqa: PTH100 (resolve() would follow links)
 
 
 def check_seed(seed: int) -> None:

@@ -19,11 +19,11 @@ from gan_dist.config.base import (
     Positive,
     PositiveFloat,
     Section,
-    expand_path,
     read_yaml,
     validate,
     with_overrides,
 )
+from gan_dist.utils.files import expand_source
 
 RESOLUTIONS = (32, 64, 128, 256)
 
@@ -194,12 +194,12 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     elif isinstance(source, Mapping):
         values, origin = {key: dict(v) if isinstance(v, Mapping) else v for key, v in source.items()}, "configuration"
     else:
-        values, origin = read_yaml(Path(expand_path(str(source)))), str(source)
+        values, origin = read_yaml(Path(expand_source(str(source)))), str(source)
     values = with_overrides(Config, values, overrides)
     for head, key in (("data", "shards"), ("data", "cache_dir"), ("evaluate", "held_out")):
         section = values.get(head)
         if isinstance(section, dict) and isinstance(section.get(key), str):
-            values[head] = {**section, key: expand_path(section[key])}
+            values[head] = {**section, key: expand_source(section[key])}
     return validate(Config, values, origin, overrides)
 
 

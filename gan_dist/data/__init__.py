@@ -1,1 +1,1 @@
-"""Sources to shards, shards to batches."""
+"""Shards to batches: the format, its order, the stream; how shards are made (prepare/) and fetched (remote/)."""

@@ -1,7 +1,7 @@
-"""Which sample stands at which position of the training stream: a pure function of (dataset, seed, position).
+"""Which sample is at which position of the training stream: a pure function of (dataset, seed, position).
 
-World size, batch size, placement, prefetching and restarts do not enter. Epoch e is one permutation of all N samples;
-epochs follow one another without a seam, so batches may cross them and none is ever short.
+World size, batch size, placement, prefetching and restarts do not enter. Epoch e is one permutation of all N samples.
+Epochs follow one another without a gap, so batches may cross them and none is ever short.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def check_ranks(ranks: int, global_batch: int) -> None:
 
 
 def rank_slice(global_batch: int, rank: int, size: int) -> tuple[int, int]:
-    """Returns [lo, hi) of the global batch that belongs to `rank`: in rank order they cover it, sizes differ by one."""
+    """Returns [lo, hi), the slice of the global batch for `rank`; the slices cover it, their sizes differ by one."""
     return rank * global_batch // size, (rank + 1) * global_batch // size
 
 
 class Order:
     """The order of all samples of a dataset, numbered through its shards in manifest order.
 
-    With `window_shards` K > 0 the shards are permuted, and samples are permuted within each K shards that follow one
-    another: at any moment only one window of shards is in use, and the next one is known. 0 permutes the whole set.
+    With `window_shards` K > 0, shards are permuted, and samples within each window of K consecutive shards: only one
+    window of shards is in use at a time, and the next one is known. 0 permutes the whole set.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window_shards: int = 0) -> None:
@@ -43,7 +43,7 @@ class Order:
         self.window_shards = window_shards
         if self.num_samples < 1:
             raise ValueError("an order needs at least one sample")
-        # Batches walk through an epoch, and may cross into the next: two permutations are ever wanted at once.
+        # A batch may cross into the next epoch: at most two permutations are needed at once.
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def index(self, position: int) -> int:
@@ -75,7 +75,7 @@ class Order:
     def _noise(self, epoch: int, purpose: int, count: int) -> NDArray[np.uint64]:
         """Returns uint64 [count] noise keyed by (seed, epoch, purpose).
 
-        numpy promises the raw stream of a bit generator for good, though not what Generator.permutation makes of it.
+        numpy guarantees the raw stream of a bit generator, but not what Generator.permutation makes of it.
         """
         key = np.array([self.seed & 0xFFFFFFFFFFFFFFFF, epoch], dtype=np.uint64)
         noise: NDArray[np.uint64] = np.random.Philox(key=key, counter=[0, 0, 0, purpose]).random_raw(count)
@@ -86,11 +86,10 @@ class Order:
         if self.window_shards:
             window_of_shard = np.empty(len(self.shard_sizes), np.uint64)
             window_of_shard[self._shard_order(epoch)] = np.arange(len(self.shard_sizes)) // self.window_shards
-            # The window in the high bits, 40 of noise below: one sort does for both, twice as fast as a sort by two
-            # keys.
+            # The window in the high bits, 40 bits of noise below: one sort, twice as fast as a sort by two keys.
             noise = np.repeat(window_of_shard << np.uint64(40), self.shard_sizes) | noise >> np.uint64(24)
-        # Sorting numbers is several times faster than argsort. Their own place in the lowest bits comes out with them;
-        # it decides nothing unless two are equal in all higher bits.
+        # Sorting numbers is several times faster than argsort. Each carries its own index in its lowest bits, which
+        # matters only when two are equal in all higher bits: then argsort decides.
         bits = np.uint64((self.num_samples - 1).bit_length())
         low = (np.uint64(1) << bits) - np.uint64(1)
         keys = np.sort(noise & ~low | np.arange(self.num_samples, dtype=np.uint64))

@@ -1,46 +1,42 @@
-"""The shard and manifest format: USTAR tars of `.npy` samples at a constant stride, described by one manifest.json.
+"""The format of shards and manifest: USTAR tars of `.npy` samples at a constant stride, listed in one manifest.json.
 
 A member is `<9-digit key>.npy`: a 512-byte tar header, numpy's header, the uint8 (3, S, S) pixels, zeros up to the
-next multiple of 512. All members are alike, so a memory map of the tar is one strided tensor; any WebDataset reader
-reads them.
+next multiple of 512. All members have the same size, so a memory map of the tar is one strided tensor. Any WebDataset
+reader reads them. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import mmap
 import os
 import re
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gan_dist.data.headers import TAR_BLOCK, first_bad_header, member_header, npy_header
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand, fsync_folder, is_address, present, temporary_name
-
-if TYPE_CHECKING:
-    import torch
-
-    from gan_dist.data.remote.cache import Cache
+from gan_dist.utils.files import expand, fsync_folder, present, temporary_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-MEND = (
-    "run the `gan-dist prepare` that made it again (only bad shards are rewritten), or `gan-dist verify` to see all "
-    "that is wrong"
-)
+TAR_BLOCK = 512
+MEND = "run the `gan-dist prepare` that made it again (it rewrites only bad shards); `gan-dist verify` lists all faults"
+"""What to do about a damaged shard."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says of one shard.
+    """A shard's entry in the manifest.
 
     `file`: name beside the manifest; `samples`: members, at least 1; `bytes`, `sha256`: of the tar; `stride`: bytes
     from one member to the next; `data_offset`: byte offset of the first sample's pixels; `sidecar_sha256`: of the
@@ -63,7 +59,7 @@ class ShardInfo:
 
     @property
     def sidecar(self) -> str:
-        """The name of the per-sample records, one JSON object a line, in the order of the members."""
+        """The file of the per-sample records, one JSON object a line, in the order of the members."""
         return Path(self.file).with_suffix(".jsonl").name
 
 
@@ -73,7 +69,7 @@ class Manifest:
 
     `format`: version of this layout; `resolution`: S; `recipe`: how sources became pixels; `classes`: names, a label is
     an index into them; `totals`: the account of every source entry; `shards`: in order. `identity`: sha256 of
-    manifest.json, which is the dataset's name wherever it lies.
+    manifest.json, which names the dataset wherever it is stored.
     """
 
     format: int
@@ -98,7 +94,7 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def to_bytes(self) -> bytes:
-        """Returns what manifest.json holds: JSON with one shard a line, the same bytes for the same contents."""
+        """Returns the bytes of manifest.json: JSON with one shard a line; equal manifests give equal bytes."""
         head = {key: value for key, value in asdict(self).items() if key not in ("shards", "identity")}
         text = json.dumps(head, indent=1)
         lines = ",\n".join("  " + json.dumps(asdict(shard)) for shard in self.shards)
@@ -124,7 +120,7 @@ def read_manifest(root: str | Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Returns the manifest in the bytes of manifest.json, which messages say lies at `where`.
+    """Returns the manifest in the bytes of manifest.json; `where` names the file in errors.
 
     Raises:
         UserError: it is damaged, or a newer gan_dist wrote it.
@@ -141,7 +137,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         if not shards or manifest.resolution < 1 or any(shard.samples < 1 for shard in shards):
             raise ValueError("no samples")
         for shard in shards:
-            # It becomes part of paths and of shell commands, and may have come from anywhere.
+            # It becomes part of paths and shell commands, and may come from anywhere.
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.tar", shard.file, re.ASCII):
                 raise ValueError(f"{shard.file!r} is no name of a shard")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -149,111 +145,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     return manifest
 
 
-class Dataset:
-    """Prepared samples, memory-mapped shard by shard at first use. A context; closing it lets all of it go.
-
-    With a `cache`, `root` is a folder on this machine to which shards are fetched at first use.
-    """
-
-    def __init__(self, root: Path, manifest: Manifest, cache: Cache | None = None) -> None:
-        self.root, self.manifest, self.cache = root, manifest, cache
-        self.identity = manifest.identity
-        self.resolution = manifest.resolution
-        self.num_samples = manifest.num_samples
-        self.shard_sizes: tuple[int, ...] = tuple(shard.samples for shard in manifest.shards)
-        self._views: dict[int, torch.Tensor] = {}
-
-    def shard_view(self, i: int) -> torch.Tensor:
-        """Returns shard `i` as uint8 [n_i, 3, S, S], a constant-stride view of the mapped tar: nothing is copied.
-
-        The map is private: a write into the view never reaches the file (and a read-only map would make torch warn).
-        """
-        if (view := self._views.get(i)) is not None:
-            return view
-        import torch
-
-        shard, size = self.manifest.shards[i], self.resolution
-        if self.cache is not None:
-            self.cache.hold(i)
-        with (self.root / shard.file).open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._views[i] = view = torch.frombuffer(mapped, dtype=torch.uint8).as_strided(
-            (shard.samples, 3, size, size), (shard.stride, size * size, size, 1), shard.data_offset
-        )
-        return view
-
-    def warm(self, i: int, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Makes shard `i` ready for random access: fetched if it is remote, read once from end to end, every header
-        looked at. Random reads of a cold disk are four times slower (FACTS: 9,600 against 38,000 images/s).
-
-        Raises:
-            UserError: a header is not what it should be.
-        """
-        shard = self.manifest.shards[i]
-        if self.cache is not None:
-            self.cache.hold(i, cancelled)
-        path, block = self.root / shard.file, bytearray(2**22)
-        with path.open("rb", buffering=0) as stream:
-            while stream.readinto(block):
-                pass
-            fault = headers_fault(stream, shard, self.resolution)
-        if fault:
-            raise UserError(f"{path} {fault}: {MEND}")
-
-    def drop(self, i: int) -> None:
-        """Gives the memory of shard `i` back, and its place on the disk where it was fetched for a while only."""
-        self._views.pop(i, None)
-        if self.cache is not None:
-            self.cache.drop(i)
-        elif hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError), (self.root / self.manifest.shards[i].file).open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def records(self, i: int) -> list[dict[str, Any]]:
-        """Returns the sidecar of shard `i`: per sample its key, source, path, width, height, mode, label, ..."""
-        if self.cache is not None:
-            self.cache.fetch_sidecar(i)
-        with (self.root / self.manifest.shards[i].sidecar).open("rb") as stream:
-            return [json.loads(line) for line in stream]
-
-    def close(self) -> None:
-        """Unmaps the shards and leaves the cache, which goes away with its last user unless somebody chose its place.
-
-        Batches that were gathered stay as they are; views must not be used any more.
-        """
-        self._views.clear()
-        if self.cache is not None:
-            self.cache.close()
-
-    def __enter__(self) -> Dataset:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def open_dataset(root: str | Path, cache_dir: str | Path | None = None) -> Dataset:
-    """Returns the dataset in the folder `root`, after a cheap look at every shard: size, first and last header, end.
-
-    An address (http, s3, gs, `pipe:` with {} for the file's name, file:) is staged on this machine first, see cache.py.
-
-    Raises:
-        UserError: no dataset there, or the first shard that is missing, cut short or not what the manifest says.
-    """
-    if is_address(str(root)):
-        from gan_dist.data.remote.cache import open_remote
-
-        return open_remote(str(root), cache_dir, whole=True)
-    manifest, root = read_manifest(root), expand(root)
-    check_totals(manifest, str(root / MANIFEST))
-    for shard in manifest.shards:
-        if fault := quick_fault(root, shard, manifest.resolution):
-            raise UserError(f"{root / shard.file} {fault}: {MEND}")
-    return Dataset(root, manifest)
-
-
 def check_totals(manifest: Manifest, where: str) -> None:
-    """Raises UserError when the shards do not hold as many samples as were written: some would be missing silently."""
+    """Raises UserError unless the shards hold as many samples as were written: none may be missing silently."""
     written = manifest.totals.get("written", manifest.num_samples)
     if written != manifest.num_samples:
         raise UserError(
@@ -263,14 +156,14 @@ def check_totals(manifest: Manifest, where: str) -> None:
 
 
 def quick_fault(root: Path, shard: ShardInfo, resolution: int) -> str | None:
-    """Returns what is wrong with a shard as far as its size and two headers tell, or None."""
+    """Returns what is wrong with a shard, judged by its size, two headers and its end, or None."""
     pixels = 3 * resolution * resolution
     if shard.data_offset + (shard.samples - 1) * shard.stride + pixels > shard.bytes or shard.stride < pixels:
         return f"cannot hold {shard.samples} samples of {resolution}x{resolution} in {shard.bytes} bytes"
     try:
         with (root / shard.file).open("rb") as stream:
-            if (found := os.fstat(stream.fileno()).st_size) != shard.bytes:
-                return f"has {found} bytes, expected {shard.bytes}"
+            if (size := os.fstat(stream.fileno()).st_size) != shard.bytes:
+                return f"has {size} bytes, expected {shard.bytes}"
             for member in (0, shard.samples - 1):
                 if fault := member_fault(stream, shard, member, resolution):
                     return fault
@@ -301,9 +194,58 @@ def headers_fault(stream: IO[bytes], shard: ShardInfo, resolution: int) -> str |
     """Returns what is wrong with the first bad header among all members of an open shard, or None."""
     head = TAR_BLOCK + len(npy_header(resolution))
     with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        found = np.ndarray((shard.samples, head), np.uint8, mapped, shard.data_offset - head, (shard.stride, 1)).copy()
-    bad = first_bad_header(found, resolution)
+        headers = np.ndarray(
+            (shard.samples, head), np.uint8, mapped, shard.data_offset - head, (shard.stride, 1)
+        ).copy()
+    bad = first_bad_header(headers, resolution)
     return None if bad is None else f"has a damaged header at sample {bad}"
+
+
+def first_bad_header(headers: NDArray[np.uint8], resolution: int) -> int | None:
+    """Returns the first row of `headers` (uint8 [n, 512 + numpy's header], a member a row) with a wrong byte, or
+    None."""
+    wanted = np.frombuffer(
+        member_header(0, len(npy_header(resolution)) + 3 * resolution**2) + npy_header(resolution), np.uint8
+    )
+    digits = headers[:, :9] - np.uint8(ord("0"))
+    checksum = int(bytes(wanted[148:154]), 8) + digits.sum(1, dtype=np.int64)
+    octal = (checksum[:, None] >> np.arange(15, -1, -3) & 7) + ord("0")
+    right = (digits <= 9).all(1) & (headers[:, 148:154] == octal).all(1)
+    for part in (slice(9, 148), slice(154, None)):
+        right &= (headers[:, part] == wanted[part]).all(1)
+    return None if right.all() else int(right.argmin())
+
+
+@lru_cache
+def npy_header(resolution: int) -> bytes:
+    """Returns the bytes before the pixels in the `.npy` file of a sample."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": "|u1", "fortran_order": False, "shape": (3, resolution, resolution)}
+    )
+    return stream.getvalue()
+
+
+@lru_cache
+def _header_of_zero(content: int) -> bytes:
+    member = tarfile.TarInfo("000000000.npy")  # mtime 0 and no user: the same bytes on every machine, every day
+    member.mode, member.size = 0o444, content
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def member_header(key: int, content: int) -> bytes:
+    """Returns the tar header of sample `key` with `content` bytes: that of sample 0 with another name and checksum.
+
+    A shard equals webdataset's TarWriter's byte for byte (a test compares them). That writer is not used here: it
+    imports torch, which takes 3 s a process, and takes 85 us a sample in the one process that all workers wait for.
+    """
+    header = bytearray(_header_of_zero(content))
+    name = b"%09d" % key
+    if len(name) != 9:
+        raise ValueError(f"key {key}: at most 9 digits")
+    header[148:154] = b"%06o" % (int(header[148:154], 8) + sum(name) - 9 * ord("0"))
+    header[:9] = name
+    return bytes(header)
 
 
 def shard_name(number: int) -> str:
@@ -312,7 +254,7 @@ def shard_name(number: int) -> str:
 
 
 class _Digest:
-    """A file that hashes and counts what is written to it."""
+    """A file that hashes and counts the bytes written to it."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.sha256, self.bytes = stream, hashlib.sha256(), 0
@@ -323,7 +265,7 @@ class _Digest:
         return self.stream.write(data)
 
     def commit(self) -> str:
-        """Flushes to the disk, closes, and returns the sha256 of all that was written."""
+        """Returns the sha256 of all that was written, once it is on the disk; closes the file."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         self.stream.close()
@@ -331,8 +273,8 @@ class _Digest:
 
 
 class ShardWriter:
-    """Writes one shard and its sidecar; both appear, durable and whole, at `commit`. Leaving the context without a
-    commit leaves nothing behind."""
+    """Writes one shard and its sidecar. Both appear at `commit`, durable and complete; a context left without a commit
+    leaves no file."""
 
     def __init__(self, root: Path, number: int, resolution: int) -> None:
         self.root, self.resolution, self.samples = root, resolution, 0
@@ -348,7 +290,7 @@ class ShardWriter:
             raise
 
     def add(self, key: int, pixels: bytes, record: Mapping[str, Any]) -> None:
-        """Appends a sample: `pixels` is uint8 (3, S, S) in C order, `record` what the sidecar says of it."""
+        """Appends a sample: `pixels` are the bytes of uint8 (3, S, S) in C order, `record` goes into the sidecar."""
         if len(pixels) != 3 * self.resolution**2:
             raise ValueError(f"expected {3 * self.resolution**2} bytes of pixels, found {len(pixels)}")
         content = len(npy_header(self.resolution)) + len(pixels)
@@ -359,7 +301,7 @@ class ShardWriter:
         self.samples += 1
 
     def commit(self) -> ShardInfo | None:
-        """Returns the shard's entry for the manifest, or None (and leaves no file) when it has no sample."""
+        """Returns the shard's entry for the manifest; None, leaving no file, when it has no sample."""
         if not self.samples:
             self.discard()
             for path in self._temporary:
@@ -377,7 +319,7 @@ class ShardWriter:
         return ShardInfo(self.path.name, self.samples, tar.bytes, digests[0], stride, TAR_BLOCK + header, digests[1])
 
     def discard(self) -> None:
-        """Removes what has not been committed."""
+        """Removes the files unless they were committed."""
         for out in self._out.values():
             with contextlib.suppress(OSError):  # closing flushes
                 out.stream.close()

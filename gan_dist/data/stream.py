@@ -1,4 +1,8 @@
-"""Manifest + order -> batches on the device: one thread prefetches into reused buffers. Ships uint8, never floats."""
+"""Dataset and order -> uint8 batches on the device, gathered ahead by one thread into reused buffers.
+
+Samples wait in one of three placements: `device`, the whole set in GPU memory; `memory`, the mapped shards; `windowed`,
+only the shards that the order uses now and next, fetched ahead of need and dropped afterwards.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +10,57 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from gan_dist.data.gather import Gather
+from gan_dist.data.dataset import Dataset, Gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.shards import Dataset
-from gan_dist.data.windowed import Windows
+from gan_dist.data.remote.cache import FETCHERS, in_parallel
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.places import available_memory
 from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
+from gan_dist.utils.system import available_memory
 
 RING = 2
-"""Blocks in flight: one in use, one being filled. A third is 15 % slower on one core: they no longer fit its caches."""
+"""Blocks in flight: one in use, one being filled. Three are 15 % slower on one core: they no longer fit its caches."""
 BLOCK_BYTES = 2**22
-"""Small batches are gathered several at once, up to this much: handing a batch from thread to thread costs as much as
-copying 20 images (measured at 64x64). More than the processor's caches hold would be slower again."""
+"""Small batches are gathered several at once, up to this size: handing a batch from thread to thread costs as much as
+copying 20 images (measured at 64x64). A block larger than the processor's caches would be slower again."""
 DEVICE_SHARE = 0.25
-"""Share of a GPU's free memory that the dataset may take; the rest is the networks' and the caching allocator's."""
+"""Share of a GPU's free memory that the dataset may take; the networks and the caching allocator need the rest."""
 HOST_SHARE = 0.5
 """Share of the available memory that a dataset may fill as page cache before `auto` prefers windows."""
 
 
-def choose_placement(wanted: str, dataset: Dataset, device: torch.device, window_shards: int = 0) -> str:
-    """Returns where samples wait: `device` when the set fits into its share of a GPU's memory, else `windowed` when
-    there are windows and it is remote or would not fit into memory, else `memory`.
+def choose_placement(placement: str, dataset: Dataset, device: torch.device, window_shards: int = 0) -> str:
+    """Returns the placement that `placement` (data.placement) means here.
 
-    Raises UserError when what is asked for cannot be had.
+    `auto` is `device` when the set fits into its share of a GPU's memory, else `windowed` when there are windows and
+    the set is remote or larger than memory, else `memory`.
+
+    Raises:
+        UserError: the placement is impossible here.
     """
     size = dataset.num_samples * 3 * dataset.resolution**2
-    if wanted == "windowed" and not window_shards:
-        raise UserError("data.placement=windowed needs data.window_shards of 1 or more; it is part of a run's order")
-    if wanted == "device" and device.type != "cuda":
+    if placement == "windowed" and not window_shards:
+        raise UserError("data.placement=windowed needs data.window_shards of 1 or more, which is part of a run's order")
+    if placement == "device" and device.type != "cuda":
         raise UserError("data.placement=device keeps the set in GPU memory, but training is on the CPU; use memory")
-    if wanted == "windowed" or (dataset.cache is not None and dataset.cache.windowed):
+    if placement == "windowed" or (dataset.cache is not None and dataset.cache.windowed):
         return "windowed"
-    if wanted in ("device", "auto") and device.type == "cuda":
+    if placement in ("device", "auto") and device.type == "cuda":
         room = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
         if size <= room:
             return "device"
-        if wanted == "device":
+        if placement == "device":
             raise UserError(
                 f"data.placement=device needs {size / 2**30:.1f} GiB of GPU memory, a quarter of what is free is "
                 f"{room / 2**30:.1f} GiB; use data.placement=memory"
             )
-    if wanted == "auto" and window_shards and size > HOST_SHARE * available_memory():
+    if placement == "auto" and window_shards and size > HOST_SHARE * available_memory():
         return "windowed"
     return "memory"
 
@@ -67,11 +73,14 @@ def stage(
     progress: Callable[[str, int, int], None] = lambda verb, done, total: None,
     cancelled: Callable[[], bool] = never_cancelled,
 ) -> str | None:
-    """Makes a dataset ready to be read at random: staged if it is remote, and read once from end to end on the `first`
-    rank of each machine, unless that is called off. A windowed one sees to itself, window by window.
+    """Returns a warning when the dataset is larger than memory, else None, having made it ready for random access.
 
-    Returns a warning when it is too large to be held in memory, else None. `progress` is told what is done, and how
-    many bytes of how many. Raises UserError naming a damaged shard.
+    A remote one is fetched to this machine. Then the `first` rank of each machine reads it once from end to end, unless
+    that is cancelled. With windows nothing is done: each is made ready in its turn. `progress` is called with what is
+    done (staging or reading), the bytes done and the bytes in all.
+
+    Raises:
+        UserError: a shard is damaged.
     """
     if placement == "windowed":
         return None
@@ -79,7 +88,7 @@ def stage(
         dataset.cache.fetch_all(lambda done, total: progress("staging", done, total), cancelled)
     total = sum(shard.bytes for shard in dataset.manifest.shards)
     done = 0
-    if total > (memory := available_memory()):  # it would push out its own beginning: nothing is warm in the end
+    if total > (memory := available_memory()):  # its end would displace its beginning: nothing would be warm
         return (
             f"the samples take {total / 2**30:.1f} GiB, and {memory / 2**30:.1f} GiB of memory are available: reads "
             "will wait for the disk; a new run with data.window_shards reads ahead instead"
@@ -94,7 +103,7 @@ def stage(
 
 
 class Resident:
-    """The whole set on a device, and each epoch's permutation with it: a batch is one gather there."""
+    """The whole set and each epoch's permutation in device memory: a batch is one gather there."""
 
     def __init__(self, dataset: Dataset, order: Order, device: torch.device) -> None:
         self._order, self._device, size = order, device, dataset.resolution
@@ -117,14 +126,111 @@ class Resident:
 
     def _upload(self, epoch: int) -> torch.Tensor:
         num = self._order.num_samples
-        # The next epoch's is worked out beside training: some 10 ms that would be missing at the seam.
+        # The next epoch's is computed beside training: some 10 ms that training would else wait for at the epoch's end.
         threading.Thread(target=self._order.index, args=((epoch + 1) * num,), name="order", daemon=True).start()
         return torch.from_numpy(self._order.indices(epoch * num, (epoch + 1) * num)).to(self._device)
 
 
 @dataclass
+class _Window:
+    """The positions [begin, end) and their shards, which a thread makes ready."""
+
+    begin: int
+    end: int
+    shards: list[int]
+    failure: list[BaseException] = field(default_factory=list)
+    thread: threading.Thread | None = None
+
+    def fetch(self, dataset: Dataset, cancelled: Callable[[], bool]) -> None:
+        """Starts to make the shards ready."""
+
+        def work() -> None:
+            try:
+                in_parallel(dataset.warm, self.shards, FETCHERS, cancelled)
+            except BaseException as error:  # raised by wait()
+                self.failure.append(error)
+
+        self.thread = threading.Thread(target=work, name="window", daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Returns when the shards are ready. Raises the error that prevented it."""
+        assert self.thread is not None
+        self.thread.join()
+        if self.failure:
+            raise self.failure.pop()  # a stored error would keep alive its frames and their maps
+
+
+class Windows:
+    """Makes the windows of an order ready one after another, from `position` on.
+
+    At most two windows are present at a time, 2 K shards (a batch larger than a window needs all that it spans). Ranks
+    of one machine share the files and are a few batches apart, so that for moments there are 3 K.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        position: int,
+        *,
+        cancelled: Callable[[], bool],
+        leave: Callable[[int], None],
+    ) -> None:
+        """`leave(shard)` is called before a shard is dropped, which may not be read afterwards."""
+        self._dataset, self._cancelled, self._leave = dataset, cancelled, leave
+        self._to_come = _windows_from(order, position)
+        self._present: deque[_Window] = deque()
+
+    def reach(self, start: int, stop: int) -> None:
+        """Returns when all samples at positions [start, stop) are ready; from call to call both only grow."""
+        first = not self._present
+        while self._present and self._present[0].end <= start:
+            self._drop(self._present.popleft())
+        while not self._present or self._present[-1].end < stop:
+            self._begin(next(self._to_come))
+        for window in self._present:
+            if window.begin < stop:
+                window.wait()
+        if len(self._present) == 1:
+            ahead = next(self._to_come)
+            if first and self._dataset.cache is not None:
+                self._dataset.cache.tidy(ahead.shards)
+            self._begin(ahead)
+
+    def close(self) -> None:
+        """Returns when no thread fetches any more; cancel the work first. The files stay for the next process."""
+        for window in self._present:
+            if window.thread is not None:
+                window.thread.join()
+
+    def _begin(self, window: _Window) -> None:
+        window.fetch(self._dataset, self._cancelled)
+        self._present.append(window)
+
+    def _drop(self, window: _Window) -> None:
+        still_used = {shard for other in self._present for shard in other.shards}
+        for shard in window.shards:
+            if shard not in still_used:
+                self._leave(shard)
+                self._dataset.drop(shard)
+
+
+def _windows_from(order: Order, position: int) -> Iterator[_Window]:
+    """Yields the windows of this epoch and all that follow, from the one that contains `position` on."""
+    epoch = position // order.num_samples
+    end = epoch * order.num_samples
+    while True:
+        for shards in order.windows(epoch):
+            begin, end = end, end + sum(order.shard_sizes[shard] for shard in shards)
+            if end > position:
+                yield _Window(begin, end, shards)
+        epoch += 1
+
+
+@dataclass
 class _Slot:
-    """One block of batches: where it is gathered, where the device sees it, and when each side is through with it."""
+    """A block of batches: its buffers on host and device, and events: copied to the device, no longer in use there."""
 
     host: torch.Tensor
     device: torch.Tensor
@@ -136,7 +242,7 @@ class _Slot:
 
 
 class Stream:
-    """This rank's slice of each global batch in turn, from a position on. A context that leaves no thread behind."""
+    """This rank's slice of each global batch in turn, from a position on. A context, which ends its thread."""
 
     def __init__(
         self,
@@ -150,7 +256,7 @@ class Stream:
         device: torch.device,
         placement: str = "auto",
     ) -> None:
-        """`position` is that of the first batch; each rank gets its slice of every `global_batch` positions."""
+        """`position`: of the first batch; of every `global_batch` positions from there on, each rank gets its slice."""
         self.position = position
         self.placement = choose_placement(placement, dataset, device, order.window_shards)
         self._dataset, self._order, self._batch, self._device = dataset, order, global_batch, device
@@ -177,14 +283,14 @@ class Stream:
         self._thread.start()
 
     def _depth(self, images: int) -> int:
-        """Returns how many batches make a block; one in windows, where a block must not reach over many."""
+        """Returns the batches of a block; one with windows, where a block should not span many."""
         size = 3 * self._dataset.resolution**2 * images
         return 1 if self.placement == "windowed" else max(1, BLOCK_BYTES // size)
 
     def next(self) -> torch.Tensor:
         """Returns the slice at `position`, uint8 [hi - lo, 3, S, S] on the device, and moves on by a global batch.
 
-        It is valid until the following call. Raises what stopped the prefetching thread, if something did.
+        It is valid until the following call. Raises the error that stopped the prefetching thread, if one did.
         """
         begin = self.position
         self.position += self._batch
@@ -196,8 +302,8 @@ class Stream:
         return self._in_use.batches[self._taken - 1]
 
     def _next_block(self) -> _Slot:
-        """Returns the next block of batches, having given the last one back."""
-        self._give_back()
+        """Returns the next block of batches, having released the last one."""
+        self._release()
         asked = self._event() if self._device.type == "cuda" else None
         started = time.perf_counter()
         slot = self._full.get()
@@ -216,8 +322,8 @@ class Stream:
     def wait_seconds(self) -> float:
         """Seconds that the device has waited for data, in all.
 
-        A GPU runs behind the host: what counts is the time on its own clock from the end of the work it had when the
-        batch was asked for to the moment the batch was there. That the host waited says nothing.
+        A GPU runs behind the host. So its wait is measured on its own clock: from the end of the work that was queued
+        when the batch was asked for, to the batch's arrival. That the host waited says nothing.
         """
         self._settle()
         return self._waited
@@ -228,18 +334,18 @@ class Stream:
 
     def _settle(self) -> None:
         while self._waits and self._waits[0][1].query():
-            asked, there = self._waits.popleft()
-            self._waited += asked.elapsed_time(there) / 1000
+            asked, arrived = self._waits.popleft()
+            self._waited += asked.elapsed_time(arrived) / 1000
 
     def await_first(self, cancelled: Callable[[], bool] = never_cancelled) -> None:
-        """Returns when the first batch is there, however long its window takes. Raises what keeps it away."""
+        """Returns when the first batch is ready, however long its window takes. Raises the error that prevents it."""
         while self._thread is not None and not self._began.wait(0.05):
             raise_if_cancelled(cancelled)
         if self._failure is not None:
             raise self._failure
 
-    def _give_back(self) -> None:
-        """Frees the block in use for another, once the device is through with it."""
+    def _release(self) -> None:
+        """Returns the block in use to the prefetching thread, which waits until the device has read it."""
         if self._in_use is not None:
             if self._device.type == "cuda":
                 self._in_use.used = torch.cuda.current_stream(self._device).record_event()
@@ -256,13 +362,16 @@ class Stream:
                 )
             side: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
             while (slot := self._free.get()) is not None:
+                # a free block whose host buffer is not being copied any more
                 if slot.ready is not None:
-                    slot.ready.synchronize()  # the last copy out of this host buffer
+                    slot.ready.synchronize()  # until the last copy out of this host buffer is done
                 end = position + len(slot.batches) * self._batch
                 if windows is not None:
                     windows.reach(position, end)
+                # this rank's samples of the next batches, into host memory
                 samples = self._order.indices(position, end).reshape(-1, self._batch)
                 collect.into(slot.host.flatten(0, 1), samples[:, self._lo : self._hi].ravel())
+                # and to the device, beside its work
                 if side is not None:
                     with torch.cuda.stream(side):
                         if slot.used is not None:
@@ -272,8 +381,8 @@ class Stream:
                 self._full.put(slot)
                 self._began.set()
                 position = end
-        except BaseException as error:  # handed over: the training thread raises it
-            if not self._closing.is_set():  # else it is only the end, and would keep the maps alive
+        except BaseException as error:  # raised in the training thread
+            if not self._closing.is_set():  # else it only marks the end, and would keep the maps alive
                 self._failure = error
                 self._full.put(error)
                 self._began.set()
@@ -283,7 +392,7 @@ class Stream:
                 windows.close()
 
     def close(self) -> None:
-        """Ends the prefetching thread. Batches already returned stay readable."""
+        """Ends the prefetching thread. Batches already returned stay valid."""
         if self._thread is not None:
             self._closing.set()
             self._free.put(None)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gan_dist.distributed.world import World
-from gan_dist.utils.errors import GanDistError
+from gan_dist.utils.errors import GanDistError, first_line
 
 MEET_S = 5.0
 """How long survivors wait for one another: all of them fail within moments of the same lost connection."""
@@ -85,7 +85,7 @@ def _leave_words(world: World, words: str) -> None:
 
 def _name_the_lost(world: World, hosts: list[str], error: BaseException) -> str:
     """Returns who did not come to the meeting of survivors, where they were, and what they said last."""
-    store, reason = _store(), str(error).strip().split("\n")[0]
+    store, reason = _store(), first_line(error)
     lost, words = [], {}
     try:
         if store is None:

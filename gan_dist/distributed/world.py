@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gan_dist.distributed.rendezvous import meet
-from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.errors import GanDistError, UserError, first_line
 
 T = TypeVar("T")
 LEAVE_TIMEOUT = timedelta(seconds=30)
@@ -204,7 +204,7 @@ def join(
             raise GanDistError(
                 f"rank {rank} of {size} on {socket.gethostname()} could not meet the others at "
                 f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {init_timeout_s:g} s: "
-                f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+                f"{first_line(error)}"
             ) from error
     timeout = timedelta(seconds=timeout_s)
     group: Any = dist.new_group(timeout=timeout)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gan_dist.config.base import check_seed
 from gan_dist.config.schema import EvaluateConfig
-from gan_dist.data.shards import Dataset, open_dataset
+from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import inception
 from gan_dist.evaluation.inception import Inception, load_inception
@@ -23,8 +23,8 @@ from gan_dist.runs.naming import run_path
 from gan_dist.runs.record import merged, read_evaluations
 from gan_dist.sampling.generate import build_generator
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.flock import FileLock
-from gan_dist.utils.pictures import write_atomically
+from gan_dist.utils.files import write_atomically
+from gan_dist.utils.locks import FileLock
 from gan_dist.utils.stop import never_cancelled
 
 UNKNOWN = "epoch, near_copies and accuracy_training are left out"

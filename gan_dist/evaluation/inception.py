@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gan_dist.utils.errors import UserError
+from gan_dist.utils.errors import UserError, first_line
 from gan_dist.utils.files import expand
 
 FEWEST = 2049
@@ -72,8 +72,7 @@ def load_inception(weights: str | Path | None, device: torch.device) -> Inceptio
             f"expected torch-fidelity's {name}"
         ) from None
     except Exception as error:  # whatever else torch.load says of a file that is none
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} does not hold Inception's weights: {first_line}") from None
+        raise UserError(f"{path} does not hold Inception's weights: {first_line(error)}") from None
     finally:
         socket.setdefaulttimeout(before)
     with path.open("rb") as file:

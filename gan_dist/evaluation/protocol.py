@@ -21,16 +21,15 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from gan_dist.data.gather import gather
+from gan_dist.data.dataset import Dataset, gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.shards import Dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import inception, swd
 from gan_dist.evaluation.diversity import pairwise_distance, repeated
 from gan_dist.sampling.generate import generate
 from gan_dist.sampling.neighbours import copies, nearest
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.pictures import write_atomically
+from gan_dist.utils.files import write_atomically
 
 FEWEST = 100
 """Fewer images say nothing about a distribution."""

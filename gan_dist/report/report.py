@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gan_dist.data.prepare.rejects import REASONS
+from gan_dist.data.prepare.account import REASONS
 from gan_dist.data.shards import read_manifest
 from gan_dist.report.charts import render
 from gan_dist.report.compare import side_by_side
@@ -34,8 +34,7 @@ from gan_dist.runs.record import Run, by_protocol, read_run, when
 from gan_dist.telemetry.console import duration
 from gan_dist.telemetry.gallery import dataset_card
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand
-from gan_dist.utils.pictures import write_atomically
+from gan_dist.utils.files import expand, write_atomically
 
 FILM_BUDGET = 5_500_000
 """Bytes that the pictures of the evolution take on a page, over all its runs; a page stays below 10 MB."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -19,7 +18,8 @@ from typing import Any
 
 import torch
 
-from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.errors import GanDistError, UserError, first_line
+from gan_dist.utils.files import fsync_folder, write_atomically, write_durably
 from gan_dist.utils.tensors import tensors
 
 FORMAT = 1
@@ -32,34 +32,6 @@ BEST = "best"
 def directory_name(step: int) -> str:
     """Returns the directory name of the checkpoint at `step`."""
     return f"{PREFIX}{step:08d}"
-
-
-def flush_directory(directory: Path) -> None:
-    """Flushes the names in `directory` to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Writes `content` to `path` and flushes it to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_atomically(path: Path, content: bytes) -> None:
-    """Makes `path` hold `content`: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        write_durably(temporary, content)
-        temporary.replace(path)
-        flush_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(
@@ -93,16 +65,16 @@ def save(
         temporary.mkdir(parents=True)
         write_durably(temporary / "state.pt", content)
         write_durably(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
-        flush_directory(temporary)
+        fsync_folder(temporary)
         guard()
         if final.exists():
             # Only one that was passed over as unsound can stand here: a sound one would have been resumed from.
             final.replace(directory / f"{TEMPORARY}unsound-{uuid.uuid4().hex[:8]}")
         temporary.replace(final)
-        flush_directory(directory)
-        replace_atomically(directory / "latest", f"{final.name}\n".encode())
+        fsync_folder(directory)
+        write_atomically(directory / "latest", f"{final.name}\n".encode())
         if facts.get("best"):
-            replace_atomically(directory / BEST, f"{final.name}\n".encode())
+            write_atomically(directory / BEST, f"{final.name}\n".encode())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     prune(directory, state["step"], keep)
@@ -201,8 +173,7 @@ def load(path: Path) -> Loaded:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes provoke
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GanDistError(f"{path}: state.pt holds more than tensors or is damaged: {reason}") from None
+        raise GanDistError(f"{path}: state.pt holds more than tensors or is damaged: {first_line(error)}") from None
     if not isinstance(state, dict) or not {"step", "images_seen", "generator"} <= set(state):
         raise GanDistError(f"{path}: state.pt is not a gan_dist state")
     return Loaded(path, state, manifest)

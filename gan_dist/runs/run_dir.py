@@ -14,9 +14,10 @@ import torch
 from gan_dist.config.diff import FIXED_FROM, change_rule, changes, flatten
 from gan_dist.config.schema import Config, load_config, to_yaml
 from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import write_atomically
 from gan_dist.model.networks import Generator
 from gan_dist.runs.naming import run_and_step, run_path
-from gan_dist.runs.checkpoint import Loaded, find, load_newest, replace_atomically
+from gan_dist.runs.checkpoint import Loaded, find, load_newest
 from gan_dist.sampling.generate import build_generator
 
 LAUNCHER = ("launch", "logs", "stop")
@@ -119,8 +120,8 @@ def write_start(run_dir: Path, config: Config, facts: Mapping[str, Any]) -> None
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run_dir / "samples").mkdir(exist_ok=True)
-        replace_atomically(run_dir / "config.yaml", to_yaml(config).encode())
-        replace_atomically(run_dir / "environment.json", (json.dumps(facts, indent=2) + "\n").encode())
+        write_atomically(run_dir / "config.yaml", to_yaml(config).encode())
+        write_atomically(run_dir / "environment.json", (json.dumps(facts, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
 

@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gan_dist.model.networks import RESOLUTIONS, Generator
-from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand
-from gan_dist.utils.pictures import write_atomically
+from gan_dist.utils.errors import UserError, first_line
+from gan_dist.utils.files import expand, write_atomically
 
 CONTAINERS = ("generator_ema", "generator", "netG", "G", "model_state_dict", "state_dict", "model")
 """Names under which programs keep a generator's weights beside other things; the first that is there is taken."""
@@ -159,7 +158,7 @@ def _read(path: Path) -> Any:
             "save the generator's state_dict() and pass that file"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a file of torch tensors: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a file of torch tensors: {first_line(error)}") from None
 
 
 def _find_weights(loaded: Any, path: Path) -> dict[str, Tensor]:

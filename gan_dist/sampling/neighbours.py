@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gan_dist.data.gather import Gather, gather
+from gan_dist.data.dataset import Dataset, Gather, gather
 from gan_dist.data.order import rank_slice
-from gan_dist.data.shards import Dataset
 from gan_dist.distributed.world import World
 from gan_dist.utils.pictures import grid, save_png
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gan_dist.config.base import check_seed
-from gan_dist.data.shards import open_dataset
+from gan_dist.data.dataset import open_dataset
 from gan_dist.model.networks import Generator
 from gan_dist.runs.checkpoint import find, load
 from gan_dist.runs.naming import run_path

@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gan_dist.data.shards import Dataset, Manifest
+from gan_dist.data.dataset import Dataset
+from gan_dist.data.shards import Manifest
 from gan_dist.sampling.generate import generate, interpolate
 from gan_dist.telemetry.telemetry import Telemetry
-from gan_dist.utils.pictures import from_pil, grid, write_atomically
+from gan_dist.utils.files import write_atomically
+from gan_dist.utils.pictures import from_pil, grid
 
 WALK_ROWS, WALK_COLUMNS = 4, 8
 

@@ -23,7 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gan_dist.runs.record import TEXTS, history_table, read_metrics
 from gan_dist.telemetry.console import RunConsole, Silence, Voice
-from gan_dist.utils.pictures import png_bytes, write_atomically
+from gan_dist.utils.files import write_atomically
+from gan_dist.utils.pictures import png_bytes
 
 EQUILIBRIUM = -math.log(4)
 """V(D, G) where D cannot tell: log 1/2 + log 1/2 (Goodfellow 2014, theorem 1)."""

@@ -14,7 +14,7 @@ import torch
 
 from gan_dist.distributed.world import World
 from gan_dist.runs.checkpoint import save
-from gan_dist.utils.errors import GanDistError
+from gan_dist.utils.errors import GanDistError, first_line
 from gan_dist.utils.tensors import assert_ranks_agree, state_digest, to_host
 
 
@@ -103,7 +103,7 @@ class Checkpointer:
             except (OSError, GanDistError) as error:
                 self._failure = error
             except BaseException as error:  # whatever it was, nothing was saved
-                self._failure = GanDistError(f"the checkpoint could not be made: {_one_line(error)}")
+                self._failure = GanDistError(f"the checkpoint could not be made: {type(error).__name__}: {first_line(error)}")
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
         self._thread.start()
@@ -149,11 +149,11 @@ class Checkpointer:
             state = copy()
             digest = state_digest(state, self._synchronised)
         except Exception as error:
-            reason = _one_line(error)
+            reason = f"{type(error).__name__}: {first_line(error)}"
         try:
             answers = self._world.gather_objects_aside((digest, reason))
         except RuntimeError as error:
-            raise GanDistError(f"the ranks could not compare their states: {_one_line(error)}") from error
+            raise GanDistError(f"the ranks could not compare their states: {first_line(error)}") from error
         for rank, (_, reason) in enumerate(answers):
             if reason:
                 raise GanDistError(f"the checkpoint could not be made: rank {rank}: {reason}")
@@ -164,7 +164,3 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-
-def _one_line(error: BaseException) -> str:
-    return ": ".join(part for part in (type(error).__name__, str(error).strip().split("\n")[0]) if part)

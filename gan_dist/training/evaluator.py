@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from gan_dist.config.schema import Config
-from gan_dist.data.shards import Dataset, open_dataset
+from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation.protocol import Evaluation, accuracy, warnings
 from gan_dist.model.networks import Discriminator

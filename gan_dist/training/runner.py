@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gan_dist.training.update import NO_REQUESTS, Precision, Requests, Update
-from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.errors import GanDistError, UserError, first_line
 
 RUNNERS = ("eager", "compiled", "captured")
 PASSES = ("generate", "discriminate", "deceive")
@@ -77,9 +77,8 @@ class Compiled:
         try:
             return self.update.step(reals, latents, requests)
         except torch._dynamo.exc.TorchDynamoException as error:
-            first_line = str(error).strip().split("\n")[0]
             raise GanDistError(
-                f"torch.compile could not compile the step ({first_line}); set train.runner=eager"
+                f"torch.compile could not compile the step ({first_line(error)}); set train.runner=eager"
             ) from error
 
 
@@ -106,12 +105,12 @@ class Captured:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                first_line = str(error).strip().split("\n")[0]
                 if not self.may_fall_back:
                     raise GanDistError(
-                        f"the step could not be captured ({first_line}); set train.runner=eager"
+                        f"the step could not be captured ({first_line(error)}); set train.runner=eager"
                     ) from error
-                self.name, self.reason, self.graph = "eager", f"the step could not be captured: {first_line}", None
+                self.name, self.graph = "eager", None
+                self.reason = f"the step could not be captured: {first_line(error)}"
                 logging.getLogger("gan_dist").warning("falling back to the eager runner: %s", self.reason)
         if self.graph is None:
             return self.update.step(reals, latents, requests)

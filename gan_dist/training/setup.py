@@ -18,10 +18,9 @@ import torch
 
 from gan_dist.config.diff import flatten
 from gan_dist.config.schema import Config, load_config, to_yaml
+from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
-from gan_dist.data.remote.cache import open_remote
-from gan_dist.data.remote.fetch import shown
-from gan_dist.data.shards import Dataset, open_dataset
+from gan_dist.data.remote.fetch import redacted
 from gan_dist.data.stream import Stream, choose_placement, stage
 from gan_dist.distributed.failures import naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat
@@ -41,12 +40,11 @@ from gan_dist.training.optim import EMA
 from gan_dist.training.runner import Runner, make_runner, resolve_precision, torch_settings
 from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.update import Precision, Update
-from gan_dist.training.vitals import code_version
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
-from gan_dist.utils.places import NETWORK, file_system
-from gan_dist.utils.progress import transfers
+from gan_dist.utils.progress import progress
 from gan_dist.utils.stop import StopRequest
+from gan_dist.utils.system import NETWORK, code_version, file_system
 from gan_dist.utils.tensors import assert_ranks_agree, copy_state, state_digest
 
 
@@ -332,7 +330,7 @@ def open_for_training(config: Config, world: World, stop: StopRequest, verbosity
     def open_and_stage(cancelled: Callable[[], bool]) -> tuple[Dataset, str]:
         if remote:
             windows = data.window_shards if data.placement in ("auto", "windowed") else 0
-            dataset = open_remote(data.shards, data.cache_dir, window_shards=windows, cancelled=cancelled, say=log)
+            dataset = open_remote(data.shards, data.cache_dir, window_shards=windows, cancelled=cancelled, log=log)
         else:
             dataset = open_dataset(data.shards)
         try:
@@ -361,13 +359,13 @@ def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancel
 
     if dataset.cache is not None:
         what = f"{config.data.window_shards} shards at a time" if placement == "windowed" else "as a whole"
-        log(f"{shown(config.data.shards)} is staged in {dataset.root}, {what}")
+        log(f"{redacted(config.data.shards)} is staged in {dataset.root}, {what}")
     elif verbose and placement != "device" and NETWORK.search(kind := file_system(dataset.root)):
         log(f"note: the samples lie on {kind}; data.shards=file://{dataset.root} brings them here first")
     if (batch := config.train.global_batch) > dataset.num_samples:
         log(f"note: train.global_batch is {batch}, the dataset has {dataset.num_samples} images: batches repeat some")
-    with transfers(verbose) as progress:
-        warning = stage(dataset, placement, first=world.local_rank == 0, progress=progress, cancelled=cancelled)
+    with progress(shown=verbose, in_bytes=True) as show:
+        warning = stage(dataset, placement, first=world.local_rank == 0, progress=show, cancelled=cancelled)
     if warning:
         log(f"note: {warning}")
     return placement

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gan_dist.config.schema import Config, presets
-from gan_dist.data.gather import gather
+from gan_dist.data.dataset import gather
 from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.report.report import make_report
 from gan_dist.training.control import ControlReader, ControlRing, Decision

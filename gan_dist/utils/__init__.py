@@ -1,1 +1,1 @@
-"""Small tools that know nothing of data, networks or runs."""
+"""Small tools that know nothing about data, networks or runs."""

@@ -1,4 +1,4 @@
-"""The errors a person sees as one line, and the exit status each one ends with."""
+"""The errors that a user sees as one line, and the exit status of each."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
-"""Stopped on request with a checkpoint saved (EX_TEMPFAIL): run the same command again."""
+"""Stopped on request with a checkpoint saved (EX_TEMPFAIL): the same command continues."""
 
 
 class GanDistError(Exception):
-    """The work failed for a reason that one line can tell. Ends the command with status 1."""
+    """The work failed for a reason that fits one line. The command exits with status 1."""
 
     exit_status = EXIT_FAILED
     reported_elsewhere = False
-    """Whether another rank raised this first and tells the user; this rank then ends without a word."""
+    """Whether another rank raised this error and reports it; this rank then exits silently."""
 
 
 class UserError(GanDistError):
-    """Bad usage, configuration or input: says what was expected, what was found, what to do. Status 2."""
+    """Bad usage, configuration or input. Its line says what was expected, what was found and what to do. Status 2."""
 
     exit_status = EXIT_USAGE
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of the error's text, or the name of its class when it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

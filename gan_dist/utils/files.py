@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import re
-import socket
+import uuid
 from pathlib import Path
 from typing import Any
 
 from gan_dist.utils.errors import UserError
+
+_NOT_DURABLE = {errno.EIO, errno.ENOSPC, errno.EDQUOT}
 
 
 def is_address(text: str) -> bool:
@@ -19,65 +22,84 @@ def is_address(text: str) -> bool:
     return text.startswith("pipe:") or "://" in text[:16]
 
 
-def expand(text: str | Path) -> Path:
-    """Returns `text` as an absolute path with `~` and `$VAR` expanded. Links are not followed.
-
-    Raises:
-        UserError: a variable in it is not set.
-    """
-    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (Path's fails where nobody is called that)
+def expand_variables(text: str | Path, name: str = "") -> str:
+    """Returns `text` with `~` and `$VAR` expanded. Raises UserError about `name` for a variable that is not set."""
+    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (Path's fails for a user without a home)
     missing = re.search(r"\$\{?([A-Za-z_]\w*)", expanded)
     if missing and not present(Path(expanded)):  # a file may well be called $HOMELESS
-        raise UserError(f"{text}: the environment variable {missing[1]} is not set: set it or write the path out")
-    return Path(os.path.abspath(expanded))  # noqa: PTH100 (resolve() would follow links)
+        raise UserError(f"{name or text}: the environment variable {missing[1]} is not set; set it or write {text} out")
+    return expanded
+
+
+def expand(text: str | Path) -> Path:
+    """Returns `text` as an absolute path with `~` and `$VAR` expanded; links are kept. Raises UserError for an unset
+    variable."""
+    return Path(os.path.abspath(expand_variables(text)))  # noqa: PTH100 (resolve() would follow links)
+
+
+def expand_source(text: str | Path) -> str:
+    """Returns an address unchanged, and a path as `expand` does."""
+    return str(text) if is_address(str(text)) else str(expand(text))
 
 
 def expand_directory(text: str | Path) -> Path:
-    """Returns `text` as expand does, for a directory that is written. Raises UserError for an address, too."""
+    """Returns `text` as `expand` does, for a directory to write into. Raises UserError for an address, too."""
     if is_address(str(text)):
         raise UserError(f"{text}: expected a directory, found an address")
     return expand(text)
 
 
 def present(path: Path) -> bool:
-    """Returns whether there is anything at `path`. Unlike Path.exists it does not raise where a folder above may not be
-    looked into."""
+    """Returns whether there is anything at `path`; False, unlike Path.exists, where a parent folder is not readable."""
     return os.path.exists(path)  # noqa: PTH110
 
 
 def temporary_name(path: Path) -> Path:
-    """Returns a name beside `path` that no other process on any machine uses; it ends in `.tmp`."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    """Returns a name beside `path` that no other thread, process or machine uses; it ends in `.tmp`."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def clear_temporaries(path: Path) -> None:
-    """Removes what killed processes left of `path` beside it. Only for who alone may write `path`."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+    """Removes the temporary files that killed processes left beside `path`. Only its one writer may call this."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable, where the system can (not on Windows, nor on every network file system)."""
+    """Makes the names in `folder` durable where the system can (Windows and some network file systems cannot).
+
+    Raises OSError when the disk fails or is full.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     try:
         os.fsync(descriptor)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno in _NOT_DURABLE:
+            raise
     finally:
         os.close(descriptor)
 
 
-def publish(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`: durable and whole, or (killed, disk full) not there at all."""
+def write_durably(path: Path, content: bytes | memoryview) -> None:
+    """Writes `content` to `path` and returns once it is on the disk."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Makes `path` hold `content`, durably: a reader sees the old file or the new one, never part of it.
+
+    Its folder is made where needed. Raises OSError and leaves the old file when the disk refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_durably(temporary, content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -85,14 +107,14 @@ def publish(path: Path, content: bytes) -> None:
     fsync_folder(path.parent)
 
 
-def publish_record(path: Path, record: dict[str, Any]) -> None:
-    """Publishes `record` as JSON, sealed with its sha256."""
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes `record` to `path` as JSON, sealed with its sha256: durable, and whole or not at all."""
     content = json.dumps(record).encode()
-    publish(path, content + b"\n" + hashlib.sha256(content).hexdigest().encode() + b"\n")
+    write_atomically(path, content + b"\n" + hashlib.sha256(content).hexdigest().encode() + b"\n")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Returns what `publish_record` wrote, or None when it is not there or not whole."""
+    """Returns what `write_record` wrote, or None when it is missing or damaged."""
     try:
         content, seal = path.read_bytes().split(b"\n")[:2]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Pictures as files: tensors to grids, to PNG, GIF and data addresses, whole or not at all."""
+"""Tensors to pictures and picture files: grids, PNG, GIF. A file is complete or absent."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Returns images in [-1, 1] as uint8 on the CPU: -1 becomes 0 and 1 becomes 255, as the stream's inverse."""
+    """Returns images in [-1, 1] as uint8 on the CPU: -1 becomes 0, 1 becomes 255 (the update's inverse)."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
-    """Returns uint8 images [N, 3, h, w] laid out as one picture, uint8 [3, H, W]; as square as can be by default."""
-    laid: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=padding, pad_value=255)
-    return laid
+    """Returns uint8 images [N, 3, h, w] as one picture, uint8 [3, H, W], in `columns` (default: about square)."""
+    page: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=padding, pad_value=255)
+    return page
 
 
 def png_bytes(image: Tensor) -> bytes:
@@ -34,14 +34,8 @@ def png_bytes(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`, making its folder where needed: whole, or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    publish(path, content)
-
-
 def save_png(image: Tensor, path: Path) -> None:
-    """Writes `image`, uint8 [3, H, W], to `path`: whole, or not at all."""
+    """Writes `image`, uint8 [3, H, W], to `path`, atomically."""
     write_atomically(path, png_bytes(image))
 
 
@@ -56,13 +50,13 @@ def from_pil(image: Image.Image) -> Tensor:
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, frame_seconds: float, last_seconds: float) -> None:
-    """Writes `frames` as a GIF that loops for ever and rests on the last one; all share one palette, so none flickers.
+    """Writes `frames` as an endless GIF that rests on the last one; they share one palette, so that none flickers.
 
     Raises ValueError when there is no frame.
     """
     if not frames:
         raise ValueError("an animation needs a frame")
-    # The palette must serve the last frames, which are colourful, and the first, which are grey: take it from both.
+    # One frame from the middle and the last: early frames are grey, late ones colourful.
     strip = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
     strip.paste(frames[len(frames) // 2], (0, 0))
     strip.paste(frames[-1], (0, frames[0].height))

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, a line for each tenth in a log."""
 
 from __future__ import annotations
 
@@ -7,48 +7,63 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 QUIET_S = 2.0
-"""Work that is done sooner needs no words."""
+"""A transfer that takes less time than this prints no line."""
 
 
 @contextmanager
-def transfers(shown: bool = True, console: Console | None = None) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function of (verb, bytes done, bytes in all) that shows how far each verb's work has come.
+def progress(
+    console: Console | None = None, *, shown: bool = True, in_bytes: bool = False
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function of (verb, done, total) that shows how far the work of each verb has come.
 
-    In a log each tenth is a line, and so is the end of what took longer than a moment. Not `shown`, it is silent.
+    With `in_bytes`, done and total are bytes, shown as megabytes. Without `shown`, nothing is printed.
     """
     if not shown:
         yield lambda verb, done, total: None
         return
     out = console or Console(highlight=False, soft_wrap=True)
     if not out.is_terminal:
-        yield _Lines(out).tell
+        yield _Lines(out, in_bytes).update
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=out, transient=True) as bar:
+    amount = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
         tasks = {}
 
-        def move(verb: str, done: int, total: int) -> None:
+        def update(verb: str, done: int, total: int) -> None:
             if verb not in tasks:
                 tasks[verb] = bar.add_task(verb, total=total)
             bar.update(tasks[verb], completed=done, total=total)
 
-        yield move
+        yield update
 
 
 class _Lines:
-    def __init__(self, out: Console) -> None:
-        self._out = out
-        self._began: dict[str, float] = {}
-        self._told: dict[str, int] = {}
+    """Prints a line whenever another tenth of a verb's work is done."""
 
-    def tell(self, verb: str, done: int, total: int) -> None:
-        began = self._began.setdefault(verb, time.monotonic())
+    def __init__(self, out: Console, in_bytes: bool) -> None:
+        self._out, self._in_bytes = out, in_bytes
+        self._began: dict[str, float] = {}
+        self._tenth: dict[str, int] = {}
+
+    def update(self, verb: str, done: int, total: int) -> None:
+        seconds = time.monotonic() - self._began.setdefault(verb, time.monotonic())
         tenth = 10 * done // max(total, 1)
-        seconds = time.monotonic() - began
-        if tenth > self._told.get(verb, 0) and seconds > QUIET_S:
-            self._told[verb] = tenth
-            rate = f" in {seconds:.0f} s" if tenth == 10 else ""
-            self._out.print(f"{verb}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB{rate}", markup=False)
+        if tenth <= self._tenth.get(verb, 0 if self._in_bytes else -1) or (self._in_bytes and seconds <= QUIET_S):
+            return
+        self._tenth[verb] = tenth
+        line = f"{verb}: {done} of {total}"
+        if self._in_bytes:
+            line = f"{verb}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB" + (f" in {seconds:.0f} s" * (tenth == 10))
+        self._out.print(line, markup=False)

@@ -8,9 +8,9 @@ from gan_dist.utils.errors import EXIT_STOPPED, GanDistError
 
 
 class StopRequest:
-    """Voiced by a signal handler, a clock, a file or a caller; the trainer acts on it at a step's end.
+    """Made by a signal handler, a clock, a file or a caller; the trainer acts on it at the end of a step.
 
-    Setting it is safe in a signal handler: it touches no lock, no file and no collective.
+    Safe to make in a signal handler: it touches no lock, no file and no collective.
     """
 
     def __init__(self) -> None:
@@ -25,17 +25,19 @@ class StopRequest:
 
 
 class Cancelled(GanDistError):
-    """The work was called off, by a stop request or because another rank has failed. Status 75."""
+    """The work was cancelled, by a stop request or because another rank has failed. Status 75."""
 
     exit_status = EXIT_STOPPED
 
 
 def never_cancelled() -> bool:
-    """Returns False: nobody calls the work off."""
+    """Returns False: for work that nobody cancels."""
     return False
 
 
 def raise_if_cancelled(cancelled: Callable[[], bool]) -> None:
-    """Raises Cancelled when the work was called off."""
+    """Raises Cancelled when `cancelled()` is true."""
     if cancelled():
-        raise Cancelled("stopped while fetching data; what has been fetched is kept as long as the cache is")
+        raise Cancelled(
+            "stopped while fetching data; what has been fetched stays in the cache if data.cache_dir is set"
+        )

@@ -17,7 +17,7 @@ RUNNING = ("running_mean", "running_var")
 def copy_state(state: Any, into: Any = None) -> Any:
     """Returns `state` with every tensor copied, in its layout and on its device.
 
-    Tensors of the nested state `into` are overwritten where they fit: fresh memory costs more than the copy itself.
+    Tensors of the nested state `into` are reused where they fit: new memory costs more than the copy itself.
     """
     if isinstance(state, Tensor):
         if isinstance(into, Tensor) and _alike(into, state):
@@ -34,7 +34,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def to_host(state: Any) -> Any:
-    """Returns `state` with every tensor in CPU memory and in torch's default layout; copied only where it is not."""
+    """Returns `state` with every tensor contiguous in CPU memory; copied only where it is not already."""
     if isinstance(state, Tensor):
         return state.detach().cpu().contiguous()
     if isinstance(state, Mapping):
@@ -57,7 +57,7 @@ def tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def state_digest(state: Mapping[str, Any], running: bool = True) -> str:
-    """Returns the sha256 of every tensor in `state`; without `running`, of all but batch norm's running statistics."""
+    """Returns the sha256 of all tensors in `state`, without batch norm's running statistics unless `running`."""
     digest = hashlib.sha256()
     for name, tensor in tensors(state):
         if running or not name.endswith(RUNNING):
@@ -66,10 +66,10 @@ def state_digest(state: Mapping[str, Any], running: bool = True) -> str:
 
 
 def assert_ranks_agree(digests: list[str]) -> None:
-    """Raises GanDistError naming the ranks whose digest differs from rank 0's."""
+    """Raises GanDistError, naming the ranks whose digest differs from rank 0's, unless all agree."""
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if strays:
         raise GanDistError(
-            f"rank(s) {', '.join(map(str, strays))} of {len(digests)} do not hold rank 0's parameters: they have "
-            "played another game; continue from the last checkpoint, and suspect the hardware or mixed software"
+            f"rank(s) {', '.join(map(str, strays))} of {len(digests)} do not hold rank 0's parameters: the ranks have "
+            "diverged; continue from the last checkpoint, and suspect the hardware or mixed software versions"
         )

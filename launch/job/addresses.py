@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 
 LOWEST_PORT = 10000
 SIOCGIFADDR = 0x8915
@@ -204,7 +204,9 @@ def meet(
     if place.rank == 0:
         port, keeper = reserve_port(place.job, place.restart)
         held.append(keeper)
-        publish(told, json.dumps({"address": address, "port": port, "host": place.host, "size": place.size}).encode())
+        write_atomically(
+            told, json.dumps({"address": address, "port": port, "host": place.host, "size": place.size}).encode()
+        )
         where = {"address": address, "port": port}
     else:
         where = _await(told, place, limit_s)

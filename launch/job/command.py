@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from gan_dist.utils.errors import EXIT_STOPPED, UserError
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 from launch.job.rank import ATTEMPT, leave_word
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     for words in commands:
         status, last = run_command(words)
         if status == EXIT_STOPPED:
-            publish(attempt / "stopped", b"requeue a signal\n")
+            write_atomically(attempt / "stopped", b"requeue a signal\n")
             sys.exit(0)
         if status:
             if status > 0:
@@ -75,7 +75,7 @@ def main() -> None:
             else:
                 leave_word(attempt, None, 1, "lost", f"{words[0]} was killed by {signal.Signals(-status).name}")
             sys.exit(max(status, 1))
-    publish(attempt / "done", b"ended well\n")
+    write_atomically(attempt / "done", b"ended well\n")
 
 
 if __name__ == "__main__":

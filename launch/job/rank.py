@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 from launch.job.addresses import Place, meet, place_of
 from launch.job.signals import STOP, deafen, hold_back, listen
 
@@ -72,7 +72,7 @@ class TrainJob:
                 print(f"gan-dist: {error}", file=sys.stderr, flush=True)
                 if stopped:
                     reason = STOP.reason or "a signal to another rank"
-                    publish(attempt / "stopped", f"requeue {reason}, while data were fetched\n".encode())
+                    write_atomically(attempt / "stopped", f"requeue {reason}, while data were fetched\n".encode())
                 else:
                     kind = "lost" if type(error).__name__ == "RankLost" else "error"
                     leave_word(attempt, place, error.exit_status, kind, str(error))
@@ -104,12 +104,12 @@ class TrainJob:
 
     def _tell(self, attempt: Path, outcome: Any) -> None:
         if outcome.stopped is None:
-            publish(attempt / "done", f"{outcome.step}\n".encode())
+            write_atomically(attempt / "done", f"{outcome.step}\n".encode())
             print(f"done: step {outcome.step} of {outcome.total_steps}", flush=True)
             return
         # A stop file is a person's wish for the run, not the cluster's for this job.
         what = "end" if str(Path(self.run_dir) / "stop") in outcome.stopped else "requeue"
-        publish(attempt / "stopped", f"{what} {outcome.stopped}\n".encode())
+        write_atomically(attempt / "stopped", f"{what} {outcome.stopped}\n".encode())
         print(f"stopped by {outcome.stopped}: step {outcome.step} of {outcome.total_steps} is saved", flush=True)
 
 
@@ -119,7 +119,7 @@ def leave_word(attempt: Path, place: Place | None, status: int, kind: str, why: 
     host = place.host if place else os.uname().nodename
     line = "\t".join([f"{time.time():.3f}", str(status), kind, str(rank), host, " ".join(why.split())])
     try:
-        publish(attempt / f"failed-{rank}", f"{line}\n".encode())
+        write_atomically(attempt / f"failed-{rank}", f"{line}\n".encode())
     except OSError as error:
         print(f"gan-dist: cannot write {attempt}: {error}", file=sys.stderr, flush=True)
 

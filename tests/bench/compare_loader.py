@@ -30,8 +30,8 @@ import torch
 import webdataset
 
 from gan_dist.bench.loader import memcpy_rate
+from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.data.order import Order
-from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import Stream
 from tests.helpers.datasets import write_dataset
 

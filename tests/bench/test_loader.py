@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gan_dist.cli.main import app
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.order import Order
-from gan_dist.data.shards import MANIFEST, open_dataset
+from gan_dist.data.shards import MANIFEST
 from tests.helpers.datasets import write_dataset
 
 ASK = """
@@ -21,7 +22,7 @@ import json, sys
 from pathlib import Path
 import torch
 from gan_dist.data.order import Order
-from gan_dist.data.shards import open_dataset
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.stream import Stream
 
 def anonymous():

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 from tests.cluster.conf import Layout, cgroup_conf, hosts_file, slurm_conf
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter", "setpriv")
@@ -224,9 +224,9 @@ class Cluster:
         """Writes the configuration, with these fields of Layout changed; a running cluster takes it over."""
         self.layout = replace(self.layout, **settings)
         # Whole or not at all: a daemon that is still reading for the last change dies of half a file.
-        publish(self.directory / "slurm.conf", slurm_conf(self.layout).encode())
-        publish(self.directory / "cgroup.conf", cgroup_conf(self.layout).encode())
-        publish(self.directory / "hosts", hosts_file(self.layout).encode())
+        write_atomically(self.directory / "slurm.conf", slurm_conf(self.layout).encode())
+        write_atomically(self.directory / "cgroup.conf", cgroup_conf(self.layout).encode())
+        write_atomically(self.directory / "hosts", hosts_file(self.layout).encode())
         if settings:
             self.run("scontrol", "reconfigure")
 

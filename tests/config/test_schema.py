@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gan_dist.config.base import expand_path, known_keys
+from gan_dist.config.base import known_keys
 from gan_dist.config.diff import change_rule, changes
 from gan_dist.config.schema import Config, load_config, preset, to_yaml
 from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import expand_source
 
 BASE = {"data": {"shards": "/tmp/set"}}
 
@@ -136,12 +137,12 @@ def test_paths_expand_where_they_are_used(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("HOME", "/home/ana")
     monkeypatch.setenv("SCRATCH", "/scratch/ana")
     monkeypatch.chdir(tmp_path)
-    assert expand_path("~/set") == "/home/ana/set"
-    assert expand_path("$SCRATCH/set") == expand_path("${SCRATCH}/set") == "/scratch/ana/set"
-    assert expand_path("set/../other") == str(tmp_path / "other")
-    assert expand_path("https://host/a$b") == "https://host/a$b"
+    assert expand_source("~/set") == "/home/ana/set"
+    assert expand_source("$SCRATCH/set") == expand_source("${SCRATCH}/set") == "/scratch/ana/set"
+    assert expand_source("set/../other") == str(tmp_path / "other")
+    assert expand_source("https://host/a$b") == "https://host/a$b"
     with pytest.raises(UserError, match="UNSET_HERE is not set"):
-        expand_path("$UNSET_HERE/set")
+        expand_source("$UNSET_HERE/set")
 
 
 def test_every_key_is_documented() -> None:

@@ -14,7 +14,8 @@ import torch
 import webdataset
 from webdataset.writer import TarWriter
 
-from gan_dist.data.shards import FORMAT, MANIFEST, ShardWriter, open_dataset, read_manifest
+from gan_dist.data.dataset import open_dataset
+from gan_dist.data.shards import FORMAT, MANIFEST, ShardWriter, read_manifest
 from gan_dist.utils.errors import UserError
 from tests.helpers.datasets import write_dataset
 

@@ -12,9 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gan_dist.data.gather import Gather, gather
+from gan_dist.data.dataset import Dataset, Gather, gather, open_dataset
 from gan_dist.data.order import Order
-from gan_dist.data.shards import Dataset, open_dataset
 from gan_dist.data.stream import RING, Stream
 from gan_dist.utils.errors import UserError
 

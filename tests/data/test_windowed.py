@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order
-from gan_dist.data.remote.cache import open_remote
-from gan_dist.data.remote.fetch import Patience
-from gan_dist.data.shards import MANIFEST, Dataset, open_dataset
+from gan_dist.data.remote.fetch import RetryPolicy
+from gan_dist.data.shards import MANIFEST
 from gan_dist.data.stream import RING, Resident, Stream, choose_placement, stage
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.datasets import write_dataset
@@ -26,7 +26,7 @@ from tests.helpers.server import Server
 
 CPU = torch.device("cpu")
 SIZES = (6, 9, 5, 8, 7, 9, 4, 8, 6, 5)
-HASTY = Patience(tries=2, backoff_s=0.02, stall_s=1)
+HASTY = RetryPolicy(tries=2, backoff_s=0.02, stall_s=1)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_a_shard_that_cannot_be_had_ends_the_stream_with_its_name(source: Path, 
     lost = f"shard-{order.windows(0)[4][0]:05d}.tar"
     with (
         Server(source, lambda name, nth: "corrupt" if name == lost else None) as server,
-        open_remote(server.address, tmp_path, window_shards=1, patience=HASTY) as dataset,
+        open_remote(server.address, tmp_path, window_shards=1, retry=HASTY) as dataset,
         streaming(dataset, order) as stream,
         pytest.raises(UserError, match=f"{lost} differs from its sha256"),
     ):
@@ -226,10 +226,10 @@ def test_a_damaged_header_is_found_before_training(
         path.write_bytes(content)
         with open_dataset(tmp_path / "set") as dataset, pytest.raises(UserError, match=r"00004\.tar .* at sample 2"):
             stage(dataset, "memory")
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     with open_dataset(source) as dataset:
-        assert stage(dataset, "memory", progress=lambda *words: told.append(words)) is None
-        assert told[-1][0] == "reading" and told[-1][1] == told[-1][2] > 0
+        assert stage(dataset, "memory", progress=lambda *words: calls.append(words)) is None
+        assert calls[-1][0] == "reading" and calls[-1][1] == calls[-1][2] > 0
         monkeypatch.setattr("gan_dist.data.stream.available_memory", lambda: 100_000)
         warning = stage(dataset, "memory")
         assert warning is not None and "data.window_shards" in warning
@@ -238,7 +238,7 @@ def test_a_damaged_header_is_found_before_training(
 def _train_on_rank(rank: int, size: int, address: str, cache: str, expected: str, window: int) -> None:
     placement = "windowed" if window else "memory"
     with (
-        open_remote(address, cache, window_shards=window, patience=Patience(6, 0.05, 1)) as dataset,
+        open_remote(address, cache, window_shards=window, retry=RetryPolicy(6, 0.05, 1)) as dataset,
         open_dataset(expected) as here,
     ):
         stage(dataset, placement)
@@ -269,7 +269,7 @@ def test_abandoned_reads_do_not_leave_threads(source: Path, tmp_path: Path) -> N
     before = {thread.name for thread in threading.enumerate()}
     with (
         Server(source) as server,
-        open_remote(server.address, tmp_path, window_shards=1, patience=HASTY) as dataset,
+        open_remote(server.address, tmp_path, window_shards=1, retry=HASTY) as dataset,
         pytest.raises(GanDistError),
     ):
         server.fault = lambda name, nth: "500"

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from gan_dist.data.gather import gather
+from gan_dist.data.dataset import gather, open_dataset
 from gan_dist.data.order import Order
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.synthetic import paint_folder
-from gan_dist.data.shards import open_dataset
 from gan_dist.distributed.world import World, join
 from gan_dist.evaluation import evaluate as evaluating
 from gan_dist.evaluation import inception

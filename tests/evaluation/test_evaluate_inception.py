@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gan_dist.data.gather import gather
+from gan_dist.data.dataset import gather, open_dataset
 from gan_dist.data.order import Order
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.synthetic import paint_folder
 from gan_dist.data.prepare.verify import verify
-from gan_dist.data.shards import open_dataset
 from gan_dist.distributed.world import World, join
 from gan_dist.evaluation import inception
 from gan_dist.evaluation.protocol import Evaluation

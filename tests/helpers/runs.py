@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from gan_dist.data.gather import gather
-from gan_dist.data.shards import Dataset
+from gan_dist.data.dataset import Dataset, gather
 from gan_dist.distributed.world import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.telemetry.gallery import Gallery

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import publish
+from gan_dist.utils.files import write_atomically
 from launch import slurm, snapshot, submit
 from launch.cli import pipeline, stop, tensorboard
 from launch.cli import submit as submit_command
@@ -123,7 +123,9 @@ def test_a_full_disk_is_one_line_and_leaves_no_job(
         submit_training(config, [], load_cluster(None), run)
     assert not run.exists() and not fake.told("sbatch")
     monkeypatch.setattr(
-        submit, "publish", lambda path, text: (full if path.name == "job.json" else publish)(path, text)
+        submit,
+        "write_atomically",
+        lambda path, text: (full if path.name == "job.json" else write_atomically)(path, text),
     )
     with pytest.raises(GanDistError, match=line):
         submit_training(config, [], load_cluster(None), run)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from gan_dist.data.shards import open_dataset
+from gan_dist.data.dataset import open_dataset
 from gan_dist.report import films
 from gan_dist.report.charts import Chart, Series, bucketed, log_ticks, render, short, smoothed, ticks
 from gan_dist.report.curves import curves

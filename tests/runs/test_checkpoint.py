@@ -134,7 +134,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("refused", ["write_durably", "flush_directory"])
+@pytest.mark.parametrize("refused", ["write_durably", "fsync_folder"])
 def test_a_disk_that_refuses_leaves_the_older_one_and_no_litter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:

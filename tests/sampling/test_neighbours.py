@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gan_dist.data.gather import gather
-from gan_dist.data.shards import FORMAT, MANIFEST, Dataset, Manifest, ShardWriter, open_dataset
+from gan_dist.data.dataset import Dataset, gather, open_dataset
+from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardWriter
 from gan_dist.distributed.world import join
 from gan_dist.sampling import neighbours
 from gan_dist.sampling.neighbours import draw_neighbours, find_neighbours, nearest

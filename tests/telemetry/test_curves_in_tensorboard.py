@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gan_dist.data.shards import open_dataset
+from gan_dist.data.dataset import open_dataset
 from gan_dist.runs.record import read_metrics
 from gan_dist.telemetry.telemetry import put_in_order
 from tests.helpers.browser import browser

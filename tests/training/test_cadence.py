@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from gan_dist.data.shards import open_dataset
+from gan_dist.data.dataset import open_dataset
 from gan_dist.runs.checkpoint import load, step_directories
 from gan_dist.training.trainer import train
 from tests.helpers.ranks import run_ranks

@@ -18,6 +18,7 @@ from gan_dist.training import checkpointer as checkpointing
 from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import GanDistError
+from gan_dist.utils.files import write_durably
 from gan_dist.utils.stop import StopRequest
 from gan_dist.utils.tensors import copy_state
 from tests.helpers.ranks import run_ranks
@@ -128,7 +129,7 @@ def test_on_a_gpu_what_is_saved_is_the_step_that_was_copied(tmp_path: Path) -> N
 def test_training_goes_on_without_a_disk_and_says_so(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, write = tmp_path / "run", checkpoint.write_durably
+    run, write = tmp_path / "run", write_durably
 
     def refuse(path: Path, content: Any) -> None:
         if path.name == "state.pt" and f"step-{3:08d}" in str(path):
@@ -148,7 +149,7 @@ def test_training_goes_on_without_a_disk_and_says_so(
 def test_a_stop_whose_checkpoint_fails_is_a_failure(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, stop, write = tmp_path / "run", StopRequest(), checkpoint.write_durably
+    run, stop, write = tmp_path / "run", StopRequest(), write_durably
     train(small(dataset), run_dir=run, max_steps=3, console=False)
 
     def refuse(path: Path, content: Any) -> None:

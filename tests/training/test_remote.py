@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.order import Order
-from gan_dist.data.shards import MANIFEST, open_dataset
+from gan_dist.data.shards import MANIFEST
 from gan_dist.training.trainer import train
 from tests.helpers.processes import Ranks
 from tests.helpers.server import Server

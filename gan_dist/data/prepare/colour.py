@@ -1,4 +1,4 @@
-"""Every colour mode and profile -> 8-bit sRGB."""
+"""Pictures of any colour mode and profile -> 8-bit sRGB."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, JpegImagePlugin
 
-from gan_dist.data.prepare.rejects import Rejected
+from gan_dist.data.prepare.account import Rejected
 
 Converter = Callable[[Image.Image], Image.Image]
 
 
 def normaliser(image: Image.Image) -> tuple[str, Converter]:
-    """Returns a mode that can be resampled (L, RGB, RGBa, CMYK) and how any part of the decoded `image` becomes it."""
+    """Returns a mode that can be resampled (L, RGB, RGBa, CMYK), and the conversion of any part of `image` to it."""
     mode = image.mode
     if mode.startswith(("I", "F")):
         return "L", _tone_map(image)
@@ -25,7 +25,7 @@ def normaliser(image: Image.Image) -> tuple[str, Converter]:
         return "RGBa", lambda part: part if part.mode == "RGBa" else part.convert("RGBA").convert("RGBa")
     if mode == "CMYK":
         if isinstance(image, JpegImagePlugin.JpegImageFile) and "adobe" not in image.info:
-            # Pillow inverts every CMYK JPEG; only those that Adobe's marker announces are stored inverted
+            # Pillow inverts every CMYK JPEG, but only those with Adobe's marker are stored inverted
             return "CMYK", lambda part: Image.eval(part, lambda value: 255 - value)
         return "CMYK", lambda part: part
     if mode == "LAB":
@@ -38,8 +38,8 @@ def normaliser(image: Image.Image) -> tuple[str, Converter]:
 
 
 def _tone_map(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Returns the conversion of deep gray to 8 bits. The white point is 65535 for 16-bit data. Integers and floats of
-    32 bits have none: it is the smallest of 1 (floats), 255, 65535 that holds the maximum, or else the maximum."""
+    """Returns the conversion of deep grey to 8 bits. The white point is 65535 for 16-bit data. Integers and floats of
+    32 bits have none: it is the smallest of 1 (floats), 255 and 65535 that is not below the maximum, or the maximum."""
     if image.mode.startswith("I;16"):
         white = 65535.0
     else:
@@ -74,7 +74,7 @@ def _lab_to_rgb(part: Image.Image) -> Image.Image:
 
 
 def to_srgb(picture: Image.Image, image: Image.Image, flags: list[str]) -> Image.Image:
-    """Returns `picture` as sRGB. Colours are converted after resampling: on S x S pixels instead of millions."""
+    """Returns `picture` in sRGB. Colours are converted after resampling: S x S pixels instead of millions."""
     profile = image.info.get("icc_profile")
     if profile and image.mode != "LAB":
         try:

@@ -1,6 +1,6 @@
-"""Any image bytes -> one square uint8 RGB picture, or a named reason why not.
+"""Any image bytes -> one square uint8 RGB picture, or a reject with its reason.
 
-The way: identify by content, refuse what would not fit in memory, decode (JPEG at a reduced scale), orient by EXIF,
+The steps: identify by content, refuse what would not fit in memory, decode (JPEG at a reduced scale), orient by EXIF,
 normalise the mode, composite transparency, shrink the short edge to S, crop the centre, convert colours to sRGB.
 """
 
@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.colour import Converter, normaliser, to_srgb
-from gan_dist.data.prepare.rejects import Rejected
 
 RESAMPLE = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -30,23 +30,23 @@ RESAMPLE = {
     "box": Image.Resampling.BOX,
 }
 BACKGROUND = (255, 255, 255)
-"""Transparency is composited on white, the paper that drawings are made on."""
+"""Transparency is composited on white, like the paper of a drawing."""
 
 MEMORY_LIMIT = 800 * 2**20
-"""Bytes that one image may cost: its encoded data, its decoded pixels and the decoder's own buffers together."""
+"""Bytes that one image may take: its encoded data, its decoded pixels and the decoder's own buffers together."""
 
 _LONGEST_TEXT = 2**26
-"""Bytes of one PNG comment. Photoshop's edit histories are longer than Pillow's 1 MiB, which loses the picture."""
+"""Bytes of one PNG comment. With Pillow's own limit of 1 MiB, pictures with a Photoshop edit history are lost."""
 
 STRIP_PIXELS = 2**22
-"""Pictures above this are converted in strips, so that they are never held twice."""
+"""Larger pictures are converted in strips, so that they are never in memory twice."""
 
 # Bytes a pixel that decoding takes at its peak, rounded up: measured on 4000x4000 RGB(A) pictures with Pillow 13 (PNG
 # 4.1, AVIF 9.6, WEBP 16.1, JPEG2000 19.6-24.7); TIFF has 4.1, and as much again where it is a single strip.
 _BYTES_PER_PIXEL = {"PNG": 5, "TIFF": 8, "AVIF": 12, "WEBP": 17, "JPEG2000": 25}
 _OTHER_BYTES_PER_PIXEL = 8
 
-# No EPS (it would start ghostscript), no stubs that need a handler, no formats that accept any bytes whatever.
+# No EPS (it would start ghostscript), no stubs that need a handler, no formats that accept any bytes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "DDS", "PCX")
 _RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XBM", "XPM")
 _KNOWN_BUT_UNREAD = {
@@ -66,15 +66,15 @@ textures against a full decode with LANCZOS: at 4 the mean difference is 0.25 of
 _REDUCING_GAP = 3
 """Other pictures are box-reduced by whole factors to this many times S before the real filter (Pillow's own rule)."""
 _RESIZED_PIXELS = 2**24
-"""A picture is cut to its middle first where the short edge at S would leave more than this: 1x60000 at 64 would be
-blown up to 64x3840000."""
+"""A picture that would have more pixels than this after resizing is cropped to its middle first: 1x60000 at 64 would
+become 64x3840000."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How pictures become squares. `resolution`: S; `resample`: a name of `RESAMPLE`; `min_side`: reject below this
-    short edge; `keep_truncated`: keep what could be decoded, flagged; `full_decode`: no scaled decode and no box
-    reduction (with bilinear the pixels then equal torchvision's Resize + CenterCrop)."""
+    """How pictures become squares. `resolution`: S; `resample`: a name in RESAMPLE; `min_side`: the least short edge;
+    `keep_truncated`: keep, flagged, what can be decoded of a truncated file; `full_decode`: no scaled decoding and no
+    box reduction (bilinear pixels then equal torchvision's Resize + CenterCrop)."""
 
     resolution: int = 64
     resample: str = "lanczos"
@@ -85,8 +85,8 @@ class Recipe:
 
 @dataclass
 class Square:
-    """A picture ready for a shard: `pixels` uint8 (3, S, S); the original's `width` and `height` (as shown, after
-    orientation), Pillow `mode` and `format`; `flags`: what was done beyond the ordinary."""
+    """A picture ready for a shard: `pixels` uint8 (3, S, S); the original's `width` and `height` (as displayed, after
+    orientation), Pillow `mode` and `format`; `flags`: any special treatment; `seconds` by stage."""
 
     pixels: NDArray[np.uint8]
     width: int
@@ -101,7 +101,7 @@ def square(data: bytes, recipe: Recipe) -> Square:
     """Returns the picture in `data` as a square.
 
     Raises:
-        Rejected: with the reason why there is none. Nothing else, whatever the bytes are.
+        Rejected: there is none. Nothing else is raised, whatever the bytes are.
     """
     if not data:
         raise Rejected("empty")
@@ -132,8 +132,8 @@ def square(data: bytes, recipe: Recipe) -> Square:
 
 @contextmanager
 def _switched(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """Sets one of Pillow's switches for a while. They are global to the process: workers are processes, with nothing
-    else to decode meanwhile."""
+    """A context in which one of Pillow's switches is set. They are global to the process, but a worker process decodes
+    one picture at a time."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -144,8 +144,8 @@ def _switched(module: ModuleType, name: str, value: object) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A decoded picture: the original's `width`, `height`, `mode` as stored, its EXIF `orientation`, and `extent`, the
-    part of the decoded `image` that the original covers (a scaled JPEG's last row and column may stick out of it)."""
+    """A decoded picture: the original's stored `width`, `height` and `mode`, its EXIF `orientation`, and `extent`, its
+    size in the decoded `image` (the last row and column of a scaled JPEG may exceed it)."""
 
     image: Image.Image
     width: int
@@ -176,34 +176,34 @@ def _decode(data: bytes, recipe: Recipe) -> _Opened:
 @lru_cache(maxsize=1)
 def _plugins() -> list[tuple[str, Callable[..., Image.Image], Callable[[bytes], bool | str]]]:
     Image.init()
-    found: list[tuple[str, Callable[..., Image.Image], Callable[[bytes], bool | str]]] = []
+    plugins: list[tuple[str, Callable[..., Image.Image], Callable[[bytes], bool | str]]] = []
     for name in (*_FORMATS, *_RARE_FORMATS):
         if name in Image.OPEN:
             factory, accept = Image.OPEN[name]
             if accept is not None:
-                found.append((name, factory, accept))
-    return found
+                plugins.append((name, factory, accept))
+    return plugins
 
 
 def recognised(prefix: bytes) -> bool:
-    """Returns whether bytes that begin like this (16 suffice) are of an image format."""
+    """Returns whether these first bytes (16 suffice) are those of an image format."""
     return any(_accepts(accept, prefix) for _, _, accept in _plugins())
 
 
 def _accepts(accept: Callable[[bytes], bool | str], prefix: bytes) -> bool | str:
     try:
         return accept(prefix)
-    except (IndexError, struct.error):  # fewer bytes than it looks at
+    except (IndexError, struct.error):  # fewer bytes than it reads
         return False
 
 
 def _open(data: bytes) -> Image.Image:
-    """Opens by content. Not Image.open: that judges a picture by its full pixel count, before a JPEG could be scaled,
-    by a limit that is global to the process."""
+    """Returns the picture, identified by its content. Not Image.open, which refuses a picture by its full pixel count,
+    before a JPEG could be scaled, with a limit that is global to the process."""
     prefix = data[:16]
     for name, factory, accept in _plugins():
         verdict = _accepts(accept, prefix)
-        if isinstance(verdict, str):  # recognised, but this Pillow was built without its codec
+        if isinstance(verdict, str):  # recognised, but this Pillow has no codec for it
             raise Rejected("unsupported", f"{name}: {verdict}")
         if verdict:
             with _named_failures(name):
@@ -219,7 +219,7 @@ def _open(data: bytes) -> Image.Image:
 
 @contextmanager
 def _named_failures(name: str) -> Iterator[None]:
-    """Turns whatever a decoder raises into a Rejected with the format's name in front."""
+    """A context that turns whatever a decoder raises into a Rejected that begins with the format's name."""
     try:
         yield
     except Rejected:
@@ -242,10 +242,10 @@ def _named_failures(name: str) -> Iterator[None]:
 
 
 def _refuse_large(image: Image.Image, encoded: int, pixels: int) -> None:
-    """Raises Rejected when decoding at the size that `image` is set to would take more than MEMORY_LIMIT."""
+    """Raises Rejected if decoding `image` at its current scale would take more than MEMORY_LIMIT."""
     need = encoded + _BYTES_PER_PIXEL.get(image.format or "", _OTHER_BYTES_PER_PIXEL) * image.size[0] * image.size[1]
     if image.info.get("progressive") and isinstance(image, JpegImagePlugin.JpegImageFile):
-        # libjpeg holds every coefficient (2 bytes) of a progressive picture, at any scale
+        # libjpeg keeps every coefficient (2 bytes) of a progressive picture in memory, at any scale
         need += 2 * pixels * len(image.getbands())
     if need > MEMORY_LIMIT:
         limit = f"more than {MEMORY_LIMIT // 2**20}"
@@ -253,7 +253,7 @@ def _refuse_large(image: Image.Image, encoded: int, pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8; 1 when there is none or it is nonsense."""
+    """Returns the EXIF orientation, 1 to 8; 1 when there is none or it is invalid."""
     if "exif" not in image.info and image.format not in ("TIFF", "PNG", "WEBP", "MPO", "AVIF"):
         return 1
     try:
@@ -315,7 +315,7 @@ def _middle(image: Image.Image, widest: int) -> tuple[Image.Image, tuple[float, 
 def _turned_box(
     size: tuple[int, int], box: tuple[float, float, float, float], orientation: int
 ) -> tuple[float, float, float, float]:
-    """Returns where `box`, the extent of a picture of `size`, lies after the orientation's transposition."""
+    """Returns `box`, the extent of a picture of `size`, after the orientation's transposition."""
     spare = (size[0] - box[2], size[1] - box[3])
     across, down = box[2:]
     if orientation > 4:
@@ -326,8 +326,8 @@ def _turned_box(
 
 
 def _reduced(image: Image.Image, mode: str, convert: Converter, factor: int) -> Image.Image:
-    """Returns the picture in `mode`, box-reduced by `factor`; converted in strips, so that a large one is never held
-    twice."""
+    """Returns the picture in `mode`, box-reduced by `factor`. A large one is converted in strips, so that it is never
+    in memory twice."""
     if factor == 1:
         return convert(image)
     width, height = image.size

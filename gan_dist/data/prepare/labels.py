@@ -15,8 +15,8 @@ from gan_dist.utils.files import expand
 
 @dataclass
 class Labels:
-    """`ids`: the class id of each entry, or None; `classes`: the names; `counts`: unlabelled and ambiguous entries;
-    `origin`: what the recipe says of them."""
+    """The classes of the entries. `ids`: the class of each entry, or None; `classes`: the names; `counts`: unlabelled
+    and ambiguous entries; `origin`: their source, for the recipe."""
 
     ids: list[int | None]
     classes: tuple[str, ...] = ()
@@ -27,8 +27,8 @@ class Labels:
 def label(
     spec: str | None, entries: Sequence[Entry], sources: Sequence[Source], cls: Mapping[tuple[int, str], str]
 ) -> Labels:
-    """Returns the labels that `spec` asks for: None (the `.cls` members, where there are any), `folders` (the name of
-    the folder that a file lies in), or `CSV:FILECOL:LABELCOL`.
+    """Returns the labels that `spec` names: None (the `.cls` members, if any), `folders` (the name of a file's folder),
+    or `CSV:FILECOL:LABELCOL`.
 
     Raises:
         UserError: a table that cannot be read, has no such columns, or matches no entry.
@@ -44,7 +44,7 @@ def label(
         origin = spec
         if not any(names):
             raise UserError(
-                "--labels folders: no image lies in a folder of its source: give the folder above as source"
+                "--labels folders: no image is in a folder of its source: give the parent folder as the source"
             )
     else:
         table, origin = _read_table(spec)
@@ -93,8 +93,10 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
 def _match(
     table: Mapping[str, set[str]], entries: Sequence[Entry], sources: Sequence[Source]
 ) -> tuple[list[str | None], int]:
-    """Matches by relative path (with or without the source's own name before it), then by unique basename. Returns the
-    label of each entry and the number of entries whose label is ambiguous."""
+    """Returns the label of each entry, and the number of entries whose label is ambiguous.
+
+    Files match by relative path, with or without the source's name before it, or else by a file name that is unique.
+    """
     rows = Counter(PurePosixPath(path).name for path in table)
     by_name = {PurePosixPath(path).name: labels for path, labels in table.items()}
     files = Counter(PurePosixPath(entry.place[1]).name for entry in entries)
@@ -103,9 +105,9 @@ def _match(
     for entry in entries:
         source, path = entry.place[0], str(PurePosixPath(entry.place[1]))
         name = PurePosixPath(path).name
-        found = table.get(path) or table.get(f"{sources[source].stem}/{path}")
-        if found is None and name in by_name:
-            found = by_name[name] if rows[name] == 1 and files[name] == 1 else {"", "ambiguous"}
-        ambiguous += found is not None and len(found) > 1
-        names.append(next(iter(found)) if found and len(found) == 1 else None)
+        labels = table.get(path) or table.get(f"{sources[source].stem}/{path}")
+        if labels is None and name in by_name:
+            labels = by_name[name] if rows[name] == 1 and files[name] == 1 else {"", "ambiguous"}
+        ambiguous += labels is not None and len(labels) > 1
+        names.append(next(iter(labels)) if labels and len(labels) == 1 else None)
     return names, ambiguous

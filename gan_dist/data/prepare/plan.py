@@ -1,7 +1,7 @@
-"""What a preparation will do, settled before anything is decoded: which entries, in which order, under which recipe.
+"""The plan of a preparation, made before anything is decoded: which entries, in which order, by which recipe.
 
-The plan is a pure function of sources and options. It is written into OUT/.prepare, and every later run or task that
-works on OUT must make the same one: so shard i is the same whoever writes it.
+It is a pure function of sources and options. It is written into OUT/.prepare, and every later run or task on OUT must
+arrive at the same one: so shard i is the same whoever writes it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import Any, TypeVar
 import PIL
 from PIL import features
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import BACKGROUND, Recipe
 from gan_dist.data.prepare.labels import label
 from gan_dist.data.prepare.reading import Reader, SourceChanged
-from gan_dist.data.prepare.rejects import Rejected
 from gan_dist.data.prepare.sources import Entry, Listing, Source, list_source, open_source
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import clear_temporaries, expand, publish
+from gan_dist.utils.files import clear_temporaries, expand, write_atomically
 from gan_dist.utils.locks import Locks
 
 _T = TypeVar("_T")
 FOLDER = ".prepare"
-"""Where OUT keeps its plan and what is done of it."""
+"""The folder in OUT that keeps the plan and the records of finished shards."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What makes one dataset another: the image recipe, replacements, labels, dedupe, source entries a shard."""
+    """The options that change the dataset: image recipe, replacements, labels, dedupe, source entries a shard."""
 
     image: Recipe = field(default_factory=Recipe)
     replacements: str | None = None
@@ -45,17 +45,17 @@ class Options:
     dedupe: bool = False
     shard_samples: int = 4096
 
-    def given(self) -> dict[str, Any]:
-        """Returns all that differs from the defaults, named as `prepare` and the command line name it."""
-        here = {name: value for name, value in vars(self).items() if name != "image"} | vars(self.image)
-        usual = vars(Options()) | vars(Recipe())
-        return {name: value for name, value in here.items() if value != usual[name]}
+    def non_defaults(self) -> dict[str, Any]:
+        """Returns the options that differ from their defaults, under the names of `prepare`'s arguments."""
+        values = {name: value for name, value in vars(self).items() if name != "image"} | vars(self.image)
+        defaults = vars(Options()) | vars(Recipe())
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 @dataclass
 class Plan:
-    """`entries`: what is to be decoded; entry k has key k and goes to shard k // shard_samples. `ids`: its class or
-    None. `counts`: what was found beside them. `digest`: sha256 of all that decides the result."""
+    """`entries`: to be decoded; entry k has key k and goes to shard k // shard_samples. `ids`: its class, or None.
+    `counts`: of the other files. `digest`: sha256 of everything that determines the result."""
 
     sources: list[Source]
     entries: list[Entry]
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """Shards, were none of them empty."""
+        """The number of shards, including those that turn out empty."""
         return -(-len(self.entries) // self.shard_samples)
 
     def keys(self, shard: int) -> range:
@@ -79,32 +79,34 @@ class Plan:
         return range(shard * self.shard_samples, min((shard + 1) * self.shard_samples, len(self.entries)))
 
     def describe(self, entry: Entry) -> dict[str, str]:
-        """Returns what sidecars and rejects say of where an entry comes from."""
+        """Returns the origin of an entry, for sidecars and rejects."""
         source, path = entry.place
-        told = {"source": self.sources[source].name, "path": path}
+        origin = {"source": self.sources[source].name, "path": path}
         if entry.stands_for:
-            told |= {"replaced_by": f"{self.sources[entry.source].name}/{entry.path}"}
-        return told
+            origin |= {"replaced_by": f"{self.sources[entry.source].name}/{entry.path}"}
+        return origin
 
 
-def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) -> Plan:
-    """Returns the plan for the sources `found`, each a path and a name.
+def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) -> Plan:
+    """Returns the plan for the sources at `paths`, each a path and a name.
 
     Raises:
         UserError: a source that is missing, damaged or without images; labels that do not fit.
     """
+    # open the sources, the replacements last
     if options.replacements:
         extra = expand(options.replacements)
-        found = [*found, (extra, extra.name)]
+        paths = [*paths, (extra, extra.name)]
     uses: Counter[str] = Counter()
     sources: list[Source] = []
-    for path, name in found:
+    for path, name in paths:
         uses[name] += 1
         sources.append(open_source(path, f"{name}#{uses[name]}" if uses[name] > 1 else name))
-    _refuse_twice(sources)
+    _check_distinct(sources)
     for source in sources:
         if source.kind == "folder" and (out == Path(source.path) or out in Path(source.path).parents):
-            raise UserError(f"source {source.path} lies in OUT ({out}): choose another folder for the dataset")
+            raise UserError(f"source {source.path} is inside OUT ({out}): choose another folder for the dataset")
+    # list their entries, settle replacements and duplicates
     listings = [list_source(source, number, exclude=out) for number, source in enumerate(sources)]
     skipped: Counter[str] = sum((listing.skipped for listing in listings), Counter())
     seen = sum(len(listing.entries) for listing in listings) + skipped.total()
@@ -116,6 +118,7 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     if options.dedupe:
         entries, duplicates = _dedupe(entries, sources)
         skipped["duplicate"] += len(duplicates)
+    # label the entries, describe it all
     cls = {(i, path): name for i, listing in enumerate(listings) for path, name in listing.classes.items()}
     labels = label(options.labels, entries, sources, cls)
     recipe = asdict(options.image) | {
@@ -140,7 +143,7 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     notes = [note for listing in listings for note in listing.notes]
     if nested := skipped["nested archive"]:
         notes.append(
-            f"{nested:,} archives inside the sources were not opened: give them as sources to have their images"
+            f"{nested:,} archives inside the sources were not opened: name them as sources to include their images"
         )
     plan = Plan(
         sources,
@@ -154,14 +157,14 @@ def make_plan(found: Sequence[tuple[Path, str]], options: Options, out: Path) ->
         options.image,
         options.shard_samples,
     )
-    told = [recipe, counts, labels.classes, labels.ids, [(entry.source, entry.place) for entry in entries]]
-    plan.digest = hashlib.sha256((json.dumps(told) + _digest(entries)).encode()).hexdigest()
+    content = [recipe, counts, labels.classes, labels.ids, [(entry.source, entry.place) for entry in entries]]
+    plan.digest = hashlib.sha256((json.dumps(content) + _digest(entries)).encode()).hexdigest()
     return plan
 
 
-def _refuse_twice(sources: Sequence[Source]) -> None:
-    """Raises UserError when a source is given twice, or a folder within another: its images would be taken twice. (A
-    zip in a folder is not: what lies in folders is not unpacked.)"""
+def _check_distinct(sources: Sequence[Source]) -> None:
+    """Raises UserError when a source is given twice, or a folder inside another: its images would be taken twice. (An
+    archive inside a folder is no problem: it is not opened there.)"""
     known: set[Path] = set()
     places = [Path(os.path.realpath(source.path)) for source in sources]
     for place, source in zip(places, sources, strict=True):
@@ -170,16 +173,16 @@ def _refuse_twice(sources: Sequence[Source]) -> None:
         known.add(place)
     for place, source in zip(places, sources, strict=True):
         if source.kind == "folder" and (outer := known.intersection(place.parents)):
-            raise UserError(f"source {source.path} lies in the source {outer.pop()}: its images would be taken twice")
+            raise UserError(f"source {source.path} is inside the source {outer.pop()}: its images would be taken twice")
 
 
 def _decoders() -> dict[str, str]:
-    """Returns the versions on which pixels may depend."""
-    found = {"pillow": PIL.__version__}
+    """Returns the versions of the decoders, on which pixels may depend."""
+    versions = {"pillow": PIL.__version__}
     for name in ("libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "littlecms2"):
         if version := features.version(name):
-            found[name] = version
-    return found
+            versions[name] = version
+    return versions
 
 
 def _digest(entries: Sequence[Entry], stamps: bool = True) -> str:
@@ -188,9 +191,12 @@ def _digest(entries: Sequence[Entry], stamps: bool = True) -> str:
 
 
 def _replace(listings: Sequence[Listing], sources: Sequence[Source], skipped: Counter[str]) -> tuple[list[Entry], int]:
-    """Returns the entries with those of the last listing standing for originals of the same name, and how many were
-    replaced. Among several of a name, the one that shares most folders above it is meant (`train/1.jpg` in the zip is
-    `1.jpg` in the source `train`); where that leaves a choice, none is. Others of the last listing are skipped."""
+    """Returns the entries, with originals replaced by entries of the last listing, and the number replaced.
+
+    A replacement has its original's file name. Among several originals of that name, the one that shares most parent
+    folders is replaced (`train/1.jpg` in the zip replaces `1.jpg` of the source `train`); if that leaves a choice, none
+    is. Replacements that are not used are counted in `skipped`.
+    """
     *originals, replacements = listings
     entries = [entry for listing in originals for entry in listing.entries]
     places = [_parts(entry, sources) for entry in entries]
@@ -220,21 +226,21 @@ def _parts(entry: Entry, sources: Sequence[Source]) -> tuple[str, ...]:
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """Returns how many parts two paths share at their ends."""
+    """Returns the number of parts that two paths have in common at their ends."""
     pairs = zip(reversed(one), reversed(other), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _best(scored: Sequence[tuple[int, _T]]) -> tuple[int, _T | None]:
-    """Returns the highest score and what has it, or None when several have it or there is nothing (score 0)."""
+    """Returns the highest score and its owner; the owner is None when there are several, or none (score 0)."""
     top = max((score for score, _ in scored), default=0)
     best = [what for score, what in scored if score == top]
     return top, best[0] if len(best) == 1 else None
 
 
 def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry], list[dict[str, str]]]:
-    """Returns the entries without the later ones of equal content, and what was left out. Only files of equal size (in
-    zips: of equal size and checksum) are read for it."""
+    """Returns the entries without later copies of equal content, and a record of each copy. Only files of equal size
+    (in zips, of equal size and checksum) are read."""
     groups: dict[tuple[int, str], list[int]] = {}
     zipped = all(sources[entry.source].kind == "zip" for entry in entries)
     for index, entry in enumerate(entries):
@@ -242,36 +248,36 @@ def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry
             groups.setdefault((entry.size, entry.stamp if zipped else ""), []).append(index)
 
     def first_of_each(group: list[int]) -> list[tuple[int, int]]:
-        reader, found = Reader(sources), []
+        reader, copies = Reader(sources), []
         known: dict[bytes, int] = {}
         for index in group:
             try:
                 content = hashlib.sha256(reader.read(entries[index])).digest()
             except (Rejected, SourceChanged):
-                continue  # the decoding will find the same, and tell
+                continue  # decoding it will fail too, and be recorded
             if (first := known.setdefault(content, index)) != index:
-                found.append((index, first))
+                copies.append((index, first))
         reader.close()
-        return found
+        return copies
 
     with ThreadPoolExecutor(4) as pool:
         same = dict(
             pair for part in pool.map(first_of_each, (g for g in groups.values() if len(g) > 1)) for pair in part
         )
 
-    def told(index: int) -> str:
+    def name(index: int) -> str:
         source, path = entries[index].place
         return f"{sources[source].name}/{path}"
 
-    left_out = [{"duplicate": told(index), "of": told(same[index])} for index in sorted(same)]
+    left_out = [{"duplicate": name(index), "of": name(same[index])} for index in sorted(same)]
     return [entry for index, entry in enumerate(entries) if index not in same], left_out
 
 
 def claim(out: Path) -> Locks:
-    """Returns the locks of `out`, having made the folder when it was not there.
+    """Returns the locks of `out`, having made the folder where it was missing.
 
     Raises:
-        UserError: `out` cannot be written, or holds other files.
+        UserError: `out` is not writable, or holds other files.
     """
     folder = out / FOLDER
     try:
@@ -284,42 +290,45 @@ def claim(out: Path) -> Locks:
 
 
 def settle(plan: Plan, out: Path) -> None:
-    """Writes the plan into `out`, or checks that it is the one already there.
+    """Writes the plan into `out`, or checks that it equals the one there.
 
     Raises:
-        UserError: `out` holds another recipe's dataset.
-        GanDistError: a source changed since the dataset was begun.
+        UserError: `out` holds a dataset of another recipe.
+        GanDistError: a source changed since the preparation began.
     """
     folder = out / FOLDER
     for name in ("plan.json", "entries.jsonl.gz"):
         clear_temporaries(folder / name)
     if (folder / "plan.json").exists():
         try:
-            found = json.loads((folder / "plan.json").read_bytes())
-            _compare(plan, found, folder, out)
+            stored = json.loads((folder / "plan.json").read_bytes())
+            _compare(plan, stored, folder, out)
         except (ValueError, KeyError, TypeError, EOFError) as error:
             raise UserError(f"{folder} is damaged ({error}): remove {out} and prepare again") from None
         return
     lines = (json.dumps([*entry.place, entry.size, entry.stamp]) for entry in plan.entries)
-    publish(folder / "entries.jsonl.gz", gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
-    told = {"digest": plan.digest, "recipe": plan.recipe, "counts": plan.counts, "classes": plan.classes}
-    publish(folder / "plan.json", json.dumps(told, indent=1).encode())
+    write_atomically(folder / "entries.jsonl.gz", gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
+    stored = {"digest": plan.digest, "recipe": plan.recipe, "counts": plan.counts, "classes": plan.classes}
+    write_atomically(folder / "plan.json", json.dumps(stored, indent=1).encode())
 
 
-def _compare(plan: Plan, found: dict[str, Any], folder: Path, out: Path) -> None:
-    if found["digest"] == plan.digest:
+def _compare(plan: Plan, stored: dict[str, Any], folder: Path, out: Path) -> None:
+    """Raises an error that names the differences, unless the stored plan is the same."""
+    if stored["digest"] == plan.digest:
         return
-    ours, theirs = plan.recipe | {"sources": None}, found["recipe"] | {"sources": None}
+    # another recipe
+    ours, theirs = plan.recipe | {"sources": None}, stored["recipe"] | {"sources": None}
     differences = [
         f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in ours if ours[key] != theirs.get(key)
     ]
-    names = [[source["name"] for source in recipe["sources"]] for recipe in (found["recipe"], plan.recipe)]
+    names = [[source["name"] for source in recipe["sources"]] for recipe in (stored["recipe"], plan.recipe)]
     if names[0] != names[1]:
         differences.append(f"the sources were {', '.join(names[0])} and are now {', '.join(names[1])}")
     if differences:
         raise UserError(
             f"{out} holds a dataset of another recipe: {'; '.join(differences)}: use the same options, or another OUT"
         )
+    # the same recipe: a source changed
     then = [json.loads(line) for line in gzip.decompress((folder / "entries.jsonl.gz").read_bytes()).splitlines()]
     before = {(source, path): (size, stamp) for source, path, size, stamp in then}
     after = {entry.place: (entry.size, entry.stamp) for entry in plan.entries}
@@ -328,12 +337,12 @@ def _compare(plan: Plan, found: dict[str, Any], folder: Path, out: Path) -> None
         "removed": [place for place in before if place not in after],
         "changed": [place for place in after if place in before and after[place] != before[place]],
     }
-    told = ", ".join(
+    summary = ", ".join(
         f"{len(places)} {how} (first {plan.sources[places[0][0]].name}/{places[0][1]!r})"
         for how, places in changes.items()
         if places
     )
     raise GanDistError(
-        f"the sources changed since {out} was begun: {told or 'files beside the images, or labels'}: restore them, or "
-        "prepare into another OUT"
+        f"the sources changed since {out} was begun: {summary or 'files beside the images, or labels'}: restore them, "
+        "or prepare into another OUT"
     )

@@ -1,4 +1,4 @@
-"""Sources -> a dataset: planned, decoded in parallel, written shard by shard, restartable, accounted for."""
+"""Sources -> a dataset: planned, decoded in parallel, written shard by shard, restartable, all accounted for."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from gan_dist.data.prepare.account import Account, TooManyRejects
+from gan_dist.data.prepare.account import Account, TooManyRejects, contact_sheet
 from gan_dist.data.prepare.images import RESAMPLE, Recipe
 from gan_dist.data.prepare.plan import FOLDER, Options, Plan, claim, make_plan, settle
-from gan_dist.data.prepare.remote import needs_staging, source_name, spread, stage
-from gan_dist.data.prepare.sheet import contact_sheet
-from gan_dist.data.prepare.verify import remember, remembered, verify
+from gan_dist.data.prepare.staging import needs_staging, source_name, spread, stage
+from gan_dist.data.prepare.verify import store_command, stored_command, verify
 from gan_dist.data.prepare.workers import Done, make_jobs, run_jobs
 from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardInfo, ShardWriter, read_manifest, shard_name
 from gan_dist.utils.errors import GanDistError, UserError
@@ -30,17 +29,18 @@ from gan_dist.utils.files import (
     expand,
     expand_directory,
     present,
-    publish,
-    publish_record,
     read_record,
+    write_atomically,
+    write_record,
 )
 from gan_dist.utils.locks import Locks
+from gan_dist.utils.system import default_workers
 
 REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timings.json", "contact_sheet.png"
 STAGED = "staged"
 _PLAN_LOCK, _FINISH_LOCK, _STAGE_LOCK = 2**30, 2**30 + 1, 2**30 + 2
-_NO_LOCKS = "this file system has no locks: take care that no two runs prepare the same part at once"
-_NOT_ALL = "the dataset is whole when all shards are done: by the other tasks, or by this command without --task"
+_NO_LOCKS = "this file system has no locks: make sure that no two runs prepare the same part at once"
+_NOT_ALL = "the dataset is complete when all shards are done: by the other tasks, or by this command without --task"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[int, int], None]
@@ -67,55 +67,49 @@ def prepare(
 ) -> Account:
     """Returns the account of preparing `sources` into the dataset `out`.
 
-    A source is a folder, a zip, a tar (a WebDataset shard is one), a brace pattern of such, or an address of a tar that
-    webdataset's gopen understands (`http://`, `gs://`, `pipe:`, ...).
+    A source is a folder, a zip, a tar (such as a WebDataset shard), a brace pattern of these, or the address of a tar
+    that webdataset's gopen can open (`http://`, `gs://`, `pipe:`, ...).
 
-    Run again after an interruption, it continues; run again on a finished dataset, it rewrites shards that are missing
-    or damaged, and nothing else. `task` (i, n) does every n-th shard from i on; whichever task ends last writes the
-    manifest. `workers`: processes (default: a CPU each; 0: in this process). `progress`: called with entries done and
-    entries in all. The other options are DESIGN's of `gan-dist prepare`.
+    Run again after an interruption, it continues; run again on a complete dataset, it rewrites shards that are missing
+    or damaged, and nothing else. `task` (i, n) does every n-th shard from i on; the task that ends last writes the
+    manifest. `workers`: processes (default: one a CPU; 0: in this process). `progress` is called with the number of
+    entries done and in all. The other options are those of `gan-dist prepare`.
 
     Raises:
-        UserError: bad options, sources or `out`, or not one readable image. Nothing is left half-written.
-        TooManyRejects: more than `max_reject_fraction` rejected; all is written but the manifest.
-        GanDistError: a source changed, the disk is full, another process is at work on the same shards.
+        UserError: bad options, sources or `out`, or not one readable image. Nothing partial is left.
+        TooManyRejects: more than `max_reject_fraction` rejected; everything but the manifest is written.
+        GanDistError: a source changed, the disk is full, another process is writing the same shards.
     """
     began = perf_counter()
-    options = _options(
-        Recipe(resolution, resample, min_side, keep_truncated, full_decode),
-        Options(
-            replacements=str(expand(replacements)) if replacements else None,
-            labels=_absolute(labels),
-            dedupe=dedupe,
-        ),
-        shard_samples,
-        task,
-    )
+    # check the arguments
+    recipe = Recipe(resolution, resample, min_side, keep_truncated, full_decode)
+    extra = str(expand(replacements)) if replacements else None
+    options = Options(recipe, extra, _absolute(labels), dedupe, shard_samples)
     processes = default_workers() if workers is None else workers
-    if processes < 0:
-        raise UserError(f"workers {workers}: expected 0 or more")
-    if not 0 <= max_reject_fraction <= 1:
-        raise UserError(f"max_reject_fraction {max_reject_fraction}: expected 0 to 1")
+    _check(options, task, processes, max_reject_fraction)
     target = expand_directory(out)
     texts = spread([sources] if isinstance(sources, str | Path) else sources)
     if not texts:
         raise UserError("no source given: expected folders, zips or tars")
     created = not present(target)
     _check_target(target)
-    if any(map(needs_staging, texts)) and (account := _finished(target, texts, options, max_reject_fraction)):
+    staged = any(map(needs_staging, texts))
+    if staged and (account := _finished(target, texts, options, max_reject_fraction)):
         return account
     try:
-        with _plain_failures(target), ExitStack() as held:
-            locks = held.enter_context(closing(claim(target))) if any(map(needs_staging, texts)) else None
+        with write_failure(target), ExitStack() as stack:
+            # plan
+            locks = stack.enter_context(closing(claim(target))) if staged else None
             paths = _local(texts, target, locks)
             try:
                 plan = make_plan(paths, options, target)
             except UserError as error:
-                raise _of_addresses(error, texts, paths) from None
-            locks = locks or held.enter_context(closing(claim(target)))
+                raise _with_addresses(error, texts, paths) from None
+            locks = locks or stack.enter_context(closing(claim(target)))
             with locks.hold(_PLAN_LOCK):
                 settle(plan, target)
-                remember(target, texts, {**options.given(), "max_reject_fraction": max_reject_fraction})
+                store_command(target, texts, {**options.non_defaults(), "max_reject_fraction": max_reject_fraction})
+            # work, and finish once all shards are done
             run = _Run(plan, target, locks, progress)
             first, step = task or (0, 1)
             run.work(range(first, plan.num_shards, step), processes)
@@ -133,37 +127,37 @@ def prepare(
 
 
 def _local(texts: Sequence[str], out: Path, locks: Locks | None) -> list[tuple[Path, str]]:
-    """Returns path and name of each source, having fetched those that need it: by one process, the others wait."""
-    found = []
+    """Returns the path and name of each source. One process stages those that need it, the others wait."""
+    paths = []
     for text in texts:
         path = Path(text)
         if locks and needs_staging(text):
             with locks.hold(_STAGE_LOCK):
                 path = stage(text, out / FOLDER / STAGED)
-        found.append((path, source_name(text)))
-    return found
+        paths.append((path, source_name(text)))
+    return paths
 
 
-def _of_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tuple[Path, str]]) -> UserError:
-    """Returns the error with addresses where it names local copies; those copies are removed, to be fetched again."""
-    words = str(error)
+def _with_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tuple[Path, str]]) -> UserError:
+    """Returns the error with addresses in place of staged copies; those copies are removed, to be fetched again."""
+    message = str(error)
     for text, (path, _) in zip(texts, paths, strict=True):
-        if path.parent.name == STAGED and path.parent.parent.name == FOLDER and str(path) in words:
+        if path.parent.name == STAGED and path.parent.parent.name == FOLDER and str(path) in message:
             path.unlink(missing_ok=True)
-            words = words.replace(str(path), text)
-    return UserError(words)
+            message = message.replace(str(path), text)
+    return UserError(message)
 
 
 def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_fraction: float) -> Account | None:
-    """Returns the account of a dataset that is whole, so that nothing need be fetched again to find that out."""
-    given = {**options.given(), "max_reject_fraction": max_reject_fraction}
-    if not present(out / MANIFEST) or remembered(out) != (list(texts), given) or verify(out):
+    """Returns the account of a dataset that is complete and sound, so that nothing is fetched again; else None."""
+    arguments = {**options.non_defaults(), "max_reject_fraction": max_reject_fraction}
+    if not present(out / MANIFEST) or stored_command(out) != (list(texts), arguments) or verify(out):
         return None
     manifest = read_manifest(out)
     shards = len(manifest.shards)
     try:
         return Account(str(out), **manifest.totals, shards=shards, shards_done=shards)
-    except TypeError:  # another release's totals
+    except TypeError:  # the totals of another release
         return None
 
 
@@ -171,16 +165,20 @@ class _NothingLeft(Exception):
     """Every image was rejected."""
 
 
-def _options(image: Recipe, options: Options, shard_samples: int, task: tuple[int, int] | None) -> Options:
-    if not 1 <= image.resolution <= 4096:
-        raise UserError(f"resolution {image.resolution}: expected 1 to 4096")
-    if image.resample not in RESAMPLE:
-        raise UserError(f"resample {image.resample!r}: expected one of {', '.join(RESAMPLE)}")
-    if shard_samples < 1:
-        raise UserError(f"shard_samples {shard_samples}: expected at least 1")
+def _check(options: Options, task: tuple[int, int] | None, processes: int, max_reject_fraction: float) -> None:
+    """Raises UserError for an argument of `prepare` that is out of range."""
+    if not 1 <= options.image.resolution <= 4096:
+        raise UserError(f"resolution {options.image.resolution}: expected 1 to 4096")
+    if options.image.resample not in RESAMPLE:
+        raise UserError(f"resample {options.image.resample!r}: expected one of {', '.join(RESAMPLE)}")
+    if options.shard_samples < 1:
+        raise UserError(f"shard_samples {options.shard_samples}: expected at least 1")
     if task is not None and not 0 <= task[0] < task[1]:
         raise UserError(f"task {task[0]}/{task[1]}: expected i/n with 0 <= i < n")
-    return Options(image, options.replacements, options.labels, options.dedupe, shard_samples)
+    if processes < 0:
+        raise UserError(f"workers {processes}: expected 0 or more")
+    if not 0 <= max_reject_fraction <= 1:
+        raise UserError(f"max_reject_fraction {max_reject_fraction}: expected 0 to 1")
 
 
 def _absolute(labels: str | None) -> str | None:
@@ -191,34 +189,29 @@ def _absolute(labels: str | None) -> str | None:
     return labels
 
 
-def default_workers() -> int:
-    """Returns the CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _check_target(out: Path) -> None:
-    """Raises UserError when `out` cannot become a dataset, before anything slow begins."""
-    here = out
-    while not present(here) and here != here.parent:
-        here = here.parent
-    if not here.is_dir():
-        raise UserError(f"cannot write to OUT {out}: {here} is a file, not a folder")
-    if not os.access(here, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to OUT {out}: no permission to write in {here}")
+    """Raises UserError unless `out` can become a dataset, before anything slow begins."""
+    parent = out
+    while not present(parent) and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"cannot write to OUT {out}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to OUT {out}: no permission to write in {parent}")
 
 
 @contextmanager
-def _plain_failures(out: Path) -> Iterator[None]:
-    """Turns a full disk and its like into one line."""
+def write_failure(out: Path) -> Iterator[None]:
+    """A context that turns a failed write (a full disk, ...) into a GanDistError that names `out`."""
     try:
         yield
-    except BrokenPipeError:  # whoever read what `progress` prints has gone
+    except BrokenPipeError:  # the reader of the output has gone
         raise
     except OSError as error:
         what = f"{out}: {error.strerror or error}"
         if error.errno in _NO_SPACE:
             raise GanDistError(f"no space left for {what}: make space and run the same command again") from None
-        raise GanDistError(f"cannot write into {what}: run the same command again once that is mended") from None
+        raise GanDistError(f"cannot write into {what}: make it writable and run the same command again") from None
 
 
 class _Run:
@@ -230,22 +223,24 @@ class _Run:
         self._stages: dict[str, float] = {}
         self._entries = self._bytes = self._peak = self._workers = self._last = 0
 
-    def work(self, mine: Sequence[int], workers: int) -> None:
-        """Writes those of the shards `mine` that are not there whole.
+    def work(self, shards: Sequence[int], workers: int) -> None:
+        """Writes those of `shards` that are missing or damaged.
 
         Raises:
             GanDistError: another process is writing one of them.
         """
-        if taken := [shard for shard in mine if not self.locks.take(shard)]:
+        # which are left to do, by this process alone
+        if taken := [shard for shard in shards if not self.locks.take(shard)]:
             raise GanDistError(
-                f"another gan-dist prepare is writing {len(taken)} of the shards in {self.out}: wait until it has ended"
+                f"another gan-dist prepare is writing {len(taken)} of the shards in {self.out}: wait until it ends"
             )
         with ThreadPoolExecutor(min(8, max(1, workers))) as pool:
-            whole = list(pool.map(self._is_whole, mine))
-        todo = [shard for shard, is_whole in zip(mine, whole, strict=True) if not is_whole]
-        total = sum(len(self.plan.keys(shard)) for shard in mine)
+            sound = list(pool.map(self._is_sound, shards))
+        todo = [shard for shard, is_sound in zip(shards, sound, strict=True) if not is_sound]
+        total = sum(len(self.plan.keys(shard)) for shard in shards)
         done = total - sum(len(self.plan.keys(shard)) for shard in todo)
         self._progress(done, total)
+        # decode them, in parallel and in order; write each as its jobs finish
         side = self.plan.image.resolution
         jobs = [make_jobs([self.plan.entries[key] for key in self.plan.keys(shard)], side) for shard in todo]
         self._workers = workers
@@ -263,11 +258,11 @@ class _Run:
                     began = perf_counter()
                     info = writer.commit()
                 part["shard"] = asdict(info) if info else None
-                publish_record(self.out / FOLDER / f"{shard_name(shard)}.json", part)
+                write_record(self.out / FOLDER / f"{shard_name(shard)}.json", part)
                 self._add_time("write", perf_counter() - began)
 
     def _clear(self, shard: int) -> None:
-        """Removes what a killed run left of a shard, unless another may be writing it for want of locks."""
+        """Removes what a killed run left of a shard, unless without locks another may be writing it."""
         if not self.locks.missing:
             tar = self.out / shard_name(shard)
             for path in (tar, tar.with_suffix(".jsonl"), self.out / FOLDER / f"{tar.name}.json"):
@@ -280,8 +275,8 @@ class _Run:
             key = next(keys)
             entry, label = plan.entries[key], plan.ids[key]
             if outcome.reason:
-                told = plan.describe(entry) | {"reason": outcome.reason, "detail": outcome.detail}
-                part["rejects"].append({"key": key} | told)
+                reject = {"reason": outcome.reason, "detail": outcome.detail}
+                part["rejects"].append({"key": key} | plan.describe(entry) | reject)
             else:
                 record = plan.describe(entry) | outcome.record | ({} if label is None else {"label": label})
                 writer.add(key, outcome.pixels, record)
@@ -298,11 +293,11 @@ class _Run:
         self._stages[stage] = self._stages.get(stage, 0.0) + seconds
 
     def _part(self, shard: int) -> Part | None:
-        """Returns what a finished shard left in writing, if it belongs to this plan."""
+        """Returns the record of a finished shard of this plan, or None."""
         part = read_record(self.out / FOLDER / f"{shard_name(shard)}.json")
         return part if part and part["plan"] == self.plan.digest else None
 
-    def _is_whole(self, shard: int) -> bool:
+    def _is_sound(self, shard: int) -> bool:
         part = self._part(shard)
         if part is None:
             return False
@@ -319,7 +314,7 @@ class _Run:
         return True
 
     def account(self, seconds: float) -> Account:
-        """Returns the account of all shards that are done, whoever did them."""
+        """Returns the account of all finished shards, whoever wrote them."""
         plan = self.plan
         parts = [(shard, part) for shard in range(plan.num_shards) if (part := self._part(shard))]
         ids = sum((Counter({int(i): n for i, n in part["ids"].items()}) for _, part in parts), Counter())
@@ -370,11 +365,11 @@ class _Run:
                     f"none of {len(rejects):,} images could be used: {reasons}"
                     f" (first: {first['source']}/{first['path']!r}: {first['reason']} {first['detail']})"
                 )
-            publish(self.out / REJECTS, _lines(rejects))
+            write_atomically(self.out / REJECTS, _lines(rejects))
             if self.plan.recipe["dedupe"]:
-                publish(self.out / DUPLICATES, _lines(self.plan.duplicates))
+                write_atomically(self.out / DUPLICATES, _lines(self.plan.duplicates))
             if account.entries or not (self.out / TIMINGS).exists():
-                publish(self.out / TIMINGS, json.dumps(account.timings(), indent=1).encode() + b"\n")
+                write_atomically(self.out / TIMINGS, json.dumps(account.timings(), indent=1).encode() + b"\n")
             if account.reject_fraction > max_reject_fraction:
                 (self.out / MANIFEST).unlink(missing_ok=True)
                 raise TooManyRejects(
@@ -385,8 +380,8 @@ class _Run:
             shards = tuple(ShardInfo(**part["shard"]) for part in parts if part["shard"])
             resolution = self.plan.image.resolution
             manifest = Manifest(FORMAT, resolution, self.plan.recipe, self.plan.classes, account.totals(), shards)
-            publish(self.out / SHEET, contact_sheet(self.out, manifest, seed=self.plan.digest))
-            publish(self.out / MANIFEST, manifest.to_bytes())
+            write_atomically(self.out / SHEET, contact_sheet(self.out, manifest, seed=self.plan.digest))
+            write_atomically(self.out / MANIFEST, manifest.to_bytes())
             shutil.rmtree(self.out / FOLDER / STAGED, ignore_errors=True)
 
 

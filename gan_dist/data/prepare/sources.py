@@ -1,4 +1,4 @@
-"""Folders, zips and tars (WebDataset shards among them) -> ordered entries, without extracting or decoding."""
+"""Folders, zips and tars (WebDataset shards too) -> sorted entries; nothing is extracted or decoded."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _ENDINGS = """
     avif avifs heic heif jxl qoi dds pcx sgi ras psd fits xbm xpm mpo
 """
 IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS.split())
-"""Files that claim to be images: each is written or rejected (those that cannot be read here too: never skipped)."""
+"""Files that claim to be images: each is written or rejected, never skipped, whether it can be decoded here or not."""
 _OTHER_ENDINGS = """
     txt json jsonl csv tsv cls xml html htm md pdf svg eps ps ai doc docx xls xlsx npy npz pt pth pkl parquet h5 db log
     ini yaml yml toml py ipynb sh exe dll mp3 wav mp4 m4v mov avi mkv webm cr2 cr3 nef arw dng orf rw2 raf pef srw
 """
 _OTHER = frozenset(f".{ending}" for ending in _OTHER_ENDINGS.split())
-"""Files that are taken at their word: they cost no look inside, or (raw photographs) would pass as their thumbnails."""
+"""Files that are skipped by name: a look inside would be wasted, or (raw photographs) would find a thumbnail."""
 _ARCHIVE_ENDINGS = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"))
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file of a source. `source`: its number; `path`: its name there, with `/`; `size`: its bytes; `stamp`: what
-    changes when it does (modification time or checksum); `offset`, `packed`, `method`: where and how it lies in an
-    archive; `fault`: a reject's reason when listing it already told; `stands_for`: the entry that it replaces."""
+    """A file of a source. `source`: its number; `path`: its name there, with `/`; `size`: its bytes; `stamp`: changes
+    with its content (modification time or checksum); `offset`, `packed`, `method`: its place, compressed size and
+    compression in an archive; `fault`: a reject's reason known from listing; `stands_for`: the entry it replaces."""
 
     source: int
     path: str
@@ -51,14 +51,14 @@ class Entry:
 
     @property
     def place(self) -> tuple[int, str]:
-        """The source and path under which the sample is known: the original's, where this is a replacement."""
+        """The source and path of the sample: the original's, if this is a replacement."""
         return self.stands_for or (self.source, self.path)
 
 
 @dataclass
 class Listing:
-    """A source's content. `entries`: what claims to be an image, sorted by path; `skipped`: how many of what else, by
-    kind; `classes`: WebDataset `.cls` members by entry path; `notes`: lines a person should see."""
+    """A source's content. `entries`: files that claim to be images, sorted by path; `skipped`: the number of others by
+    kind; `classes`: WebDataset `.cls` members by entry path; `notes`: lines for the user."""
 
     entries: list[Entry] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -68,7 +68,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from. `name`: as the account calls it; `kind`: folder, zip or tar; `path`: where it lies."""
+    """Where images come from. `name`: in the account; `kind`: folder, zip or tar; `path`: the local path."""
 
     name: str
     kind: str
@@ -76,12 +76,12 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """The name without an archive's ending: the folder that its content might as well lie in."""
+        """The name without an archive's ending, which stands for the folder of its content."""
         return self.name if self.kind == "folder" else PurePosixPath(self.name).stem
 
 
 def open_source(path: Path, name: str) -> Source:
-    """Returns the source at `path`, judged by its content.
+    """Returns the source at `path`; its content decides its kind.
 
     Raises:
         UserError: nothing there, or nothing that can be listed.
@@ -91,7 +91,7 @@ def open_source(path: Path, name: str) -> Source:
             return Source(name, "folder", str(path))
         with path.open("rb") as stream:
             head = stream.read(512)
-        # tar first: zipfile looks for a zip's end, which a tar whose last member is a zip has too
+        # tar first: zipfile looks for a zip's end, which a tar has too if its last member is a zip
         if head[257:262] == b"ustar":
             return Source(name, "tar", str(path))
         if zipfile.is_zipfile(path):
@@ -99,8 +99,8 @@ def open_source(path: Path, name: str) -> Source:
         if head and _is_tar(path):
             return Source(name, "tar", str(path))
     except OSError as error:
-        found = "there is no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror
-        raise UserError(f"source {path} cannot be read: {found}") from None
+        reason = "there is no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(f"source {path} cannot be read: {reason}") from None
     if head[:4] == b"PK\3\4":
         raise UserError(f"source {path} is a zip that is cut short (no central directory at its end): fetch it again")
     raise UserError(f"source {path} is neither a folder nor a zip nor a tar: expected one of these")
@@ -115,7 +115,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def list_source(source: Source, number: int, exclude: Path | None = None) -> Listing:
-    """Returns the content of `source`, whose entries are to carry `number`. `exclude`: a folder not to look into.
+    """Returns the content of `source`; its entries get `number` as their source. `exclude`: a folder to leave out.
 
     Raises:
         UserError: a damaged archive, or a source that holds no image.
@@ -127,7 +127,7 @@ def list_source(source: Source, number: int, exclude: Path | None = None) -> Lis
         _list_zip(source, number, listing)
     else:
         _list_tar(source, number, listing)
-    # bytewise, and stable where an archive holds a name twice: the same order on every machine
+    # by bytes, and by offset where an archive has a name twice: the same order on every machine
     listing.entries.sort(key=lambda entry: (entry.path.encode("utf-8", "surrogatepass"), entry.offset))
     if not listing.entries:
         others = (
@@ -137,9 +137,12 @@ def list_source(source: Source, number: int, exclude: Path | None = None) -> Lis
     return listing
 
 
-def skip_kind(path: str, look: Callable[[], bytes] | None = None) -> str | None:
-    """Returns under which kind a file of this name is skipped, or None when it claims to be an image. What has no known
-    ending (`Mona Lisa, c. 1503`) is judged by its first bytes, which `look` reads (16 suffice)."""
+def skip_kind(path: str, read_head: Callable[[], bytes] | None = None) -> str | None:
+    """Returns the kind under which a file of this name is skipped, or None when it claims to be an image.
+
+    A file without a known ending (`Mona Lisa, c. 1503`) is judged by its first bytes, which `read_head` returns (16
+    suffice).
+    """
     parts = PurePosixPath(path.replace("\\", "/")).parts  # some zips come from Windows
     name = parts[-1] if parts else path
     if "__MACOSX" in parts:
@@ -155,14 +158,14 @@ def skip_kind(path: str, look: Callable[[], bytes] | None = None) -> str | None:
         return "nested archive"
     if ending in _OTHER:
         return f"not an image: {ending}"
-    with contextlib.suppress(Exception):  # a broken member's bytes: whatever zipfile and its decompressors raise
-        if look is not None and recognised(look()):
+    with contextlib.suppress(Exception):  # a damaged member: zipfile and its decompressors raise anything
+        if read_head is not None and recognised(read_head()):
             return None
     return f"not an image: {ending}" if re.fullmatch(r"\.[a-z0-9_]{1,5}", ending) else "not an image"
 
 
 def _list_folder(source: Source, number: int, exclude: Path | None, listing: Listing) -> None:
-    """Walks real folders first, then links to folders not yet seen: a loop ends, and a folder counts once."""
+    """Walks real folders first, then links to folders not seen yet: loops end, and each folder counts once."""
     seen: set[tuple[int, int]] = set()
     waiting = [""]
     links: list[str] = []
@@ -176,17 +179,17 @@ def _list_folder(source: Source, number: int, exclude: Path | None, listing: Lis
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(where) as scan:
-                found = sorted(scan, key=lambda item: os.fsencode(item.name))
+                items = sorted(scan, key=lambda item: os.fsencode(item.name))
         except OSError as error:
             if not folder:
                 raise UserError(f"source {source.path} cannot be read: {error.strerror}") from None
             listing.skipped["unreadable folder"] += 1
             continue
-        if folder and any(item.name == ".prepare" for item in found):
+        if folder and any(item.name == ".prepare" for item in items):
             listing.notes.append(f"{where} is a dataset of gan_dist: left out of {source.name}")
             continue
         inner = []
-        for item in found:
+        for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
             if item.is_dir(follow_symlinks=False):
                 inner.append(path)
@@ -200,21 +203,21 @@ def _list_folder(source: Source, number: int, exclude: Path | None, listing: Lis
 def _list_file(item: os.DirEntry[str], path: str, number: int, listing: Listing) -> None:
     try:
         status = item.stat()
-    except OSError:  # a link to nothing
+    except OSError:  # a broken link
         if kind := skip_kind(path):
             listing.skipped[kind] += 1
         else:
             listing.entries.append(Entry(number, path, 0, "", fault="unreadable"))
         return
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
         listing.skipped["special file"] += 1
         return
 
-    def look() -> bytes:
+    def read_head() -> bytes:
         with Path(item.path).open("rb") as stream:
             return stream.read(16)
 
-    if kind := skip_kind(path, look):
+    if kind := skip_kind(path, read_head):
         listing.skipped[kind] += 1
     else:
         listing.entries.append(Entry(number, path, status.st_size, str(status.st_mtime_ns)))
@@ -228,8 +231,8 @@ def _list_zip(source: Source, number: int, listing: Listing) -> None:
                     continue
                 mode = info.external_attr >> 16
                 encrypted = bool(info.flag_bits & 1)
-                look = None if encrypted else partial(_head, archive, info)
-                kind = "link" if stat.S_ISLNK(mode) else skip_kind(info.filename, look)
+                read_head = None if encrypted else partial(_head, archive, info)
+                kind = "link" if stat.S_ISLNK(mode) else skip_kind(info.filename, read_head)
                 if kind:
                     listing.skipped[kind] += 1
                     continue
@@ -246,7 +249,7 @@ def _list_zip(source: Source, number: int, listing: Listing) -> None:
                     )
                 )
     except Exception as error:  # on hostile bytes zipfile raises struct.error, UnicodeDecodeError, IndexError, ...
-        raise UserError(f"source {source.path} is a damaged zip ({_words(error)}): fetch it again") from None
+        raise UserError(f"source {source.path} is a damaged zip ({_one_line(error)}): fetch it again") from None
 
 
 def _head(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -285,13 +288,13 @@ def _list_tar(source: Source, number: int, listing: Listing) -> None:
             rest = raw.read(1024)
     except Exception as error:
         raise UserError(
-            f"source {source.path} is a tar that is damaged or cut short ({_words(error)}): fetch it again"
+            f"source {source.path} is a tar that is damaged or cut short ({_one_line(error)}): fetch it again"
         ) from None
     if end > size or rest.strip(b"\0"):
-        # tarfile takes a broken header for the end: everything after it would be lost without a word
+        # tarfile takes a damaged header for the end: everything after it would be lost silently
         raise UserError(f"source {source.path} is a tar that is damaged or cut short at byte {end}: fetch it again")
     if len(rest) < 512:
-        listing.notes.append(f"{source.name} has no end mark and may be cut short after {len(listing.entries)} images")
+        listing.notes.append(f"{source.name} has no end mark: it may be cut short after {len(listing.entries)} images")
     images = {_key(entry.path) for entry in listing.entries}
     for key, kinds in sidecars.items():
         for kind in kinds:
@@ -299,7 +302,7 @@ def _list_tar(source: Source, number: int, listing: Listing) -> None:
     listing.classes = {entry.path: keys[_key(entry.path)] for entry in listing.entries if keys.get(_key(entry.path))}
 
 
-def _words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

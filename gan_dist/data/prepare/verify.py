@@ -1,4 +1,4 @@
-"""Re-reads a whole dataset and names every fault, with the command that mends it."""
+"""Re-reads a whole dataset and names every fault, with the command that repairs it."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from typing import Any
 from gan_dist.data.prepare.plan import FOLDER
 from gan_dist.data.shards import Manifest, ShardInfo, member_fault, quick_fault, read_manifest
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import clear_temporaries, expand, publish
+from gan_dist.utils.files import clear_temporaries, expand, write_atomically
 
 COMMAND = "command.json"
-"""Beside the plan: the arguments of the last run, so that a fault can name the command that mends it."""
+"""The file beside the plan with the arguments of the last run, so that a fault can name the command that repairs it."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with a dataset: the `file`, `what` is wrong with it, and the command that mends it."""
+    """A fault of a dataset: the `file`, `what` is wrong with it, and how to `repair` it."""
 
     file: str
     what: str
-    mend: str
+    repair: str
 
     def __str__(self) -> str:
-        return f"{self.file} {self.what}: {self.mend}"
+        return f"{self.file} {self.what}: {self.repair}"
 
 
 def verify(root: str | Path, progress: Callable[[int, int], None] | None = None) -> list[Fault]:
-    """Returns the faults of the dataset in `root`; none when every byte is what its manifest says. `progress` is called
-    with the shards read and the shards in all.
+    """Returns the faults of the dataset in `root`; none when every byte is as its manifest says. `progress` is called
+    with the number of shards read and in all.
 
     Raises:
         UserError: no dataset there, or its manifest cannot be read.
     """
     root = expand(root)
-    again = f"run `{mending_command(root)}` again (it rewrites only what is bad)"
+    again = f"run `{repair_command(root)}` again (it rewrites only what is damaged)"
     try:
         manifest = read_manifest(root)
     except UserError as error:
         what, _, advice = str(error).rpartition(": ")
-        raise (UserError(f"{what}: {again}") if advice.startswith("run ") and remembered(root) else error) from None
+        raise (UserError(f"{what}: {again}") if advice.startswith("run ") and stored_command(root) else error) from None
     faults: list[Fault] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
         checks = pool.map(lambda shard: list(_shard_faults(root, shard, manifest)), manifest.shards)
-        for done, found in enumerate(checks, 1):
-            faults += [Fault(file, what, again) for file, what in found]
+        for done, shard_faults in enumerate(checks, 1):
+            faults += [Fault(file, what, again) for file, what in shard_faults]
             if progress:
                 progress(done, len(manifest.shards))
     faults += [Fault(file, what, again) for file, what in _list_faults(root, manifest)]
@@ -63,7 +63,7 @@ def verify(root: str | Path, progress: Callable[[int, int], None] | None = None)
 
 
 def _shard_faults(root: Path, shard: ShardInfo, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with a shard and its sidecar: file, words."""
+    """Yields the faults of a shard and its sidecar, as file and text."""
     keys: list[int] = []
     try:
         with (root / shard.file).open("rb") as stream:
@@ -100,7 +100,7 @@ def _shard_faults(root: Path, shard: ShardInfo, manifest: Manifest) -> Iterator[
 
 
 def _list_faults(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Yields where the totals contradict the shards or rejects.jsonl."""
+    """Yields the contradictions between the totals, the shards and rejects.jsonl, as file and text."""
     totals = manifest.totals
     written = totals.get("written", manifest.num_samples)
     if written != manifest.num_samples:
@@ -108,12 +108,12 @@ def _list_faults(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     expected: dict[str, int] = totals.get("rejected", {})
     try:
         lines = (root / "rejects.jsonl").read_bytes().splitlines()
-        found: dict[str, int] = {}
+        listed: dict[str, int] = {}
         for line in lines:
             reason = json.loads(line)["reason"]
-            found[reason] = found.get(reason, 0) + 1
-        if found != expected:
-            yield "rejects.jsonl", f"lists {found}, the manifest counts {expected}"
+            listed[reason] = listed.get(reason, 0) + 1
+        if listed != expected:
+            yield "rejects.jsonl", f"lists {listed}, the manifest counts {expected}"
     except OSError as error:
         if expected:
             yield "rejects.jsonl", f"cannot be read ({error.strerror})"
@@ -121,24 +121,25 @@ def _list_faults(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "rejects.jsonl", "is not one JSON record a line"
 
 
-def remember(root: Path, sources: Sequence[str], options: dict[str, Any]) -> None:
-    """Keeps how the dataset in `root` is made, absolute paths included: it is no part of what must be reproducible."""
+def store_command(root: Path, sources: Sequence[str], options: dict[str, Any]) -> None:
+    """Stores the command of the dataset in `root`, apart from what is reproducible, since it has absolute paths."""
     clear_temporaries(root / FOLDER / COMMAND)
-    publish(root / FOLDER / COMMAND, json.dumps({"sources": list(sources), "options": options}, indent=1).encode())
+    command = {"sources": list(sources), "options": options}
+    write_atomically(root / FOLDER / COMMAND, json.dumps(command, indent=1).encode())
 
 
-def remembered(root: Path) -> tuple[list[str], dict[str, Any]] | None:
-    """Returns the sources and options of the last `prepare` into `root`, if they are known."""
+def stored_command(root: Path) -> tuple[list[str], dict[str, Any]] | None:
+    """Returns the sources and options of the last `prepare` into `root`, or None when they are not known."""
     try:
-        told = json.loads((root / FOLDER / COMMAND).read_bytes())
-        return [str(source) for source in told["sources"]], dict(told["options"])
+        command = json.loads((root / FOLDER / COMMAND).read_bytes())
+        return [str(source) for source in command["sources"]], dict(command["options"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def mending_command(root: Path) -> str:
-    """Returns the `gan-dist prepare` that made the dataset in `root`, as far as it is known there."""
-    sources, options = remembered(root) or (["SOURCE..."], {})
+def repair_command(root: Path) -> str:
+    """Returns the `gan-dist prepare` command line that made the dataset in `root`, as far as it is known."""
+    sources, options = stored_command(root) or (["SOURCE..."], {})
     words = ["gan-dist", "prepare", *sources, str(root)]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")

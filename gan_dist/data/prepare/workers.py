@@ -1,9 +1,10 @@
 """Entries -> squares, in parallel and in order, in worker processes that may crash.
 
-Processes, not threads: on 64-pixel photos, where half of the time is Python's, two threads gave 0.7-1.0 times one (two
-processes 1.0-1.8, both on busy shared cores); on 2000x1500 JPEGs the two were alike. A process can also be limited in
-memory, and its crash costs one picture. They are plain subprocesses on pipes, not multiprocessing's: nothing is forked
-under torch's threads, and nothing imports the caller's __main__ again, so scripts and notebooks need no guard.
+Processes, not threads: on 64-pixel photos, where half of the time is Python's, two threads were 0.7-1.0 times as fast
+as one (two processes 1.0-1.8 times, both on busy shared cores); on 2000x1500 JPEGs there was no difference. A process
+can also be limited in memory, and its crash costs one picture. They are plain subprocesses with pipes, without
+multiprocessing: nothing is forked under torch's threads, and the caller's __main__ is not imported again, so that
+scripts and notebooks need no guard.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import IO, Any
 
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.reading import Reader
-from gan_dist.data.prepare.rejects import Rejected
 from gan_dist.data.prepare.sources import Entry, Source
 from gan_dist.utils.errors import GanDistError
 
 JOB_ENTRIES, JOB_BYTES, JOB_SQUARES = 32, 2 * 2**20, 32 * 2**20
-"""A job is at most this many entries, encoded bytes (or one entry), bytes of squares (or one): big enough to forget the
-pipe, small enough that no tail idles and that its answer is small beside a picture that is being decoded."""
+"""A job has at most this many entries, encoded bytes, and bytes of squares (but at least one entry): enough that the
+pipe costs nothing, and few enough that workers end together and that a result takes little memory."""
 TIME_LIMIT_S = 300.0
-"""No answer for this long and the worker is killed; its job is tried again picture by picture."""
+"""A worker without a result for this long is killed; its job is repeated picture by picture."""
 DATA_LIMIT = 1000 * 2**20
-"""Bytes of private memory that a worker may allocate (where the system can limit it): beyond, decoding fails."""
+"""Bytes of private memory that a worker may allocate, where the system can limit it."""
 _BUFFERED_BYTES = 256 * 2**20
 _READY = "ready"
 WORKER_CODE = "from gan_dist.data.prepare.workers import serve; serve()"
@@ -44,7 +45,7 @@ WORKER_CODE = "from gan_dist.data.prepare.workers import serve; serve()"
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of an entry: `pixels` with the sidecar's `record`, or a `reason` with its detail."""
+    """The result for an entry: `pixels` with the sidecar's `record`, or the `reason` of a reject with its detail."""
 
     pixels: bytes = b""
     record: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Done:
-    """A finished job: an outcome an entry, seconds by stage, the worker's peak memory in bytes."""
+    """A finished job: an outcome for each entry, seconds by stage, the worker's peak memory in bytes."""
 
     outcomes: list[Outcome]
     seconds: dict[str, float]
@@ -65,8 +66,8 @@ def work(entries: Sequence[Entry], reader: Reader, recipe: Recipe) -> Done:
     """Returns the outcomes of a job.
 
     Raises:
-        SourceChanged: a file is not what was listed.
-        GanDistError: a source cannot be read at all any more.
+        SourceChanged: a file has changed since it was listed.
+        GanDistError: a source can no longer be read.
     """
     done = Done([], {"read": 0.0, "decode": 0.0, "resize": 0.0})
     for entry in entries:
@@ -90,7 +91,7 @@ def work(entries: Sequence[Entry], reader: Reader, recipe: Recipe) -> Done:
 
 
 def _peak_memory() -> int:
-    # Not getrusage: a process made by fork and exec begins with its parent's peak there
+    # Not getrusage: after fork and exec it starts with the parent's peak
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:  # not on Linux
@@ -99,13 +100,13 @@ def _peak_memory() -> int:
 
 
 def serve() -> None:
-    """The worker process: sources and recipe, then jobs, come in on stdin; answers go out on what was stdout."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR2"):  # sent to whole groups: the parent decides
+    """The worker process: reads sources and recipe, then jobs, from stdin; writes results to the former stdout."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR2"):  # sent to the whole process group: the parent decides
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is in the outcome
+    warnings.simplefilter("ignore")  # Pillow's remarks about odd files; the outcome says what matters
     out = os.fdopen(os.dup(1), "wb")
-    for stream in (1, 2):  # libtiff and libjpeg talk there about every broken file; what matters is in the outcome
+    for stream in (1, 2):  # libtiff and libjpeg comment there on every damaged file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
@@ -117,7 +118,7 @@ def serve() -> None:
     reader = Reader(sources)
     pickle.dump(_READY, out)
     out.flush()
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended, however it did
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             entries = pickle.load(sys.stdin.buffer)
             try:
@@ -125,14 +126,14 @@ def serve() -> None:
             except GanDistError as error:
                 answer = error
             except Exception:
-                answer = GanDistError(f"a worker failed, which is a mistake in gan_dist: {traceback.format_exc()}")
+                answer = GanDistError(f"a worker failed, which is a bug in gan_dist: {traceback.format_exc()}")
             pickle.dump(answer, out, protocol=5)
             out.flush()
-    os._exit(0)  # the parent is gone or done: no flushing into a broken pipe
+    os._exit(0)  # no flushing into a broken pipe
 
 
 class _Worker:
-    """A worker process with the two ends of its pipes."""
+    """A worker process and the parent's ends of its pipes."""
 
     def __init__(self, sources: Sequence[Source], recipe: Recipe) -> None:
         code = f"import sys; sys.path[:] = {sys.path!r}; {WORKER_CODE}"
@@ -147,21 +148,21 @@ class _Worker:
         self.busy_since: float | None = None
         self.timed_out = False
         self._setup = (list(sources), recipe)
-        self._greeted = False
+        self._started = False
 
     def ask(self, entries: Sequence[Entry]) -> Done | GanDistError:
-        """Returns the worker's answer.
+        """Returns the worker's result.
 
         Raises:
-            EOFError, OSError, pickle.UnpicklingError: it died over it.
-            GanDistError: it died before it had begun, which is no picture's fault.
+            EOFError, OSError, pickle.UnpicklingError: it died of this job.
+            GanDistError: it died before its first job, which is no picture's fault.
         """
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         self.busy_since = monotonic()
         try:
-            if not self._greeted:
-                self._greet(stdin, stdout)
+            if not self._started:
+                self._start(stdin, stdout)
             pickle.dump(list(entries), stdin, protocol=5)
             stdin.flush()
             answer: Done | GanDistError = pickle.load(stdout)
@@ -169,11 +170,11 @@ class _Worker:
         finally:
             self.busy_since = None
 
-    def _greet(self, stdin: IO[bytes], stdout: IO[bytes]) -> None:
+    def _start(self, stdin: IO[bytes], stdout: IO[bytes]) -> None:
         try:
             pickle.dump(self._setup, stdin, protocol=5)
             stdin.flush()
-            self._greeted = pickle.load(stdout) == _READY
+            self._started = pickle.load(stdout) == _READY
         except (EOFError, OSError, pickle.UnpicklingError):
             self.end(kill=True)
             status = self.process.returncode
@@ -200,7 +201,7 @@ def _most_entries(resolution: int) -> int:
 
 
 def make_jobs(entries: Sequence[Entry], resolution: int) -> list[list[Entry]]:
-    """Returns `entries`, to be squares of `resolution`, cut into jobs, in order."""
+    """Returns `entries` cut into jobs, in order; `resolution` is that of the squares."""
     jobs: list[list[Entry]] = []
     weight, most = 0, _most_entries(resolution)
     for entry in entries:
@@ -213,24 +214,24 @@ def make_jobs(entries: Sequence[Entry], resolution: int) -> list[list[Entry]]:
 
 
 def _weight(job: Sequence[Entry]) -> int:
-    """Returns the bytes to read for a job, which stand for its time."""
+    """Returns the bytes to read for a job, an estimate of its time."""
     return sum(entry.packed or entry.size for entry in job)
 
 
 def run_jobs(
     jobs: Sequence[Sequence[Entry]], sources: Sequence[Source], recipe: Recipe, workers: int
 ) -> Generator[Done]:
-    """Returns a generator of the finished jobs in order, from `workers` processes that start at once (0: in this one).
+    """Returns a generator of the finished jobs in order; its `workers` processes (0: this one) start immediately.
 
     Raises:
-        SourceChanged: a file is not what was listed.
+        SourceChanged: a file has changed since it was listed.
         GanDistError: no worker can be started.
     """
     if workers == 0 or not jobs:
         generator = _run_here(jobs, sources, recipe)
     else:
         generator = _run_there(_Pool(jobs, sources, recipe, min(workers, len(jobs))), len(jobs))
-    generator.send(None)  # into its try, so that closing it always ends the workers
+    generator.send(None)  # enters its context, so that closing it always ends the workers
     return generator
 
 
@@ -249,7 +250,7 @@ def _run_there(pool: _Pool, jobs: int) -> Generator[Done]:
 
 
 class _Pool:
-    """A thread a worker feeds it; results wait, in bounded number, until their turn."""
+    """A thread for each worker feeds it; a bounded number of results wait for their turn."""
 
     def __init__(
         self, jobs: Sequence[Sequence[Entry]], sources: Sequence[Source], recipe: Recipe, workers: int
@@ -257,7 +258,7 @@ class _Pool:
         self._jobs, self._sources, self._recipe = jobs, sources, recipe
         job_bytes = _most_entries(recipe.resolution) * 3 * recipe.resolution**2
         self._window = max(4 * workers, _BUFFERED_BYTES // job_bytes)
-        # The last jobs go out largest first, so that none of them is still running when all others have ended.
+        # The last jobs start largest first, so that the workers end together.
         tail = min(len(jobs), self._window, 16 * workers)
         head = len(jobs) - tail
         largest = sorted(range(head, len(jobs)), key=lambda i: -_weight(jobs[i]))
@@ -274,7 +275,7 @@ class _Pool:
             thread.start()
 
     def take(self, number: int) -> Done:
-        """Returns job `number`, waiting for it; kills a worker that takes too long over anything."""
+        """Returns job `number` when it is finished; kills workers that exceed the time limit meanwhile."""
         with self._changed:
             while number not in self._done:
                 if self._failure is not None:
@@ -308,7 +309,7 @@ class _Pool:
         with self._changed:
             while not self._closing and self._next < len(self._order):
                 number = self._order[self._next]
-                # the tail is no longer than the window, so the job that the consumer waits for is never held back
+                # the tail is no longer than the window, so the job that the consumer waits for never waits here
                 if self._next < self._taken + self._window:
                     self._next += 1
                     return number
@@ -316,8 +317,8 @@ class _Pool:
         return None
 
     def _process(self, place: int, job: Sequence[Entry]) -> Done:
-        """Returns a finished job. A job that kills its worker is taken apart, and a picture that does so twice is
-        rejected."""
+        """Returns a finished job. A job that kills its worker is repeated picture by picture; a picture that kills two
+        workers is rejected."""
         for attempt in range(2):
             if self._closing:
                 raise GanDistError("preparation was stopped")
@@ -340,17 +341,17 @@ class _Pool:
         raise AssertionError("unreachable")
 
     def _one_by_one(self, place: int, job: Sequence[Entry]) -> Done:
-        whole = Done([], {})
+        total = Done([], {})
         for entry in job:
             part = self._process(place, [entry])
-            whole.outcomes += part.outcomes
-            whole.peak = max(whole.peak, part.peak)
+            total.outcomes += part.outcomes
+            total.peak = max(total.peak, part.peak)
             for stage, seconds in part.seconds.items():
-                whole.seconds[stage] = whole.seconds.get(stage, 0.0) + seconds
-        return whole
+                total.seconds[stage] = total.seconds.get(stage, 0.0) + seconds
+        return total
 
     def close(self) -> None:
-        """Ends every worker and thread; those still busy are killed."""
+        """Ends all workers and threads; busy workers are killed."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()

@@ -1,1 +1,1 @@
-"""Datasets at an address: fetched, and kept in a cache on this machine."""
+"""Datasets at an address: fetching them, and their cache on this machine."""

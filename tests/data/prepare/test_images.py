@@ -14,8 +14,8 @@ from PIL import Image, ImageCms, PngImagePlugin
 from torchvision.transforms import v2
 
 from gan_dist.data.prepare import images
+from gan_dist.data.prepare.account import REASONS, Rejected
 from gan_dist.data.prepare.images import Recipe, square
-from gan_dist.data.prepare.rejects import REASONS, Rejected
 from tests.helpers.images import ORANGE, cmyk_jpeg, deep, encode, plain, with_alpha
 
 

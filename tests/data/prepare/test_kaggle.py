@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
-from gan_dist.data.shards import open_dataset
 from gan_dist.utils.errors import UserError
 from tests.helpers.sources import balanced, encode
 
@@ -155,7 +155,7 @@ def test_a_table_matches_by_path_then_by_unique_name(tmp_path: Path) -> None:
         ("{}/t.csv:file:l", "no column 'file' .* it has f, l"),
         ("{}/t.csv:l:f", "no row matches"),
         ("{}/latin.csv:f:l", r"not UTF-8 \(line 2\)"),
-        ("folders", "no image lies in a folder"),
+        ("folders", "no image is in a folder"),
     ],
 )
 def test_labels_that_do_not_fit_are_one_line(tmp_path: Path, spec: str, message: str) -> None:

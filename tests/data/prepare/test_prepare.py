@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import webdataset
 
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare.account import TooManyRejects
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
-from gan_dist.data.shards import open_dataset, read_manifest
+from gan_dist.data.shards import read_manifest
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.sources import balanced, contents, encode, fill
 

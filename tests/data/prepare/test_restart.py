@@ -120,9 +120,11 @@ def test_a_worker_that_is_killed_costs_nothing(source: Path, undisturbed: Whole,
 
     def kill(done: int, total: int) -> None:
         nonlocal killed
-        found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "data.workers"], capture_output=True, text=True)
-        if done and killed < 4 and found.stdout:
-            os.kill(int(found.stdout.split()[killed % 2 - 1]), signal.SIGKILL)
+        pids = subprocess.run(
+            ["pgrep", "-P", str(os.getpid()), "-f", "prepare.workers"], capture_output=True, text=True
+        )
+        if done and killed < 4 and pids.stdout:
+            os.kill(int(pids.stdout.split()[killed % 2 - 1]), signal.SIGKILL)
             killed += 1
 
     prepare(source, tmp_path / "out", shard_samples=8, workers=2, max_reject_fraction=1, progress=kill)

@@ -26,13 +26,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare import workers
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.reading import Reader
-from gan_dist.data.prepare.rejects import Rejected
 from gan_dist.data.prepare.sources import list_source, open_source
 from gan_dist.data.prepare.verify import verify
-from gan_dist.data.shards import open_dataset
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.images import cmyk_jpeg, deep, with_alpha
 from tests.helpers.images import encode as encode_image

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.verify import verify
-from gan_dist.data.shards import open_dataset
 from gan_dist.utils.errors import UserError
 from tests.helpers.sources import contents, fill
 
@@ -66,7 +66,7 @@ def test_every_fault_is_named_and_mended_by_its_command(tmp_path: Path, damage: 
         (out / file).write_bytes(b"")
     faults = verify(out)
     assert [(fault.file, what in fault.what) for fault in faults] == [(file, True)]
-    words = shlex.split(faults[0].mend.split("`")[1])
+    words = shlex.split(faults[0].repair.split("`")[1])
     assert words[:4] == ["gan-dist", "prepare", str(source), str(out)]
     options = dict(zip(words[4::2], words[5::2], strict=True))
     assert options == {"--shard-samples": "4", "--max-reject-fraction": "0.5"}

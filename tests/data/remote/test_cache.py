@@ -17,19 +17,20 @@ from typing import Any
 import pytest
 import torch
 
-from gan_dist.data.remote.cache import Cache, open_remote
-from gan_dist.data.remote.fetch import Patience, member, shown
-from gan_dist.data.shards import MANIFEST, Dataset, open_dataset
+from gan_dist.data.dataset import Dataset, open_dataset, open_remote
+from gan_dist.data.remote.cache import Cache, choose_home, private_folder
+from gan_dist.data.remote.fetch import RetryPolicy, file_address, redacted
+from gan_dist.data.shards import MANIFEST
 from gan_dist.utils.errors import EXIT_STOPPED, GanDistError, UserError
-from gan_dist.utils.places import available_memory, choose_home, file_system, own_folder, room
 from gan_dist.utils.stop import Cancelled
+from gan_dist.utils.system import available_memory, file_system, room
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks
 from tests.helpers.server import FAULTS, Server
 
-HASTY = Patience(tries=3, backoff_s=0.02, stall_s=0.3)
+HASTY = RetryPolicy(tries=3, backoff_s=0.02, stall_s=0.3)
 LIMIT = 20
-"""Seconds in which every fault below has been mended or told of, on a slow machine."""
+"""Seconds in which every fault below has been repaired or reported, on a slow machine."""
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,9 @@ def test_every_kind_of_address_brings_the_same_samples(source: Path, tmp_path: P
 
 
 def test_addresses() -> None:
-    assert member("http://host/set/?a=b/c", "x.tar") == "http://host/set/x.tar?a=b/c"
-    assert member("pipe:ssh host cat '/set/{}'", "x.tar") == "pipe:ssh host cat '/set/x.tar'"
-    assert shown("https://me:password@host/set/x.tar?signature=1") == "https://host/set/x.tar"
+    assert file_address("http://host/set/?a=b/c", "x.tar") == "http://host/set/x.tar?a=b/c"
+    assert file_address("pipe:ssh host cat '/set/{}'", "x.tar") == "pipe:ssh host cat '/set/x.tar'"
+    assert redacted("https://me:password@host/set/x.tar?signature=1") == "https://host/set/x.tar"
 
 
 def rare(fault: str) -> Any:
@@ -89,21 +90,21 @@ def rare(fault: str) -> Any:
 
 @pytest.mark.parametrize("fault", [rare(fault) for fault in FAULTS])
 def test_a_fault_that_passes_is_got_over(source: Path, tmp_path: Path, fault: str) -> None:
-    told: list[str] = []
+    log: list[str] = []
     with Server(source, lambda name, nth: fault if name != MANIFEST and nth == 0 else None) as server:
         if fault == "404":
             with pytest.raises(UserError, match=r"shard-0000\d.tar: HTTP status 404"):
-                open_remote(server.address, tmp_path, whole=True, patience=HASTY)
+                open_remote(server.address, tmp_path, whole=True, retry=HASTY)
             return
-        with open_remote(server.address, tmp_path, whole=True, patience=HASTY, say=told.append) as staged:
+        with open_remote(server.address, tmp_path, whole=True, retry=HASTY, log=log.append) as staged:
             assert torch.equal(pixels(staged), pixels(open_dataset(source)))
         assert all(server.requests[shard.file] == 2 for shard in staged.manifest.shards)
-    assert len(told) == 4 and all("trying again" in line for line in told)
+    assert len(log) == 4 and all("trying again" in line for line in log)
 
 
 @pytest.mark.parametrize("name", ["shard-00002.tar", pytest.param(MANIFEST, marks=pytest.mark.chaos)])
 @pytest.mark.parametrize("fault", [rare(fault) for fault in FAULTS])
-def test_a_fault_that_stays_is_told_in_time(source: Path, tmp_path: Path, fault: str, name: str) -> None:
+def test_a_fault_that_stays_is_reported_in_time(source: Path, tmp_path: Path, fault: str, name: str) -> None:
     if (fault, name) == ("corrupt", MANIFEST):
         return  # a manifest with another byte is another dataset's, and its shards are missed
     began = time.monotonic()
@@ -111,7 +112,7 @@ def test_a_fault_that_stays_is_told_in_time(source: Path, tmp_path: Path, fault:
         Server(source, lambda asked, nth: fault if asked == name else None) as server,
         pytest.raises(GanDistError) as caught,
     ):
-        open_remote(server.address, tmp_path, whole=True, patience=HASTY)
+        open_remote(server.address, tmp_path, whole=True, retry=HASTY)
     assert time.monotonic() - began < LIMIT
     assert f"{server.address}/{name}" in str(caught.value) and "\n" not in str(caught.value)
     # What the source is to blame for has status 2; what the network did, 1: the same command may help.
@@ -125,7 +126,7 @@ def test_a_command_that_hangs_is_ended_with_its_children(source: Path, tmp_path:
     mark = f"60.{os.getpid()}"
     address = "pipe:" + command.replace("60", mark).replace("{}", f"{source}/{{}}")
     with pytest.raises(GanDistError, match="stalled"):
-        open_remote(address, tmp_path, patience=Patience(2, 0.01, 0.3))
+        open_remote(address, tmp_path, retry=RetryPolicy(2, 0.01, 0.3))
     deadline = time.monotonic() + 5  # what was killed takes a moment to go
     while any(mark.encode() in line for line in running()):
         assert time.monotonic() < deadline, running()
@@ -134,23 +135,23 @@ def test_a_command_that_hangs_is_ended_with_its_children(source: Path, tmp_path:
 
 def running() -> list[bytes]:
     """Returns the command line of every process."""
-    found = []
+    contents = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            found.append(path.read_bytes())
-    return found
+            contents.append(path.read_bytes())
+    return contents
 
 
-def test_commands_that_fail_are_told_of(source: Path, tmp_path: Path) -> None:
-    hasty = Patience(2, 0.01, 5)
+def test_commands_that_fail_are_reported(source: Path, tmp_path: Path) -> None:
+    hasty = RetryPolicy(2, 0.01, 5)
     with pytest.raises(UserError, match="does not find no-such-program"):
-        open_remote("pipe:no-such-program {}", tmp_path, patience=hasty)
+        open_remote("pipe:no-such-program {}", tmp_path, retry=hasty)
     with pytest.raises(GanDistError, match="ended with status 3"):
-        open_remote("pipe:exit 3; cat {}", tmp_path, patience=hasty)
+        open_remote("pipe:exit 3; cat {}", tmp_path, retry=hasty)
     with pytest.raises(UserError, match="cannot be opened"):
-        open_remote("carrier-pigeon://set", tmp_path, patience=hasty)
+        open_remote("carrier-pigeon://set", tmp_path, retry=hasty)
     with pytest.raises(UserError, match="No such file"):
-        open_remote(f"file://{source}/nothing", tmp_path, patience=hasty)
+        open_remote(f"file://{source}/nothing", tmp_path, retry=hasty)
 
 
 def test_a_call_off_ends_the_wait(source: Path, tmp_path: Path) -> None:
@@ -171,11 +172,11 @@ def test_a_call_off_ends_the_wait(source: Path, tmp_path: Path) -> None:
 )
 def test_an_edited_manifest_is_found(source: Path, tmp_path: Path, key: str, value: object) -> None:
     shutil.copytree(source, tmp_path / "set")
-    told = json.loads((tmp_path / "set" / MANIFEST).read_text())
-    told["shards"][1][key] = value
-    (tmp_path / "set" / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((tmp_path / "set" / MANIFEST).read_text())
+    manifest["shards"][1][key] = value
+    (tmp_path / "set" / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"shard-00001\.tar"):
-        open_remote(f"file://{tmp_path}/set", tmp_path / "cache", whole=True, patience=HASTY)
+        open_remote(f"file://{tmp_path}/set", tmp_path / "cache", whole=True, retry=HASTY)
     if key != "sha256":  # of a set in place only `verify` reads every byte
         with pytest.raises(UserError, match=r"shard-00001\.tar"):
             open_dataset(tmp_path / "set")
@@ -183,9 +184,9 @@ def test_an_edited_manifest_is_found(source: Path, tmp_path: Path, key: str, val
 
 def test_a_shard_cut_out_of_the_manifest_is_missed(dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "set")
-    told = json.loads((tmp_path / "set" / MANIFEST).read_text())
-    del told["shards"][-1]
-    (tmp_path / "set" / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((tmp_path / "set" / MANIFEST).read_text())
+    del manifest["shards"][-1]
+    (tmp_path / "set" / MANIFEST).write_text(json.dumps(manifest))
     for place in (f"file://{tmp_path}/set", f"{tmp_path}/set"):
         with pytest.raises(UserError, match=r"counts .* samples, but its shards hold"):
             open_dataset(place, tmp_path / "cache")
@@ -194,11 +195,11 @@ def test_a_shard_cut_out_of_the_manifest_is_missed(dataset: Path, tmp_path: Path
 @pytest.mark.parametrize("name", ["../x.tar", "a;b.tar", "$(id).tar", "-x.tar", "x.zip"])
 def test_a_manifest_cannot_name_what_it_likes(source: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(source, tmp_path / "set")
-    told = json.loads((tmp_path / "set" / MANIFEST).read_text())
-    told["shards"][1]["file"] = name
-    (tmp_path / "set" / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((tmp_path / "set" / MANIFEST).read_text())
+    manifest["shards"][1]["file"] = name
+    (tmp_path / "set" / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="is no name of a shard"):
-        open_remote(f"file://{tmp_path}/set", tmp_path / "cache", patience=HASTY)
+        open_remote(f"file://{tmp_path}/set", tmp_path / "cache", retry=HASTY)
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(source: Path, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_a_cache_that_nobody_closed_goes_with_the_process(source: Path, scratch:
 
 VICTIM = """
 import signal, sys
-from gan_dist.data.remote.cache import open_remote
+from gan_dist.data.dataset import open_remote
 with open_remote(sys.argv[1], whole=True):
     signal.pause()
 """
@@ -287,7 +288,7 @@ def test_a_job_that_hangs_with_the_locks_is_not_waited_for(
 
 def _read_on_rank(rank: int, address: str, cache: str, expected: str) -> None:
     with (
-        open_remote(address, cache, whole=True, patience=Patience(4, 0.02, 2)) as staged,
+        open_remote(address, cache, whole=True, retry=RetryPolicy(4, 0.02, 2)) as staged,
         open_dataset(expected) as here,
     ):
         assert torch.equal(pixels(staged), pixels(here))
@@ -317,7 +318,7 @@ def test_two_jobs_at_once_share_one_cache(source: Path, scratch: Path) -> None:
 
         def job() -> None:
             try:
-                with open_remote(server.address, whole=True, patience=HASTY) as staged:
+                with open_remote(server.address, whole=True, retry=HASTY) as staged:
                     inside.wait(LIMIT)
                     results.append(pixels(staged).clone())
             except BaseException as error:
@@ -335,7 +336,7 @@ def test_two_jobs_at_once_share_one_cache(source: Path, scratch: Path) -> None:
 
 FILL = """
 import resource, sys
-from gan_dist.data.remote.cache import open_remote
+from gan_dist.data.dataset import open_remote
 from gan_dist.utils.errors import GanDistError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_001, 20_001))
 try:
@@ -346,7 +347,7 @@ except GanDistError as error:
 """
 
 
-def test_a_cache_that_fills_up_is_told_of_and_leaves_no_half_file(source: Path, tmp_path: Path) -> None:
+def test_a_cache_that_fills_up_is_reported_and_leaves_no_half_file(source: Path, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for a full disk: a part of a block is still written, the next write fails."""
     done = subprocess.run(
         [sys.executable, "-c", FILL, source.as_uri(), str(tmp_path)], capture_output=True, text=True, timeout=LIMIT
@@ -359,7 +360,7 @@ def test_a_cache_that_fills_up_is_told_of_and_leaves_no_half_file(source: Path, 
 
 
 @pytest.mark.chaos
-def test_a_full_file_system_is_told_of(source: Path, tmp_path: Path) -> None:
+def test_a_full_file_system_is_reported(source: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "none", str(small)], capture_output=True)
@@ -369,7 +370,7 @@ def test_a_full_file_system_is_told_of(source: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"staging needs 0\.0 GiB .*data\.window_shards"):
             open_dataset(source.as_uri(), small)
         manifest = open_dataset(source).manifest
-        cache = Cache(source.as_uri(), manifest, own_folder(small / "mine") / "set", False, False, HASTY)
+        cache = Cache(source.as_uri(), manifest, private_folder(small / "mine") / "set", False, False, HASTY)
         cache.enter(manifest.to_bytes())
         with pytest.raises(GanDistError, match=r"cannot be written \(No space left on device\).*data\.cache_dir"):
             cache.fetch_all()
@@ -383,14 +384,14 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is no folder"):
-        own_folder(tmp_path / "link")
-    assert own_folder(tmp_path / "mine").stat().st_mode & 0o077 == 0
+        private_folder(tmp_path / "link")
+    assert private_folder(tmp_path / "mine").stat().st_mode & 0o077 == 0
     if os.geteuid() == 0:
         os.chown(tmp_path / "mine", 12345, -1)
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(UserError, match=r"belongs to user \d+ .*data\.cache_dir"):
-        own_folder(tmp_path / "mine")
+        private_folder(tmp_path / "mine")
 
 
 def test_the_place_is_chosen_by_room_and_by_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +400,7 @@ def test_the_place_is_chosen_by_room_and_by_what_is_there(tmp_path: Path, monkey
     (tmp_path / "scratch").mkdir()
     free = {tmp_path / "scratch": 100, Path("/dev/shm"): 0, tmp_path / "home": 1000}
     monkeypatch.setattr(
-        "gan_dist.utils.places.room", lambda path: next(v for k, v in free.items() if path.is_relative_to(k))
+        "gan_dist.data.remote.cache.room", lambda path: next(v for k, v in free.items() if path.is_relative_to(k))
     )
     assert choose_home(None, "a", 50).is_relative_to(tmp_path / "scratch")
     assert choose_home(None, "a", 500).is_relative_to(tmp_path / "home")

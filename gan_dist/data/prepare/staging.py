@@ -1,4 +1,4 @@
-"""Sources as people name them -> local paths: brace patterns expanded, remote and compressed tars fetched once."""
+"""Sources as the user names them -> local paths: patterns expanded, remote and compressed tars staged once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from gan_dist.data.remote.fetch import fetch
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand, is_address, present, temporary_name
+from gan_dist.utils.files import expand_source, is_address, present, temporary_name
 
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -25,7 +25,7 @@ _COMPRESSED: dict[bytes, Callable[..., Any]] = {
 
 def spread(texts: Sequence[str | Path]) -> list[str]:
     """Returns the sources with brace patterns (`shards/{00000..00099}.tar`) expanded and local paths absolute."""
-    found: list[str] = []
+    expanded: list[str] = []
     for text in map(str, texts):
         many = [text]
         if "{" in text and (is_address(text) or not present(Path(text))) and not text.startswith("pipe:"):
@@ -35,12 +35,12 @@ def spread(texts: Sequence[str | Path]) -> list[str]:
                 many = list(braceexpand(text))
             except ValueError as error:
                 raise UserError(f"source {text}: unbalanced braces ({error})") from None
-        found += [one if is_address(one) else str(expand(one)) for one in many]
-    return found
+        expanded += map(expand_source, many)
+    return expanded
 
 
 def needs_staging(text: str) -> bool:
-    """Returns whether a source has no random access where it is: it is remote, or a compressed stream."""
+    """Returns whether a source has no random access where it is: it is remote or compressed."""
     return is_address(text) or _compression(Path(text)) is not None
 
 
@@ -54,15 +54,16 @@ def _compression(path: Path) -> bytes | None:
 
 
 def source_name(text: str) -> str:
-    """Returns what the account calls a source: its last part, without queries."""
+    """Returns the name of a source in the account: its last part, without a query."""
     return text.split()[-1].split("?")[0].rstrip("/").rpartition("/")[2] if is_address(text) else Path(text).name
 
 
 def stage(text: str, folder: Path) -> Path:
-    """Returns the path of an uncompressed local copy of a source in `folder`; a copy that is there is taken as it is.
+    """Returns the path of an uncompressed local copy of a source in `folder`, which is made unless it exists.
 
     Raises:
-        GanDistError: it could not be fetched.
+        GanDistError: it cannot be fetched.
+        UserError: it is damaged.
     """
     target = folder / hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     if target.exists():
@@ -88,7 +89,7 @@ def stage(text: str, folder: Path) -> Path:
 
 
 def _fetch(address: str, target: Path) -> None:
-    """Writes what lies at `address` to `target`: tried again where the line breaks, never waited for without end."""
+    """Writes the bytes at `address` to `target`, with retries."""
 
     def receive(chunks: Iterator[bytes]) -> str | None:
         with target.open("wb") as out:
