@@ -1,4 +1,7 @@
-"""What every test shares: a painted dataset; GPU tests wait for a GPU, and in CI nothing else is skipped."""
+"""What every test shares: a painted dataset; GPU tests wait for a GPU, and in CI nothing else is skipped.
+
+No test hangs on how fast this machine is or how it rounds; tests/__init__.py has switches that play another machine.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,28 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
-# Small networks on few cores: more threads would only wait for one another, and ranks have one thread each anyway.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
+from tests import PRECISION, THREADS
+
+# Small networks on few cores: more threads would only wait for one another.
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for what is started
+
+# An example takes as long as it takes.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 MAY_SKIP_IN_CI = re.compile(r"needs (a|two) CUDA devices?|needs torch|needs a cgroup v1")
 """What .ci/run cannot install. Programs (SLURM, a browser, ...) it can, so a test that lacks one there has failed."""
+
+
+def pytest_report_header() -> str:
+    return f"gan_dist: {THREADS} thread(s) a process, precision auto is {PRECISION or 'what this machine has'}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

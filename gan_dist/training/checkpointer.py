@@ -103,7 +103,9 @@ class Checkpointer:
             except (OSError, GanDistError) as error:
                 self._failure = error
             except BaseException as error:  # whatever it was, nothing was saved
-                self._failure = GanDistError(f"the checkpoint could not be made: {type(error).__name__}: {first_line(error)}")
+                self._failure = GanDistError(
+                    f"the checkpoint could not be made: {type(error).__name__}: {first_line(error)}"
+                )
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=False)
         self._thread.start()
@@ -149,7 +151,7 @@ class Checkpointer:
             state = copy()
             digest = state_digest(state, self._synchronised)
         except Exception as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = _reason(error)
         try:
             answers = self._world.gather_objects_aside((digest, reason))
         except RuntimeError as error:
@@ -164,3 +166,7 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from gan_dist.utils.files import write_atomically
 
@@ -23,6 +22,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
     """Returns uint8 images [N, 3, h, w] as one picture, uint8 [3, H, W], in `columns` (default: about square)."""
+    from torchvision.utils import make_grid  # late: it doubles the time that importing torch takes
+
     page: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=padding, pad_value=255)
     return page
 

@@ -7,21 +7,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from gan_dist.bench import step as bench
 from gan_dist.bench.step import bench_step
 from gan_dist.distributed.world import World
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.games import CPU, batches, game
+from tests.helpers.ranks import run_ranks
 
 SMALL: dict[str, Any] = {"resolution": 32, "latent_dim": 8, "channels": 4, "seconds": 0.05, "precision": "fp32"}
 
 
+LIMITS = {"matmul_gflop_per_second": 100.0, "copy_gb_per_second": 10.0}
+
+
 @pytest.fixture(autouse=True)
 def _known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {"matmul_gflop_per_second": 100.0, "copy_gb_per_second": 10.0}
-    monkeypatch.setattr(bench, "machine_limits", lambda device, precision: limits)
+    monkeypatch.setattr(bench, "machine_limits", lambda device, precision: LIMITS)
 
 
 def test_a_sweep_reports_the_fastest_and_its_parts() -> None:
@@ -80,8 +82,8 @@ def test_bad_requests_are_refused() -> None:
 
 
 def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    bench.machine_limits = lambda device, precision: LIMITS
+    dist.init_process_group("gloo")
     group: Any = dist.new_group([0, 1])
     world = World(rank=rank, size=2, device=CPU, group=group, control=group)
     torch.save(bench_step(world, batches=(4, 8), **SMALL), f"{folder}/{rank}.pt")
@@ -90,9 +92,8 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_ranks_report_what_they_gain_over_one() -> None:
-    spawn: Any = mp.spawn  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, args=(folder,), nprocs=2)
+        run_ranks(2, _rank, folder)
         found = torch.load(Path(folder) / "0.pt", weights_only=False)
     scaling = found["scaling"]
     assert found["world_size"] == 2

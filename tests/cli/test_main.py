@@ -22,7 +22,7 @@ def run(*words: object, cwd: Path | None = None, **env: str) -> subprocess.Compl
         timeout=110,
         check=False,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, **env},
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +42,7 @@ def test_gather_returns_the_samples_in_the_order_asked_for(opened: Dataset, pixe
     assert len({tuple(sample.flatten().tolist()) for sample in pixels}) == opened.num_samples, "samples must differ"
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 90),
     world=st.integers(1, 4),
@@ -106,7 +108,7 @@ def test_what_stops_the_thread_is_raised_where_data_is_asked_for(
 def test_waiting_is_counted(opened: Dataset) -> None:
     with Stream(opened, Order(opened.shard_sizes, 1), position=0, global_batch=4, device=CPU) as stream:
         stream.next()
-        assert 0 <= stream.wait_seconds < 60
+        assert stream.wait_seconds >= 0
         assert stream.placement == "memory"
 
 
@@ -127,29 +129,40 @@ def test_on_a_gpu_the_order_is_the_same(opened: Dataset, pixels: torch.Tensor, p
 
 
 def test_waiting_is_what_the_reader_waited_and_no_more(opened: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    into = Gather.into
+    """By a clock that only this test moves: a second for each step, and one for each batch that is waited for."""
+    now, readings, asked_for, into = 0.0, itertools.count(), threading.Semaphore(0), Gather.into
+
+    def clock() -> float:
+        reading = now
+        if next(readings) % 2 == 0:  # of the two readings around a wait the first
+            asked_for.release()
+        return reading
 
     def slowly(self: Gather, out: torch.Tensor, samples: np.ndarray) -> torch.Tensor:
-        time.sleep(0.03)
+        nonlocal now
+        asked_for.acquire()
+        now += 1
         return into(self, out, samples)
 
+    def wait_of_ten_steps(stream: Stream) -> float:
+        nonlocal now
+        for _ in range(10):
+            stream.next()
+            now += 1
+        return stream.wait_seconds
+
+    monkeypatch.setattr("gan_dist.data.stream.time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr("gan_dist.data.stream.BLOCK_BYTES", 1)
     order = Order(opened.shard_sizes, 1)
     with Stream(opened, order, position=0, global_batch=4, device=CPU) as stream:
-        stream.await_first()
-        waits = []
-        for _ in range(20):
-            before = stream.wait_seconds
-            stream.next()
-            waits.append(stream.wait_seconds - before)
-            time.sleep(0.01)  # a step: by then there is a batch, unless this machine has much else to do
-        assert sorted(waits)[5] < 0.003, waits
+        assert wait_of_ten_steps(stream) == 0
+    asked_for = threading.Semaphore(0)
     monkeypatch.setattr(Gather, "into", slowly)
     with Stream(opened, order, position=0, global_batch=4, device=CPU) as stream:
-        began = time.monotonic()
-        for _ in range(10):
-            stream.next()
-        assert 0.25 < stream.wait_seconds <= time.monotonic() - began
+        try:
+            assert wait_of_ten_steps(stream) == 10
+        finally:
+            asked_for.release(RING)  # whoever gathers ahead may go home
 
 
 @pytest.mark.gpu
@@ -175,4 +188,4 @@ def test_a_gpu_that_is_busy_does_not_wait_though_the_host_does(
                     torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]  # clock cycles: some 0.1 s
             torch.cuda.synchronize()
             waited[busy] = stream.wait_seconds
-    assert waited[True] < 0.1 and waited[False] > 0.2, waited
+    assert waited[True] < 0.5 * waited[False], waited

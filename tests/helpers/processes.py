@@ -23,7 +23,7 @@ class Ranks:
         self.processes = []
         for rank, log in enumerate(self.logs):
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONFAULTHANDLER": "1"}
             start = ["-c", code] if code and rank == size - 1 else ["-m", "gan_dist"]
             arguments = ["train", config, "--run-dir", str(run), "dist.timeout_s=8", "dist.init_timeout_s=60", *words]
             with log.open("w") as file:

@@ -1,13 +1,13 @@
-"""Real ranks for tests: spawned processes with the environment that torchrun would give them."""
+"""Real ranks for tests: processes with the environment that torchrun would give them."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-import torch
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 
 def free_port() -> int:
@@ -19,15 +19,17 @@ def free_port() -> int:
 
 
 def run_ranks(size: int, work: Callable[..., None], *args: object) -> None:
-    """Runs `work(rank, *args)` in `size` processes of one thread each and returns when all are done.
+    """Runs `work(rank, *args)` in `size` processes and returns when all are done.
 
-    `work` must be importable. Raises what the first failing rank raised, with its traceback.
+    `work` must be importable. Raises what the first failing rank raised, with its traceback. Each rank is forked from
+    one server that has imported torch and does nothing else: they start at once, and none sees another's state.
     """
-    spawn(_enter, args=(size, free_port(), work, args), nprocs=size)  # type: ignore[no-untyped-call]
+    multiprocessing.set_forkserver_preload(["gan_dist.training.trainer", "torch._dynamo", "pytest"])
+    environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    start_processes(_enter, (work, args, environment), size, start_method="forkserver")  # type: ignore[no-untyped-call]
 
 
-def _enter(rank: int, size: int, port: int, work: Callable[..., None], args: tuple[object, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _enter(rank: int, work: Callable[..., None], args: tuple[object, ...], environment: Mapping[str, str]) -> None:
+    os.environ.clear()  # the server's, as it was when the first ranks were started
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     work(rank, *args)

@@ -161,36 +161,43 @@ def test_a_controller_that_restarts_is_asked_to_requeue_again_and_a_refusal_is_o
     assert play.history()[-1][3] == "SLURM refused to requeue the job; submit it again"
 
 
-def ended(play: Play, ranks: str, again_s: float = 0.1) -> int:
-    """Returns the status of a batch script that SLURM tells to end, twice, while its ranks run."""
-    process = play.start(f"gan_dist_srun bash -c {shlex.quote(f'touch $PLAY/there; {ranks}')}\ngan_dist_finish $?")
-    while not (play.at / "there").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(again_s)
-    process.send_signal(signal.SIGTERM)
-    return process.wait(30)
+CLOCK = """
+unset SECONDS; SECONDS=0 # a clock of the test's own, which goes on where the script sleeps
+sleep() { ((SECONDS += $1)); touch "$PLAY/second-$SECONDS"; doze 0.2; }
+"""
+
+
+def ended(play: Play, ranks: str, again_at: int = 1) -> int:
+    """Returns the status of a batch script that SLURM tells to end while its ranks run, and again a second later."""
+    ranks = shlex.quote(f"touch $PLAY/there; {ranks}")
+    process = play.start(f"gan_dist_srun bash -c {ranks}\ngan_dist_finish $?", CLOCK)
+    for sign in ("there", f"second-{again_at}"):
+        while not (play.at / sign).exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+    return process.wait(250)
 
 
 def test_ranks_that_overrun_the_time_limit_are_not_waited_for(play: Play) -> None:
-    """Of SLURM's KillWait after the first TERM the script keeps four seconds for itself."""
+    """Of SLURM's KillWait after the first TERM, whatever comes meanwhile, the script keeps four seconds for itself."""
     play.env |= {"JOB": OVER, "KILL_WAIT": "9"}
-    began = time.monotonic()
-    assert ended(play, "exec doze 25", again_s=4) == -signal.SIGTERM and time.monotonic() - began < 7.5
+    assert ended(play, "exec doze 250", again_at=4) == -signal.SIGTERM
+    assert (play.at / "second-5").exists() and not (play.at / "second-6").exists()
     why = "the time limit came before the ranks had saved; raise slurm.signal_lead_s"
     assert play.history() == [["0", "crashed", "-", why, "lost"]] and play.asked("requeue") == 1
 
 
 def test_ranks_that_save_just_after_the_time_limit_are_waited_for(play: Play) -> None:
-    play.env["JOB"] = OVER
+    play.env |= {"JOB": OVER, "KILL_WAIT": "6000"}
     assert ended(play, 'doze 1; echo requeue SIGUSR2 >"$GAN_DIST_ATTEMPT/stopped"') == -signal.SIGTERM
     assert play.history() == [["0", "requeued", "-", "SIGUSR2"]]
 
 
 def test_a_time_of_grace_is_the_ranks(play: Play) -> None:
     """A preemption with GraceTime sends TERM long before the end: there is more time than KillWait."""
-    assert ended(play, 'doze 4; echo requeue SIGTERM >"$GAN_DIST_ATTEMPT/stopped"') == -signal.SIGTERM
-    assert play.history() == [["0", "requeued", "-", "SIGTERM"]]
+    ranks = 'until [[ -e $PLAY/second-2 ]]; do doze 0.1; done; doze 1; echo requeue TERM >"$GAN_DIST_ATTEMPT/stopped"'
+    assert ended(play, ranks) == -signal.SIGTERM
+    assert play.history() == [["0", "requeued", "-", "TERM"]]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_a_preemption_that_cancels_is_no_cancellation(play: Play, end: str, what
 def test_a_preemption_that_leaves_no_time_to_save_costs_no_crash(play: Play) -> None:
     at = "2026-11-25T18:00:28"
     play.env["JOB"] = f"JobState=COMPLETING Reason=None Restarts=0 EndTime={at} Deadline=N/A PreemptTime={at} S=None"
-    assert ended(play, "exec doze 25") == -signal.SIGTERM
+    assert ended(play, "exec doze 250") == -signal.SIGTERM
     assert play.history() == [["0", "lost", "-", "preempted before the ranks had saved"]]
 
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,9 +145,20 @@ def test_ctrl_c_in_the_moment_after_sbatch_takes_the_job_back(
     assert fake.told("scancel") == ["71"] and not (tmp_path / "run").exists()
 
 
-INTERRUPTED = "kill -INT $PPID; sleep 0.2" + SBATCH
+INTERRUPTED = "kill -INT $PPID" + SBATCH
 
 
+@pytest.fixture
+def attended() -> Iterator[None]:
+    """Signals as a terminal's programs find them: one that nohup or `&` started is deaf to HUP or INT, and rightly."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in slurm.ENDING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("attended")
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])  # a line that breaks is the last of them
 def test_what_ends_a_submission_while_sbatch_works_takes_the_job_back(
     fake: Slurm, config: str, tmp_path: Path, name: str
@@ -175,19 +187,37 @@ def test_ctrl_c_before_sbatch_is_asked_leaves_nothing(
 def test_sbatch_that_does_not_answer_is_one_line(
     fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake.program("sbatch", "exec sleep 20")
+    fake.program("sbatch", "exec sleep 300")
     monkeypatch.setattr(slurm, "SBATCH_S", 0.3)
     with pytest.raises(GanDistError, match=r"^sbatch did not answer within 0\.3 s; is the SLURM controller up\?"):
         submit_training(config, [], load_cluster(None), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("third", [INTERRUPTED, "echo no such partition >&2; exit 1", "exec sleep 20"])
+def test_a_submission_that_nohup_protects_is_made(fake: Slurm, config: str, tmp_path: Path) -> None:
+    fake.program("sbatch", INTERRUPTED.replace("INT", "HUP"))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        submit_training(config, [], load_cluster(None), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not fake.told("scancel") and (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("attended")
+@pytest.mark.parametrize("third", [INTERRUPTED, "echo no such partition >&2; exit 1", "exec sleep 300"])
 def test_a_pipeline_that_cannot_be_submitted_whole_is_taken_back(
     fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: str
 ) -> None:
     fake.program("sbatch", f"if (($(wc -l <sbatch.told) > 2)); then\n{third}\nfi\n{SBATCH}")
-    monkeypatch.setattr(slurm, "SBATCH_S", 1)
+    ask = slurm._sbatch
+
+    def impatient_with_the_third(script: str) -> str:
+        if len(fake.told("sbatch")) == 2 and third.endswith("sleep 300"):
+            monkeypatch.setattr(slurm, "SBATCH_S", 0.3)
+        return ask(script)
+
+    monkeypatch.setattr(slurm, "_sbatch", impatient_with_the_third)
     with pytest.raises((GanDistError, KeyboardInterrupt)):
         submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
     assert [job for job in fake.told("scancel") if job != "73"] == ["71", "72"]

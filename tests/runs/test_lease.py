@@ -16,7 +16,10 @@ from gan_dist.utils.errors import UserError
 from gan_dist.runs import lease
 from gan_dist.runs.lease import Holder, Lease, LeaseLost
 
-TERM = 0.6
+TERM = 2.0
+"""Seconds: an owner that renews four times in them is not taken for dead on any machine that these tests can use."""
+FOREVER = 3600.0
+"""A term that nobody waits for: the suite's own time limit comes before."""
 
 
 def foreign(fence: int = 7, launch: str | None = None) -> Holder:
@@ -29,9 +32,9 @@ def put(run: Path, holder: Holder) -> None:
 
 
 def test_taken_checked_released(tmp_path: Path) -> None:
-    held = Lease.take(tmp_path, term_s=TERM)
+    held = Lease.take(tmp_path, term_s=0.2)
     held.check()
-    time.sleep(TERM)
+    time.sleep(0.2)
     held.check()
     held.release()
     assert list(tmp_path.iterdir()) == []
@@ -42,7 +45,7 @@ def test_a_second_trainer_is_refused_while_the_first_renews(tmp_path: Path) -> N
     said: list[str] = []
     with pytest.raises(UserError, match="is being trained by process"):
         Lease.take(tmp_path, said.append, term_s=TERM)
-    assert "waiting 0.6 s" in said[0]
+    assert "waiting 2 s" in said[0]
     first.check()
     first.release()
 
@@ -52,9 +55,7 @@ def test_a_dead_process_of_this_host_is_replaced_at_once(tmp_path: Path) -> None
     code = f"import os; from pathlib import Path; from gan_dist.runs.lease import Lease; {take}; os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / "lease").exists()
-    began = time.monotonic()
-    held = Lease.take(tmp_path, term_s=30)
-    assert time.monotonic() - began < 5
+    held = Lease.take(tmp_path, term_s=FOREVER)
     assert json.loads((tmp_path / "lease").read_text())["fence"] == 2
     held.release()
 
@@ -62,8 +63,8 @@ def test_a_dead_process_of_this_host_is_replaced_at_once(tmp_path: Path) -> None
 def test_a_silent_foreign_host_is_replaced_after_a_term(tmp_path: Path) -> None:
     put(tmp_path, foreign(fence=7))
     began = time.monotonic()
-    held = Lease.take(tmp_path, term_s=TERM)
-    assert time.monotonic() - began >= TERM
+    held = Lease.take(tmp_path, term_s=0.5)
+    assert time.monotonic() - began >= 0.5
     assert json.loads((tmp_path / "lease").read_text())["fence"] == 8
     held.release()
 
@@ -71,9 +72,7 @@ def test_a_silent_foreign_host_is_replaced_after_a_term(tmp_path: Path) -> None:
 def test_the_requeued_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, foreign(launch="job-17"))
     monkeypatch.setenv(lease.LAUNCH_ID, "job-17")
-    began = time.monotonic()
-    Lease.take(tmp_path, term_s=30).release()
-    assert time.monotonic() - began < 5
+    Lease.take(tmp_path, term_s=FOREVER).release()
 
 
 def test_a_host_that_comes_back_may_write_no_more(tmp_path: Path) -> None:
@@ -112,4 +111,4 @@ def test_of_many_that_find_a_stale_lease_one_gets_it(tmp_path: Path) -> None:
 
 def test_a_torn_lease_holds_nobody(tmp_path: Path) -> None:
     (tmp_path / "lease").write_text('{"fence": 3, "ren')
-    Lease.take(tmp_path, term_s=30).release()
+    Lease.take(tmp_path, term_s=FOREVER).release()

