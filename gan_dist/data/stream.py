@@ -254,11 +254,14 @@ class Stream:
         rank: int = 0,
         size: int = 1,
         device: torch.device,
-        placement: str = "auto",
+        placement: str = "memory",
     ) -> None:
-        """`position`: of the first batch; of every `global_batch` positions from there on, each rank gets its slice."""
+        """`position`: of the first batch; of every `global_batch` positions from there on, each rank gets its slice.
+
+        `placement` is one that `choose_placement` has returned.
+        """
         self.position = position
-        self.placement = choose_placement(placement, dataset, device, order.window_shards)
+        self.placement = placement
         self._dataset, self._order, self._batch, self._device = dataset, order, global_batch, device
         self._lo, self._hi = rank_slice(global_batch, rank, size)
         self._in_use: _Slot | None = None

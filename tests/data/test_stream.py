@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gan_dist.data.dataset import Dataset, Gather, gather, open_dataset
 from gan_dist.data.order import Order
-from gan_dist.data.stream import RING, Stream
+from gan_dist.data.stream import RING, Stream, choose_placement
 from gan_dist.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_waiting_is_counted(opened: Dataset) -> None:
 
 def test_device_placement_needs_a_device(opened: Dataset) -> None:
     with pytest.raises(UserError, match="keeps the set in GPU memory"):
-        Stream(opened, Order(opened.shard_sizes, 1), position=0, global_batch=4, device=CPU, placement="device")
+        choose_placement("device", opened, CPU)
 
 
 @pytest.mark.gpu
