@@ -11,7 +11,7 @@ from typing import Any
 
 from gan_dist.report.films import Frame
 from gan_dist.report.history import Entry
-from gan_dist.runs.record import when
+from gan_dist.runs.metrics_file import format_time
 
 ASSETS = Path(__file__).parent / "assets"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -27,7 +27,7 @@ def document(title: str, body: str) -> str:
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{escape(title)}: gan_dist</title>\n"
         f"<style>\n{(ASSETS / 'report.css').read_text(encoding='utf-8')}</style></head>\n<body><main>\n{body}\n"
-        f"<footer>Written by gan_dist on {when(time.time())}. This page needs no network.</footer></main>\n"
+        f"<footer>Written by gan_dist on {format_time(time.time())}. This page needs no network.</footer></main>\n"
         f"<script>\n{(ASSETS / 'report.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )
 

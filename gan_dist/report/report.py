@@ -30,7 +30,8 @@ from gan_dist.report.page import (
     shown,
     table,
 )
-from gan_dist.runs.record import Run, by_protocol, read_run, when
+from gan_dist.runs.metrics_file import format_time
+from gan_dist.runs.record import Run, by_protocol, read_run
 from gan_dist.telemetry.console import duration
 from gan_dist.telemetry.gallery import dataset_card
 from gan_dist.utils.errors import UserError
@@ -110,7 +111,7 @@ def _head(run: Run) -> str:
         (f"{run.dataset['samples']:,}" if run.dataset.get("samples") else "unknown", "images to learn from"),
     ]
     counted = "".join(f"<div><b>{number}</b><span>{what}</span></div>" for number, what in tiles)
-    heard = f"last heard of {when(run.touched)}" if run.touched else "nothing heard of it yet"
+    heard = f"last heard of {format_time(run.touched)}" if run.touched else "nothing heard of it yet"
     told = f"{heard}: {run.why}" if run.why else heard
     return (
         f'<header><span class="over">Training run</span><h1>{escape(run.name)}</h1>'

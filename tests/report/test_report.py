@@ -21,7 +21,8 @@ from gan_dist.report.curves import curves
 from gan_dist.report.films import film
 from gan_dist.report.history import closing_lines
 from gan_dist.report.report import make_report
-from gan_dist.runs.record import by_protocol, merged, read_run, status_line
+from gan_dist.runs.record import by_protocol, merged, read_run
+from gan_dist.telemetry.console import status_line
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.pictures import save_png
 from tests.helpers.browser import browser
