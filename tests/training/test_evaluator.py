@@ -60,7 +60,7 @@ def test_not_a_bit_of_the_game_is_changed(
     points = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     steps = [point["step"] for point in points if "event" not in point]
     assert steps == sorted(set(steps)), "a step stands twice"
-    assert "How good it is" in make_report(run.path).read_text()
+    assert "<h2>Evaluation</h2>" in make_report(run.path).read_text()
 
 
 def test_what_is_evaluated_is_what_will_be_drawn(many: Path, tmp_path: Path) -> None:
