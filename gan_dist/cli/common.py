@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from gan_dist.utils.errors import EXIT_STOPPED
 from gan_dist.utils.stop import StopRequest
@@ -26,6 +27,16 @@ def print_lines(lines: Iterable[str]) -> None:
 def print_error(line: str) -> None:
     """Prints one line on standard error."""
     print(f"gan-dist: {line}", file=sys.stderr, flush=True)
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints right-aligned columns on standard output; no cell is cut or wrapped, however narrow the terminal."""
+    table = Table(box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=10_000, markup=False, highlight=False, emoji=False).print(table)
 
 
 def listen_for_signals(stop: StopRequest) -> None:

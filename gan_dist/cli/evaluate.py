@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from gan_dist.cli.common import print_table
 from gan_dist.utils.errors import UserError
 
 NONE = "none"
@@ -53,7 +54,7 @@ def evaluate(
     """
     from gan_dist.distributed.world import join
     from gan_dist.evaluation.evaluate import evaluate_run
-    from gan_dist.evaluation.protocol import as_lines, warnings
+    from gan_dist.evaluation.protocol import warnings
 
     if step is not None and all_checkpoints:
         raise UserError("--step and --all-checkpoints say different things; give one of them")
@@ -86,6 +87,14 @@ def evaluate(
             )
         if world.rank != 0:
             return
-        print(json.dumps(rows if all_checkpoints else rows[0], indent=2) if as_json else "\n".join(as_lines(rows)))
+        if as_json:
+            print(json.dumps(rows if all_checkpoints else rows[0], indent=2))
+        else:
+            heads = [key for key in rows[0] if key not in ("protocol", "held_out")]
+            print_table(heads, ([_cell(row.get(key)) for key in heads] for row in rows))
         for line in warnings(rows[-1], max((row["diversity"] for row in rows[:-1]), default=0.0)):
             print(f"WARNING: {line}", file=sys.stderr)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -342,15 +342,3 @@ def accuracy(discriminator: nn.Module, dataset: Dataset, count: int, seed: int =
             right += int((discriminator(images.to(parameter.dtype) / 127.5 - 1) > 0).sum())
         judged += size
     return right / judged
-
-
-def as_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns evaluations as a table: a line each, their figures in columns."""
-    keys = [key for key in rows[0] if key not in ("protocol", "held_out")]
-    width = {key: max(len(key), *(len(_short(row.get(key))) for row in rows)) for key in keys}
-    head = "  ".join(f"{key:>{width[key]}}" for key in keys)
-    return [head, *("  ".join(f"{_short(row.get(key)):>{width[key]}}" for key in keys) for row in rows)]
-
-
-def _short(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

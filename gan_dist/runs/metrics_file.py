@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,17 @@ def event_details(event: Mapping[str, Any]) -> str:
 
 def history_table(lines: Sequence[dict[str, Any]]) -> str:
     """Returns the events among `lines` as a Markdown table: when, at which step, what, and details."""
-    rows = ["| when | step | what | |", "|---|---|---|---|"]
-    for event in notable_events(lines):
-        details = event_details(event).replace("|", "\\|")
-        rows.append(f"| {format_time(event.get('time', 0))} | {event.get('step', 0)} | {event['event']} | {details} |")
-    return "\n".join(rows)
+    return markdown_table(
+        ("when", "step", "what", ""),
+        (
+            (format_time(event.get("time", 0)), event.get("step", 0), event["event"], event_details(event))
+            for event in notable_events(lines)
+        ),
+    )
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a table as TensorBoard's texts show it."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (heads, *rows)]
+    head, *body = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([head, "|---" * len(heads) + "|", *body])
