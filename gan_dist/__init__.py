@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gan_dist.data.dataset import open_dataset
     from gan_dist.data.prepare.prepare import prepare
-    from gan_dist.runs.run_dir import load_generator
+    from gan_dist.sampling.generate import load_generator
     from gan_dist.training.trainer import train
 
 __all__ = ["load_generator", "open_dataset", "prepare", "train"]
@@ -19,7 +19,7 @@ _HOMES = {
     "prepare": "gan_dist.data.prepare.prepare",
     "train": "gan_dist.training.trainer",
     "open_dataset": "gan_dist.data.dataset",
-    "load_generator": "gan_dist.runs.run_dir",
+    "load_generator": "gan_dist.sampling.generate",
 }
 
 

@@ -79,7 +79,8 @@ def status_lines(run: Path) -> list[str]:
 
 
 def _progress(run: Path, running: bool) -> str:
-    from gan_dist.runs.record import read_run, status_line
+    from gan_dist.runs.record import read_run
+    from gan_dist.telemetry.console import status_line
 
     try:
         told = status_line(run).removeprefix(f"{run.name} ")

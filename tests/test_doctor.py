@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gan_dist import devices, doctor
-from gan_dist.devices import Finding, arch_advice, driver_advice
-from gan_dist.doctor import diagnose, healthy
+from gan_dist import doctor
+from gan_dist.doctor import Finding, arch_advice, diagnose, driver_advice, healthy
 
 
 def test_this_machine_can_run_these_tests(tmp_path: Path) -> None:
     findings = diagnose(tmp_path / "not" / "yet" / "there")
     assert healthy(findings), [finding.line() for finding in findings if finding.state == "problem"]
-    wanted = {"python", "packages", "torch", "gpu", "nccl", "bf16", "compile", "memory", "shm", "limits", "disk"}
-    assert {finding.topic for finding in findings} >= wanted | {"clock", "network", "slurm"}
+    wanted = {"python", "packages", "torch", "gpu", "nccl", "bf16", "compile", "memory", "shm", "disk"}
+    assert {finding.topic for finding in findings} >= wanted | {"network", "slurm"}
     assert all(finding.advice for finding in findings if finding.state != "ok")
     assert list(tmp_path.iterdir()) == []
     told = json.loads(json.dumps([finding.to_dict() for finding in findings]))
@@ -31,8 +30,8 @@ def test_a_check_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken() -> list[Finding]:
         raise ValueError("no such thing\nand more")
 
-    monkeypatch.setattr(doctor, "check_limits", broken)
-    (finding,) = [finding for finding in diagnose() if finding.topic == "limits"]
+    monkeypatch.setattr(doctor, "check_memory", broken)
+    (finding,) = [finding for finding in diagnose() if finding.topic == "memory"]
     assert (finding.state, finding.found) == ("warning", "could not be looked at: no such thing")
 
 
@@ -88,7 +87,7 @@ def test_a_gpu_that_torch_has_no_code_for(capability: tuple[int, int], archs: li
     ],
 )
 def test_the_health_of_a_gpu(row: list[str], state: str, said: str) -> None:
-    finding = devices._health("0: X", row)
+    finding = doctor._health("0: X", row)
     assert finding.state == state and said in finding.advice
 
 
@@ -104,8 +103,8 @@ def test_an_old_torch_and_a_missing_package_are_problems(monkeypatch: pytest.Mon
 def test_a_driver_without_a_torch_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs torch without a GPU")
-    monkeypatch.setattr(devices, "nvidia_smi", lambda *fields: [["Old", "470.57", "1", "0", "40", "0"]])
-    (finding,) = devices.check_gpus()
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: [["Old", "470.57", "1", "0", "40", "0"]])
+    (finding,) = doctor.check_gpus()
     assert finding.state == "problem" and "cannot use it" in finding.found and finding.advice
 
 

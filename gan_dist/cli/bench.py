@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gan_dist.cli.common import print_table
+
 bench = typer.Typer(help="Measure this machine beside its physical limits.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -23,21 +25,23 @@ def _figures(figures: Mapping[str, Any], as_json: bool, indent: str = "") -> Non
             print(f"{indent}{name}")
             _figures(value, False, indent + "  ")
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            if len(value) > 1:  # a single one has just been told
-                print("\n".join(["", *_table(value)]))
+            if len(value) > 1:  # the figures of a single row have been printed already
+                print()
+                _print_rows(value)
         else:
             print(f"{indent}{name:<24} {_short(value)}")
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns rows as a head and a line each: numbers and single words in columns."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the keys of `rows` whose values are numbers or single words, in columns."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    cells = {key: [_short(row.get(key, "")) for row in rows] for key in keys}
     kept = [
-        key for key in keys if not any(isinstance(row.get(key), Mapping) or " " in _short(row.get(key)) for row in rows)
+        key
+        for key in keys
+        if not any(isinstance(row.get(key), Mapping) for row in rows) and " " not in "".join(cells[key])
     ]
-    lines = [kept, *([_short(row.get(key, "")) for key in kept] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+    print_table(kept, zip(*(cells[key] for key in kept), strict=True))
 
 
 def _short(value: Any) -> str:

@@ -4,88 +4,90 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from gan_dist.cli.common import print_table
 from gan_dist.utils.errors import UserError
 
-NONE = "none"
-PATIENCE_S = 7200.0
-"""Precision and recall of 50,000 samples keep rank 0 this long on a slow CPU; a rank that dies is noticed at once."""
+TIMEOUT_S = 7200.0
+"""Precision and recall of 50,000 samples take rank 0 this long on a slow CPU; a rank that dies is noticed at once."""
 
 
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run: its directory, or its name under $GAN_DIST_RUNS.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint to evaluate. [default: the newest]")] = None,
-    all_checkpoints: Annotated[bool, typer.Option("--all-checkpoints", help="Evaluate every one that stands.")] = False,
+    all_checkpoints: Annotated[bool, typer.Option("--all-checkpoints", help="Evaluate every checkpoint.")] = False,
     samples: Annotated[
-        int | None, typer.Option(help="Drawn and real images to compare. [default: the run's evaluate.samples]")
+        int | None, typer.Option(help="Generated and real images to compare. [default: the run's evaluate.samples]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Keys latents, real images, patches and directions.")] = 0,
     dataset: Annotated[str | None, typer.Option(help="Real images to compare with. [default: the run's]")] = None,
     held_out: Annotated[
-        str | None, typer.Option(metavar="DATASET", help="Does D know these, which it never saw, as it knows its own?")
+        str | None,
+        typer.Option(metavar="DATASET", help="Images the run has never seen, to test its discriminator on."),
     ] = None,
-    weights: Annotated[
-        str,
-        typer.Option("--inception", metavar="FILE", help="Inception's weights; auto: downloaded; none: without."),
+    inception: Annotated[
+        str, typer.Option(metavar="FILE", help="Inception's weights; auto: download them; none: go without.")
     ] = "auto",
     averaged: Annotated[bool, typer.Option(help="Evaluate the averaged generator, where there is one.")] = True,
     published: Annotated[
         bool, typer.Option("--progan", help="Add the distance in ProGAN's published form; takes several times as long.")
     ] = False,
     floor: Annotated[
-        bool, typer.Option("--floor", help="Add how far real images are from as many other real ones.")
+        bool, typer.Option("--floor", help="Add the distance between real images and as many other real ones.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, or with --all-checkpoints a list.")
     ] = False,
 ) -> None:
-    """Measure a run's generator: sliced Wasserstein distance, FID, KID, precision, recall, collapse and copies.
+    """Measure the quality of a run's generator.
 
-    Under torchrun the ranks share the work; the figures are the same. They are kept in RUN/evaluations.jsonl, and
-    `gan-dist report RUN` shows them.
+    Sliced Wasserstein distance, FID, KID, precision, recall, and signs of collapse and copying. Under torchrun the
+    ranks share the work; the figures are the same. They are kept in RUN/evaluations.jsonl, and `gan-dist report RUN`
+    shows them.
     """
     from gan_dist.distributed.world import join
-    from gan_dist.evaluation.evaluate import evaluate_run
-    from gan_dist.evaluation.protocol import as_lines, warnings
+    from gan_dist.evaluation.evaluate import EvaluationOptions, evaluate_run
+    from gan_dist.evaluation.protocol import warnings
 
-    if step is not None and all_checkpoints:
-        raise UserError("--step and --all-checkpoints say different things; give one of them")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device: expected auto, cpu or cuda, found {device}")
-    with join(device, timeout_s=PATIENCE_S) as world:
+    options = EvaluationOptions(
+        step=step,
+        all_checkpoints=all_checkpoints,
+        samples=samples,
+        seed=seed,
+        dataset=dataset,
+        held_out=held_out,
+        inception=inception,
+        averaged=averaged,
+        published=published,
+        floor=floor,
+    )
+    with join(device, timeout_s=TIMEOUT_S) as world:
         console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=world.rank != 0)
         with console.status("starting") as status:  # on a terminal alone
 
-            def say(line: str) -> None:
+            def log(line: str) -> None:
                 console.print(line, markup=False)
                 status.update(escape(line))
 
-            rows: list[dict[str, Any]] = evaluate_run(
-                world,
-                run,
-                step=step,
-                all_checkpoints=all_checkpoints,
-                samples=samples,
-                seed=seed,
-                dataset=dataset,
-                held_out=held_out,
-                weights=None if weights in ("auto", NONE) else Path(weights),
-                with_inception=weights != NONE,
-                insist=weights not in ("auto", NONE),
-                averaged=averaged,
-                published=published,
-                floor=floor,
-                say=say,
-            )
+            rows = evaluate_run(world, run, options, log)
         if world.rank != 0:
             return
-        print(json.dumps(rows if all_checkpoints else rows[0], indent=2) if as_json else "\n".join(as_lines(rows)))
+        if as_json:
+            print(json.dumps(rows if all_checkpoints else rows[0], indent=2))
+        else:
+            heads = [key for key in rows[0] if key not in ("protocol", "held_out")]
+            print_table(heads, ([_cell(row.get(key)) for key in heads] for row in rows))
         for line in warnings(rows[-1], max((row["diversity"] for row in rows[:-1]), default=0.0)):
             print(f"WARNING: {line}", file=sys.stderr)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Signs of collapse that a person can check by eye: samples that differ little, and samples that come again."""
+"""Signs of collapse that a person can check by eye: samples that differ little, and samples that repeat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ AT_ONCE = 64
 
 
 def pairwise_distance(world: World, images: Tensor) -> float:
-    """Returns how far two of all ranks' images, this one's being uint8 [n, 3, S, S], are apart in grey levels.
+    """Returns the distance in grey levels between two of all ranks' images; this rank's are uint8 [n, 3, S, S].
 
     The root mean square difference over all pairs, from the variance of each pixel: E |x - y|^2 = 2 Var x. 0 when all
     are equal. A collective.

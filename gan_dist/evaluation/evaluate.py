@@ -1,17 +1,16 @@
-"""Everything `gan-dist evaluate` does: finds checkpoints and real images, evaluates, and keeps what came out."""
+"""The work of `gan-dist evaluate`: finds checkpoints and real images, evaluates, and keeps the figures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gan_dist.config.base import check_seed
-from gan_dist.config.schema import EvaluateConfig
 from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import inception
@@ -27,97 +26,115 @@ from gan_dist.utils.files import write_atomically
 from gan_dist.utils.locks import FileLock
 from gan_dist.utils.stop import never_cancelled
 
-UNKNOWN = "epoch, near_copies and accuracy_training are left out"
-"""What only the set that a run learned from can tell."""
+AUTO, NONE = "auto", "none"
+USUAL_SAMPLES = 10_000
+"""Samples for a run whose configuration is older than evaluate.samples."""
+LEFT_OUT = "epoch, near_copies and accuracy_training are left out"
+"""The figures that need the very dataset that the run was trained on."""
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to evaluate, compared with what. Raises UserError for a seed out of range and for contradictions."""
+
+    step: int | None = None
+    """The checkpoint to evaluate; None: the newest."""
+    all_checkpoints: bool = False
+    """Evaluate every checkpoint of the run instead of one."""
+    samples: int | None = None
+    """Generated images, and as many real ones; None: the run's evaluate.samples, or all of a smaller dataset."""
+    seed: int = 0
+    """Keys the latents, the choice of real images, and the patches and directions of the distance."""
+    dataset: str | None = None
+    """The real images to compare with; None: the dataset that the run was trained on."""
+    held_out: str | None = None
+    """A dataset that the run has never seen, on which its discriminator is tried."""
+    inception: str = AUTO
+    """A file of Inception's weights, which has to be there. `auto`: the public weights, downloaded once; without a
+    network, a note and the other metrics alone. `none`: the other metrics alone."""
+    averaged: bool = True
+    """Evaluate the averaged generator, where the run has one."""
+    published: bool = False
+    """Add the sliced Wasserstein distance in the form of the ProGAN paper's program; takes several times as long."""
+    floor: bool = False
+    """Add the distance between the real images and as many others, which no generator need beat."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.step is not None and self.all_checkpoints:
+            raise UserError("--step and --all-checkpoints say different things; give one of them")
+
+    @property
+    def inception_file(self) -> str | None:
+        return None if self.inception in (AUTO, NONE) else self.inception
 
 
 def evaluate_run(
     world: World,
     run: str | Path,
-    *,
-    step: int | None = None,
-    all_checkpoints: bool = False,
-    samples: int | None = None,
-    seed: int = 0,
-    dataset: str | None = None,
-    held_out: str | None = None,
-    weights: Path | None = None,
-    with_inception: bool = True,
-    insist: bool = False,
-    averaged: bool = True,
-    published: bool = False,
-    floor: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    options: EvaluationOptions = EvaluationOptions(),
+    log: Log = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Returns one row of figures a checkpoint, oldest first; see Evaluation for what is in it. A collective.
+    """Returns one row of figures a checkpoint, oldest first; see Evaluation for its keys. A collective.
 
-    With `dataset`, distances are from that one; epochs, near copies and training images are those of the run's own set
-    all the same, and left out with a line where it is not at hand. With `insist`, missing Inception weights are an
-    error; without, a line, and the other metrics alone. Rows are kept in evaluations.jsonl of the run, one a step,
-    protocol and held-out set. Of several checkpoints, a damaged one is left out with a line. Raises UserError for a run
-    without checkpoints, too few samples, a dataset of another resolution, or training images as held-out ones.
+    Epochs, near copies and training images are always those of the run's own dataset; where that is not at hand they
+    are left out, with a note in the log. Rows are kept in evaluations.jsonl of the run, one a step, protocol and
+    held-out set. Of several checkpoints, a damaged one is left out with a note. Raises UserError for a run without
+    checkpoints, too few samples, a dataset of another resolution, or training images as held-out ones.
     """
-    check_seed(seed)
     path = run_path(run)
-    # Rank 0 chooses: a run in progress adds and prunes while others look.
-    directories, newest = world.from_first(lambda: _choose(path, step, all_checkpoints))
-    for line in () if all_checkpoints else newest.skipped:
-        say(f"note: passed over {line}")
+    # Rank 0 chooses: a run in progress adds and prunes checkpoints meanwhile.
+    directories, newest = world.from_first(lambda: _choose(path, options))
+    for line in () if options.all_checkpoints else newest.skipped:
+        log(f"note: passed over {line}")
     with ExitStack() as opened:
-        real, own, others = _open_sets(world, opened, path, newest, dataset, held_out, say)
-        fewest = max(inception.FEWEST if with_inception and insist else FEWEST, world.size)
-        count = samples if samples is not None else _usual_samples(newest.state["config"], real, fewest, say, floor)
-        # Before Inception's weights are fetched, or missed.
-        check_samples(count, real, fewest, "--samples" if samples is not None else "evaluate.samples", floor=floor)
-        features = _inception(world, weights, count, insist, say) if with_inception else None
+        real, own, held_out = _open_datasets(world, opened, path, newest, options, log)
+        # Before Inception's weights are downloaded, or missed.
+        samples = _num_samples(world, newest.state["config"], real, options, log)
         evaluation = Evaluation(
             world,
             real,
-            count,
-            seed=seed,
+            samples,
+            seed=options.seed,
             learned_from=own,
-            features=features,
-            published=published,
-            floor=floor,
-            say=say,
+            features=_load_inception(world, samples, options, log),
+            published=options.published,
+            floor=options.floor,
+            log=log,
         )
         rows: list[dict[str, Any]] = []
         for number, directory in enumerate(directories, 1):
-            say(f"checkpoint {number} of {len(directories)}: {count} images against as many of {real.root}")
+            log(f"checkpoint {number} of {len(directories)}: {samples} images against as many of {real.root}")
             try:
                 loaded = world.together(partial(load, directory))
             except GanDistError as error:
                 if number == len(directories) and not rows:
                     raise
-                say(f"note: left out: {error}")
+                log(f"note: left out: {error}")
                 continue
-            row = _row(world, evaluation, loaded, averaged, own)
-            if others is not None:
-                row |= world.from_first(partial(_judge, world, loaded, own, others, count, seed))
-            say(f"step {loaded.step}: swd {row['swd']:.4g}")
+            row = _row(world, evaluation, loaded, options.averaged, own)
+            if held_out is not None:
+                row |= world.from_first(partial(_accuracies, world, loaded, own, held_out, samples, options.seed))
+            log(f"step {loaded.step}: swd {row['swd']:.4g}")
             rows.append(row)
             if world.rank == 0:
-                _keep(path, row, say)
+                _keep(path, row, log)
     return rows
 
 
-def _choose(run: Path, step: int | None, everything: bool) -> tuple[list[Path], Loaded]:
+def _choose(run: Path, options: EvaluationOptions) -> tuple[list[Path], Loaded]:
     """Returns the directories of the checkpoints to evaluate, oldest first, and the newest one, without its tensors."""
-    found = find(run, step)
-    told = replace(found, state={"config": found.state["config"]})
-    return (step_directories(run / "checkpoints")[::-1] if everything else [found.path]), told
+    newest = find(run, options.step)
+    directories = step_directories(run / "checkpoints")[::-1] if options.all_checkpoints else [newest.path]
+    return directories, replace(newest, state={"config": newest.state["config"]})
 
 
-def _open_sets(
-    world: World,
-    opened: ExitStack,
-    run: Path,
-    newest: Loaded,
-    dataset: str | None,
-    held_out: str | None,
-    say: Callable[[str], None],
+def _open_datasets(
+    world: World, opened: ExitStack, run: Path, newest: Loaded, options: EvaluationOptions, log: Log
 ) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    """Returns the real images to compare with, those that the run learned from (None, with a line, where they are not
+    """Returns the real images to compare with, those that the run was trained on (None, with a note, where they are not
     at hand), and the held-out ones; `opened` closes them."""
     config, recorded = newest.state["config"], newest.manifest.get("dataset")
     home, side = config["data"]["shards"], config["model"]["resolution"]
@@ -131,34 +148,55 @@ def _open_sets(
             )
         return one
 
-    real = ready(dataset or home, "--dataset")
+    real = ready(options.dataset or home, "--dataset")
     own: Dataset | None = real
-    if dataset and real.identity != recorded:
+    if options.dataset and real.identity != recorded:
         try:
             own = ready(home, "--dataset")
         except (GanDistError, OSError) as error:
             own = None
-            say(f"note: the set that the run learned from is not at hand ({error}): {UNKNOWN}")
+            log(f"note: the dataset that the run was trained on is not at hand ({error}): {LEFT_OUT}")
     if own and recorded not in (None, own.identity):
-        say(
-            f"note: {home} has manifest {own.identity[:12]}, the run learned from the set with {recorded[:12]}: "
-            f"{UNKNOWN}"
+        log(
+            f"note: {home} has manifest {own.identity[:12]}, the run was trained on the one with {recorded[:12]}: "
+            f"{LEFT_OUT}"
         )
         own = None
-    others = ready(held_out, "--held-out") if held_out else None
-    if others and others.identity in (recorded, own and own.identity):
-        raise UserError(f"--held-out: {run} learned from {held_out} itself; name a set that it never saw")
-    return real, own, others
+    held_out = ready(options.held_out, "--held-out") if options.held_out else None
+    if held_out and held_out.identity in (recorded, own and own.identity):
+        raise UserError(f"--held-out: {run} was trained on {options.held_out}; name a dataset that it has never seen")
+    return real, own, held_out
 
 
-def _usual_samples(config: dict[str, Any], real: Dataset, fewest: int, say: Callable[[str], None], floor: bool) -> int:
-    """Returns how many images to compare where nobody said: the run's evaluate.samples, or all of a smaller dataset;
-    half of it where a `floor` takes the other half."""
-    usual = int(config.get("evaluate", EvaluateConfig().model_dump())["samples"])
-    most = real.num_samples // 2 if floor else real.num_samples
+def _num_samples(world: World, config: dict[str, Any], real: Dataset, options: EvaluationOptions, log: Log) -> int:
+    """Returns how many images to compare. Raises UserError where they, or the dataset, are too few for the metrics."""
+    fewest = max(inception.FEWEST if options.inception_file else FEWEST, world.size)
+    if options.samples is not None:
+        check_samples(options.samples, real, fewest, "--samples", floor=options.floor)
+        return options.samples
+    usual = int(config.get("evaluate", {}).get("samples", USUAL_SAMPLES))
+    most = real.num_samples // 2 if options.floor else real.num_samples
     if fewest <= most < usual:
-        say(f"note: {real.root} holds {real.num_samples} images, so {most} are compared, not {usual}")
-    return min(usual, most)
+        log(f"note: {real.root} holds {real.num_samples} images, so {most} are compared, not {usual}")
+    samples = min(usual, most)
+    check_samples(samples, real, fewest, floor=options.floor)
+    return samples
+
+
+def _load_inception(world: World, samples: int, options: EvaluationOptions, log: Log) -> Inception | None:
+    if options.inception == NONE:
+        return None
+    file = options.inception_file
+    try:
+        if samples < inception.FEWEST:
+            raise UserError(f"Inception's metrics need {inception.FEWEST} samples or more, found {samples}")
+        world.from_first(lambda: load_inception(file, world.device) and None)  # downloads once
+        return world.together(lambda: load_inception(file, world.device))
+    except UserError as error:
+        if file:
+            raise
+        log(f"note: {error}; sliced Wasserstein distance alone")
+        return None
 
 
 def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, own: Dataset | None) -> dict[str, Any]:
@@ -166,42 +204,29 @@ def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, o
     state = loaded.state if averaged else {k: v for k, v in loaded.state.items() if k != "generator_ema"}
     generator = build_generator(state, world.device)
     latent_dim = state["config"]["model"]["latent_dim"]
-    drawn_by_average = "generator_ema" in state
-    figures = evaluation(generator, latent_dim, averaged=drawn_by_average, near_copies=own is not None)
+    figures = evaluation(generator, latent_dim, averaged="generator_ema" in state, near_copies=own is not None)
     assert figures is not None  # nobody asks to stop
     seen = int(loaded.state["images_seen"])
     epoch = {"epoch": round(seen / own.num_samples, 2)} if own else {}
     return {"step": loaded.step, "images_seen": seen, **epoch, **figures}
 
 
-def _inception(
-    world: World, weights: Path | None, count: int, insist: bool, say: Callable[[str], None]
-) -> Inception | None:
-    try:
-        if count < inception.FEWEST:
-            raise UserError(f"Inception's metrics need {inception.FEWEST} samples or more, found {count}")
-        world.from_first(lambda: load_inception(weights, world.device) and None)  # downloads once
-        return world.together(lambda: load_inception(weights, world.device))
-    except UserError as error:
-        if insist:
-            raise
-        say(f"note: {error}; sliced Wasserstein distance alone")
-        return None
-
-
-def _judge(world: World, loaded: Loaded, own: Dataset | None, others: Dataset, count: int, seed: int) -> dict[str, Any]:
-    """Returns how well a checkpoint's discriminator knows its training images, and others, and which those are."""
+def _accuracies(
+    world: World, loaded: Loaded, own: Dataset | None, held_out: Dataset, samples: int, seed: int
+) -> dict[str, Any]:
+    """Returns the accuracy of a checkpoint's discriminator on its training images and on held-out ones."""
     model = loaded.state["config"]["model"]
     judge = Discriminator(model["resolution"], model["d_channels"], model["leaky_slope"])
     judge.load_state_dict(loaded.state["discriminator"])
     judge.to(device=world.device).eval()
-    training = {"accuracy_training": accuracy(judge, own, count, seed)} if own else {}
-    return {**training, "accuracy_held_out": accuracy(judge, others, count, seed), "held_out": others.identity}
+    training = {"accuracy_training": accuracy(judge, own, samples, seed)} if own else {}
+    held_out_accuracy = accuracy(judge, held_out, samples, seed)
+    return {**training, "accuracy_held_out": held_out_accuracy, "held_out": held_out.identity}
 
 
-def _keep(run: Path, row: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Adds `row` to the run's evaluations.jsonl, in one with earlier figures of the same step, protocol and held-out
-    set; a figure that was measured again is the newer one."""
+def _keep(run: Path, row: dict[str, Any], log: Log) -> None:
+    """Adds `row` to the run's evaluations.jsonl, merged with earlier figures of the same step, protocol and held-out
+    set; a figure that was measured again replaces the older one."""
     try:
         with FileLock(run / ".evaluations.lock") as lock:  # another evaluation of the run may be at the same point
             lock.take(exclusive=True, wait=never_cancelled)
@@ -211,4 +236,4 @@ def _keep(run: Path, row: dict[str, Any], say: Callable[[str], None]) -> None:
             finally:
                 lock.path.unlink(missing_ok=True)
     except OSError as error:
-        say(f"note: the figures could not be kept in {run}: {error.strerror}")
+        log(f"note: the figures could not be kept in {run}: {error.strerror}")

@@ -1,7 +1,7 @@
 """FID, KID, precision and recall, on Inception's features: all through torch-fidelity, network and formulas.
 
-Precision and recall are told of Inception's features too, so that one network serves all; the paper that brought them
-up, and torch-fidelity where nothing else is said, take VGG16's, whose figures are others.
+Precision and recall are computed on Inception's features too, so that one network serves all. The paper that
+introduced them, and torch-fidelity by default, use VGG16's: those figures are not comparable.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Inception:
     def features(self, images: Tensor) -> Tensor:
         """Returns float32 [N, 2048], on the CPU, for uint8 [N, 3, S, S]; resizing to 299 is the network's own."""
         device = next(self.network.parameters()).device
-        found = [self.network(batch.to(device))[0].float().cpu() for batch in torch.split(images, 64)]
-        return torch.cat(found)
+        features = [self.network(batch.to(device))[0].float().cpu() for batch in torch.split(images, 64)]
+        return torch.cat(features)
 
 
 def load_inception(weights: str | Path | None, device: torch.device) -> Inception:
     """Returns Inception with the weights in file `weights`, or with torch-fidelity's own, downloaded once.
 
-    Raises UserError in one line where they cannot be had, or where the file holds more than tensors.
+    Raises UserError where they cannot be had, or where the file holds more than tensors.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
@@ -63,15 +63,15 @@ def load_inception(weights: str | Path | None, device: torch.device) -> Inceptio
         network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except OSError as error:
         raise UserError(
-            f"Inception's weights cannot be had ({error}); download {URL_INCEPTION_V3} elsewhere and pass the "
+            f"Inception's weights cannot be downloaded ({error}); download {URL_INCEPTION_V3} elsewhere and pass the "
             "file as --inception FILE"
         ) from None
-    except pickle.UnpicklingError:  # its words are of how to run the file's code nevertheless
+    except pickle.UnpicklingError:  # its message explains how to run the file's code nevertheless
         raise UserError(
             f"{path} does not hold Inception's weights: it is damaged, or holds more than tensors, which is never run; "
             f"expected torch-fidelity's {name}"
         ) from None
-    except Exception as error:  # whatever else torch.load says of a file that is none
+    except Exception as error:  # torch.load has many errors for a file that is none
         raise UserError(f"{path} does not hold Inception's weights: {first_line(error)}") from None
     finally:
         socket.setdefaulttimeout(before)
@@ -94,8 +94,8 @@ def kernel(real: Tensor, fake: Tensor) -> tuple[float, float]:
 
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
     options = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": 0, "kid_kernel": "poly"}
-    found = kid_features_to_metric(fake, real, verbose=False, **options)
-    return float(found["kernel_inception_distance_mean"]), float(found["kernel_inception_distance_std"])
+    metrics = kid_features_to_metric(fake, real, verbose=False, **options)
+    return float(metrics["kernel_inception_distance_mean"]), float(metrics["kernel_inception_distance_std"])
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
@@ -103,8 +103,8 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     options = {"prc_neighborhood": NEIGHBOURHOOD, "prc_batch_size": 10000, "save_cpu_ram": True}
-    found = prc_features_to_metric(fake, real, verbose=False, **options)
-    return float(found["precision"]), float(found["recall"])
+    metrics = prc_features_to_metric(fake, real, verbose=False, **options)
+    return float(metrics["precision"]), float(metrics["recall"])
 
 
 def distances(real: Tensor, fake: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How good a generator is: a fixed protocol, the same figures on any number of ranks, told with every figure.
+"""How good a generator is, by a fixed protocol that is recorded with every figure; alike on any number of ranks.
 
 uint8 images straight from the generator (no files, no codec) against the first images of a keyed permutation of the
 dataset; sliced Wasserstein distance always, Inception's metrics where its weights are at hand, and signs of collapse
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,23 +32,23 @@ from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import write_atomically
 
 FEWEST = 100
-"""Fewer images say nothing about a distribution."""
+"""Samples below which figures say nothing about a distribution."""
 YOUNG_IMAGES = 200_000
 """Until D has seen so many, samples are alike because little is learned, not because it collapsed: on 20,000 photos, at
 a quarter of the width, diversity was 0.32 after 38,000 images and 0.81 after 192,000, growing all the while."""
 CHUNK = 256
-"""Images a rank makes between two looks at whether to stop."""
-SHOWN = 64
-"""Samples whose nearest real image is looked for."""
-COMPARED = 1000
-"""Samples that are looked through for pictures that come again."""
-JUDGED_AT_ONCE = 64
-"""Real images in a batch that the discriminator judges."""
+"""Images a rank makes between two checks for a stop request."""
+COPY_SAMPLES = 64
+"""Samples whose nearest real image is searched for."""
+REPEAT_SAMPLES = 1000
+"""Samples among which repeated pictures are searched for."""
+ACCURACY_BATCH = 64
+"""Real images in a batch of the discriminator."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What makes two figures comparable; told with each of them."""
+    """What makes two figures comparable; recorded with each of them."""
 
     samples: int
     dataset: str
@@ -64,19 +64,19 @@ class Protocol:
     """The sha256 of Inception's weights, where they were used."""
 
 
-class _Cancelled(Exception):
-    """Some rank wants to stop."""
+class _Stopped(Exception):
+    """Some rank has a stop request."""
 
 
 class Evaluation:
     """Evaluates generators against one dataset; what depends on the real images alone is computed once.
-    Near copies are looked for in `learned_from`, where that is another one.
+    Near copies are searched for in `learned_from`, the training set, where that is another one.
 
-    Every rank makes one and calls it alike. Inception's features of the real images are kept beside the dataset as
-    well, where it can be written (`say` is told where not); the distance's descriptors, 28 KB an image at 64x64, are
-    not: making 10,000 images' takes 4 s of a core, in an evaluation of 90. `published` adds the distance in the form of
-    the ProGAN paper's program, which takes several times as long; `floor` adds the distance of as many other real
-    images, which no generator need beat. Raises UserError when the dataset, or `samples`, is too small.
+    Every rank makes one and calls it alike. Inception's features of the real images are also kept beside the dataset,
+    where it can be written (else with a line in the log). The distance's descriptors, 28 KB an image at 64x64, are not:
+    those of 10,000 images take 4 s of a core to make, in an evaluation of 90. `published` adds the distance in the form
+    of the ProGAN paper's program, which takes several times as long; `floor` adds the distance between the real images
+    and as many others, which no generator need beat. Raises UserError when the dataset, or `samples`, is too small.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Evaluation:
         features: inception.Inception | None = None,
         published: bool = False,
         floor: bool = False,
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_samples(samples, dataset, max(inception.FEWEST if features else FEWEST, world.size), floor=floor)
         self._world, self._dataset, self._samples, self._seed = world, dataset, samples, seed
-        self._features, self._published, self._say = features, published, say
+        self._features, self._published, self._log = features, published, log
         self._wants_floor = floor
         self._floor: float | None = None
         self._lo, self._hi = rank_slice(samples, world.rank, world.size)
@@ -111,35 +111,36 @@ class Evaluation:
         stopped: Callable[[], bool] = lambda: False,
         near_copies: bool = True,
     ) -> dict[str, Any] | None:
-        """Returns the figures, alike on every rank, or None when some rank's `stopped` said so on the way.
+        """Returns the figures, alike on every rank, or None when `stopped` returned True on some rank meanwhile.
 
         Keys: swd (lower is better), swd_<side> a level, diversity (pairwise distance of samples over that of reals),
-        repeated (share of samples that come again), near_copies (share of samples), protocol; with `published` also
-        swd_progan and its levels, with `floor` swd_floor; with Inception fid, kid, kid_std, precision, recall. Changes
-        neither the generator nor any shared random state.
+        repeated (share of samples nearly the same as another one), near_copies (share of samples), protocol; with
+        `published` also swd_progan and its levels, with `floor` swd_floor; with Inception fid, kid, kid_std, precision,
+        recall. Changes neither the generator nor any shared random state.
         """
         try:
             with _whole_float32():
-                return self._figures(generator, latent_dim, averaged, near_copies, lambda: self._look(stopped))
-        except _Cancelled:
+                check = partial(self._raise_if_stopped, stopped)
+                return self._figures(generator, latent_dim, averaged, near_copies, check)
+        except _Stopped:
             return None
 
-    def _look(self, stopped: Callable[[], bool]) -> None:
+    def _raise_if_stopped(self, stopped: Callable[[], bool]) -> None:
         if self._world.any(stopped()):
-            raise _Cancelled
+            raise _Stopped
 
     def _figures(
-        self, generator: nn.Module, latent_dim: int, averaged: bool, near_copies: bool, look: Callable[[], None]
+        self, generator: nn.Module, latent_dim: int, averaged: bool, near_copies: bool, check: Callable[[], None]
     ) -> dict[str, Any]:
         source = torch.Generator().manual_seed(self._seed)
         latents = torch.randn(self._samples, latent_dim, generator=source)
-        images, described = self._share(lambda lo, hi: generate(generator, latents[lo:hi]), look)
+        images, described = self._share(lambda lo, hi: generate(generator, latents[lo:hi]), check)
         if self._real is None:
-            self._real_images, self._real = self._share(self._reals, look)
+            self._real_images, self._real = self._share(self._reals, check)
         if self._wants_floor and self._floor is None:
-            _, others = self._share(lambda lo, hi: self._reals(self._samples + lo, self._samples + hi), look)
-            self._floor = fmean(swd.sliced_wasserstein(self._world, self._real, others, self._seed, look))
-        distances = swd.sliced_wasserstein(self._world, self._real, described, self._seed, look)
+            _, others = self._share(lambda lo, hi: self._reals(self._samples + lo, self._samples + hi), check)
+            self._floor = fmean(swd.sliced_wasserstein(self._world, self._real, others, self._seed, check))
+        distances = swd.sliced_wasserstein(self._world, self._real, described, self._seed, check)
         figures: dict[str, Any] = {"swd": fmean(distances)}
         sides = swd.levels(self._dataset.resolution)
         figures |= {f"swd_{side}": distance for side, distance in zip(sides, distances, strict=True)}
@@ -147,15 +148,15 @@ class Evaluation:
             figures["swd_floor"] = self._floor
         drawn, usual = (pairwise_distance(self._world, one) for one in (images, self._real_images))
         figures["diversity"] = drawn / max(usual, 1e-6)
-        few = min(COMPARED, self._samples)
+        few = min(REPEAT_SAMPLES, self._samples)
         figures["repeated"] = self._world.from_first(
             lambda: repeated(self._first(few, images, generator, latents), self._reals(0, few))
         )
         if near_copies:
-            shown = self._world.from_first(lambda: self._first(SHOWN, images, generator, latents))
-            figures["near_copies"] = self._near_copies(shown, look)
+            first = self._world.from_first(lambda: self._first(COPY_SAMPLES, images, generator, latents))
+            figures["near_copies"] = self._near_copies(first, check)
         if self._published:
-            figures |= self._as_published(images, look)
+            figures |= self._as_published(images, check)
         if self._features is not None:
             real, fake = self._real_features(), self._gathered(self._features.features(images))
             figures |= self._world.from_first(lambda: inception.distances(real, fake))
@@ -164,37 +165,39 @@ class Evaluation:
         return {**figures, "protocol": asdict(protocol)}
 
     def _first(self, count: int, images: Tensor, generator: nn.Module, latents: Tensor) -> Tensor:
-        """Returns the first `count` samples on rank 0, whose share `images` is; drawn anew where it ends before."""
+        """Returns the first `count` samples, for rank 0, whose share is `images`; made again where that is shorter."""
         return images[:count] if len(images) >= count else generate(generator, latents[:count]).cpu()
 
-    def _as_published(self, images: Tensor, look: Callable[[], None]) -> dict[str, float]:
-        """Returns the distance in the paper's own form: more patches, each set normalised by itself. Level by level:
-        10,000 images' descriptors of one are 750 MB."""
+    def _as_published(self, images: Tensor, check: Callable[[], None]) -> dict[str, float]:
+        """Returns the distance in the paper's own form: more patches, each set normalised by itself.
+
+        Level by level, because the descriptors of 10,000 images take 750 MB a level.
+        """
         where = swd.positions(self._samples, self._dataset.resolution, self._seed, swd.PUBLISHED_PATCHES)
-        found = {}
+        figures = {}
         for level, side in enumerate(swd.levels(self._dataset.resolution)):
-            look()
+            check()
             mine = [corners[self._lo : self._hi] if number == level else None for number, corners in enumerate(where)]
             real, fake = (
                 self._gathered(swd.descriptors(one, mine, self._world.device)[0], swd.PUBLISHED_PATCHES)
                 for one in (self._real_images, images)
             )
-            (found[f"swd_progan_{side}"],) = swd.sliced_wasserstein(
-                self._world, [real], [fake], self._seed, look, published=True
+            (figures[f"swd_progan_{side}"],) = swd.sliced_wasserstein(
+                self._world, [real], [fake], self._seed, check, published=True
             )
-        return {"swd_progan": fmean(found.values()), **found}
+        return {"swd_progan": fmean(figures.values()), **figures}
 
     def _reals(self, lo: int, hi: int) -> Tensor:
         order = Order(self._dataset.shard_sizes, self._seed)
         return gather(self._dataset, order.indices(lo, hi))
 
-    def _share(self, make: Callable[[int, int], Tensor], look: Callable[[], None]) -> tuple[Tensor, list[Tensor]]:
-        """Returns this rank's images and everybody's descriptors."""
+    def _share(self, make: Callable[[int, int], Tensor], check: Callable[[], None]) -> tuple[Tensor, list[Tensor]]:
+        """Returns this rank's images and the descriptors of all ranks'."""
         images: list[Tensor] = []
         parts: list[list[Tensor]] = []
         widest = -(-self._samples // self._world.size)
         for start in range(0, widest, CHUNK):  # as many turns on every rank
-            look()
+            check()
             lo, hi = min(self._hi, self._lo + start), min(self._hi, self._lo + start + CHUNK)
             made = self._world.together(partial(make, lo, hi) if lo < hi else _nothing)
             if made is not None:
@@ -216,9 +219,9 @@ class Evaluation:
         world.all_gather_into(out, padded)
         return torch.cat([part[:count] for part, count in zip(out, counts, strict=True)]).to(rows.device)
 
-    def _near_copies(self, images: Tensor, look: Callable[[], None]) -> float:
-        """Returns the share of `images`, uint8 [n, 3, S, S] and alike on every rank, that are nearly real ones."""
-        _, distances, usual = nearest(images, self._learned_from, self._world, look)
+    def _near_copies(self, images: Tensor, check: Callable[[], None]) -> float:
+        """Returns the share of `images`, uint8 [n, 3, S, S] and alike on every rank, that nearly equal a real one."""
+        _, distances, usual = nearest(images, self._learned_from, self._world, check)
         return copies(images, distances, usual) / len(images)
 
     def _real_features(self) -> Tensor:
@@ -226,26 +229,28 @@ class Evaluation:
         assert self._features is not None
         key = json.dumps([self._samples, self._seed, self._dataset.identity, self._features.weights])
         path = self._dataset.root / f"inception-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        found = self._world.from_first(lambda: _read_features(path))
-        if found is None:
-            found = self._gathered(self._features.features(self._real_images))
+        features = self._world.from_first(lambda: _read_features(path))
+        if features is None:
+            features = self._gathered(self._features.features(self._real_images))
             if self._world.rank == 0:
-                self._keep_features(path, found)
-        return found
+                self._keep_features(path, features)
+        return features
 
     def _keep_features(self, path: Path, features: Tensor) -> None:
         """Writes the features whole or not at all."""
         try:
             write_atomically(path, save({"features": features.contiguous()}))
         except OSError as error:
-            self._say(f"note: real images' features cannot be kept in {path.parent} ({error.strerror}): made each time")
+            self._log(f"note: real images' features cannot be kept in {path.parent} ({error.strerror}): made each time")
 
 
 def check_samples(
-    samples: int, dataset: Dataset, fewest: int, said: str = "evaluate.samples", *, floor: bool = False
+    samples: int, dataset: Dataset, fewest: int, name: str = "evaluate.samples", *, floor: bool = False
 ) -> None:
-    """Raises UserError where `samples`, which was said as `said`, or the dataset, is too small for the metrics; a
-    `floor` takes as many real images again."""
+    """Raises UserError unless `samples`, called `name` in messages, and the dataset are large enough for the metrics.
+
+    A `floor` needs twice as many real images.
+    """
     if dataset.num_samples < fewest:
         raise UserError(
             f"{dataset.root} holds {dataset.num_samples} images; these metrics need {fewest} or more real ones"
@@ -253,10 +258,10 @@ def check_samples(
     if floor and dataset.num_samples < 2 * fewest:
         raise UserError(f"--floor needs {2 * fewest} real images or more; {dataset.root} holds {dataset.num_samples}")
     if samples < fewest:
-        raise UserError(f"{said}: expected {fewest} or more for these metrics, found {samples}")
+        raise UserError(f"{name}: expected {fewest} or more for these metrics, found {samples}")
     if samples > dataset.num_samples:
         raise UserError(
-            f"{said}: expected {dataset.num_samples} or fewer, as many as {dataset.root} holds, found {samples}"
+            f"{name}: expected {dataset.num_samples} or fewer, as many as {dataset.root} holds, found {samples}"
         )
     if floor and 2 * samples > dataset.num_samples:
         raise UserError(
@@ -267,7 +272,7 @@ def check_samples(
 
 @contextmanager
 def _whole_float32() -> Iterator[None]:
-    """Keeps a GPU's convolutions from rounding to TF32, which is torch's default though not training's."""
+    """Keeps a GPU's convolutions in full float32; torch's default is TF32, whatever training uses."""
     cudnn: Any = torch.backends.cudnn
     convolutions = cudnn.conv
     before = convolutions.fp32_precision
@@ -279,7 +284,7 @@ def _whole_float32() -> Iterator[None]:
 
 
 def _nothing() -> None:
-    """What a rank makes whose share is done."""
+    """What a rank makes whose share is complete."""
 
 
 def _read_features(path: Path) -> Tensor | None:
@@ -292,65 +297,53 @@ def _read_features(path: Path) -> Tensor | None:
 
 
 def warnings(figures: dict[str, Any], most_diverse: float = 0.0) -> list[str]:
-    """Returns what the figures warn of, each with what to try.
+    """Returns a line for each sign of trouble in the figures, with what to try.
 
-    `images_seen` among them tells a young generator; `most_diverse` is the highest diversity that the run has had.
+    `images_seen` among them marks a young generator; `most_diverse` is the highest diversity that the run has had.
     """
-    found = []
+    lines = []
     grown = figures.get("images_seen", YOUNG_IMAGES) >= YOUNG_IMAGES
     advice = "try a lower optim.g_lr, loss.real_target=0.9, or go back to an earlier checkpoint with --from"
     if figures["diversity"] < 0.5 and (grown or figures["diversity"] < most_diverse * 2 / 3):
         before = f", after {most_diverse:.0%}" if most_diverse > figures["diversity"] else ""
-        found.append(
+        lines.append(
             f"samples differ {figures['diversity']:.0%} as much as real images do{before}: the generator collapses to "
             f"few pictures; {advice}"
         )
     elif figures.get("repeated", 0) > 0.1 and grown:
-        found.append(
+        lines.append(
             f"{figures['repeated']:.0%} of the samples looked at are nearly the same as another one: the generator "
             f"collapses to few pictures; {advice}"
         )
     if figures.get("near_copies", 0) > 0.1:
-        found.append(
+        lines.append(
             f"{figures['near_copies']:.0%} of the samples looked at are nearly copies of real images: the networks are "
             "large for this dataset; try data.x_flip=true, fewer epochs, or smaller model.g_channels and d_channels"
         )
-    if (told := figures.get("accuracy_training")) is not None and told - figures["accuracy_held_out"] > 0.2:
-        found.append(
-            f"the discriminator knows {told:.0%} of the training images but {figures['accuracy_held_out']:.0%} of the "
-            "others: it learns them by heart; try more images, data.x_flip=true, or smaller model.d_channels"
+    if (training := figures.get("accuracy_training")) is not None and training - figures["accuracy_held_out"] > 0.2:
+        lines.append(
+            f"the discriminator knows {training:.0%} of the training images but {figures['accuracy_held_out']:.0%} of "
+            "the others: it learns them by heart; try more images, data.x_flip=true, or smaller model.d_channels"
         )
-    return found
+    return lines
 
 
 @torch.no_grad()
 def accuracy(discriminator: nn.Module, dataset: Dataset, count: int, seed: int = 0) -> float:
-    """Returns the share of some `count` real images that the discriminator takes for real, as it plays: in batches of
-    real images alone, normalised by their own statistics.
+    """Returns the share of `count` real images that the discriminator takes for real.
 
-    Its running statistics are of real and fake images mixed, by which it was never taught to judge: the same D told 14%
-    of its training images by them, and 99% as it plays. They move here, so give it a copy.
+    Batches hold real images alone and are normalised by their own statistics, as in training. The running statistics
+    mix real and fake images, and D has never been trained with them: one D recognised 14% of its training images with
+    them, and 99% as in training. They change here, so pass a copy.
     """
     discriminator.train()
     chosen = Order(dataset.shard_sizes, seed).indices(0, min(count, dataset.num_samples))
-    size = min(JUDGED_AT_ONCE, len(chosen))
+    size = min(ACCURACY_BATCH, len(chosen))
     parameter = next(discriminator.parameters())
-    right = judged = 0
+    right = total = 0
     for start in range(0, len(chosen) - size + 1, size):  # whole batches: a small one has other statistics
         images = gather(dataset, chosen[start : start + size]).to(parameter.device)
         with _whole_float32():
             right += int((discriminator(images.to(parameter.dtype) / 127.5 - 1) > 0).sum())
-        judged += size
-    return right / judged
-
-
-def as_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns evaluations as a table: a line each, their figures in columns."""
-    keys = [key for key in rows[0] if key not in ("protocol", "held_out")]
-    width = {key: max(len(key), *(len(_short(row.get(key))) for row in rows)) for key in keys}
-    head = "  ".join(f"{key:>{width[key]}}" for key in keys)
-    return [head, *("  ".join(f"{_short(row.get(key)):>{width[key]}}" for key in keys) for row in rows)]
-
-
-def _short(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        total += size
+    return right / total

@@ -1,13 +1,13 @@
 """Sliced Wasserstein distance between patches of Laplacian pyramids (Karras et al. 2018, arXiv:1710.10196, section 5).
 
 It needs no trained network: patches of 7x7 pixels from each level of the pyramid are compared as distributions, along
-random directions. A level tells of structures of its size. In two things it differs from the paper's own program: both
-sets are normalised by the *real* one's mean and deviation a channel, where each set's own would hide a shift of colour
-and a loss of contrast; and PATCHES are taken of an image, not 128. `published=True` and PUBLISHED_PATCHES are the
-paper's own form, for figures that stand beside published ones.
+random directions. Each level measures structures of its size. It differs from the paper's own program in two ways: both
+sets are normalised by the *real* set's mean and deviation a channel, since each set's own would hide a shift of colour
+and a loss of contrast; and PATCHES are taken of an image, not 128. `published=True` with PUBLISHED_PATCHES is the
+paper's own form, for comparison with published figures.
 
-Two samples of one distribution are not at 0: the fewer the patches, the further apart. So compare figures of one
-protocol, and hold them against real against real.
+Two samples of one distribution are not at distance 0: the fewer the patches, the larger it is. So compare figures of
+one protocol only, and with the distance between real images and other real images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATCHES = 16
 PUBLISHED_PATCHES = 128
 DIRECTIONS = 512
 AT_ONCE = 64
-"""Directions projected together: bounds the memory, and the time between two looks at who wants to stop."""
+"""Directions projected together: bounds the memory, and the time between two checks for a stop request."""
 SLICE = 100
 """Images whose patches are cut at a time."""
 
@@ -39,15 +39,15 @@ def levels(resolution: int) -> tuple[int, ...]:
 
 def pyramid(images: Tensor) -> list[Tensor]:
     """Returns the Laplacian pyramid (Burt and Adelson 1983) of float [N, C, S, S], finest first, down to 16 pixels."""
-    found = []
+    bands = []
     while images.shape[-1] > COARSEST:
         # Two products with small matrices take a quarter of a convolution's time on a CPU.
         blur = _blur(images.shape[-1]).to(images)
         down, up = blur[::2], 2 * blur[:, ::2]
         coarse = down @ images @ down.t()
-        found.append(images - up @ coarse @ up.t())
+        bands.append(images - up @ coarse @ up.t())
         images = coarse
-    return [*found, images]
+    return [*bands, images]
 
 
 @lru_cache
@@ -74,14 +74,14 @@ def descriptors(images: Tensor, where: Sequence[Tensor | None], device: torch.de
     """
     device = device or images.device
     wanted = [(number, corners) for number, corners in enumerate(where) if corners is not None]
-    found = [torch.empty(corners.shape[0] * corners.shape[1], 3 * SIDE * SIDE, device=device) for _, corners in wanted]
+    rows = [torch.empty(corners.shape[0] * corners.shape[1], 3 * SIDE * SIDE, device=device) for _, corners in wanted]
     for start in range(0, len(images), SLICE):
         part = slice(start, min(len(images), start + SLICE))
         signed = pyramid(images[part].to(device).float() / 127.5 - 1)
-        for (number, corners), out in zip(wanted, found, strict=True):
+        for (number, corners), out in zip(wanted, rows, strict=True):
             patches = corners.shape[1]
             out[part.start * patches : part.stop * patches] = _cut(signed[number], corners[part].to(device))
-    return found
+    return rows
 
 
 def _cut(level: Tensor, corners: Tensor) -> Tensor:

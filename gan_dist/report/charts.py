@@ -1,12 +1,11 @@
-"""Curves as HTML and SVG that need no library, scale with the page and keep their letters readable on a phone."""
+"""Charts laid out for SVG that needs no library, scales with the page and keeps its letters readable on a phone."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MAX_POINTS = 300
 """Points of a curve on the page; longer ones are averaged in as many buckets, which no screen can tell apart."""
@@ -97,75 +96,66 @@ def short(value: float) -> str:
     return f"{value:.0e}" if 0 < size < 1e-3 else f"{value:.4g}"
 
 
-def render(chart: Chart) -> str:
-    """Returns the chart as an HTML figure; where there is no finite point, as one that says so."""
+def plot(chart: Chart) -> dict[str, Any]:
+    """Returns the chart for parts.html: places in percent of the frame, from its top left; CSS classes; labels.
+
+    Without finite points it has no curves.
+    """
     lines = [(series.name, finite(series.points)) for series in chart.series]
     if chart.log:
         lines = [(name, [(x, math.log10(y)) for x, y in points if y > 0]) for name, points in lines]
     lines = [(name, points) for name, points in lines if points]
-    head = f"<figcaption><b>{html.escape(chart.title)}</b>{_legend(chart, lines)}</figcaption>"
+    legend = [(f"s{number % 6}", name) for number, (name, _) in enumerate(lines)]
+    legend += [("line", chart.line[1])] if chart.line else []
     if not lines:
-        return f'<figure class="chart">{head}<p class="none">Nothing logged yet.</p></figure>'
+        return {"title": chart.title, "legend": legend, "curves": []}
     xs = [x for _, points in lines for x, _ in points]
     left, right = min(0.0, *xs), max(xs) if max(xs) > min(0.0, *xs) else max(xs) + 1
     bottom, top = _bounds(chart, [y for _, points in lines for _, y in points])
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return 1000 * (x - left) / (right - left), 1000 * (top - y) / (top - bottom)
+    def across(x: float) -> float:
+        return round(100 * (x - left) / (right - left), 2)
 
-    drawn = []
-    levels = [y for y in (log_ticks if chart.log else ticks)(bottom, top) if bottom <= y <= top]
-    drawn += [f'<path class="level" d="M0 {place(0, y)[1]:.1f}H1000"/>' for y in levels]
-    drawn += [f'<path class="mark" d="M{place(x, 0)[0]:.1f} 0V1000"/>' for x in chart.marks if left < x <= right]
-    if chart.line is not None:
-        drawn.append(f'<path class="line" d="M0 {place(0, chart.line[0])[1]:.1f}H1000"/>')
-    hover = []
+    def down(y: float) -> float:
+        return round(100 * (top - y) / (top - bottom), 2)
+
+    def path(points: Sequence[tuple[float, float]]) -> str:
+        if len(points) == 1:  # a stroke of no length still shows its round cap
+            points = [*points, *points]
+        return "M" + "L".join(f"{across(x)} {down(y)}" for x, y in points)
+
+    def value(y: float) -> float:
+        return 10**y if chart.log else y
+
+    curves, series = [], []
     for number, (name, points) in enumerate(lines):
         raw = bucketed(points)
-        calm = smoothed(raw, 0.85) if len(raw) > 40 else raw
-        if calm is not raw:
-            drawn.append(f'<path class="raw s{number % 6}" d="{_path([place(*p) for p in raw])}"/>')
-        drawn.append(f'<path class="curve s{number % 6}" d="{_path([place(*p) for p in calm])}"/>')
-        shown = [(x, 10**y if chart.log else y) for x, y in raw]
-        hover.append({"name": name, "points": [[round(x, 2), float(f"{y:.4g}")] for x, y in shown]})
-    y_labels = "".join(
-        f'<span style="top:{place(0, y)[1] / 10:.2f}%">{short(10**y if chart.log else y)}</span>' for y in levels
-    )
-    x_labels = "".join(
-        f'<span style="left:{place(x, 0)[0] / 10:.2f}%">{short(x)}</span>' for x in ticks(left, right, 5)
-    )
-    data = html.escape(json.dumps({"left": left, "right": right, "x": chart.x_name, "series": hover}), quote=True)
-    note = f'<p class="note">{html.escape(chart.note)}</p>' if chart.note else ""
-    return (
-        f'<figure class="chart">{head}<div class="frame"><div class="ys">{y_labels}</div>'
-        f'<div class="plot" data-chart="{data}" tabindex="0" aria-label="{html.escape(chart.title, quote=True)}">'
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(drawn)}</svg>'
-        f'<div class="hair" hidden></div><div class="tip" hidden></div></div>'
-        f'<div class="xs">{x_labels}</div></div>{note}</figure>'
-    )
-
-
-def _legend(chart: Chart, lines: Sequence[tuple[str, object]]) -> str:
-    names = [f'<i class="s{number % 6}"></i>{html.escape(name)}' for number, (name, _) in enumerate(lines)]
-    if chart.line is not None:
-        names.append(f'<i class="line"></i>{html.escape(chart.line[1])}')
-    return '<span class="legend">' + "".join(f"<span>{name}</span>" for name in names) + "</span>"
+        if len(raw) > 40:
+            curves.append((f"raw s{number % 6}", path(raw)))
+        curves.append((f"curve s{number % 6}", path(smoothed(raw, 0.85) if len(raw) > 40 else raw)))
+        series.append({"name": name, "points": [[round(x, 2), float(f"{value(y):.4g}")] for x, y in raw]})
+    levels = [y for y in (log_ticks if chart.log else ticks)(bottom, top) if bottom <= y <= top]
+    return {
+        "title": chart.title,
+        "note": chart.note,
+        "legend": legend,
+        "curves": curves,
+        "levels": [(down(y), short(value(y))) for y in levels],
+        "ticks": [(across(x), short(x)) for x in ticks(left, right, 5)],
+        "marks": [across(x) for x in chart.marks if left < x <= right],
+        "line": down(chart.line[0]) if chart.line else None,
+        "hover": {"left": left, "right": right, "x": chart.x_name, "series": series},
+    }
 
 
 def _bounds(chart: Chart, ys: Sequence[float]) -> tuple[float, float]:
-    """Returns the lowest and highest y shown: the data's, what the chart asks for, and a little air."""
+    """Returns the lowest and highest y shown: of the data and of what the chart always shows, with a margin."""
     # A spike at the start would flatten all that follows: of many points the outermost hundredth may leave the frame.
     ordered = sorted(ys)
     cut = len(ordered) // 100
     low, high = ordered[cut], ordered[-1 - cut]
     wanted = [bound for bound in (chart.low, chart.high, chart.line[0] if chart.line else None) if bound is not None]
     low, high = min([low, *wanted]), max([high, *wanted])
-    air = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
-    bottom = low if chart.low is not None and low == chart.low else low - air
-    return bottom, high if chart.high is not None and high == chart.high else high + air
-
-
-def _path(places: Sequence[tuple[float, float]]) -> str:
-    if len(places) == 1:  # a stroke of no length still shows its round cap
-        places = [places[0], places[0]]
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    margin = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
+    bottom = low if chart.low is not None and low == chart.low else low - margin
+    return bottom, high if chart.high is not None and high == chart.high else high + margin

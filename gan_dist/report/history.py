@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gan_dist.report.curves import median, seconds_trained
-from gan_dist.runs.record import Run, details, when
+from gan_dist.runs.metrics_file import event_details, format_time
+from gan_dist.runs.record import Run
 from gan_dist.telemetry.console import duration
 
 TITLES = {
@@ -49,7 +50,7 @@ def entries(run: Run) -> list[Entry]:
 
     for event in run.events:
         name, step = str(event["event"]), int(event.get("step") or 0)
-        moment = when(event["time"]) if event.get("time") else ""
+        moment = format_time(event["time"]) if event.get("time") else ""
         if name == "skipped":
             skips += 1
             continue
@@ -62,11 +63,11 @@ def entries(run: Run) -> list[Entry]:
         title = TITLES.get(name, name.replace("_", " ").capitalize())
         if name == "start" and step:
             title = "Continued"
-        told.append(Entry(name, f"{title} at step {step:,}", moment, details(event)))
+        told.append(Entry(name, f"{title} at step {step:,}", moment, event_details(event)))
     tell_skips(run.step)
     if run.state == "interrupted":
         saved = f"its newest checkpoint is of step {run.checkpoints[-1]:,}" if run.checkpoints else "it saved nothing"
-        told.append(Entry("lost", "Not heard of since", when(run.touched), saved))
+        told.append(Entry("lost", "Not heard of since", format_time(run.touched), saved))
     return told
 
 

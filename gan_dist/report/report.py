@@ -1,44 +1,40 @@
 """A run -> one self-contained HTML page; several runs -> one page that lays them side by side.
 
-The page carries its pictures, curves and few lines of script with it; its content policy forbids every request.
+The page carries its pictures, curves and few lines of script with it; its content policy forbids every request. What
+the templates show is gathered here, as plain values; the templates escape them.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from gan_dist.config.diff import changes, flatten
 from gan_dist.data.prepare.account import REASONS
 from gan_dist.data.shards import read_manifest
-from gan_dist.report.charts import render
-from gan_dist.report.compare import side_by_side
-from gan_dist.report.curves import curves, median, seconds_trained
+from gan_dist.report.charts import plot
+from gan_dist.report.curves import compared, curves, median, seconds_trained
 from gan_dist.report.films import film, still
 from gan_dist.report.history import commands, entries
-from gan_dist.report.page import (
-    command,
-    document,
-    facts,
-    film_script,
-    flatten,
-    history,
-    reel,
-    remark,
-    section,
-    shown,
-    table,
-)
-from gan_dist.runs.record import Run, by_protocol, read_run, when
+from gan_dist.runs.metrics_file import format_time
+from gan_dist.runs.record import Run, by_protocol, read_run
 from gan_dist.telemetry.console import duration
 from gan_dist.telemetry.gallery import dataset_card
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand, write_atomically
 
 FILM_BUDGET = 5_500_000
-"""Bytes that the pictures of the evolution take on a page, over all its runs; a page stays below 10 MB."""
+"""Bytes that the films take on a page, over all its runs; a page stays below 10 MB."""
 STILLS_BUDGET = 2_500_000
+LAST = ("loss/discriminator", "loss/generator", "probability/real", "probability/fake", "evaluate/swd")
+"""Tags whose newest values the table of several runs shows, where any of them has logged them."""
+HERE = Path(__file__).parent
 
 
 def make_report(
@@ -48,18 +44,21 @@ def make_report(
 ) -> Path:
     """Returns the page written: RUN/report.html, or for several runs `out` (default report.html here).
 
-    presets: configurations by name, as plain nested values; a run is held against the one it is most like. A run in
-    progress, a crashed or an empty one is told as far as it got. Raises UserError where there is no such run.
+    presets: configurations by name, as plain nested values; a run is compared with the one it is most like. A run in
+    progress, a crashed or an empty one is shown as far as it got. Raises UserError where there is no such run.
     """
     paths = [runs] if isinstance(runs, str | Path) else list(runs)
     if not paths:
         raise UserError("expected a run, or several")
-    told = [_with_dataset(read_run(path)) for path in paths]
-    target = expand(out) if out else told[0].path / "report.html" if len(told) == 1 else expand("report.html")
-    body = _one(told[0], presets or {}) if len(told) == 1 else side_by_side(told, FILM_BUDGET)
-    title = " and ".join(run.name for run in told) if len(told) < 4 else f"{len(told)} runs"
+    read = [_with_dataset(read_run(path)) for path in paths]
+    if len(read) == 1:
+        target = expand(out or read[0].path / "report.html")
+        page = templates.get_template("run.html").render(_one(read[0], presets or {}))
+    else:
+        target = expand(out or "report.html")
+        page = templates.get_template("runs.html").render(_several(read))
     try:
-        write_atomically(target, document(title, body).encode())
+        write_atomically(target, page.encode())
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from None
     return target
@@ -77,139 +76,76 @@ def _with_dataset(run: Run) -> Run:
     return run
 
 
-def _one(run: Run, presets: Mapping[str, Mapping[str, Any]]) -> str:
-    charts = "".join(render(chart) for chart in curves(run))
-    lead = "Faint lines are what was logged, strong ones its moving average; dotted verticals are restarts."
-    nothing = remark("Nothing is logged yet; a point comes every log.scalars_every steps.")
-    return "\n".join(
-        [
-            _head(run),
-            _pictures(run),
-            _evolution(run),
-            section("How the game went", *((lead, f'<div class="charts">{charts}</div>') if charts else ("", nothing))),
-            *([_evaluations(run)] if run.evaluations else []),
-            _dataset(run.dataset),
-            _configuration(run, presets),
-            section("What happened", "", history(entries(run))),
-            section("Where it ran", "", facts(run.environment) if run.environment else remark("Not recorded.")),
-            section("What to do next", "", "".join(command(what, words) for what, words in commands(run))),
-        ]
-    )
+def _one(run: Run, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the values of run.html."""
+    step, grid = run.samples[-1] if run.samples else (0, None)
+    pictures = ((grid, "Samples", f"step {step:,}"), (run.real, "Real images", "of the dataset"))
+    return {
+        "title": run.name,
+        "run": run,
+        "state": {"running": "in progress", "empty": "not begun"}.get(run.state, run.state),
+        "last_sign": f"last written {format_time(run.touched)}" if run.touched else "nothing written yet",
+        "tiles": _tiles(run),
+        "pictures": [(path and still(path, STILLS_BUDGET // 2), title, detail) for path, title, detail in pictures],
+        "film": film(run.samples, FILM_BUDGET),
+        "charts": [plot(chart) for chart in curves(run)],
+        "evaluations": [_evaluation(rows) for rows in by_protocol(run.evaluations)],
+        **_dataset(run.dataset),
+        **_configuration(run, presets),
+        "entries": entries(run),
+        "commands": commands(run),
+    }
 
 
-def _head(run: Run) -> str:
+def _tiles(run: Run) -> list[tuple[str, str]]:
+    """Returns the (figure, unit) pairs below the title."""
     newest = run.points[-1] if run.points else {}
-    state = {"running": "in progress", "empty": "not begun"}.get(run.state, run.state)
     rate, seconds = median(run, "throughput/images_per_second"), seconds_trained(run)
-    tiles = [
+    return [
         (f"{run.step:,}", f"of {run.total:,} steps" if run.total > run.step else "steps"),
         (f"{newest.get('images_seen') or 0:,}", "images seen"),
         (f"{newest.get('progress/epoch') or 0:.2f}", "epochs"),
         (f"{rate:,.0f}" if rate else "unknown", "images/s (median)"),
         (duration(seconds) if seconds else "none yet", "of training"),
-        (f"{run.dataset['samples']:,}" if run.dataset.get("samples") else "unknown", "images to learn from"),
+        (f"{run.dataset['samples']:,}" if run.dataset.get("samples") else "unknown", "images in the dataset"),
     ]
-    counted = "".join(f"<div><b>{number}</b><span>{what}</span></div>" for number, what in tiles)
-    heard = f"last heard of {when(run.touched)}" if run.touched else "nothing heard of it yet"
-    told = f"{heard}: {run.why}" if run.why else heard
-    return (
-        f'<header><span class="over">Training run</span><h1>{escape(run.name)}</h1>'
-        f'<p><span class="chip {run.state}">{state}</span><span class="lead">{escape(told)}</span></p>'
-        f'<div class="tiles">{counted}</div></header>'
-    )
 
 
-def _pictures(run: Run) -> str:
-    def picture(path: Path | None, what: str, detail: str, missing: str) -> str:
-        src = still(path, STILLS_BUDGET // 2) if path else None
-        if src is None:
-            return f'<figure class="picture">{remark(missing)}</figure>'
-        return (
-            f'<figure class="picture"><img src="{src}" alt="{escape(what, quote=True)}">'
-            f"<figcaption><b>{escape(what)}</b><span>{escape(detail)}</span></figcaption></figure>"
-        )
-
-    step, newest = run.samples[-1] if run.samples else (0, None)
-    drawn = picture(newest, "What it draws", f"step {step:,}", "No grid was drawn yet.")
-    real = picture(run.real, "What it learns from", "real images", "No grid of real images was drawn.")
-    return f'<section><div class="pair" id="pictures">{drawn}{real}</div></section>'
-
-
-def _evolution(run: Run) -> str:
-    frames = film(run.samples, FILM_BUDGET)
-    if not frames:
-        missing = "No grid was drawn yet; one comes every log.samples_every steps."
-        return section("How it learned to", "", remark(missing))
-    last = frames[-1]
-    slider = reel(len(frames), f"step {last.step:,}") if len(frames) > 1 else ""
-    moments = f"{len(frames)} moments" if len(frames) > 1 else "one moment"
-    return section(
-        "How it learned to",
-        f"The same latents at {moments} of training.",
-        f'<figure class="picture film" data-film="film-0"><img src="{last.src}" '
-        f'alt="What the fixed latents gave at step {last.step}">{slider}</figure>{film_script(frames, "film-0")}',
-    )
-
-
-def _evaluations(run: Run) -> str:
-    told = []
-    for rows in by_protocol(run.evaluations):
-        keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("step", "protocol", "images_seen")))
-        cells = [(f"{row['step']:,}", [_figure(row.get(key)) for key in keys]) for row in rows]
-        heads = [escape(key.replace("_", " ")) for key in keys]
-        known = [row["protocol"] for row in reversed(rows) if row.get("protocol")]
-        protocol = max(known, key=lambda one: one.get("inception") is not None, default=None)
-        best = min(rows, key=lambda row: row["swd"])
-        whose = ""
-        if protocol:
-            averaged = "Averaged" if protocol["averaged"] else "Trained"
-            whose = f"{averaged} generator, {protocol['samples']:,} images against as many real ones: "
-        told.append(
-            f'<p class="lead">{whose}nearest at step {best["step"]:,}.</p>'
-            + f'<div class="figures">{table(("step", *heads), cells)}</div>'
-            + (f"<details><summary>How it was measured</summary>{facts(protocol)}</details>" if protocol else "")
-        )
-    lead = "Sliced Wasserstein distance (swd) from real images: lower is better, within one table."
-    return section("How good it is", lead, "".join(told))
+def _evaluation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the table of evaluations that may be compared, their protocol and the step of the lowest swd."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("step", "protocol", "images_seen")))
+    protocols = [row["protocol"] for row in reversed(rows) if row.get("protocol")]
+    return {
+        "heads": ["step", *(key.replace("_", " ") for key in keys)],
+        "rows": [(f"{row['step']:,}", [_figure(row.get(key)) for key in keys]) for row in rows],
+        "protocol": max(protocols, key=lambda one: one.get("inception") is not None, default=None),
+        "best": min(rows, key=lambda row: float(row["swd"]))["step"],
+    }
 
 
 def _figure(value: Any) -> str:
-    """Returns a cell: shares with three digits, distances with four, hashes by what they begin with."""
+    """Returns a cell: three digits of a share, four of a distance, the beginning of a hash."""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
-    return "" if value is None else escape(str(value)[:8])
+    return "" if value is None else str(value)[:8]
 
 
-def _dataset(card: Mapping[str, Any]) -> str:
-    if not card:
-        missing = "The dataset is not here, and the run kept no card of it."
-        return section("What it learned from", "", remark(missing))
+def _dataset(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the card of the dataset and its account: what became of each source file."""
     rejected, skipped = (_counts(card.get(key)) for key in ("rejected", "skipped"))
-    pieces = [
-        ("written", int(card.get("written") or card.get("samples") or 0)),
-        ("rejected", sum(rejected.values())),
-        ("replaced", int(card.get("replaced") or 0)),
-        ("skipped", sum(skipped.values())),
-    ]
-    whole = sum(count for _, count in pieces)
-    there = [(i, name, count) for i, (name, count) in enumerate(pieces) if count]
-    bar = "".join(f'<span class="b{i}" style="flex:{count} 0 0"></span>' for i, _, count in there)
-    legend = "".join(f'<span><i class="b{i}"></i>{name} {count:,}</span>' for i, name, count in there)
-    reasons = ""
-    if rejected:
-        rows = [
-            (reason, [f"{count:,}", escape(REASONS.get(reason, ""))])
-            for reason, count in sorted(rejected.items(), key=lambda item: -item[1])
-        ]
-        reasons = "<h3>Rejected, and why</h3>" + table(("reason", "images", "meaning"), rows)
-    rest = {key: value for key, value in card.items() if key not in ("rejected", "written")}
-    return section(
-        "What it learned from",
-        f"{pieces[0][1]:,} images of {escape(str(card.get('resolution', '?')))} pixels a side, out of "
-        f"{int(card.get('seen') or whole):,} files that preparation saw; each is accounted for.",
-        f'<div class="bar">{bar}</div><p class="legend">{legend}</p>{reasons}'
-        f"<details><summary>The dataset in full</summary>{facts(rest)}</details>",
-    )
+    account = {
+        "written": int(card.get("written") or card.get("samples") or 0),
+        "rejected": sum(rejected.values()),
+        "replaced": int(card.get("replaced") or 0),
+        "skipped": sum(skipped.values()),
+    }
+    reasons = sorted(rejected.items(), key=lambda item: -item[1])
+    return {
+        "dataset": {key: value for key, value in card.items() if key not in ("rejected", "written")},
+        "account": [(f"b{number}", name, count) for number, (name, count) in enumerate(account.items())],
+        "seen": int(card.get("seen") or sum(account.values())),
+        "rejected": [(reason, [f"{count:,}", REASONS.get(reason, "")]) for reason, count in reasons],
+    }
 
 
 def _counts(value: Any) -> dict[str, int]:
@@ -219,25 +155,85 @@ def _counts(value: Any) -> dict[str, int]:
     return {"not recorded": int(value)} if value else {}
 
 
-def _configuration(run: Run, presets: Mapping[str, Mapping[str, Any]]) -> str:
-    mine = flatten(run.config)
-    everything = f"<details><summary>All {len(mine)} keys</summary>{facts(mine)}</details>"
-    differences = {name: _differences(mine, flatten(preset)) for name, preset in presets.items()}
-    if not differences:
-        return section("How it was set", "", everything)
-    name, differing = min(differences.items(), key=lambda item: len(item[1]))
-    if not differing:
-        return section("How it was set", f"Exactly as the preset <b>{escape(name)}</b>.", everything)
-    rows = ((key, [shown(new), shown(old)]) for key, (old, new) in differing.items())
-    keys = "1 key" if len(differing) == 1 else f"{len(differing)} keys"
-    return section(
-        "How it was set",
-        f"Unlike the preset nearest to it, <b>{escape(name)}</b>, in {keys}.",
-        table(("key", "this run", escape(name)), rows, "differs") + everything,
+def _configuration(run: Run, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the configuration, the preset nearest to it, and the rows of what differs but where the data lie."""
+    differences = {
+        name: [(key, (new, old)) for key, (old, new) in changes(preset, run.config).items() if key not in LOCAL]
+        for name, preset in presets.items()
+    }
+    nearest = min(differences, key=lambda name: len(differences[name]), default=None)
+    return {
+        "config": flatten(run.config),
+        "preset": nearest,
+        "differences": differences[nearest] if nearest is not None else [],
+    }
+
+
+LOCAL = ("data.shards", "data.cache_dir")
+"""Keys that say where something lies on this machine."""
+
+
+def _several(runs: Sequence[Run]) -> dict[str, Any]:
+    """Returns the values of runs.html."""
+    heads = [
+        Markup('<span class="legend key"><i class="s{}"></i></span>{}').format(number % 6, run.name)
+        for number, run in enumerate(runs)
+    ]
+    chip = Markup('<span class="chip {0}">{0}</span>')
+    newest = [run.points[-1] if run.points else {} for run in runs]
+    figures: list[tuple[str, list[Any]]] = [
+        ("state", [chip.format(run.state) for run in runs]),
+        ("step", [f"{run.step:,} of {run.total:,}" for run in runs]),
+        ("images seen", [f"{point.get('images_seen', 0):,}" for point in newest]),
+        ("images a second", [f"{median(run, 'throughput/images_per_second') or 0:,.0f}" for run in runs]),
+        ("time trained", [duration(seconds_trained(run)) for run in runs]),
+        ("dataset", [str(run.dataset.get("manifest", "unknown"))[:12] for run in runs]),
+    ]
+    logged = [tag for tag in LAST if any(point.get(tag) is not None for point in newest)]
+    figures += [(f"{tag}, last", [point.get(tag) for point in newest]) for tag in logged]
+    configs = [flatten(run.config) for run in runs]
+    keys = sorted({key for config in configs for key in config})
+    settings = [(key, [config.get(key) for config in configs]) for key in keys]
+    films = [film(run.samples, FILM_BUDGET // len(runs)) for run in runs]
+    return {
+        "title": " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
+        "runs": runs,
+        "heads": ["", *heads],
+        "figures": figures,
+        "films": list(zip(runs, films, heads, strict=True)),
+        "longest": max(map(len, films)),
+        "keys": len(keys),
+        "settings": [(key, values) for key, values in settings if len(set(map(json.dumps, values))) > 1],
+        "charts": [plot(chart) for chart in compared(runs)],
+        "histories": [(run.name, entries(run)) for run in runs],
+    }
+
+
+def _shown(value: Any) -> Any:
+    """Returns a value as a configuration file would have it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _templates() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    made.filters["shown"] = _shown
+    made.filters["rows"] = lambda values: [(key, (value,)) for key, value in flatten(values).items()]
+    made.globals["asset"] = lambda name: Markup((HERE / "assets" / name).read_text(encoding="utf-8"))
+    made.globals["now"] = lambda: format_time(time.time())
+    made.policies["json.dumps_kwargs"] = {"default": vars}  # the frames of a film are dataclasses
+    return made
 
 
-def _differences(mine: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns {key: (preset's, run's)}; where the data lie is everybody's own."""
-    keys = sorted((mine.keys() | preset.keys()) - {"data.shards", "data.cache_dir"})
-    return {key: (preset.get(key), mine.get(key)) for key in keys if preset.get(key) != mine.get(key)}
+templates = _templates()

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from gan_dist.utils.files import expand_directory
 from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import expand_directory
 
 LONGEST = 200
 """Bytes of a run's name: file systems take 255, and what is made beside a run adds to it."""

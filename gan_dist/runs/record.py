@@ -13,68 +13,17 @@ from typing import Any
 
 import yaml
 
-from gan_dist.utils.files import expand
+from gan_dist.runs.metrics_file import PROTOCOL, notable_events, read_metrics
 from gan_dist.utils.errors import UserError
-from gan_dist.telemetry.console import line_of
+from gan_dist.utils.files import expand
 
-TEXTS = "texts"
-"""The event that notes at which step TensorBoard got texts; of no interest to people."""
-PROTOCOL = "protocol"
-"""The event that says how the evaluations after it were made; told beside their figures."""
 LIVE_WITHIN_S = 600
 """A run that was neither ended nor stopped counts as in progress while its files are younger than this."""
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl, metrics and events in order; a line that a kill cut short is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict):
-                lines.append(line)
-    return lines
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """Returns what `gan-dist evaluate` has kept of a run: rows with step, swd, protocol and more."""
     return [line for line in read_metrics(run / "evaluations.jsonl") if "step" in line and "swd" in line]
-
-
-def when(seconds: float) -> str:
-    """Returns a time as `2026-11-23 14:03 UTC`."""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-
-
-def details(event: Mapping[str, Any]) -> str:
-    """Returns what an event says beside its name, step and time, as words."""
-    words = []
-    for key, value in event.items():
-        if key in ("event", "step", "time", "total_steps") or value in (None, "", [], False):
-            continue
-        text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if key == "world_size":
-            text = "1 rank" if value == 1 else f"{value} ranks"
-        plain = key in ("reason", "notes", "world_size", "host")
-        words.append(text if plain else f"{key.replace('_', ' ')} {text}")
-    return ", ".join(words)
-
-
-def happenings(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the events among the lines of a metrics.jsonl that tell a person something."""
-    return [line for line in lines if "event" in line and line["event"] not in (TEXTS, PROTOCOL)]
-
-
-def history_table(lines: Sequence[dict[str, Any]]) -> str:
-    """Returns the events among `lines` as a Markdown table: when, at which step, what, and why."""
-    rows = ["| when | step | what | |", "|---|---|---|---|"]
-    for event in happenings(lines):
-        told = details(event).replace("|", "\\|")
-        rows.append(f"| {when(event.get('time', 0))} | {event.get('step', 0)} | {event['event']} | {told} |")
-    return "\n".join(rows)
 
 
 @dataclass(frozen=True)
@@ -132,20 +81,6 @@ class Run:
         return str(words[-1].get("reason") or "") if words else ""
 
 
-def status_line(path: str | Path) -> str:
-    """Returns a run in one line, in the console's words: its state, then step=... loss_d=... of its newest point.
-
-    While it runs, with left=..., the time that the remaining images take at the newest pace.
-    """
-    run = read_run(path)
-    newest = run.points[-1] if run.points else {}
-    step, rate, left = newest.get("step", run.step), newest.get("throughput/images_per_second"), None
-    if run.state == "running" and step and rate:
-        left = (run.total - step) * newest["images_seen"] / step / rate
-    words = line_of(step, run.total, newest, left)
-    return f"{run.name} {run.state} {words}" + (f" ({run.why})" if run.why else "")
-
-
 def read_run(path: str | Path) -> Run:
     """Returns what the run directory `path` tells, in progress, finished or crashed as it may be.
 
@@ -170,7 +105,7 @@ def read_run(path: str | Path) -> Run:
         config=config,
         environment=_mapping(root / "environment.json"),
         points=tuple(points),
-        events=tuple(happenings(lines)),
+        events=tuple(notable_events(lines)),
         samples=tuple(samples),
         real=real if real.is_file() else None,
         checkpoints=tuple(step for step in checkpoints if step >= 0),

@@ -9,16 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gan_dist.config.diff import FIXED_FROM, change_rule, changes, flatten
 from gan_dist.config.schema import Config, load_config, to_yaml
+from gan_dist.runs.checkpoint import Loaded, find, load_newest
+from gan_dist.runs.naming import run_and_step
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import write_atomically
-from gan_dist.model.networks import Generator
-from gan_dist.runs.naming import run_and_step, run_path
-from gan_dist.runs.checkpoint import Loaded, find, load_newest
-from gan_dist.sampling.generate import build_generator
 
 LAUNCHER = ("launch", "logs", "stop")
 """What a launcher may leave in a run's directory before the run itself begins."""
@@ -129,14 +125,6 @@ def write_start(run_dir: Path, config: Config, facts: Mapping[str, Any]) -> None
 def read_config(run_dir: Path) -> Config:
     """Returns the configuration that a run directory holds."""
     return load_config(run_dir / "config.yaml")
-
-
-def load_generator(run: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> Generator:
-    """Returns a run's generator in eval mode, at `step` or its newest checkpoint; the averaged one where there is one.
-
-    Latents [B, Z] to images [B, 3, S, S] in [-1, 1]. Raises UserError when there is no such run or step.
-    """
-    return build_generator(find(run_path(run), step).state, device)
 
 
 def resolved_changes(run_dir: Path, resolved: Mapping[str, Any]) -> list[str]:

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gan_dist.model.networks import Generator
+from gan_dist.runs.checkpoint import find
+from gan_dist.runs.naming import run_path
 from gan_dist.runs.record import read_run
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.pictures import grid, save_gif, save_png, to_uint8
-
-__all__ = ["animate", "build_generator", "draw", "draw_latents", "generate", "grid", "interpolate", "save_png"]
 
 MAX_FRAMES = 120
 """Frames of an animation: of a longer run every second, third, ... grid is shown, first and last always."""
@@ -56,6 +56,14 @@ def build_generator(state: Mapping[str, Any], device: torch.device | str = "cpu"
     generator.load_state_dict(state.get("generator_ema") or state["generator"])
     generator.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     return generator.to(device).eval()
+
+
+def load_generator(run: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> Generator:
+    """Returns a run's generator in eval mode, at `step` or its newest checkpoint; the averaged one where there is one.
+
+    Latents [B, Z] to images [B, 3, S, S] in [-1, 1]. Raises UserError when there is no such run or step.
+    """
+    return build_generator(find(run_path(run), step).state, device)
 
 
 def draw_latents(latent_dim: int, count: int, seed: int, walk: bool = False) -> Tensor:

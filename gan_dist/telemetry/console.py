@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gan_dist.runs.record import read_run
+
 FIGURES = {
     "epoch": ("progress/epoch", ".2f"),
     "images/s": ("throughput/images_per_second", ".1f"),
@@ -58,6 +60,21 @@ def line_of(step: int, total: int, values: Mapping[str, float | None], left: flo
     """Returns one line of key=value words: what a log shows each interval, and what `status` says of a run."""
     words = [f"step={step}/{total}", *(f"{word}={text}" for word, text in figures(values).items())]
     return " ".join([*words, *([f"left={duration(left)}"] if left is not None else [])])
+
+
+def status_line(path: str | Path) -> str:
+    """Returns a run in one line: its name, its state, then step=... loss_d=... of its newest point, as a log has them.
+
+    A run in progress also gets left=..., the time that the remaining images take at the newest rate. Raises UserError
+    where there is no run.
+    """
+    run = read_run(path)
+    newest = run.points[-1] if run.points else {}
+    step, rate, left = newest.get("step", run.step), newest.get("throughput/images_per_second"), None
+    if run.state == "running" and step and rate:
+        left = (run.total - step) * newest["images_seen"] / step / rate
+    line = line_of(step, run.total, newest, left)
+    return f"{run.name} {run.state} {line}" + (f" ({run.why})" if run.why else "")
 
 
 class Voice(Protocol):

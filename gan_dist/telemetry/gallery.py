@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gan_dist.config.diff import flatten
 from gan_dist.data.dataset import Dataset
 from gan_dist.data.shards import Manifest
+from gan_dist.runs.metrics_file import markdown_table
 from gan_dist.sampling.generate import generate, interpolate
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.utils.files import write_atomically
@@ -88,11 +90,7 @@ def dataset_card(root: Path, manifest: Manifest) -> dict[str, Any]:
 
 def as_table(values: Mapping[str, Any]) -> str:
     """Returns `values` as a Markdown table of names and values; nested mappings become `name.key` rows."""
-    rows = ["| | |", "|---|---|"]
-    for key, value in values.items():
-        nested = {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, Mapping) else {key: value}
-        for name, one in nested.items():
-            text = " ".join(map(str, one)) if isinstance(one, list) else str(one)
-            cell = text.replace("|", "\\|").replace("\n", " ")
-            rows.append(f"| {name} | {cell} |")
-    return "\n".join(rows)
+    rows = flatten(values).items()
+    return markdown_table(
+        ("", ""), ((name, " ".join(map(str, one)) if isinstance(one, list) else one) for name, one in rows)
+    )

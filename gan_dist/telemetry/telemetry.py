@@ -21,7 +21,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from gan_dist.runs.record import TEXTS, history_table, read_metrics
+from gan_dist.runs.metrics_file import TEXTS, history_table, read_metrics
 from gan_dist.telemetry.console import RunConsole, Silence, Voice
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.pictures import png_bytes

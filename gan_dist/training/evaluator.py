@@ -17,7 +17,7 @@ from gan_dist.distributed.world import World
 from gan_dist.evaluation.protocol import Evaluation, accuracy, warnings
 from gan_dist.model.networks import Discriminator
 from gan_dist.runs.checkpoint import read_best
-from gan_dist.runs.record import PROTOCOL
+from gan_dist.runs.metrics_file import PROTOCOL
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.utils.errors import UserError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,11 @@ def refused(*words: object, cwd: Path | None = None, **env: str) -> str:
 def test_help_tells_what_there_is(command: str) -> None:
     done = run(*command.split(), "--help")
     assert done.returncode == 0 and "Usage: " in done.stdout and done.stderr == ""
+
+
+def test_help_lists_commands_in_the_order_in_which_one_uses_them() -> None:
+    listed = re.findall(r"^  ([a-z]+)  ", run("--help").stdout.split("Commands:")[1], re.MULTILINE)
+    assert listed == ["doctor", "demo", "prepare", "verify", "train", "sample", "evaluate", "report", "bench"]
 
 
 def test_an_unknown_command_names_the_nearest() -> None:

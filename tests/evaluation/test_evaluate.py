@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gan_dist.data.prepare.synthetic import paint_folder
 from gan_dist.distributed.world import World, join
 from gan_dist.evaluation import evaluate as evaluating
 from gan_dist.evaluation import inception
-from gan_dist.evaluation.evaluate import _keep, evaluate_run
+from gan_dist.evaluation.evaluate import EvaluationOptions, _keep, evaluate_run
 from gan_dist.evaluation.protocol import YOUNG_IMAGES, Evaluation, accuracy, warnings
 from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.networks import Generator, initialise
@@ -186,8 +187,8 @@ def test_it_can_be_called_off(many: Path) -> None:
 
 
 def test_the_command_keeps_its_figures_with_their_protocol(run: Path, many: Path, dataset: Path) -> None:
-    asked: dict[str, Any] = {"samples": SAMPLES, "with_inception": False}
-    rows = evaluate_run(World(), run, all_checkpoints=True, held_out=str(dataset), **asked)
+    asked: dict[str, Any] = {"samples": SAMPLES, "inception": "none"}
+    rows = evaluate_run(World(), run, EvaluationOptions(all_checkpoints=True, held_out=str(dataset), **asked))
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert rows[-1]["protocol"]["samples"] == SAMPLES and rows[-1]["protocol"]["averaged"]
     with open_dataset(many) as real:
@@ -196,11 +197,11 @@ def test_the_command_keeps_its_figures_with_their_protocol(run: Path, many: Path
     with open_dataset(dataset) as others:
         assert rows[-1]["held_out"] == others.identity
     for again in (str(dataset), None):
-        evaluate_run(World(), run, **asked, held_out=again)
+        evaluate_run(World(), run, EvaluationOptions(**asked, held_out=again))
         assert json.dumps(rows) == json.dumps(read_evaluations(run))  # measured again: the same, in the same place
-    (plain,) = evaluate_run(World(), run, **asked, averaged=False)
+    (plain,) = evaluate_run(World(), run, EvaluationOptions(**asked, averaged=False))
     assert not plain["protocol"]["averaged"] and plain["swd"] != rows[-1]["swd"]
-    (other,) = evaluate_run(World(), run, **asked, seed=1)
+    (other,) = evaluate_run(World(), run, EvaluationOptions(**asked, seed=1))
     assert other["protocol"]["seed"] == 1 and other["swd"] != rows[-1]["swd"]
     assert [row["step"] for row in read_evaluations(run)] == [0, 2, 4, 4, 4]
     assert not list(run.glob(".evaluations*"))
@@ -217,9 +218,10 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(run: Path, **asked: Any) -> tuple[dict[str, Any], list[str]]:
     """Returns the newest checkpoint's figures by 110 samples, and the notes."""
-    said: list[str] = []
-    (row,) = evaluate_run(World(), run, **{"samples": 110, "with_inception": False, **asked}, say=said.append)
-    return row, [line for line in said if line.startswith("note: ")]
+    lines: list[str] = []
+    options = EvaluationOptions(**{"samples": 110, "inception": "none", **asked})
+    (row,) = evaluate_run(World(), run, options, lines.append)
+    return row, [line for line in lines if line.startswith("note: ")]
 
 
 def test_held_out_sets_are_kept_apart(run: Path, unseen: Path, dataset: Path, tmp_path: Path) -> None:
@@ -255,7 +257,9 @@ def test_a_runs_own_set_tells_its_epochs_copies_and_training_images(
     assert notes == [] and moved == own
     re_address(path, str(unseen))
     with open_dataset(many) as real, open_dataset(unseen) as unknown:
-        words = f"{unseen} has manifest {unknown.identity[:12]}, the run learned from the set with {real.identity[:12]}"
+        words = (
+            f"{unseen} has manifest {unknown.identity[:12]}, the run was trained on the one with {real.identity[:12]}"
+        )
     changed, notes = evaluated(path, held_out=str(dataset))
     assert not LEARNED & set(changed) and "accuracy_held_out" in changed
     assert len(notes) == 1 and words in notes[0]
@@ -282,17 +286,17 @@ def test_evaluations_at_once_lose_no_row(run: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_line(
     run: Path, many: Path, unseen: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lines: list[str] = []
+
     def refused(match: str, where: Path = run, **asked: Any) -> None:
         with pytest.raises(UserError, match=match):
-            evaluate_run(World(), where, **{"samples": SAMPLES, "with_inception": False, **asked})
+            options = EvaluationOptions(**{"samples": SAMPLES, "inception": "none", **asked})
+            evaluate_run(World(), where, options, lines.append)
 
-    said: list[str] = []
-    refused(
-        "^--samples: expected 100 or more for these metrics, found 10", samples=10, with_inception=True, say=said.append
-    )
-    assert said == []
+    refused("^--samples: expected 100 or more for these metrics, found 10", samples=10, inception="auto")
+    assert lines == []
     refused("^--samples: expected 130 or fewer, as many as .* holds, found 131", samples=131)
-    refused("holds 130 images; these metrics need 2049 or more", with_inception=True, insist=True, samples=None)
+    refused("holds 130 images; these metrics need 2049 or more", inception="~/no", samples=None)
     refused("holds 66 images; these metrics need 100 or more", samples=None, dataset=str(dataset))
     for seed in (-1, 2**63, 10**25):
         refused(f"^--seed: expected a whole number from 0 to 9223372036854775807, found {seed}", seed=seed)
@@ -302,38 +306,39 @@ def test_bad_input_is_one_line(
     refused("has no checkpoints yet", tmp_path / "young", all_checkpoints=True)
     monkeypatch.setattr(inception, "FEWEST", 100)
     monkeypatch.setenv("HOME", str(tmp_path))
-    refused(f"no Inception weights at {tmp_path}/no", with_inception=True, insist=True, weights=Path("~/no"))
-    refused("variable UNSET_HERE is not set", with_inception=True, insist=True, weights=Path("$UNSET_HERE/a.pth"))
+    refused(f"no Inception weights at {tmp_path}/no", inception="~/no")
+    refused("variable UNSET_HERE is not set", inception="$UNSET_HERE/a.pth")
     big = tmp_path / "big"
     paint_folder(tmp_path / "few", 4)
     prepare([tmp_path / "few"], big, resolution=64)
     refused("holds 64x64 images, but .* draws 32x32 ones; name another --dataset", dataset=str(big))
     refused("holds 64x64 images, but .* draws 32x32 ones; name another --held-out", held_out=str(big))
-    refused("^--held-out: .* learned from .*; name a set that it never saw", held_out=str(many))
-    refused("^--held-out: .* learned from", held_out=str(many), dataset=str(unseen), samples=110)
+    refused("^--held-out: .* was trained on .*; name a dataset that it has never seen", held_out=str(many))
+    refused("^--held-out: .* was trained on", held_out=str(many), dataset=str(unseen), samples=110)
 
 
 def test_a_damaged_checkpoint_is_left_out_and_a_small_set_is_compared_whole(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     torn = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.pt"
     torn.write_bytes(torn.read_bytes()[:100])
-    said: list[str] = []
-    rows = evaluate_run(World(), tmp_path / "run", all_checkpoints=True, with_inception=False, say=said.append)
+    lines: list[str] = []
+    options = EvaluationOptions(inception="none")
+    rows = evaluate_run(World(), tmp_path / "run", replace(options, all_checkpoints=True), lines.append)
     assert [row["step"] for row in rows] == [0, 4]
-    assert any("left out: " in line and "state.pt has 100 bytes" in line for line in said)
-    assert any("holds 130 images, so 130 are compared, not 10000" in line for line in said)
+    assert any("left out: " in line and "state.pt has 100 bytes" in line for line in lines)
+    assert any("holds 130 images, so 130 are compared, not 10000" in line for line in lines)
     with pytest.raises(GanDistError, match="has 100 bytes"):
-        evaluate_run(World(), tmp_path / "run", step=2, with_inception=False)
+        evaluate_run(World(), tmp_path / "run", replace(options, step=2))
     newest = tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json"
     newest.write_text("{}")
-    said.clear()
-    (row,) = evaluate_run(World(), tmp_path / "run", with_inception=False, say=said.append)
-    assert row["step"] == 0 and len([line for line in said if "passed over" in line]) == 2
+    lines.clear()
+    (row,) = evaluate_run(World(), tmp_path / "run", options, lines.append)
+    assert row["step"] == 0 and len([line for line in lines if "passed over" in line]) == 2
 
 
 def evaluate_ranks(rank: int, run: str, out: str) -> None:
     with join("cpu") as world:
-        rows = evaluate_run(world, run, samples=SAMPLES, with_inception=False)
+        rows = evaluate_run(world, run, EvaluationOptions(samples=SAMPLES, inception="none"))
         told = world.gather_objects(rows)
         assert all(row == rows for row in told), "ranks disagree"
         if rank == 0:
@@ -354,7 +359,8 @@ def test_the_figures_are_the_same_on_one_two_and_three_ranks(run: Path, tmp_path
 def evaluate_with_a_stray(rank: int, run: str, elsewhere: str) -> None:
     with join("cpu") as world:
         with pytest.raises(UserError, match="is not a dataset"):
-            evaluate_run(world, run, samples=SAMPLES, dataset=elsewhere if rank == 1 else None, with_inception=False)
+            stray = elsewhere if rank == 1 else None
+            evaluate_run(world, run, EvaluationOptions(samples=SAMPLES, dataset=stray, inception="none"))
         with open_dataset(find(Path(run)).state["config"]["data"]["shards"]) as real:
             evaluation = Evaluation(world, real, SAMPLES)
             if rank == 1:

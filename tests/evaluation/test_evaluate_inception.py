@@ -96,7 +96,7 @@ def test_features_of_real_images_are_kept_beside_the_dataset(shards: Path, monke
     said: list[str] = []
 
     def seen(**asked: Any) -> tuple[int, dict[str, Any]]:
-        shown, figures = evaluated(shards, say=said.append, **asked)
+        shown, figures = evaluated(shards, log=said.append, **asked)
         return len(shown), figures
 
     first, figures = seen()

@@ -16,12 +16,13 @@ import torch
 
 from gan_dist.data.dataset import open_dataset
 from gan_dist.report import films
-from gan_dist.report.charts import Chart, Series, bucketed, log_ticks, render, short, smoothed, ticks
+from gan_dist.report.charts import Chart, Series, bucketed, log_ticks, plot, short, smoothed, ticks
 from gan_dist.report.curves import curves
 from gan_dist.report.films import film
 from gan_dist.report.history import closing_lines
-from gan_dist.report.report import make_report
-from gan_dist.runs.record import by_protocol, merged, read_run, status_line
+from gan_dist.report.report import make_report, templates
+from gan_dist.runs.record import by_protocol, merged, read_run
+from gan_dist.telemetry.console import status_line
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.pictures import save_png
 from tests.helpers.browser import browser
@@ -275,6 +276,10 @@ def test_axes_have_round_numbers() -> None:
     assert [round(10**tick, 6) for tick in log_ticks(0.5, 1.2)] == [5, 10]
     assert log_ticks(-3, 3) == [-3.0, -1.0, 1.0, 3.0]
     assert [short(v) for v in (0, 0.25, 1234, 12000, 3.5e6, 2e-5)] == ["0", "0.25", "1234", "12k", "3.5M", "2e-05"]
+
+
+def render(chart: Chart) -> str:
+    return templates.from_string("{% from 'parts.html' import chart %}{{ chart(plot) }}").render(plot=plot(chart))
 
 
 def test_curves_survive_gaps_and_length() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.runs import checkpoint
+from gan_dist.utils.errors import GanDistError, UserError
 
 
 def state(step: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gan_dist.utils.errors import UserError
 from gan_dist.runs import lease
 from gan_dist.runs.lease import Holder, Lease, LeaseLost
+from gan_dist.utils.errors import UserError
 
 TERM = 2.0
 """Seconds: an owner that renews four times in them is not taken for dead on any machine that these tests can use."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gan_dist.utils.errors import UserError
 from gan_dist.runs.naming import choose_run_dir, run_and_step, run_path
+from gan_dist.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

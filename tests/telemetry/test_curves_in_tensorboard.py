@@ -17,7 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gan_dist.data.dataset import open_dataset
-from gan_dist.runs.record import read_metrics
+from gan_dist.runs.metrics_file import read_metrics
 from gan_dist.telemetry.telemetry import put_in_order
 from tests.helpers.browser import browser
 from tests.helpers.ranks import free_port

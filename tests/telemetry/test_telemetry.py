@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gan_dist.runs.record import TEXTS, read_metrics
+from gan_dist.runs.metrics_file import TEXTS, read_metrics
 from gan_dist.telemetry.console import RunConsole, duration
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.trainer import train

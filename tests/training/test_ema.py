@@ -13,7 +13,8 @@ from torch import nn
 from gan_dist.config.schema import load_config
 from gan_dist.distributed.world import World
 from gan_dist.runs.checkpoint import find
-from gan_dist.runs.run_dir import Start, load_generator
+from gan_dist.runs.run_dir import Start
+from gan_dist.sampling.generate import load_generator
 from gan_dist.training.optim import EMA, EMA_RAMP
 from gan_dist.training.setup import build_ema, build_update
 from gan_dist.training.trainer import train

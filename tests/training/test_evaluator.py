@@ -14,7 +14,7 @@ from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.synthetic import paint_folder
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import protocol as evaluate
-from gan_dist.evaluation.evaluate import evaluate_run
+from gan_dist.evaluation.evaluate import EvaluationOptions, evaluate_run
 from gan_dist.evaluation.protocol import Evaluation
 from gan_dist.report.report import make_report
 from gan_dist.runs.checkpoint import find, read_best, save, step_directories
@@ -60,7 +60,7 @@ def test_not_a_bit_of_the_game_is_changed(
     points = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     steps = [point["step"] for point in points if "event" not in point]
     assert steps == sorted(set(steps)), "a step stands twice"
-    assert "How good it is" in make_report(run.path).read_text()
+    assert "<h2>Evaluation</h2>" in make_report(run.path).read_text()
 
 
 def test_what_is_evaluated_is_what_will_be_drawn(many: Path, tmp_path: Path) -> None:
@@ -73,11 +73,13 @@ def test_what_is_evaluated_is_what_will_be_drawn(many: Path, tmp_path: Path) -> 
         run, words = tmp_path / name, ("optim.g_lr=0.05", f"train.ema_half_life_images={half_life}")
         play(many, run, *words, steps=4, from_run=str(tmp_path / "parent"))
         row = read_run(run).evaluations[-1]
-        (again,) = evaluate_run(World(), run, samples=100, with_inception=False)
+        (again,) = evaluate_run(World(), run, EvaluationOptions(samples=100, inception="none"))
         assert again["swd"] == pytest.approx(row["swd"], rel=1e-4)
         assert row["protocol"]["averaged"] == (name == "averaged")
     living, averaged = (
-        evaluate_run(World(), tmp_path / "averaged", samples=100, with_inception=False, averaged=which)[0]["swd"]
+        evaluate_run(World(), tmp_path / "averaged", EvaluationOptions(samples=100, inception="none", averaged=which))[
+            0
+        ]["swd"]
         for which in (False, True)
     )
     assert living != pytest.approx(averaged, rel=0.05)
@@ -87,7 +89,7 @@ def test_figures_of_two_protocols_are_told_apart(many: Path, tmp_path: Path) -> 
     run = tmp_path / "run"
     play(many, run, steps=4)
     play(many, run, "evaluate.samples=110", steps=6)
-    evaluate_run(World(), run, samples=100, with_inception=False)
+    evaluate_run(World(), run, EvaluationOptions(samples=100, inception="none"))
     rows = read_run(run).evaluations
     assert [(row["step"], row["protocol"]["samples"]) for row in rows] == [(2, 100), (4, 100), (6, 110), (6, 100)]
     assert all(row["protocol"]["averaged"] and row["protocol"]["dataset"] for row in rows)
@@ -96,7 +98,7 @@ def test_figures_of_two_protocols_are_told_apart(many: Path, tmp_path: Path) -> 
     assert "100 images against as many" in page and "110 images against as many" in page
     assert "Protocol at step" not in page  # it stands beside the figures, not among what happened
     # Measured again in the same way, what training noted beside the figures stays.
-    evaluate_run(World(), run, step=6, samples=110, with_inception=False)
+    evaluate_run(World(), run, EvaluationOptions(step=6, samples=110, inception="none"))
     assert len(read_run(run).evaluations) == 4 and read_run(run).evaluations[2]["seconds"] > 0
 
 

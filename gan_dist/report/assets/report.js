@@ -2,7 +2,7 @@
 // One slider moves every film on the page: each shows its picture at that share of its own training.
 for (const reel of document.querySelectorAll(".reel")) {
   const slider = reel.querySelector("input");
-  const told = reel.querySelector("output");
+  const output = reel.querySelector("output");
   const button = reel.querySelector("button");
   const films = [...document.querySelectorAll("[data-film]")].map((figure) => ({
     image: figure.querySelector("img"),
@@ -14,11 +14,11 @@ for (const reel of document.querySelectorAll(".reel")) {
     films.forEach((film, number) => {
       const frame = film.frames[Math.round(share * (film.frames.length - 1))];
       film.image.src = frame.src;
-      film.image.alt = `What the fixed latents gave at step ${frame.step}`;
+      film.image.alt = `Samples of the fixed latents at step ${frame.step}`;
       if (film.label) film.label.textContent = `step ${frame.step.toLocaleString("en")}`;
-      if (number === 0 && told) {
-        told.textContent = films.length > 1 ? `${Math.round(share * 100)}%` : `step ${frame.step.toLocaleString("en")}`;
-        slider.setAttribute("aria-valuetext", told.textContent);
+      if (number === 0 && output) {
+        output.textContent = films.length > 1 ? `${Math.round(share * 100)}%` : `step ${frame.step.toLocaleString("en")}`;
+        slider.setAttribute("aria-valuetext", output.textContent);
       }
     });
   };

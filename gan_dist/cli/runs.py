@@ -1,0 +1,133 @@
+"""`gan-dist demo`, `train`, `sample` and `report`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gan_dist.cli.common import console, listen_for_signals, print_lines
+from gan_dist.utils.errors import EXIT_STOPPED
+from gan_dist.utils.stop import StopRequest
+
+
+def demo(
+    directory: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("gan-dist-demo"),
+) -> None:
+    """Paint a small set, prepare it and train on it, on this machine, in about a minute; then show where to look."""
+    from gan_dist.cli.demo import run_demo
+
+    stop = StopRequest()
+    listen_for_signals(stop)
+    outcome, lines = run_demo(directory, stop, console.print)
+    _print_closing_lines(outcome.run_dir)
+    print_lines(lines)
+    if outcome.stopped:
+        raise typer.Exit(EXIT_STOPPED)
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, for example configs/paintings64.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Configuration keys to set.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name under $GAN_DIST_RUNS. [default: CONFIG's]")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="The run's directory, instead of a name.")] = None,
+    from_run: Annotated[
+        str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start a new run from another's checkpoint.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End the whole run at this step.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every figure that is logged.")] = False,
+) -> None:
+    """Train a run, or continue it: the same command again goes on where it stopped.
+
+    Under torchrun each process joins the world: torchrun --nproc-per-node 4 -m gan_dist train CONFIG.
+    """
+    stop = StopRequest()
+    listen_for_signals(stop)
+    words = ["gan-dist", "train", config, *(overrides or [])]
+    from gan_dist.config.schema import load_config, to_yaml
+    from gan_dist.data.shards import read_manifest
+    from gan_dist.utils.files import is_address
+
+    settings = load_config(config, overrides or [])  # a slip in it is told before torch has loaded
+    if dry_run:
+        console.print(to_yaml(settings), end="", markup=False)
+        return
+    if "RANK" not in os.environ and not is_address(settings.data.shards):
+        read_manifest(settings.data.shards)  # so is a dataset that is not there
+    from gan_dist.training.trainer import train as train_run
+
+    outcome = train_run(
+        config,
+        overrides or [],
+        name=name,
+        run_dir=run_dir,
+        from_run=from_run,
+        max_steps=max_steps,
+        stop=stop,
+        verbosity=int(verbose) - int(quiet),
+        command=words,
+    )
+    if int(os.environ.get("RANK") or 0) == 0 and not quiet:
+        _print_closing_lines(outcome.run_dir)
+    if outcome.stopped:
+        raise typer.Exit(EXIT_STOPPED)
+
+
+def sample(
+    run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or a file of generator weights.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint to draw from. [default: the newest]")] = None,
+    count: Annotated[int, typer.Option(help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option(help="Keys the latents.")] = 0,
+    image: Annotated[Path, typer.Option("--out", help="The grid to write.")] = Path("grid.png"),
+    interpolate: Annotated[bool, typer.Option("--interpolate", help="Rows that walk between two latents.")] = False,
+    individual: Annotated[Path | None, typer.Option(help="Also write each image into this directory.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Also write the generator, with a card, as .safetensors.")] = None,
+    animation: Annotated[Path | None, typer.Option(help="Also write the run's grids as a GIF.")] = None,
+    neighbours: Annotated[Path | None, typer.Option(help="Also show each image beside its nearest real one.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where --neighbours looks. [default: the run's]")] = None,
+) -> None:
+    """Draw images from a run's generator, or from another program's."""
+    from gan_dist.sampling.sample import sample_run
+
+    lines = sample_run(
+        run,
+        step=step,
+        count=count,
+        seed=seed,
+        out=image,
+        interpolate=interpolate,
+        individual=individual,
+        export=export,
+        animation=animation,
+        neighbours=neighbours,
+        dataset=dataset,
+    )
+    print_lines(lines)
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run, or several side by side.")],
+    page: Annotated[
+        Path | None, typer.Option("--out", help="The page. [default: RUN/report.html; several: report.html]")
+    ] = None,
+) -> None:
+    """Make one self-contained page of a run: pictures, curves, data, configuration, history."""
+    from gan_dist.config.schema import presets
+    from gan_dist.report.report import make_report
+    from gan_dist.runs.naming import run_path
+
+    console.print(str(make_report([run_path(run) for run in runs], page, presets())), markup=False)
+
+
+def _print_closing_lines(run_dir: Path) -> None:
+    """Prints what a training command did, where things are and what to do next."""
+    from gan_dist.report.history import closing_lines
+    from gan_dist.runs.record import read_run
+
+    print_lines(closing_lines(read_run(run_dir)))
