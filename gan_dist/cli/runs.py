@@ -52,21 +52,21 @@ def train(
     words = ["gan-dist", "train", config, *(overrides or [])]
     from gan_dist.config.schema import load_config, to_yaml
     from gan_dist.data.shards import read_manifest
+    from gan_dist.runs.naming import choose_run_dir
     from gan_dist.utils.files import is_address
 
-    settings = load_config(config, overrides or [])  # a slip in it is told before torch has loaded
+    settings = load_config(config, overrides or [])  # before torch has loaded, which takes seconds: so is what follows
     if dry_run:
         console.print(to_yaml(settings), end="", markup=False)
         return
     if "RANK" not in os.environ and not is_address(settings.data.shards):
-        read_manifest(settings.data.shards)  # so is a dataset that is not there
+        read_manifest(settings.data.shards)
+    directory = choose_run_dir(config, name, run_dir)
     from gan_dist.training.trainer import train as train_run
 
     outcome = train_run(
-        config,
-        overrides or [],
-        name=name,
-        run_dir=run_dir,
+        settings,
+        run_dir=directory,
         from_run=from_run,
         max_steps=max_steps,
         stop=stop,
