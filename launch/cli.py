@@ -187,7 +187,7 @@ def local(
 ) -> None:
     """Train on this machine through torchrun: all its GPUs, or as many ranks as you say."""
     from gan_dist.config.schema import load_config
-    from launch.job.local import train_here
+    from launch.job.torchrun import train_here
     from launch.submit import parent_of
 
     options, overrides = _options(None, words)
@@ -215,7 +215,7 @@ def prepare(
 ) -> None:
     """Prepare a dataset as a job array; finished shards are kept whatever happens to an element."""
     from gan_dist.utils.files import expand_directory
-    from launch.stages import prepare_array
+    from launch.submit import prepare_array
 
     options, given = _options(cluster, [*words, *context.args])
     plain = [number for number, word in enumerate(given) if not word.startswith("-")]
@@ -245,7 +245,7 @@ def pipeline(
     max_steps: MaxSteps = None,
 ) -> None:
     """Prepare, then train, then sample and report: three jobs, each waiting for the one before to end well."""
-    from launch.stages import submit_pipeline
+    from launch.submit import submit_pipeline
 
     if not source:
         raise UserError("--source: expected one source or more; what shall be prepared?")

@@ -17,8 +17,7 @@ from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.batch_script import Batch, batch_script, interpreter
 from launch.options import ClusterOptions, SlurmOptions
-from launch.stages import on_cpus
-from launch.submit import enqueue, fresh
+from launch.submit import enqueue, fresh, on_cpus
 
 STARTS_WITHIN_S = 120
 INTRODUCTION = "On your laptop, one of:"

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from pathlib import Path
 from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError
 from launch.job.addresses import Place, meet, place_of
 from launch.job.rank import ATTEMPT, MEET_S, leave_word
+from launch.snapshot import CHECKOUT
 
 HANDED_ON = (signal.SIGTERM, signal.SIGUSR2)
 MARKS_S = 60.0
@@ -77,6 +79,20 @@ def verdict(attempt: Path, status: int, limit_s: float = 0) -> int:
         if time.monotonic() >= deadline:
             return status or EXIT_FAILED
         time.sleep(0.2)
+
+
+def train_here(config: str, overrides: Sequence[str], run: Path, ranks: int | None, more: Sequence[str]) -> int:
+    """Returns the exit status of training here: 0 done, 75 stopped with a checkpoint, or the failing rank's."""
+    if ranks is None:
+        import torch
+
+        ranks = max(1, torch.cuda.device_count())
+    with tempfile.TemporaryDirectory(prefix="gan-dist-") as attempt:
+        os.environ[ATTEMPT] = attempt
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        words = ["train", config, *overrides, "--run-dir", str(run), *more]
+        status = run_torchrun(["--standalone", f"--nproc-per-node={ranks}"], words)
+        return verdict(Path(attempt), status)
 
 
 def main() -> None:

@@ -212,7 +212,7 @@ def test_code_edited_while_queued_changes_nothing(linuxproc: Cluster, config: st
         "6",
         "slurm.extra={begin: now+8}",
     )
-    with (checkout / "gan_dist" / "errors.py").open("a") as edited:
+    with (checkout / "gan_dist" / "utils" / "errors.py").open("a") as edited:
         edited.write("\nprint('this is the code as it was submitted')\n")
     launch(linuxproc, "submit", config, *words, cwd=checkout)
     for file in (checkout / "gan_dist").rglob("*.py"):

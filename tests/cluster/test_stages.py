@@ -190,7 +190,7 @@ def test_plain_sbatch_speaks_the_same_protocol_and_knows_the_same_run(
 SLOW = """
 write = module.save
 def slow(*words, **more):
-    if sys.modules["launch.job.signals"].STOP:
+    if sys.modules["__main__"].STOP:
         time.sleep(32)
     return write(*words, **more)
 module.save = slow

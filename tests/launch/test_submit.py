@@ -20,9 +20,8 @@ from launch import slurm, snapshot, submit
 from launch.cli import pipeline, stop, tensorboard
 from launch.cli import submit as submit_command
 from launch.options import load_cluster
-from launch.stages import on_cpus, prepare_array, submit_pipeline
 from launch.status import all_runs
-from launch.submit import submissions, submit_training
+from launch.submit import on_cpus, prepare_array, submissions, submit_pipeline, submit_training
 from launch.tensorboard import serve, small, way_in
 
 

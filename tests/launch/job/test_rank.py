@@ -12,7 +12,7 @@ import pytest
 from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.stop import Cancelled
 from launch.job import rank
-from launch.job.signals import STOP
+from launch.job.rank import STOP
 from launch.job.torchrun import verdict
 
 ROOT = Path(__file__).parents[3]
