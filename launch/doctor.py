@@ -19,7 +19,7 @@ from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.files import publish
 from launch import slurm
 from launch.batch_script import Batch, batch_script, interpreter
-from launch.job.addresses import addresses, expand_hosts
+from launch.job.addresses import expand_hosts, interface_addresses
 from launch.options import ClusterOptions
 from launch.submit import fresh
 
@@ -177,7 +177,7 @@ def main() -> None:
         "host": host,
         "torch": f"torch {torch.__version__}",
         "device": f"{count} x {device}" if count else device,
-        "interfaces": addresses(),
+        "interfaces": interface_addresses(),
         "findings": [asdict(finding) for finding in diagnose()],
     }
     publish(Path(sys.argv[1]) / f"node-{host}.json", json.dumps(told).encode())

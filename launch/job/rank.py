@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError
 from gan_dist.utils.files import publish
 from gan_dist.utils.stop import StopRequest
-from launch.job.addresses import Place, meet, place_of
+from launch.job.addresses import Task, agree_on_master, read_task
 
 ATTEMPT = "GAN_DIST_ATTEMPT"
 """Environment variable: the directory of this start of the job, where ranks leave their words."""
@@ -91,11 +91,11 @@ class TrainJob:
         """Returns 0 when this rank is done or has stopped as asked, else the status of its failure."""
         attempt = Path(os.environ[ATTEMPT])
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the same bits whoever starts the ranks
-        place: Place | None = None
+        task: Task | None = None
         try:
             if "TORCHELASTIC_RUN_ID" not in os.environ:
-                place = place_of(os.environ, self.planned)
-                joined, _reserved = meet(place, attempt, os.environ, MEET_S)
+                task = read_task(os.environ, self.planned)
+                joined, _reserved = agree_on_master(task, attempt, os.environ, MEET_S)
                 os.environ.update(joined)
             outcome = self.train()
         except GanDistError as error:
@@ -107,11 +107,11 @@ class TrainJob:
                     publish(attempt / "stopped", f"requeue {reason}, while data were fetched\n".encode())
                 else:
                     kind = "lost" if type(error).__name__ == "RankLost" else "error"
-                    leave_word(attempt, place, error.exit_status, kind, str(error))
+                    leave_word(attempt, task, error.exit_status, kind, str(error))
             return 0 if stopped else error.exit_status
         except Exception as error:
             traceback.print_exc()
-            leave_word(attempt, place, EXIT_FAILED, "error", f"{type(error).__name__}: {error}")
+            leave_word(attempt, task, EXIT_FAILED, "error", f"{type(error).__name__}: {error}")
             return EXIT_FAILED
         finally:
             deafen()
@@ -145,10 +145,10 @@ class TrainJob:
         print(f"stopped by {outcome.stopped}: step {outcome.step} of {outcome.total_steps} is saved", flush=True)
 
 
-def leave_word(attempt: Path, place: Place | None, status: int, kind: str, why: str) -> None:
+def leave_word(attempt: Path, task: Task | None, status: int, kind: str, why: str) -> None:
     """Writes how this rank failed where the batch script and `status` look."""
-    rank = place.rank if place else os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    host = place.host if place else os.uname().nodename
+    rank = task.rank if task else os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    host = task.host if task else os.uname().nodename
     line = "\t".join([f"{time.time():.3f}", str(status), kind, str(rank), host, " ".join(why.split())])
     try:
         publish(attempt / f"failed-{rank}", f"{line}\n".encode())

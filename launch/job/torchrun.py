@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError
-from launch.job.addresses import Place, meet, place_of
+from launch.job.addresses import Task, agree_on_master, read_task
 from launch.job.rank import ATTEMPT, MEET_S, leave_word
 from launch.snapshot import CHECKOUT
 
@@ -99,20 +99,20 @@ def main() -> None:
     """Runs this node's torchrun as one task of a SLURM step; ends with 0 when the run is done or has saved."""
     ranks, *words = sys.argv[1:]
     attempt = Path(os.environ[ATTEMPT])
-    place: Place | None = None
+    task: Task | None = None
     try:
-        place = place_of(os.environ)  # a task a node: its "rank" is the node's
-        joined, reserved = meet(place, attempt, os.environ, MEET_S)
+        task = read_task(os.environ)  # a task a node: its "rank" is the node's
+        joined, reserved = agree_on_master(task, attempt, os.environ, MEET_S)
     except GanDistError as error:
         print(f"gan-dist: {error}", file=sys.stderr, flush=True)
-        leave_word(attempt, place, error.exit_status, "error", str(error))
+        leave_word(attempt, task, error.exit_status, "error", str(error))
         sys.exit(error.exit_status)
     if "GLOO_SOCKET_IFNAME" in joined:
         os.environ["GLOO_SOCKET_IFNAME"] = joined["GLOO_SOCKET_IFNAME"]
     status = run_torchrun(
         [
-            f"--nnodes={place.size}",
-            f"--node-rank={place.rank}",
+            f"--nnodes={task.size}",
+            f"--node-rank={task.rank}",
             f"--nproc-per-node={ranks}",
             f"--master-addr={joined['MASTER_ADDR']}",
             f"--master-port={joined['MASTER_PORT']}",
