@@ -70,13 +70,13 @@ def submit(
     and is requeued until the run is done.
     """
     from launch.snapshot import CHECKOUT, code_of
-    from launch.submit import check_config, new_id, parent_of, submit_training, training_batch
+    from launch.submit import check_config, new_id, resolve_parent, submit_training, training_batch
 
     options, overrides = _options(cluster, words)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
     if dry_run:
         check_config(config, overrides, options, run)
-        parent_of(from_run, options)
+        resolve_parent(from_run, options)
         code_of(CHECKOUT, [run, runs_home(options.job.runs)])
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
@@ -150,10 +150,10 @@ def stop(run: Run, cluster: ClusterFile = None) -> None:
     states = {line.job.partition("_")[0]: line.state for line in queued}
     for job in sorted(states, key=int, reverse=True):  # what waits for another goes first, or SLURM cancels it itself
         if kinds[job] != "train":  # nobody there reads a stop file
-            slurm.ask("scancel", job)
+            slurm.run("scancel", job)
             print(f"job {job} ({kinds[job]}) is cancelled; what it has finished is kept")
         elif states[job] == "PENDING":
-            slurm.ask("scancel", "--state=PENDING", job)
+            slurm.run("scancel", "--state=PENDING", job)
             print(f"job {job} was waiting; it is cancelled, the run is as its last checkpoint left it")
         else:
             (where / "stop").touch()
@@ -171,7 +171,7 @@ def cancel(run: Run, cluster: ClusterFile = None) -> None:
     if not queued:
         raise UserError(f"{where} has no job in the queue; nothing to cancel")
     for job in sorted({line.job.partition("_")[0] for line in queued}):
-        slurm.ask("scancel", job)
+        slurm.run("scancel", job)
         print(f"job {job} is cancelled")
 
 
@@ -188,14 +188,14 @@ def local(
     """Train on this machine through torchrun: all its GPUs, or as many ranks as you say."""
     from gan_dist.config.schema import load_config
     from launch.job.torchrun import train_here
-    from launch.submit import parent_of
+    from launch.submit import resolve_parent
 
     options, overrides = _options(None, words)
     if unused := [word for word in words or [] if word not in overrides and not word.startswith("job.runs=")]:
         print(f"note: {unused[0]} is for jobs and changes nothing here; --ranks says how many", file=sys.stderr)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
     load_config(config, overrides)  # a slip in it is told once, not by every rank
-    parent = parent_of(from_run, options)
+    parent = resolve_parent(from_run, options)
     more = [*(["--max-steps", str(max_steps)] if max_steps else []), *(["--from", parent] if parent else [])]
     raise typer.Exit(train_here(config, overrides, run, ranks, more))
 
@@ -269,7 +269,7 @@ def tensorboard(
 ) -> None:
     """Start TensorBoard here, or with --cluster as a small CPU job, and print the way to it from your laptop."""
     from gan_dist.utils.files import expand
-    from launch.tensorboard import as_job, serve
+    from launch.tensorboard import serve, submit_tensorboard
 
     where = expand(runs)
     if not where.is_dir():
@@ -279,7 +279,7 @@ def tensorboard(
         raise UserError(f"expected slurm. and job. keys, with --cluster, found {(rest or words or [])[0]}")
     if cluster is None:
         raise typer.Exit(serve(where, port))
-    for line in as_job(where, options, {word.partition("=")[0] for word in words or []}, port):
+    for line in submit_tensorboard(where, options, {word.partition("=")[0] for word in words or []}, port):
         print(line, flush=True)
 
 
@@ -290,14 +290,14 @@ def doctor(
     limit_minutes: Annotated[float, typer.Option(help="Give up after this long, most of it in the queue.")] = 30,
 ) -> None:
     """Run a short job on every node asked for: gan-dist doctor, an all-reduce and ten steps; print a line a node."""
-    from launch.doctor import examine
+    from launch.doctor import run_trial
     from launch.submit import new_id
 
     options, rest = _options(cluster, words)
     if rest:
         raise UserError(f"expected slurm. and job. keys only, found {rest[0]}")
     home = choose_run_dir("doctor", f"doctor-{new_id()}", None, options.job.runs)
-    for line in examine(home, options, 60 * limit_minutes):
+    for line in run_trial(home, options, 60 * limit_minutes):
         print(line, flush=True)
 
 

@@ -121,7 +121,7 @@ def _forgotten(run: Path, each: Submission, made: Sequence[Submission]) -> str:
             failed = next((start for start in starts_of(run, other) if start.what in ("failed", "cancelled")), None)
             if failed:
                 return f"cancelled, because {other.kind} (job {other.job}) {failed.what}: {failed.why}"
-    state = slurm.ended(each.job)
+    state = slurm.final_state(each.job)
     if state.startswith("CANCELLED") and each.after:
         return f"CANCELLED, because what it waited for ({each.after}) did not end well"
     if state.startswith(LAUNCH_FAILED) and not _began(run, each):

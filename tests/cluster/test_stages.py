@@ -243,7 +243,7 @@ def test_doctor_says_a_line_a_node_and_passes_refusals_on(linuxproc: Cluster, tm
     said = launch(linuxproc, "doctor", *words).stdout
     for name, host in linuxproc.hosts.items():
         assert re.search(rf"^{name} .*torch .*net0 {host.address}", said, re.MULTILINE), said
-    assert "all-reduce and 10 steps over 3 rank(s): well" in said
+    assert "all-reduce and 10 steps over 3 rank(s): ok" in said
     assert not list(tmp_path.iterdir())
     refused = launch(linuxproc, "doctor", *words, "slurm.partition=nowhere", check=False)
     assert refused.returncode == 2 and "invalid partition specified: nowhere" in refused.stderr
@@ -260,11 +260,11 @@ def test_doctor_tells_of_a_node_that_tells_nothing(linuxproc: Cluster, tmp_path:
     words = ("slurm.nodes=2", "slurm.cpus_per_task=1", "slurm.time=5", f"job.runs={tmp_path / 'runs'}")
     done = launch(linuxproc, "doctor", *words, sick, check=False)
     assert re.search(r"^node1 +ok .*torch ", done.stdout, re.MULTILINE), done.stdout
-    assert "\nnode2        look  no word, RuntimeError: the driver of this node is too old\n" in done.stdout
+    assert "\nnode2  problem  no report: RuntimeError: the driver of this node is too old\n" in done.stdout
     (home,) = (tmp_path / "runs").iterdir()
-    line = f"launch: 1 node(s) said nothing of themselves; logs in {home / 'logs'}\n"
+    line = f"launch: 1 node(s) reported nothing; logs in {home / 'logs'}\n"
     assert (done.returncode, done.stderr) == (1, line)
-    assert "Traceback" in (home / "logs" / "look-node2.log").read_text()
+    assert "Traceback" in (home / "logs" / "doctor-node2.log").read_text()
 
 
 def test_tensorboard_as_a_job_tells_the_way_to_it(linuxproc: Cluster, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from gan_dist.utils.errors import UserError
 from launch import slurm
-from launch.job.command import share_of
+from launch.job.command import options_of_element
 from launch.status import all_runs, find_run, follow, logs_of, no_log, starts_of, status_lines
 from launch.submit import Submission, submissions
-from launch.tensorboard import way_in
+from launch.tensorboard import how_to_reach
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_job_that_nobody_remembers_is_told_as_such(run: Path) -> None:
 def test_a_job_whose_first_node_could_not_begin_it_is_told_what_mends_that(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "ended", lambda job: "FAILED")
+    monkeypatch.setattr(slurm, "final_state", lambda job: "FAILED")
     (run / "logs" / "77-batch.log").touch()  # another job's
     line = f"FAILED before its script began: the first node could not write {run / 'logs'}; put runs on a file system"
     assert f"job 7 (prepare, 2 rank(s)): {line} that all nodes share (job.runs)" in "\n".join(status_lines(run))
@@ -115,18 +115,18 @@ def test_a_run_that_was_never_submitted_is_refused(run: Path) -> None:
 
 
 def test_the_way_to_tensorboard_leads_through_the_login_node_and_warns() -> None:
-    job = "\n".join(way_in(Path("/scratch/my runs"), 6007, "node17", "login2", "ada"))
+    job = "\n".join(how_to_reach(Path("/scratch/my runs"), 6007, "node17", "login2", "ada"))
     assert "ssh -N -J ada@login2 -L 6007:localhost:6007 ada@node17" in job
     assert "ada@login2:'/scratch/my runs/' runs/" in job and "--include='report.html'" in job
     assert "no password" in job and "shared" not in job
-    here = "\n".join(way_in(Path("/r"), 6007, "login2", None, "ada"))
-    assert "ssh -N -L 6007:localhost:6007 ada@login2" in here and "others share" in here
+    here = "\n".join(how_to_reach(Path("/r"), 6007, "login2", None, "ada"))
+    assert "ssh -N -L 6007:localhost:6007 ada@login2" in here and "shared login node" in here
 
 
 def test_an_element_knows_its_part_and_its_processors() -> None:
     env = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
     env |= {"SLURM_ARRAY_TASK_MAX": "8", "SLURM_ARRAY_TASK_STEP": "1"}
-    assert share_of(["prepare", "a", "b"], env) == ["--task", "2/4"]
+    assert options_of_element(["prepare", "a", "b"], env) == ["--task", "2/4"]
     env["SLURM_CPUS_PER_TASK"] = "6"
-    assert share_of(["prepare", "a", "b"], env) == ["--task", "2/4", "--workers", "6"]
-    assert share_of(["prepare", "a", "b", "--workers=2"], env) == ["--task", "2/4"]
+    assert options_of_element(["prepare", "a", "b"], env) == ["--task", "2/4", "--workers", "6"]
+    assert options_of_element(["prepare", "a", "b", "--workers=2"], env) == ["--task", "2/4"]

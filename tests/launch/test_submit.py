@@ -22,7 +22,7 @@ from launch.cli import submit as submit_command
 from launch.options import load_cluster
 from launch.status import all_runs
 from launch.submit import on_cpus, prepare_array, submissions, submit_pipeline, submit_training
-from launch.tensorboard import serve, small, way_in
+from launch.tensorboard import how_to_reach, one_processor, serve
 
 
 @dataclass
@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_job(
     fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    line = rf"^cannot write the submission: No space left on device \({run}\); nothing is queued, make room or"
+    line = rf"^cannot write the submission: No space left on device \({run}\); nothing is queued; free some space, or"
     with monkeypatch.context() as patch, pytest.raises(GanDistError, match=line):
         patch.setattr(snapshot, "take", full)
         submit_training(config, [], load_cluster(None), run)
@@ -209,9 +209,7 @@ def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, 
 
 def test_paths_that_slurm_would_read_as_patterns_are_refused(fake: Slurm, config: str, tmp_path: Path) -> None:
     for out in ("100%job", "%N"):
-        with pytest.raises(
-            UserError, match="in a path means something else to SLURM and Submitit; choose another name"
-        ):
+        with pytest.raises(UserError, match="in a path is a pattern to SLURM and Submitit; choose another name"):
             prepare_array(["a.zip"], tmp_path / out, 2, load_cluster(None))
     submit_training(config, [], load_cluster(None), tmp_path / "100% art")
     assert len(fake.told("sbatch")) == 1 and not list(tmp_path.glob("*%[jN]*"))
@@ -274,21 +272,21 @@ def test_tensorboard_asks_for_little_of_what_training_asks_for() -> None:
     training = ["slurm.constraint=h100", "slurm.mem=200G", f"slurm.extra={extra}", "slurm.gres=gpu:4", "slurm.nodes=9"]
     cluster = load_cluster(None, [*training, "slurm.partition=gpu", "slurm.cpus_per_task=8", "slurm.qos=low"])
     open_keys = {"extra": {"exclude": "n7", "reservation": "art"}, "mem": None, "constraint": None, "gres": None}
-    told = small(cluster.slurm).model_dump()
+    told = one_processor(cluster.slurm).model_dump()
     assert open_keys.items() <= told.items() and (told["partition"], told["qos"]) == ("gpu", "low")
     assert (told["nodes"], told["cpus_per_task"], told["tasks_per_node"], told["gpus_per_node"]) == (1, 1, 1, 0)
-    told = small(cluster.slurm, {"slurm.mem", "slurm.cpus_per_task", "slurm.extra"}).model_dump()
+    told = one_processor(cluster.slurm, {"slurm.mem", "slurm.cpus_per_task", "slurm.extra"}).model_dump()
     assert (told["mem"], told["cpus_per_task"], told["constraint"]) == ("200G", 8, None) and len(told["extra"]) == 5
     assert on_cpus(cluster.slurm).extra.keys() == {"exclusive", "mem-per-cpu", "exclude", "reservation"}
 
 
-def test_tensorboard_as_a_job_tells_the_way_in_or_why_there_is_none(
+def test_tensorboard_as_a_job_says_how_to_reach_it_or_why_it_ended(
     fake: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs, file = tmp_path / "runs", tmp_path / "cluster.yaml"
     runs.mkdir()
     file.write_text("slurm: {partition: gpu}")
-    way = way_in(runs, 6007, "node1", "login", "ada")
+    way = how_to_reach(runs, 6007, "node1", "login", "ada")
     said = "\n".join(["loading module", "gan_dist: start 0", "and another", *way, "TensorBoard 2.21 at ..."])
     log = runs / ".tensorboard" / "logs" / "71-batch.log"
     fake.program("squeue", f"echo '71|RUNNING|1:00|node1|(None)|N/A'; cat >{log} <<'EOF'\n{said}\nEOF")
@@ -334,6 +332,6 @@ def test_an_ended_job_is_asked_for_wherever_it_may_be_known(
     fake.program("scontrol", scontrol)
     if sacct:
         fake.program("sacct", sacct)
-    assert slurm.ended("7") == state
+    assert slurm.final_state("7") == state
     assert fake.told("scontrol") == ["show job -o 7"]
     assert fake.told("sacct") == ([] if state == "TIMEOUT" or not sacct else ["-nPX -o State -j 7"])

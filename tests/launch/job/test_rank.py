@@ -32,7 +32,7 @@ def words_of(error: GanDistError, attempt: Path, monkeypatch: pytest.MonkeyPatch
     """Returns (the status of a rank that raises `error`, the words that it left by file)."""
     for key, value in {rank.ATTEMPT: str(attempt), "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(rank, "deafen", lambda: None)
+    monkeypatch.setattr(rank, "ignore_signals", lambda: None)
     monkeypatch.setattr(Failing, "error", error, raising=False)
     status = Failing("config", (), "run").run()
     return status, {file.name: file.read_text() for file in attempt.iterdir()}
@@ -67,6 +67,6 @@ def test_arguments_that_no_retry_mends_are_told_as_such(tmp_path: Path) -> None:
         check=False,
         cwd=ROOT,
     )
-    said = "unrecognized arguments: --max-steeps 3; expected the words of `gan-dist train`"
+    said = "unrecognized arguments: --max-steeps 3; expected the arguments of `gan-dist train`"
     assert done.returncode == 2 and done.stderr == f"gan-dist: {said}\n"
     assert (tmp_path / "failed-3").read_text().split("\t")[1:4] == ["2", "error", "3"]
