@@ -150,7 +150,7 @@ def _node_lines(home: Path, folder: Path) -> tuple[list[str], int]:
 
 
 def _summary(report: dict[str, Any]) -> tuple[str, Text]:
-    """Returns (ok or problem, what a node's doctor found: one line, and one more for each problem)."""
+    """Returns (ok or problem, the node's doctor's report: one line, and one more for each problem)."""
     findings = report["findings"]
     bad = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in findings if f["state"] == "problem"]
     warnings = sum(f["state"] == "warning" for f in findings)

@@ -75,7 +75,7 @@ def run(*words: str, limit_s: float = 60) -> str:
     except subprocess.TimeoutExpired:
         raise GanDistError(f"{words[0]} did not answer within {limit_s:g} s; is the SLURM controller up?") from None
     if done.returncode:
-        raise GanDistError(f"{words[0]} said: {' '.join(done.stderr.split()) or f'status {done.returncode}'}")
+        raise GanDistError(f"{words[0]} failed: {' '.join(done.stderr.split()) or f'status {done.returncode}'}")
     return done.stdout
 
 

@@ -47,8 +47,8 @@ def test_a_cluster_leaves_nothing_behind_and_hosts_come_back(cgroup: Cluster) ->
         assert cluster.hosts["node3"].process is None
 
         def lost() -> bool:
-            told = cluster.run("sinfo", "-hN", "-p", "main", "-o", "%N %t").stdout.replace("*", "")
-            return "node2 down" in told and "node3 down" in told
+            states = cluster.run("sinfo", "-hN", "-p", "main", "-o", "%N %t").stdout.replace("*", "")
+            return "node2 down" in states and "node3 down" in states
 
         wait_until(lost, 60, "loss")
         assert "Slurmd shutdown completing" in (cluster.directory / "slurmd-node3.log").read_text()

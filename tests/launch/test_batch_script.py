@@ -160,9 +160,9 @@ def test_paths_of_a_job_mean_what_they_mean_where_it_is_submitted(
     monkeypatch.delenv("RANK", raising=False)
     for name in ("wrapit", "image.sif", "exec"):
         (tmp_path / name).touch()
-    told = cluster_file(tmp_path, yaml.safe_dump({"job": {"python": python, "container": container}}))
-    found = interpreter(load_cluster(told), "/submits/python")
-    assert found == [word.replace("HERE", str(tmp_path)) for word in words]
+    file = cluster_file(tmp_path, yaml.safe_dump({"job": {"python": python, "container": container}}))
+    command = interpreter(load_cluster(file), "/submits/python")
+    assert command == [word.replace("HERE", str(tmp_path)) for word in words]
 
 
 def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
@@ -352,8 +352,8 @@ def test_bad_usage_is_one_line_and_status_2(
     monkeypatch.setattr(sys, "argv", ["launch", *(files.get(word, word) for word in words)])
     with pytest.raises(SystemExit) as caught:
         main()
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert (
-        caught.value.code == 2 and told.startswith(line.replace("HERE", str(Path.cwd()))) and told.count("\n") == 1
-    ), told
+        caught.value.code == 2 and error.startswith(line.replace("HERE", str(Path.cwd()))) and error.count("\n") == 1
+    ), error
     assert not (tmp_path / "run").exists()

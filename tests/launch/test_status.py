@@ -11,7 +11,7 @@ import pytest
 from gan_dist.utils.errors import UserError
 from launch import slurm
 from launch.job.command import options_of_element
-from launch.status import all_runs, find_run, follow, logs_of, no_log, starts_of, status_lines
+from launch.status import all_runs, attempts_of, find_run, follow, rank_logs, status_lines, why_no_log
 from launch.submit import Submission, submissions
 from launch.tensorboard import how_to_reach
 
@@ -53,7 +53,7 @@ def test_status_tells_restarts_and_the_last_word(run: Path) -> None:
     assert "job 7 (prepare, 2 rank(s)): done: ended well" in text
     assert "job 8 (train, 2 rank(s)): failed: it broke" in text
     assert "2 restart(s); the last one: crashed at step-00000020: rank 1 on b: Killed" in text
-    assert [start.restart for start in starts_of(run, submissions(run)[1])] == [0, 1, 2]
+    assert [attempt.restart for attempt in attempts_of(run, submissions(run)[1])] == [0, 1, 2]
 
 
 def test_a_stage_that_could_not_run_is_told_why(run: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_stage_that_could_not_run_is_told_why(run: Path) -> None:
 
 
 def test_a_job_that_nobody_remembers_is_told_as_such(run: Path) -> None:
-    assert "job 7 (prepare, 2 rank(s)): ended, without a last word; see" in "\n".join(status_lines(run))
+    assert "job 7 (prepare, 2 rank(s)): ended, without a recorded outcome; see" in "\n".join(status_lines(run))
 
 
 def test_a_job_whose_first_node_could_not_begin_it_is_told_what_mends_that(
@@ -78,7 +78,7 @@ def test_a_job_whose_first_node_could_not_begin_it_is_told_what_mends_that(
     (run / "logs" / "7_1-batch.log").touch()
     (run / "launch" / "20261122-000000-abcdef" / "attempts" / "8").mkdir(parents=True)
     text = "\n".join(status_lines(run))
-    assert text.count("FAILED, without a last word; see") == 2, text
+    assert text.count("FAILED, without a recorded outcome; see") == 2, text
 
 
 def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) -> None:
@@ -86,10 +86,10 @@ def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) ->
     (logs / "8-batch.log").write_text("batch\n")
     (logs / "8-0-gpu-17-0.log").write_text("one\n")
     (logs / "8-0-gpu-17-10.log").write_text("other\n")
-    assert [file.name for file in logs_of(run, "0")] == ["8-0-gpu-17-0.log"]
-    assert [file.name for file in logs_of(run, "batch")] == ["8-batch.log"]
+    assert [file.name for file in rank_logs(run, "0")] == ["8-0-gpu-17-0.log"]
+    assert [file.name for file in rank_logs(run, "batch")] == ["8-batch.log"]
     seen = []
-    for text in follow(run, "0", every_s=0.01, over=2):
+    for text in follow(run, "0", every_s=0.01, limit_s=2):
         seen.append(text)
         if text == "one\n":
             (logs / "8-1-gpu-18-0.log").write_text("two\n")
@@ -99,9 +99,9 @@ def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) ->
 
 
 def test_why_there_is_no_log_is_told(run: Path, tmp_path: Path) -> None:
-    assert no_log(run, "1") == f"no log of rank 1 in {run / 'logs'} yet"
+    assert why_no_log(run, "1") == f"no log of rank 1 in {run / 'logs'} yet"
     (tmp_path / "config.yaml").write_text("")
-    assert no_log(tmp_path, "0").startswith(f"{tmp_path} was not started as a job: what it said went to its terminal")
+    assert why_no_log(tmp_path, "0").startswith(f"{tmp_path} was not started as a job: its output went to a terminal")
 
 
 def test_a_run_that_was_never_submitted_is_refused(run: Path) -> None:

@@ -42,8 +42,8 @@ def test_a_stop_before_there_was_anything_to_save_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(STOP, "reason", "SIGUSR2")
-    told = {"stopped": "requeue SIGUSR2, while data were fetched\n"}
-    assert words_of(Cancelled("stopped by SIGUSR2"), tmp_path, monkeypatch) == (0, told)
+    files = {"stopped": "requeue SIGUSR2, while data were fetched\n"}
+    assert words_of(Cancelled("stopped by SIGUSR2"), tmp_path, monkeypatch) == (0, files)
     assert verdict(tmp_path, 0) == 75
     (tmp_path / "stopped").unlink()
     elsewhere = Cancelled("stopped by SIGUSR2")
@@ -67,6 +67,6 @@ def test_arguments_that_no_retry_mends_are_told_as_such(tmp_path: Path) -> None:
         check=False,
         cwd=ROOT,
     )
-    said = "unrecognized arguments: --max-steeps 3; expected the arguments of `gan-dist train`"
-    assert done.returncode == 2 and done.stderr == f"gan-dist: {said}\n"
+    message = "unrecognized arguments: --max-steeps 3; expected the arguments of `gan-dist train`"
+    assert done.returncode == 2 and done.stderr == f"gan-dist: {message}\n"
     assert (tmp_path / "failed-3").read_text().split("\t")[1:4] == ["2", "error", "3"]
