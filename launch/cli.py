@@ -40,7 +40,7 @@ MaxSteps = Annotated[int | None, typer.Option(min=1, help="End the whole run at 
 FromRun = Annotated[
     str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start from another run's checkpoint.")
 ]
-Tasks = Annotated[int, typer.Option(min=1, help="Number of elements of the job array that prepares.")]
+Tasks = Annotated[int, typer.Option(min=1, help="Number of elements of the job array.")]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

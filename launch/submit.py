@@ -197,7 +197,7 @@ def submit_pipeline(
     *,
     max_steps: int | None = None,
 ) -> list[Submission]:
-    """Returns the submissions of prepare -> train -> sample and report; each waits for the success of the last.
+    """Returns the submissions of prepare -> train -> sample and report; each waits for the success of the one before.
 
     SLURM cancels a job that can no longer start. When one cannot be submitted, the earlier ones are cancelled. Raises
     UserError when the run has a job already.
