@@ -14,7 +14,7 @@ from tests.cluster.conf import Layout, hosts_file, slurm_conf
 LAYOUT = Layout(Path("/c"), "10.0.0.1", {"node1": "10.0.0.11", "node2": "10.0.0.12"}, 21000)
 
 
-def test_the_configuration_names_every_host_once_and_tells_what_was_asked() -> None:
+def test_the_configuration_names_every_host_once_and_has_what_was_asked() -> None:
     text = slurm_conf(LAYOUT)
     assert text.count("NodeName=node1 NodeAddr=10.0.0.11") == text.count("NodeName=node2 NodeAddr=10.0.0.12") == 1
     assert "ProctrackType=proctrack/linuxproc" in text and "preempt_send_user_signal" not in text

@@ -94,7 +94,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(
         assert_identical(run.path, whole)
 
 
-def test_a_rank_that_raises_ends_the_run_at_the_second_time_with_its_words(
+def test_a_rank_that_raises_twice_ends_the_run_with_its_message(
     linuxproc: Cluster, config: str, tmp_path: Path
 ) -> None:
     words = (failing(tmp_path / "hook"), "checkpoint.every_steps=1000")
@@ -136,7 +136,7 @@ def test_a_run_directory_that_nodes_do_not_share_is_named(linuxproc: Cluster, co
     assert json.loads((run.folder / "job.json").read_text())["job"] == run.job
 
 
-def test_a_run_directory_that_the_first_node_does_not_see_is_told_by_status(linuxproc: Cluster, config: str) -> None:
+def test_status_names_a_run_directory_that_the_first_node_does_not_see(linuxproc: Cluster, config: str) -> None:
     private = linuxproc.directory / "private"
     private.mkdir(exist_ok=True)
     run = Run.submit(linuxproc, config, private / "unseen", nodes=1)

@@ -83,7 +83,7 @@ def test_the_time_limit_saves_requeues_and_changes_no_bit(limited: Run, whole: P
     interrupted_once(limited, whole, "SIGUSR2")
 
 
-def test_a_save_that_overruns_the_time_limit_is_told_and_requeued(late: Run, whole: Path) -> None:
+def test_a_save_that_overruns_the_time_limit_is_reported_and_requeued(late: Run, whole: Path) -> None:
     late.wait_for("crashed", "done", limit_s=150)
     _, what, checkpoint, why, *_ = late.history()[0]
     assert (what, checkpoint) == ("crashed", "step-00000000"), late.story()

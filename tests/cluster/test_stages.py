@@ -240,7 +240,7 @@ def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
     assert_identical(patient.path, robbed.path)
 
 
-def test_doctor_says_a_line_a_node_and_passes_refusals_on(linuxproc: Cluster, tmp_path: Path) -> None:
+def test_doctor_prints_a_row_for_each_node_and_passes_refusals_on(linuxproc: Cluster, tmp_path: Path) -> None:
     words = ("slurm.nodes=3", "slurm.cpus_per_task=1", "slurm.time=5", f"job.runs={tmp_path}")
     output = launch(linuxproc, "doctor", *words).stdout
     for name, host in linuxproc.hosts.items():
@@ -252,7 +252,7 @@ def test_doctor_says_a_line_a_node_and_passes_refusals_on(linuxproc: Cluster, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_doctor_tells_of_a_node_that_tells_nothing(linuxproc: Cluster, tmp_path: Path) -> None:
+def test_doctor_names_a_node_that_reports_nothing(linuxproc: Cluster, tmp_path: Path) -> None:
     broken = """
         def diagnose():
             raise RuntimeError("the driver of this node is too old")
@@ -269,7 +269,7 @@ def test_doctor_tells_of_a_node_that_tells_nothing(linuxproc: Cluster, tmp_path:
     assert "Traceback" in (home / "logs" / "doctor-node2.log").read_text()
 
 
-def test_tensorboard_as_a_job_tells_the_way_to_it(linuxproc: Cluster, tmp_path: Path) -> None:
+def test_tensorboard_as_a_job_says_how_to_reach_it(linuxproc: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("slurm: {cpus_per_task: 1, time: 5, signal_lead_s: 30}")
     (tmp_path / "runs").mkdir()

@@ -76,7 +76,7 @@ def test_the_dry_run_prints_the_batch_script_and_makes_nothing(tmp_path: Path) -
     assert "#SBATCH --nodes=3\n" in done.stdout and not (tmp_path / "run").exists()
 
 
-def test_arrays_and_dependencies_are_told_in_the_header(tmp_path: Path) -> None:
+def test_arrays_and_dependencies_are_in_the_header(tmp_path: Path) -> None:
     batch = Batch("prepare", Path("/r"), Path("/r/launch/i"), Path("/c"), ("true",), array=8, after="12:13")
     text = batch_script(batch, load_cluster(None))
     assert "#SBATCH --array=0-7\n" in text and "#SBATCH --output=/r/logs/%A_%a-batch.log\n" in text
@@ -174,7 +174,7 @@ def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -
         load_cluster(tmp_path / "nowhere.yaml")
 
 
-def test_a_file_is_not_blamed_for_a_disagreement_with_what_was_said(tmp_path: Path) -> None:
+def test_a_file_is_not_blamed_for_an_override(tmp_path: Path) -> None:
     file = cluster_file(tmp_path, "slurm: {time: 9}")
     with pytest.raises(UserError, match=r"^slurm\.signal_lead_s: 600 s is all of slurm\.time \(540 s\); lower it, or"):
         load_cluster(file, ["slurm.signal_lead_s=600"])
@@ -182,7 +182,7 @@ def test_a_file_is_not_blamed_for_a_disagreement_with_what_was_said(tmp_path: Pa
         load_cluster(file, ["slurm.time=1"])
 
 
-def test_words_for_the_cluster_and_for_the_trainer_are_told_apart() -> None:
+def test_overrides_of_the_cluster_and_of_the_trainer_are_separated() -> None:
     words = ["slurm.nodes=4", "train.global_batch=256", "job.runs=/r", "seed=1", "slurm.tar"]
     theirs = ["train.global_batch=256", "seed=1", "slurm.tar"]
     assert split_overrides(words) == (["slurm.nodes=4", "job.runs=/r"], theirs)
@@ -290,7 +290,7 @@ def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:
         refuse_changes(tmp_path, load_config(values, ["train.epochs=1", "seed=3"]))
 
 
-def test_a_parent_is_told_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parent_becomes_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere" / "old" / "checkpoints").mkdir(parents=True)
     cluster = load_cluster(None, ["job.runs=elsewhere"])

@@ -38,7 +38,7 @@ def history(run: Path, number: int, job: str, *lines: str) -> None:
     (folder / "history").write_text("".join(line.replace(" | ", "\t") + "\n" for line in lines))
 
 
-def test_status_tells_restarts_and_the_last_word(run: Path) -> None:
+def test_status_shows_restarts_and_the_last_outcome(run: Path) -> None:
     history(run, 1, "7_0", "0 | done | - | ended well")
     history(
         run,
@@ -56,7 +56,7 @@ def test_status_tells_restarts_and_the_last_word(run: Path) -> None:
     assert [attempt.restart for attempt in attempts_of(run, submissions(run)[1])] == [0, 1, 2]
 
 
-def test_a_stage_that_could_not_run_is_told_why(run: Path) -> None:
+def test_status_shows_why_a_stage_could_not_run(run: Path) -> None:
     history(run, 1, "7_0", "0 | done | - | ended well")
     history(run, 1, "7_1", "0 | failed | - | no source at x.zip")
     text = "\n".join(status_lines(run))
@@ -64,13 +64,11 @@ def test_a_stage_that_could_not_run_is_told_why(run: Path) -> None:
     assert "job 7 (prepare, 2 rank(s)): failed: no source at x.zip" in text
 
 
-def test_a_job_that_nobody_remembers_is_told_as_such(run: Path) -> None:
+def test_status_of_a_job_that_slurm_has_forgotten(run: Path) -> None:
     assert "job 7 (prepare, 2 rank(s)): ended, without a recorded outcome; see" in "\n".join(status_lines(run))
 
 
-def test_a_job_whose_first_node_could_not_begin_it_is_told_what_mends_that(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_says_what_to_do_when_the_first_node_could_not_write(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "final_state", lambda job: "FAILED")
     (run / "logs" / "77-batch.log").touch()  # another job's
     line = f"FAILED before its script began: the first node could not write {run / 'logs'}; put runs on a file system"
@@ -98,7 +96,7 @@ def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) ->
     assert seen == ["==> 8-0-gpu-17-0.log\n", "one\n", "==> 8-1-gpu-18-0.log\n", "two\n"]
 
 
-def test_why_there_is_no_log_is_told(run: Path, tmp_path: Path) -> None:
+def test_a_missing_log_is_explained(run: Path, tmp_path: Path) -> None:
     assert why_no_log(run, "1") == f"no log of rank 1 in {run / 'logs'} yet"
     (tmp_path / "config.yaml").write_text("")
     assert why_no_log(tmp_path, "0").startswith(f"{tmp_path} was not started as a job: its output went to a terminal")

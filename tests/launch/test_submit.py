@@ -215,7 +215,7 @@ def test_paths_that_slurm_would_read_as_patterns_are_refused(fake: Slurm, config
     assert len(fake.calls("sbatch")) == 1 and not list(tmp_path.glob("*%[jN]*"))
 
 
-def test_what_is_said_can_be_pasted(
+def test_printed_commands_can_be_pasted(
     fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit_command(config, run_dir=str(tmp_path / "my run"))

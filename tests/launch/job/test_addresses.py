@@ -66,7 +66,7 @@ def test_a_reserved_port_is_closed_to_others_and_open_to_the_store() -> None:
         each.close()
 
 
-def test_ranks_hear_of_rank_0_and_say_so_when_they_do_not(tmp_path: Path) -> None:
+def test_ranks_find_the_address_of_rank_0_or_fail_with_a_reason(tmp_path: Path) -> None:
     alone = SLURM | {"SLURM_JOB_NODELIST": socket.gethostname(), "SLURMD_NODENAME": socket.gethostname()}
     first, held = agree_on_master(read_task(alone | {"SLURM_PROCID": "0"}), tmp_path, alone, 5)
     later, _ = agree_on_master(read_task(alone), tmp_path, alone, 5)
@@ -120,7 +120,7 @@ def test_an_interface_is_named_as_nccl_reads_it(wanted: str, names: list[str]) -
         ({}, "net0"),
     ],
 )
-def test_gloo_is_told_the_whole_name_of_the_interface(
+def test_gloo_gets_the_whole_name_of_the_interface(
     env: dict[str, str], interface: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = {"lo": "127.0.0.1", "net0": "10.0.0.2", "ib0": "10.1.0.2"}

@@ -51,13 +51,13 @@ def test_a_stop_before_there_was_anything_to_save_is_no_failure(
     assert words_of(elsewhere, tmp_path, monkeypatch) == (0, {})
 
 
-def test_a_failure_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, words = words_of(GanDistError("no\nroom"), tmp_path, monkeypatch)
     assert status == 1 and words["failed-0"].split("\t")[1:4] == ["1", "error", "0"]
     assert words["failed-0"].endswith("\tno room\n") and list(words) == ["failed-0"]
 
 
-def test_arguments_that_no_retry_mends_are_told_as_such(tmp_path: Path) -> None:
+def test_wrong_arguments_are_reported_as_bad_usage(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch.job.rank", "train", "small.yaml", "--max-steeps", "3", "--run-dir", "run"],
         env={**os.environ, rank.ATTEMPT: str(tmp_path), "SLURM_PROCID": "3"},
