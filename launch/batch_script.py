@@ -1,4 +1,4 @@
-"""Batch scripts as text, made by pure functions from validated options."""
+"""The text of batch scripts, made by pure functions from validated options."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from launch.options import ClusterOptions, SlurmOptions
 
 @dataclass(frozen=True)
 class Batch:
-    """What distinguishes one batch script from another on the same cluster."""
+    """What differs between the batch scripts of one cluster."""
 
     name: str
     run: Path
-    """The run directory (or what stands for one): logs/ and the working directory."""
+    """The run directory, or DATASET.launch for a preparation: holds logs/ and is the working directory."""
     submission: Path
-    """This submission's own directory: code, words of its starts."""
+    """The directory of this submission: its code, and how each of its starts ended."""
     code: Path
-    """The checkout, or the snapshot of it, whose slurm/lib.sh and packages are used."""
+    """The checkout or snapshot whose slurm/lib.sh and packages are used."""
     body: tuple[str, ...]
-    """Shell lines between the set-up and the end."""
+    """Shell lines after the set-up."""
     array: int | None = None
-    """Elements of a job array, numbered from 0."""
+    """Number of elements of a job array, which are numbered from 0."""
     home: Path | None = None
-    """The working directory, the run's unless words of the body are relative to another."""
+    """The working directory, where it is not the run's: paths in `body` may be relative to it."""
     after: str | None = None
-    """Start when these jobs (ids joined by colons) have ended well; be cancelled when they cannot."""
+    """Ids of jobs, joined by colons: start when all have succeeded, and be cancelled when one cannot."""
 
 
 def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | None = None) -> str:
-    """Returns the whole script; `slurm` stands in for the cluster file's where a job needs less than training."""
+    """Returns the whole script; `slurm` replaces the cluster file's options for a job that needs less than training."""
     lines = ["#!/bin/bash", *(f"#SBATCH --{line}" for line in header(batch, slurm or cluster.slurm)), ""]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in cluster.job.env.items()]
     lines += cluster.job.setup
@@ -49,8 +49,8 @@ def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | No
 
 
 def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
-    """Returns sbatch's options as `name=value` words: what was asked for, then what the protocol needs."""
-    asked = {
+    """Returns sbatch's options as `name=value`: the user's, then those that saving and requeueing need."""
+    requested = {
         "account": slurm.account,
         "partition": slurm.partition,
         "qos": slurm.qos,
@@ -65,7 +65,7 @@ def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
         **{key.lstrip("-"): value for key, value in slurm.extra.items()},
     }
     logs = str(batch.run / "logs").replace("%", "%%")
-    ours: dict[str, str | int | bool | None] = {
+    required: dict[str, str | int | bool | None] = {
         "job-name": batch.name,
         "chdir": str(batch.home or batch.run),
         "output": f"{logs}/%A_%a-batch.log" if batch.array else f"{logs}/%j-batch.log",
@@ -76,17 +76,17 @@ def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
         "dependency": f"afterok:{batch.after}" if batch.after else None,
         "kill-on-invalid-dep": "yes" if batch.after else None,
     }
-    told = {key: value for key, value in (asked | ours).items() if value is not None and value is not False}
-    return [key if value is True else f"{key}={shlex.quote(str(value))}" for key, value in told.items()]
+    options = {key: value for key, value in (requested | required).items() if value is not None and value is not False}
+    return [key if value is True else f"{key}={shlex.quote(str(value))}" for key, value in options.items()]
 
 
 def interpreter(cluster: ClusterOptions, python: str) -> list[str]:
-    """Returns the words that start Python in a job: the container's, then the interpreter."""
+    """Returns the command that starts Python in a job: the container's words, then the interpreter."""
     return [*shlex.split(cluster.job.container or ""), cluster.job.python or python]
 
 
 def rank_lines(words: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
-    """Returns the lines that start one rank a task: `words` start Python, `more` follow; srun's status goes on."""
+    """Returns the lines that start one rank a task: `words` start Python, `more` are its arguments."""
     return (
         f"gan_dist_preflight {shlex.quote(words[0])}",
         f"gan_dist_srun {shlex.join([*words, '-u', *more])}",

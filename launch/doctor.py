@@ -1,4 +1,4 @@
-"""`doctor` for a cluster: a short job that looks at every node asked for, and trains ten steps on all of them."""
+"""`doctor` for a cluster: a short job that examines every requested node and trains ten steps on all of them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.files import write_atomically
 from launch import slurm
 from launch.batch_script import Batch, batch_script, interpreter
-from launch.job.addresses import addresses, expand_hosts
+from launch.job.addresses import expand_hosts, interface_addresses
 from launch.options import ClusterOptions
-from launch.submit import fresh
+from launch.submit import new_submission
 
 STEPS = 10
-LEAVE_S = 20.0
+CANCEL_S = 20.0
 """Seconds that a cancelled job gets to end before its directory is removed."""
 
 
-def trial(folder: Path, ranks: int, gpus: bool) -> Path:
-    """Returns the configuration of ten steps on a few painted pictures, which are made in `folder`."""
+def write_trial(folder: Path, ranks: int, gpus: bool) -> Path:
+    """Returns the configuration file of the trial run, after painting a small dataset for it in `folder`."""
     from gan_dist.data.prepare.prepare import prepare
     from gan_dist.data.prepare.synthetic import paint_folder
 
@@ -47,125 +50,118 @@ def trial(folder: Path, ranks: int, gpus: bool) -> Path:
     return file
 
 
-def script(home: Path, folder: Path, config: Path, cluster: ClusterOptions) -> str:
-    """Returns the batch script: gan-dist doctor on each node, then the ranks of a run of ten steps."""
+def trial_script(home: Path, folder: Path, config: Path, cluster: ClusterOptions) -> str:
+    """Returns the batch script: gan-dist doctor on each node, then a run of ten steps over all ranks."""
     words = interpreter(cluster, sys.executable)
-    look = shlex.join([*words, "-m", "launch.doctor", str(folder)])
-    logs = str(home / "logs").replace("%", "%%") + "/look-%N.log"
+    examine = shlex.join([*words, "-m", "launch.doctor", str(folder)])
+    logs = str(home / "logs").replace("%", "%%") + "/doctor-%N.log"
     each = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
-    train = [
-        "-u",
-        "-m",
-        "launch.job.rank",
-        "train",
-        str(config),
-        "--run-dir",
-        str(home / "trial"),
-        "--max-steps",
-        str(STEPS),
-    ]
+    train = ["train", str(config), "--run-dir", str(home / "trial"), "--max-steps", str(STEPS)]
     body = (
         f"gan_dist_preflight {shlex.quote(words[0])}",
         f'echo "$SLURM_JOB_NODELIST" >{shlex.quote(str(folder / "nodes"))}',
-        f"srun {each} --kill-on-bad-exit=0 --mpi=none --output={shlex.quote(logs)} {look}",
-        f"gan_dist_srun {shlex.join([*words, *train])}",
+        f"srun {each} --kill-on-bad-exit=0 --mpi=none --output={shlex.quote(logs)} {examine}",
+        f"gan_dist_srun {shlex.join([*words, '-u', '-m', 'launch.job.rank', *train])}",
         "gan_dist_finish $?",
     )
     quick = cluster.model_copy(update={"job": cluster.job.model_copy(update={"max_crashes": 0, "max_requeues": 0})})
     return batch_script(Batch("gan-dist-doctor", home, folder, folder / "code", body), quick)
 
 
-def examine(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str]:
-    """Yields a line a node, worst news first told by SLURM itself.
+def run_trial(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str]:
+    """Yields lines for the console: the job and its states, then one line for each node, then the speed.
 
-    `home` is a directory that all nodes share; it is removed when all is well, and when the job is given up.
+    `home` is a directory that all nodes share; it is removed after a success and after an interruption.
 
     Raises:
-        GanDistError: the trial failed, a node said nothing of itself, or the job was not done within `limit_s`.
+        GanDistError: the trial failed, a node reported nothing, or the job took longer than `limit_s` seconds.
     """
-    slurm.need("sbatch", "srun", "scontrol")
+    slurm.require("sbatch", "srun", "scontrol")
     ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
-    with fresh(home) as folder:
+    with new_submission(home) as folder:
         gpus = bool(cluster.slurm.gpus_per_node or cluster.slurm.gres)
-        text = script(home, folder, trial(folder, ranks, gpus), cluster)
+        text = trial_script(home, folder, write_trial(folder, ranks, gpus), cluster)
         write_atomically(folder / "submission.sh", text.encode())
         job = slurm.submit(text)
     try:
         yield f"job {job} asks for {cluster.slurm.nodes} node(s), {ranks} rank(s); waiting for it"
-        yield from _await_end(job, limit_s)
+        yield from _wait_for_end(job, limit_s)
     except (KeyboardInterrupt, GeneratorExit):
-        _give_up(job, home)
+        _abandon(job, home)
         raise
     history = folder / "attempts" / job / "history"
     last = history.read_text().splitlines()[-1].split("\t") if history.exists() else []
-    well = bool(last) and last[1] == "done"
-    seen, silent = _looks(home, folder)
-    yield from seen
-    yield from silent
-    if not well:
-        why = last[3] if last else slurm.ended(job) or "it left no word"
-        raise GanDistError(f"the trial of {STEPS} steps failed: {why}; logs in {home / 'logs'}")
+    lines, silent = _node_lines(home, folder)
+    yield from lines
+    if not last or last[1] != "done":
+        reason = last[3] if last else slurm.final_state(job) or "it left no record"
+        raise GanDistError(f"the trial of {STEPS} steps failed: {reason}; logs in {home / 'logs'}")
     points = [json.loads(line) for line in (home / "trial" / "metrics.jsonl").read_text().splitlines()]
     rate = [line["throughput/images_per_second"] for line in points if "throughput/images_per_second" in line][-1]
-    yield f"all-reduce and {STEPS} steps over {ranks} rank(s): well, {rate:,.0f} images/s (tiny networks)"
+    yield f"all-reduce and {STEPS} steps over {ranks} rank(s): ok, {rate:,.0f} images/s (tiny networks)"
     if silent:
-        raise GanDistError(f"{len(silent)} node(s) said nothing of themselves; logs in {home / 'logs'}")
+        raise GanDistError(f"{silent} node(s) reported nothing; logs in {home / 'logs'}")
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _await_end(job: str, limit_s: float) -> Iterator[str]:
-    """Yields what becomes of the job until it ends. Raises GanDistError, after cancelling it, when that takes long."""
-    deadline, told = time.monotonic() + limit_s, ""
+def _wait_for_end(job: str, limit_s: float) -> Iterator[str]:
+    """Yields the job's states until it ends. Cancels it and raises GanDistError after `limit_s` seconds."""
+    deadline, shown = time.monotonic() + limit_s, ""
     while queued := slurm.queue([job]):
         if time.monotonic() > deadline:
-            slurm.ask("scancel", job)
+            slurm.run("scancel", job)
             raise GanDistError(
                 f"job {job} was not done within {limit_s / 60:g} min and is cancelled; it was {queued[0]}"
             )
-        if str(queued[0].state) != told:
-            told = queued[0].state
+        if str(queued[0].state) != shown:
+            shown = queued[0].state
             yield f"  {queued[0]}"
         time.sleep(1)
 
 
-def _give_up(job: str, home: Path) -> None:
-    """Cancels the job of a person who has seen enough, and removes what it was for."""
+def _abandon(job: str, home: Path) -> None:
+    """Cancels the job, waits for its end and removes its directory."""
     print(f"job {job} is cancelled", file=sys.stderr, flush=True)
-    slurm.ask("scancel", job)
-    deadline = time.monotonic() + LEAVE_S
+    slurm.run("scancel", job)
+    deadline = time.monotonic() + CANCEL_S
     while slurm.queue([job]) and time.monotonic() < deadline:
         time.sleep(0.5)
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _looks(home: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """Returns (a line of each node that was looked at, a line of each that the job had and that left no word)."""
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("node-*.json"))]
+def _node_lines(home: Path, folder: Path) -> tuple[list[str], int]:
+    """Returns (lines of a table with a row for each node of the job, number of nodes that reported nothing)."""
+    reports = [json.loads(file.read_text()) for file in sorted(folder.glob("node-*.json"))]
     nodes = folder / "nodes"
-    asked = expand_hosts(nodes.read_text().strip()) if nodes.exists() else ()
-    silent = []
-    for host in sorted(set(asked) - {node["host"] for node in found}):
-        log = home / "logs" / f"look-{host}.log"
-        said = [line.strip() for line in log.read_text(errors="replace").splitlines()] if log.exists() else []
-        last = next((line for line in reversed(said) if line), f"nothing in {log}")
-        silent.append(f"{host:<12} look  no word, {last}")
-    return [_line(node) for node in found], silent
+    allocated = expand_hosts(nodes.read_text().strip()) if nodes.exists() else ()
+    silent = sorted(set(allocated) - {report["host"] for report in reports})
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for report in reports:
+        table.add_row(report["host"], *_summary(report))
+    for host in silent:
+        log = home / "logs" / f"doctor-{host}.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        last = next((line.strip() for line in reversed(lines) if line.strip()), f"nothing in {log}")
+        table.add_row(host, "problem", Text(f"no report: {last}"))
+    console = Console(width=None if sys.stdout.isatty() else 100_000)  # a file or a pipe gets whole lines
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().splitlines()], len(silent)
 
 
-def _line(node: dict[str, Any]) -> str:
-    """Returns what one node's doctor found, in one line."""
-    findings = node["findings"]
+def _summary(report: dict[str, Any]) -> tuple[str, Text]:
+    """Returns (ok or problem, the node's doctor's report: one line, and one more for each problem)."""
+    findings = report["findings"]
     bad = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in findings if f["state"] == "problem"]
-    net = ", ".join(f"{name} {address}" for name, address in node["interfaces"].items() if name != "lo")
-    warned = sum(f["state"] == "warning" for f in findings)
-    bad += [f"{warned} warning(s): gan-dist doctor, run there, tells them"] * (warned > 0)
-    return f"{node['host']:<12} {'ok' if not bad else 'look':<5} {node['torch']}, {node['device']}, {net}" + "".join(
-        f"\n{'':<13}{line}" for line in bad
-    )
+    warnings = sum(f["state"] == "warning" for f in findings)
+    bad += [f"{warnings} warning(s); run gan-dist doctor there to see them"] * (warnings > 0)
+    interfaces = [f"{name} {address}" for name, address in report["interfaces"].items() if name != "lo"]
+    lines = [", ".join([report["torch"], report["device"], *interfaces]), *bad]
+    return "problem" if bad else "ok", Text("\n".join(lines))
 
 
 def main() -> None:
-    """Writes down what this node is like, as one task of the job."""
+    """Writes what this node's doctor finds to node-HOST.json, as one task of the job."""
     import torch
 
     from gan_dist.doctor import diagnose
@@ -173,14 +169,14 @@ def main() -> None:
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPUs"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-    told = {
+    report = {
         "host": host,
         "torch": f"torch {torch.__version__}",
         "device": f"{count} x {device}" if count else device,
-        "interfaces": addresses(),
+        "interfaces": interface_addresses(),
         "findings": [asdict(finding) for finding in diagnose()],
     }
-    write_atomically(Path(sys.argv[1]) / f"node-{host}.json", json.dumps(told).encode())
+    write_atomically(Path(sys.argv[1]) / f"node-{host}.json", json.dumps(report).encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a cluster is like: configs/clusters/*.yaml plus `slurm.key=value` and `job.key=value`, validated."""
+"""The options of a cluster: configs/clusters/*.yaml plus `slurm.key=value` and `job.key=value`, validated."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from pydantic import Field, field_validator, model_validator
 from gan_dist.config.base import NonNegative, Positive, Section, read_yaml, validate, with_overrides
 from gan_dist.utils.files import expand, expand_variables, present
 
-OURS = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
-"""sbatch options that the protocol of saving and requeueing sets; `slurm.extra` may not."""
+FIXED = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
+"""Options of sbatch that saving and requeueing depend on; `slurm.extra` may not set them."""
 Seconds = Annotated[int, Field(ge=10)]
 
 
 class SlurmOptions(Section):
-    """What each job asks of SLURM. A key left out is left to the cluster's default."""
+    """What each job requests from SLURM. A key that is left out has the cluster's default."""
 
     account: str | None = None
-    """Whom to charge."""
+    """The account to charge."""
     partition: str | None = None
-    """Which queue."""
+    """The partition (queue)."""
     qos: str | None = None
     """Quality of service."""
     constraint: str | None = None
-    """Features that nodes must have."""
+    """Features that the nodes must have."""
     nodes: Positive = 1
-    """Machines."""
+    """Number of nodes."""
     gpus_per_node: NonNegative = 0
-    """GPUs on each machine; 0 trains on CPUs."""
+    """GPUs on each node; 0 trains on CPUs."""
     gres: str | None = None
-    """Generic resources on each machine, where the cluster counts GPUs that way (gpu:a100:4)."""
+    """Generic resources on each node, for clusters that count GPUs this way (gpu:a100:4)."""
     tasks_per_node: Positive | None = None
-    """Ranks on each machine; null means one a GPU, or one where there is none."""
+    """Ranks on each node; null means one for each GPU, or one without GPUs."""
     cpus_per_task: Positive = 4
-    """Processors for each rank."""
+    """Processors of each rank."""
     mem: str | None = None
-    """Memory on each machine, as SLURM writes it (64G; 0 is all of it)."""
+    """Memory on each node, as SLURM writes it (64G; 0 means all of it)."""
     time: str | int = 60
-    """Time limit of one job: minutes, or [days-]hours:minutes:seconds. A run goes on in as many jobs as it takes."""
+    """Time limit of one job: minutes, or [days-]hours:minutes:seconds. A run takes as many jobs as it needs."""
     signal_lead_s: Seconds = 120
-    """Seconds before the time limit at which the run is told to save and make room for its next job."""
+    """Seconds before the time limit at which the run is asked to save and end, to be requeued."""
     extra: dict[str, str | int | bool] = Field(default={})
     """Other options of sbatch by their long names (exclude: node7, exclusive: true)."""
 
@@ -61,13 +61,13 @@ class SlurmOptions(Section):
         if self.signal_lead_s >= self.seconds:
             raise ValueError(
                 f"slurm.signal_lead_s: {self.signal_lead_s} s is all of slurm.time ({self.seconds} s); lower it, or "
-                "ask for more time"
+                "raise slurm.time"
             )
         if self.gpus_per_node and self.gres:
-            raise ValueError("slurm.gres: slurm.gpus_per_node asks for GPUs already; set one of the two")
+            raise ValueError("slurm.gres: slurm.gpus_per_node requests GPUs already; set one of the two")
         for key in self.extra:
-            if key.lstrip("-") in OURS:
-                raise ValueError(f"slurm.extra: {key} belongs to the protocol of saving and requeueing; leave it out")
+            if key.lstrip("-") in FIXED:
+                raise ValueError(f"slurm.extra: {key} is reserved for saving and requeueing; leave it out")
         return self
 
     @property
@@ -85,39 +85,40 @@ class SlurmOptions(Section):
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks on each machine, resolved."""
+        """Ranks on each node, resolved."""
         in_gres = re.search(r"gpu(?::\w+)?:(\d+)", self.gres or "")
         return self.tasks_per_node or self.gpus_per_node or (int(in_gres[1]) if in_gres else 1)
 
 
 class JobOptions(Section):
-    """How a job runs, whatever SLURM gives it."""
+    """How a job runs on the nodes that it gets."""
 
     python: str | None = None
-    """The interpreter of the ranks; null takes the one that submits. Jobs install nothing.
+    """The Python of the ranks; null means the one that submits. Jobs install nothing.
 
-    A path is one from where you submit; with a container it is the container's, and only `~` and `$VAR` expand."""
+    A path is relative to where you submit. With a container it is a path in the container, and only `~` and `$VAR`
+    expand."""
     setup: list[str] = Field(default=[])
-    """Shell lines before anything else (module load cuda)."""
+    """Shell lines at the start of the job (module load cuda)."""
     env: dict[str, str] = Field(default={})
-    """Environment of all ranks (NCCL_SOCKET_IFNAME: ib0). Nothing is set here for you."""
+    """Environment variables of all ranks (NCCL_SOCKET_IFNAME: ib0). Nothing is set by default."""
     container: str | None = None
-    """Words before the interpreter (apptainer exec --nv image.sif); the batch script itself stays outside.
+    """Command before the interpreter (apptainer exec --nv image.sif); the batch script itself runs outside.
 
-    `~` and `$VAR` expand, and a word that is an existing relative path becomes absolute, where you submit; a word with
-    blanks is left alone, and so is a path within one (-B ./data:/data)."""
+    `~` and `$VAR` expand, and a word that is an existing relative path becomes absolute, both when you submit. A word
+    with blanks stays as it is, and so does a path within a word (-B ./data:/data)."""
     runs: str | None = None
-    """Where runs lie, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
+    """The directory of all runs, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
     max_requeues: NonNegative = 100
-    """How often one submission may be requeued after it has saved and stopped."""
+    """How often a submission may be requeued after it has saved and stopped."""
     max_crashes: NonNegative = 3
-    """How often one submission may be started again after a crash or a lost host."""
+    """How often a submission may be restarted after a crash or a lost host."""
 
     @field_validator("env")
     @classmethod
     def _variables_have_names(cls, value: dict[str, str]) -> dict[str, str]:
-        if odd := [name for name in value if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
-            raise ValueError(f"job.env: expected names of variables such as NCCL_DEBUG, found {odd[0]!r}")
+        if invalid := [name for name in value if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
+            raise ValueError(f"job.env: expected names of variables such as NCCL_DEBUG, found {invalid[0]!r}")
         return value
 
     @field_validator("container")
@@ -131,20 +132,20 @@ class JobOptions(Section):
 
 
 class ClusterOptions(Section):
-    """A cluster file."""
+    """The contents of a cluster file."""
 
     slurm: SlurmOptions = SlurmOptions()
     job: JobOptions = JobOptions()
 
 
 def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Returns (the words for the cluster, the words for the training configuration)."""
-    ours: list[str] = []
-    theirs: list[str] = []
+    """Returns (overrides of the cluster file, overrides of the training configuration)."""
+    cluster: list[str] = []
+    training: list[str] = []
     for word in words:
         key, equals, _ = word.partition("=")
-        (ours if equals and key.partition(".")[0] in ClusterOptions.model_fields else theirs).append(word)
-    return ours, theirs
+        (cluster if equals and key.partition(".")[0] in ClusterOptions.model_fields else training).append(word)
+    return cluster, training
 
 
 def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterOptions:
@@ -159,7 +160,7 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
 
 
 def _located(job: JobOptions) -> JobOptions:
-    """Returns `job` with paths that mean the same in a job, which runs in another directory and quotes its words."""
+    """Returns `job` with absolute paths: the job runs in another directory, and its words are quoted."""
     python = expand_variables(job.python, "job.python") if job.python else None
     if python and "/" in python and not job.container:
         python = os.path.abspath(python)  # noqa: PTH100 (resolve() would leave the virtual environment)
@@ -171,6 +172,6 @@ def _container_word(number: int, word: str) -> str:
     if re.search(r"\s", word):  # bash -c 'exec "$@"'
         return word
     word = expand_variables(word, "job.container")
-    # A program is looked for on PATH, as by a shell; and "exec" is no file, even if there is one.
+    # A program is searched on PATH, as by a shell; and "exec" means no file, even if there is one of that name.
     path_like = "/" in word or ("." in word and number > 0)
     return os.path.abspath(word) if path_like and present(Path(word)) else word  # noqa: PTH100

@@ -1,4 +1,4 @@
-"""SLURM's own commands: what they are asked, and what their answers mean. None of them needs accounting."""
+"""Calls of SLURM's own commands, and what their answers mean. None of them needs accounting."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from dataclasses import dataclass
 from gan_dist.utils.errors import GanDistError, UserError
 
 SBATCH_S = 120
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GAN_DIST_ATTEMPT", "GAN_DIST_LAUNCH_ID")
-FOREIGN = ("SLURM_", "SUBMITIT_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
-"""How variables begin that a job exports; one that is submitted from within it is another."""
-KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-PROTOCOLS = {"ARRAY_INX", "ERROR", "EXPORT", "GET_USER_ENV", "WAIT"}
-"""What SBATCH_ variables may not say of any job: saving, requeueing and telling would break."""
-SPELT = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "switches": "REQ_SWITCH"}
-"""sbatch's options whose SBATCH_ variable is called otherwise."""
-EITHER = (
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("GAN_DIST_ATTEMPT", "GAN_DIST_LAUNCH_ID"),
+)
+JOB_PREFIXES = ("SLURM_", "SUBMITIT_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+"""Prefixes of the variables that a job exports; a job that is submitted from within it must not inherit them."""
+NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS")
+RESERVED = {"ARRAY_INX", "ERROR", "EXPORT", "GET_USER_ENV", "WAIT"}
+"""SBATCH_ variables that are never passed on: saving, requeueing and status would break."""
+VARIABLE_NAMES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "switches": "REQ_SWITCH"}
+"""Options of sbatch whose SBATCH_ variable has another name."""
+ALTERNATIVES = (
     {"MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"},
     {"GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK"},
     {"CPUS_PER_TASK", "CPUS_PER_GPU"},
     {"REQUEUE", "NO_REQUEUE"},
 )
-"""Options that exclude one another, or say the same."""
+"""Options that exclude each other, or mean the same."""
 
 
 @dataclass(frozen=True)
@@ -40,57 +43,58 @@ class Queued:
 
     job: str
     state: str
-    left: str
+    time_left: str
     nodes: str
-    why: str
+    reason: str
     starts: str
 
     def __str__(self) -> str:
         where = f" on {self.nodes}" if self.nodes else ""
-        why = f" ({self.why.strip('()')})" if self.why and self.why.startswith("(") and self.why != "(None)" else ""
-        left = f", {self.left} left" if self.state == "RUNNING" else ""
+        known = self.reason.startswith("(") and self.reason != "(None)"
+        reason = f" ({self.reason.strip('()')})" if known else ""
+        left = f", {self.time_left} left" if self.state == "RUNNING" else ""
         starts = f", starts {self.starts}" if self.state == "PENDING" and self.starts not in ("", "N/A") else ""
-        return f"{self.state}{where}{why}{left}{starts}"
+        return f"{self.state}{where}{reason}{left}{starts}"
 
 
-def need(*programs: str) -> None:
-    """Returns if SLURM's commands are here. Raises UserError when one is not."""
+def require(*programs: str) -> None:
+    """Raises UserError unless SLURM's commands are on PATH."""
     for program in programs:
         if shutil.which(program) is None:
             raise UserError(
-                f"{program} is not on PATH: this is no machine that submits to SLURM; log in to the cluster's login "
-                "node, or train here with `python -m launch local`"
+                f"{program} is not on PATH: this machine cannot submit to SLURM; log in to the cluster's login node, "
+                "or train here with `python -m launch local`"
             )
 
 
-def ask(*words: str, limit_s: float = 60) -> str:
-    """Returns what a command printed. Raises GanDistError with its own words when it fails."""
-    need(words[0])
+def run(*words: str, limit_s: float = 60) -> str:
+    """Returns what a command printed. Raises GanDistError with its error message when it fails."""
+    require(words[0])
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         raise GanDistError(f"{words[0]} did not answer within {limit_s:g} s; is the SLURM controller up?") from None
     if done.returncode:
-        raise GanDistError(f"{words[0]} said: {' '.join(done.stderr.split()) or f'status {done.returncode}'}")
+        raise GanDistError(f"{words[0]} failed: {' '.join(done.stderr.split()) or f'status {done.returncode}'}")
     return done.stdout
 
 
-def submit(script: str, keep: Callable[[str], object] = str) -> str:
-    """Returns the id of the job that sbatch made of `script`, after `keep(id)` has written it down.
+def submit(script: str, record: Callable[[str], object] = str) -> str:
+    """Returns the id of the job that sbatch made of `script`, after `record(id)` has written it down.
 
-    When that fails, or Ctrl-C came meanwhile, the job is cancelled: nobody would know it. Raises UserError with the
-    words of sbatch verbatim, and GanDistError when it does not answer.
+    When `record` fails, or Ctrl-C was pressed meanwhile, the job is cancelled: nobody would know of it. Raises
+    UserError with sbatch's own message when it refuses, and GanDistError when it does not answer.
     """
-    need("sbatch")
+    require("sbatch")
     job = ""
     try:
-        with _unbroken():
+        with _delayed_interrupts():
             job = _sbatch(script)
-            keep(job)
+            record(job)
     except BaseException:
         if job:
             with suppress(GanDistError):
-                ask("scancel", job)
+                run("scancel", job)
         raise
     return job
 
@@ -105,12 +109,12 @@ def _sbatch(script: str) -> str:
             timeout=SBATCH_S,
             check=False,
             env=submission_environment(os.environ, script),
-            start_new_session=True,  # a terminal's Ctrl-C is not sbatch's
+            start_new_session=True,  # Ctrl-C at the terminal must not reach sbatch
         )
     except subprocess.TimeoutExpired:
         raise GanDistError(
-            f"sbatch did not answer within {SBATCH_S} s; is the SLURM controller up? Should `squeue --me` show the job "
-            "later on, cancel it: its files are gone"
+            f"sbatch did not answer within {SBATCH_S} s; is the SLURM controller up? If `squeue --me` shows the job "
+            "later, cancel it: its files are gone"
         ) from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -119,70 +123,72 @@ def _sbatch(script: str) -> str:
 
 
 @contextmanager
-def _unbroken() -> Iterator[None]:
-    """Within it Ctrl-C, and the end of a session, wait: once it is asked, sbatch is heard out."""
-    came: list[signal.Signals] = []
+def _delayed_interrupts() -> Iterator[None]:
+    """Delays Ctrl-C and the end of a session to the end of the block: the answer of sbatch is always read."""
+    received: list[signal.Signals] = []
 
     def wait(number: int, frame: object) -> None:
-        came.append(signal.Signals(number))
+        received.append(signal.Signals(number))
         print("waiting for sbatch to answer", file=sys.stderr, flush=True)
 
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, wait) for number in ENDING if main}
+    before = {number: signal.signal(number, wait) for number in INTERRUPTS if main}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        if came and (before[came[0]] or signal.SIG_DFL) == signal.SIG_DFL:
-            raise SystemExit(128 + came[0])  # the default would end this process before anything is undone
-        if came:
-            signal.raise_signal(came[0])
+        if received and (before[received[0]] or signal.SIG_DFL) == signal.SIG_DFL:
+            raise SystemExit(128 + received[0])  # the default would end this process before anything is undone
+        if received:
+            signal.raise_signal(received[0])
 
 
 def submission_environment(env: Mapping[str, str], script: str) -> dict[str, str]:
-    """Returns what sbatch, which passes it on to the job, may see of `env`: nothing of another job or world.
+    """Returns the part of `env` for sbatch, which passes it on to the job: nothing of another job or world.
 
-    Of the defaults that a person sets (SBATCH_ACCOUNT), those stand of which `script` says nothing: sbatch would prefer
-    them.
+    A user's defaults (SBATCH_ACCOUNT) are kept only for options that `script` does not set, because sbatch would let
+    them override it.
     """
-    named = {SPELT.get(key, key.upper().replace("-", "_")) for key in re.findall(r"(?m)^#SBATCH --([\w-]+)", script)}
-    hidden = named.union(PROTOCOLS, *(group for group in EITHER if named & group))
+    named = {
+        VARIABLE_NAMES.get(key, key.upper().replace("-", "_")) for key in re.findall(r"(?m)^#SBATCH --([\w-]+)", script)
+    }
+    hidden = named.union(RESERVED, *(group for group in ALTERNATIVES if named & group))
     return {
         key: value
         for key, value in env.items()
-        if key not in INHERITED
-        and (key in KEPT or not key.startswith(FOREIGN))
+        if key not in RANK_VARIABLES
+        and (key in NOT_OF_A_JOB or not key.startswith(JOB_PREFIXES))
         and key.removeprefix("SBATCH_") not in hidden
     }
 
 
 def queue(jobs: Sequence[str]) -> list[Queued]:
-    """Returns what squeue says of these jobs; ended ones are not in it. Nothing where there is no squeue.
+    """Returns the lines of squeue for these jobs, without those that have ended; none where there is no squeue.
 
-    Raises GanDistError when squeue cannot tell: a job that nobody can ask for has not ended.
+    Raises GanDistError when squeue fails: that does not mean that the jobs have ended.
     """
     if not jobs or shutil.which("squeue") is None:
         return []
     try:
-        told = ask("squeue", "-h", "-r", "-o", "%i|%T|%L|%N|%R|%S", "-j", ",".join(jobs))
+        answer = run("squeue", "-h", "-r", "-o", "%i|%T|%L|%N|%R|%S", "-j", ",".join(jobs))
     except GanDistError as error:
-        if "Invalid job id" in str(error):  # it has forgotten them all
+        if "Invalid job id" in str(error):  # the controller has forgotten all of them
             return []
         raise
-    rows = [line.split("|") for line in told.splitlines() if line.count("|") == 5]
+    rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 5]
     return [Queued(*(cell.strip() for cell in row)) for row in rows]
 
 
-def ended(job: str) -> str:
-    """Returns how a job that squeue no longer lists ended (COMPLETED, TIMEOUT, ...), or nothing when none knows.
+def final_state(job: str) -> str:
+    """Returns the state in which a job ended (COMPLETED, TIMEOUT, ...), or "" when SLURM no longer knows it.
 
-    The controller remembers for some minutes; sacct, where there is one with a database, for longer.
+    The controller remembers a job for some minutes; sacct, where it has a database, for longer.
     """
     for words in (("scontrol", "show", "job", "-o", job), ("sacct", "-nPX", "-o", "State", "-j", job)):
-        with suppress(GanDistError):  # not here, or it knows nothing
-            told = ask(*words)
-            states = re.findall(r"\bJobState=(\S+)", told) if words[0] == "scontrol" else told.split("\n")
+        with suppress(GanDistError):  # not installed, or the job is unknown
+            answer = run(*words)
+            states = re.findall(r"\bJobState=(\S+)", answer) if words[0] == "scontrol" else answer.split("\n")
             if states and states[0].strip():
                 return states[0].strip()
     return ""

@@ -1,4 +1,4 @@
-"""A copy of the code as it is at submission, so that edits while a job waits change nothing."""
+"""A copy of the code at submission, so that later edits do not change a job that waits."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from gan_dist.utils.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-LARGEST_MIB = 200
-LEFT_OUT = {"build", "dist", "runs", "data", "wheelhouse", "gan-dist-demo"}
-"""Directories at the top of a checkout that are not copied unless git tracks them: builds, data and runs."""
+MAX_MIB = 200
+SKIPPED = {"build", "dist", "runs", "data", "wheelhouse", "gan-dist-demo"}
+"""Directories at the top of a checkout that are copied only where git tracks them: builds, data and runs."""
 
 
 def files_of(root: Path, outputs: Sequence[Path] = ()) -> list[Path]:
     """Returns the code's files relative to `root`: tracked, changed and new ones that git does not ignore.
 
-    Without git: all but hidden directories, virtual environments and what LEFT_OUT names. Neither takes what is new in
-    `outputs` or in any directory that is a run: snapshots would hold the earlier ones. A link to a directory is a file.
+    Without git: all but hidden directories, virtual environments and those in SKIPPED. New files in `outputs` or in the
+    directory of a run are left out, or a snapshot would contain earlier ones. A link to a directory counts as a file.
     """
 
     @cache
@@ -30,26 +30,26 @@ def files_of(root: Path, outputs: Sequence[Path] = ()) -> list[Path]:
 
     if (root / ".git").exists() and shutil.which("git"):
         tracked = _git(root, "ls-files", "-z", "--cached")
-        left_out = [f"--exclude=/{name}/" for name in sorted(LEFT_OUT)]
-        new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", *left_out)
+        skipped = [f"--exclude=/{name}/" for name in sorted(SKIPPED)]
+        new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", *skipped)
         if tracked is not None and new is not None:
             code = {name for name in new.split("\0") if name and not holds_outputs((root / name).parent)}
             names = sorted(Path(name) for name in code.union(filter(None, tracked.split("\0"))))
-            return [name for name in names if _is_copied(root / name)]  # one that was deleted is listed still
-    found: list[Path] = []
+            return [name for name in names if _is_copied(root / name)]  # git still lists a deleted file
+    paths: list[Path] = []
     for folder, folders, files in root.walk() if hasattr(root, "walk") else _walk(root):
         folders[:] = sorted(
             name
             for name in folders
             if not name.startswith(".")
             and name != "__pycache__"
-            and not (folder == root and name in LEFT_OUT)
+            and not (folder == root and name in SKIPPED)
             and not (folder / name / "pyvenv.cfg").exists()
             and not holds_outputs(folder / name)
         )
         names = sorted([*files, *folders])
-        found += [(folder / name).relative_to(root) for name in names if _is_copied(folder / name)]
-    return found
+        paths += [(folder / name).relative_to(root) for name in names if _is_copied(folder / name)]
+    return paths
 
 
 def _is_copied(path: Path) -> bool:
@@ -57,7 +57,7 @@ def _is_copied(path: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether a directory is a run's, or has at least been submitted as one."""
+    """Returns whether a directory holds a run, or was submitted as one."""
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         return True
     return any(any(folder.glob(f"launch/*/{name}")) for name in ("job.json", "code"))
@@ -70,30 +70,30 @@ def _walk(root: Path) -> list[tuple[Path, list[str], list[str]]]:  # Path.walk i
 
 
 def commit_of(root: Path) -> str | None:
-    """Returns the commit of the checkout, with `-dirty` where files differ from it; None without git."""
-    told = _git(root, "describe", "--always", "--dirty", "--abbrev=12") if (root / ".git").exists() else None
-    return told.strip() if told else None
+    """Returns the commit of the checkout, with `-dirty` when files differ from it; None without git."""
+    text = _git(root, "describe", "--always", "--dirty", "--abbrev=12") if (root / ".git").exists() else None
+    return text.strip() if text else None
 
 
 def code_of(root: Path, outputs: Sequence[Path] = ()) -> list[Path]:
-    """Returns files_of its arguments. Raises UserError when they are too large to be code: there is data among them."""
+    """Returns what files_of does. Raises UserError when the files are too large to be code only."""
     files = files_of(root, outputs)
     sizes = {name: (root / name).stat().st_size for name in files}
-    if sum(sizes.values()) > LARGEST_MIB * 2**20:
+    if sum(sizes.values()) > MAX_MIB * 2**20:
         largest = max(sizes, key=lambda name: sizes[name])
         raise UserError(
             f"the checkout {root} holds {sum(sizes.values()) / 2**20:,.0f} MiB that git does not ignore, {largest} "
-            f"most of all; expected code of {LARGEST_MIB} MiB at most: move data elsewhere or name it in .gitignore"
+            f"most of all; expected at most {MAX_MIB} MiB of code: move data elsewhere or name it in .gitignore"
         )
     return files
 
 
 def take(root: Path, target: Path, outputs: Sequence[Path] = ()) -> None:
-    """Copies the code to `target` and compiles it there, so that jobs write nothing into it. Raises as code_of does."""
+    """Copies the code to `target` and compiles it there, so that jobs do not write to it. Raises as code_of does."""
     for name in code_of(root, outputs):
         source, copy = root / name, target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():  # a link that stays within the checkout leads to the copy
+        if source.is_dir():  # a link within the checkout points into the copy
             inside = not source.readlink().is_absolute() and source.resolve().is_relative_to(root.resolve())
             copy.symlink_to(source.readlink() if inside else source.resolve())
         else:

@@ -1,4 +1,4 @@
-"""What became of a run: its own directory first, then the queue, then whatever SLURM still remembers."""
+"""The state of a run: from its own directory, then the queue, then what SLURM still remembers."""
 
 from __future__ import annotations
 
@@ -15,64 +15,61 @@ from launch.submit import Submission, submissions
 
 FINAL = ("done", "failed", "stopped", "cancelled")
 LAUNCH_FAILED = ("FAILED", "NODE_FAIL", "BOOT_FAIL")
-"""What SLURM calls a job whose batch script could not be started; also others, which have left something behind."""
+"""SLURM's states of a job whose batch script could not start; other jobs with these states have left files."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """What became of one start of a job, as its batch script wrote it down."""
+class Attempt:
+    """How one start of a job ended, as its batch script recorded it."""
 
     job: str
     restart: int
-    what: str
+    outcome: str
     checkpoint: str
-    why: str
+    reason: str
 
 
 def find_run(run: str, runs: str | None = None) -> Path:
-    """Returns the directory of a run that was submitted: a path, or a name where runs lie.
-
-    Raises UserError when nothing was ever submitted there.
-    """
-    found = run_path(run, runs)
-    if not (found / "launch").is_dir() and not (found / "config.yaml").is_file():
-        raise UserError(f"no run at {found}; expected a run directory, or a name under $GAN_DIST_RUNS (default ./runs)")
-    return found
+    """Returns the directory of a run, given its path or its name. Raises UserError when there is no run."""
+    path = run_path(run, runs)
+    if not (path / "launch").is_dir() and not (path / "config.yaml").is_file():
+        raise UserError(f"no run at {path}; expected a run directory, or a name under $GAN_DIST_RUNS (default ./runs)")
+    return path
 
 
 def all_runs(runs: str | None = None) -> list[Path]:
-    """Returns every run that was submitted, the newest submission at the end. Raises UserError when there is none."""
+    """Returns all submitted runs, the latest submission last. Raises UserError when there is none."""
     home = runs_home(runs)
-    made = home.glob("[!.]*/launch")  # TensorBoard's is no run
-    found = sorted((path.parent for path in made), key=lambda run: (run / "launch").stat().st_mtime)
-    if not found:
-        raise UserError(f"no run was submitted in {home}; name one, or say where runs lie (--cluster, $GAN_DIST_RUNS)")
-    return found
+    folders = home.glob("[!.]*/launch")  # .tensorboard is no run
+    submitted = sorted((path.parent for path in folders), key=lambda run: (run / "launch").stat().st_mtime)
+    if not submitted:
+        raise UserError(f"no run was submitted in {home}; name one, or say where runs are (--cluster, $GAN_DIST_RUNS)")
+    return submitted
 
 
-def starts_of(run: Path, submission: Submission) -> list[Start]:
-    """Returns what became of each ended start of a submission's jobs, in order."""
-    found = []
+def attempts_of(run: Path, submission: Submission) -> list[Attempt]:
+    """Returns how each start of a submission's jobs ended, in order, without those that still run."""
+    attempts = []
     for file in sorted((run / "launch" / submission.id / "attempts").glob("*/history")):
         for line in file.read_text(errors="replace").splitlines():
             cells = line.split("\t")
             if len(cells) >= 4 and cells[0].isdigit():
-                found.append(Start(file.parent.name, int(cells[0]), *cells[1:4]))
-    return found
+                attempts.append(Attempt(file.parent.name, int(cells[0]), *cells[1:4]))
+    return attempts
 
 
 def status_lines(run: Path) -> list[str]:
-    """Returns a run's status for a person: where it stands, its jobs, their restarts, and why the last one ended."""
+    """Returns the status of a run as lines: its progress, its jobs, their restarts, and why the last start ended."""
     made = submissions(run)
-    silent = None
+    unknown = None
     try:
         queued = slurm.queue([each.job for each in made])
     except GanDistError as error:
-        queued, silent = [], f"not known: {error}"
-    live = silent is not None or any(line.state == "RUNNING" for line in queued)
+        queued, unknown = [], f"not known: {error}"
+    live = unknown is not None or any(line.state == "RUNNING" for line in queued)
     lines = [f"{run.name} at {run}", f"  {_progress(run, live)}"]
     for each in made:
-        lines += [f"  {line}" for line in _submission_lines(run, each, queued, made, silent)]
+        lines += [f"  {line}" for line in _submission_lines(run, each, queued, made, unknown)]
     if not made:
         lines.append("  no job of this run was submitted from here")
     return lines
@@ -83,46 +80,47 @@ def _progress(run: Path, running: bool) -> str:
     from gan_dist.telemetry.console import status_line
 
     try:
-        told = status_line(run).removeprefix(f"{run.name} ")
+        line = status_line(run).removeprefix(f"{run.name} ")
         age = time.time() - read_run(run).touched
     except GanDistError:
         return "not begun"
-    if not running and told.startswith("running "):
-        told = re.sub(r" left=\S+", "", told.replace("running", "interrupted", 1))
-    return f"{told}, told {max(age, 0):,.0f} s ago"
+    if not running and line.startswith("running "):
+        line = re.sub(r" left=\S+", "", line.replace("running", "interrupted", 1))
+    return f"{line}, updated {max(age, 0):,.0f} s ago"
 
 
 def _submission_lines(
-    run: Path, each: Submission, queued: Sequence[slurm.Queued], made: Sequence[Submission], silent: str | None
+    run: Path, each: Submission, queued: Sequence[slurm.Queued], made: Sequence[Submission], unknown: str | None
 ) -> Iterator[str]:
     mine = [line for line in queued if line.job.partition("_")[0] == each.job]
-    starts = starts_of(run, each)
+    attempts = attempts_of(run, each)
     title = f"job {each.job} ({each.kind}, {each.ranks} rank(s))"
     if len(mine) == 1:
         yield f"{title}: {mine[0]}"
     elif mine:
         states = [line.state for line in mine]
         yield f"{title}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-    elif starts and starts[-1].what in FINAL:
-        worst = next((start for start in starts if start.what == "failed"), starts[-1])
-        yield f"{title}: {worst.what}: {worst.why}"
+    elif attempts and attempts[-1].outcome in FINAL:
+        worst = next((attempt for attempt in attempts if attempt.outcome == "failed"), attempts[-1])
+        yield f"{title}: {worst.outcome}: {worst.reason}"
     else:
-        yield f"{title}: {silent or _forgotten(run, each, made)}"
-    again = [start for start in starts if start.what in ("requeued", "crashed", "lost")]
-    if again:
-        last = again[-1]
-        yield f"  {len(again)} restart(s); the last one: {last.what} at {last.checkpoint}: {last.why}"
+        yield f"{title}: {unknown or _last_known(run, each, made)}"
+    restarted = [attempt for attempt in attempts if attempt.outcome in ("requeued", "crashed", "lost")]
+    if restarted:
+        last = restarted[-1]
+        yield f"  {len(restarted)} restart(s); the last one: {last.outcome} at {last.checkpoint}: {last.reason}"
 
 
-def _forgotten(run: Path, each: Submission, made: Sequence[Submission]) -> str:
-    """Returns what can be said of a job that is in no queue and left no last word."""
+def _last_known(run: Path, each: Submission, made: Sequence[Submission]) -> str:
+    """Returns what is known of a job that is not queued and recorded no end."""
     before = (each.after or "").split(":")
     for other in made:
         if other.job in before:
-            failed = next((start for start in starts_of(run, other) if start.what in ("failed", "cancelled")), None)
+            attempts = attempts_of(run, other)
+            failed = next((attempt for attempt in attempts if attempt.outcome in ("failed", "cancelled")), None)
             if failed:
-                return f"cancelled, because {other.kind} (job {other.job}) {failed.what}: {failed.why}"
-    state = slurm.ended(each.job)
+                return f"cancelled, because {other.kind} (job {other.job}) {failed.outcome}: {failed.reason}"
+    state = slurm.final_state(each.job)
     if state.startswith("CANCELLED") and each.after:
         return f"CANCELLED, because what it waited for ({each.after}) did not end well"
     if state.startswith(LAUNCH_FAILED) and not _began(run, each):
@@ -130,43 +128,43 @@ def _forgotten(run: Path, each: Submission, made: Sequence[Submission]) -> str:
             f"{state} before its script began: the first node could not write {run / 'logs'}; put runs on a file "
             "system that all nodes share (job.runs)"
         )
-    return f"{state or 'ended'}, without a last word; see {run / 'logs'}"
+    return f"{state or 'ended'}, without a recorded outcome; see {run / 'logs'}"
 
 
 def _began(run: Path, each: Submission) -> bool:
-    """Returns whether a job's batch script has written anything where this machine sees it."""
+    """Returns whether a job's batch script has written anything that this machine can see."""
     logs = (run / "logs").glob("*-batch.log")
     return (run / "launch" / each.id / "attempts").is_dir() or any(
         re.split("[-_]", log.name)[0] == each.job for log in logs
     )
 
 
-def logs_of(run: Path, rank: str) -> list[Path]:
-    """Returns the logs of one rank (or of the batch script, by `batch`) over all jobs and restarts, oldest first."""
+def rank_logs(run: Path, rank: str) -> list[Path]:
+    """Returns the logs of a rank, or of the batch script for `batch`, over all jobs and restarts, oldest first."""
     pattern = "*-batch.log" if rank == "batch" else f"*-*-*-{rank}.log"
-    found = [file for file in (run / "logs").glob(pattern) if not (rank != "batch" and file.name.endswith("batch.log"))]
-    return sorted(found, key=lambda file: file.stat().st_mtime)
+    files = [file for file in (run / "logs").glob(pattern) if not (rank != "batch" and file.name.endswith("batch.log"))]
+    return sorted(files, key=lambda file: file.stat().st_mtime)
 
 
-def no_log(run: Path, rank: str) -> str:
-    """Returns why there is no log of a rank, for a person."""
+def why_no_log(run: Path, rank: str) -> str:
+    """Returns why there is no log of a rank, as a message."""
     if submissions(run) or not (run / "config.yaml").is_file():
         return f"no log of rank {rank} in {run / 'logs'} yet"
-    return f"{run} was not started as a job: what it said went to its terminal; `gan-dist report` tells its history"
+    return f"{run} was not started as a job: its output went to a terminal; `gan-dist report` shows its history"
 
 
-def follow(run: Path, rank: str, every_s: float = 0.5, over: float | None = None) -> Iterator[str]:
-    """Yields what is appended to the newest log of a rank, going on with the next restart's; without end by itself."""
-    at: dict[Path, int] = {}
-    deadline = time.monotonic() + over if over else None
+def follow(run: Path, rank: str, every_s: float = 0.5, limit_s: float | None = None) -> Iterator[str]:
+    """Yields what is appended to the latest log of a rank, through restarts; endless without `limit_s`."""
+    offsets: dict[Path, int] = {}
+    deadline = time.monotonic() + limit_s if limit_s else None
     while deadline is None or time.monotonic() < deadline:
-        newest = logs_of(run, rank)[-1:]
-        for file in newest:
-            if file not in at:
+        latest = rank_logs(run, rank)[-1:]
+        for file in latest:
+            if file not in offsets:
                 yield f"==> {file.name}\n"
             with file.open(errors="replace") as stream:
-                stream.seek(at.get(file, 0))
+                stream.seek(offsets.get(file, 0))
                 if text := stream.read():
                     yield text
-                at[file] = stream.tell()
+                offsets[file] = stream.tell()
         time.sleep(every_s)

@@ -1,4 +1,4 @@
-"""From a configuration to a queued job: the snapshot, the batch script, Submitit."""
+"""Submits jobs: training, preparation as a job array, and the pipeline prepare -> train -> report."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from typing import Any
 import submitit
 
 from gan_dist.config.base import read_yaml
-from gan_dist.config.diff import change_rule, changes
+from gan_dist.config.diff import continuation
 from gan_dist.config.schema import Config, load_config, to_yaml
+from gan_dist.data.order import check_ranks
 from gan_dist.runs.naming import run_and_step, runs_home
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import write_atomically
+from gan_dist.utils.files import expand_directory, write_atomically
 from launch import slurm, snapshot
 from launch.batch_script import Batch, batch_script, interpreter, rank_lines
 from launch.job.rank import TrainJob
-from launch.options import ClusterOptions
+from launch.options import ClusterOptions, SlurmOptions
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One `submit`: kept as job.json in RUN/launch/ID, where `status` finds it."""
+    """One submitted job, stored as RUN/launch/ID/job.json, where `status` finds it."""
 
     id: str
     kind: str
@@ -44,7 +45,7 @@ class Submission:
 
 
 class Executor(submitit.SlurmExecutor):
-    """Submitit's bookkeeping (the pickled job, by the job's id) around a submission of ours."""
+    """Submitit's executor, which pickles the job and files it by id, around our own call of sbatch."""
 
     def __init__(self, folder: Path, enqueue: Callable[[], Submission]) -> None:
         super().__init__(str(folder).replace("%", "%%"))
@@ -56,14 +57,14 @@ class Executor(submitit.SlurmExecutor):
 
 
 def new_id() -> str:
-    """Returns a name for a submission: sortable by time, never used twice."""
+    """Returns a unique name for a submission, sortable by time."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
 def training_batch(
     run: Path, submission: Path, cluster: ClusterOptions, name: str, after: str | None = None, python: str | None = None
 ) -> str:
-    """Returns the batch script of a training job, exactly as it is submitted."""
+    """Returns the batch script of a training job, exactly as it will be submitted."""
     words = interpreter(cluster, python or sys.executable)
     code = submission / "code"
     lines = rank_lines(words, ["-m", "launch.job.rank", "submitit", str(submission)])
@@ -76,44 +77,34 @@ def check_config(config: str, overrides: Sequence[str], cluster: ClusterOptions,
     settings = load_config(config, overrides)
     refuse_patterns(run)
     ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
-    if ranks > settings.train.global_batch:
-        raise UserError(
-            f"{ranks} ranks, but train.global_batch is {settings.train.global_batch}: each rank needs an image"
-        )
-    refuse_another_game(run, settings)
+    check_ranks(ranks, settings.train.global_batch)
+    refuse_changes(run, settings)
     return settings
 
 
-def parent_of(from_run: str | None, cluster: ClusterOptions) -> str | None:
-    """Returns RUN[@STEP] with the run's absolute path: in a job the working directory and names are others."""
+def resolve_parent(from_run: str | None, cluster: ClusterOptions) -> str | None:
+    """Returns RUN[@STEP] with the run's absolute path: a job has another working directory."""
     if from_run is None:
         return None
     parent, step = run_and_step(from_run, cluster.job.runs)
     if not (parent / "checkpoints").is_dir():
-        raise UserError(f"--from: no run at {parent}; expected a run's directory, or its name where runs lie")
+        raise UserError(f"--from: no run at {parent}; expected the directory or the name of a run")
     return str(parent) if step is None else f"{parent}@{step}"
 
 
 def refuse_patterns(run: Path) -> None:
-    """Returns if SLURM and Submitit take a run's path as it is. Raises UserError where they would fill something in."""
+    """Raises UserError for a path in which SLURM or Submitit would replace a pattern (%j)."""
     if pattern := re.search(r"%\w", str(run)):
         raise UserError(
-            f"{run}: {pattern[0]} in a path means something else to SLURM and Submitit; choose another name or place"
+            f"{run}: {pattern[0]} in a path is a pattern to SLURM and Submitit; choose another name or directory"
         )
 
 
-def refuse_another_game(run: Path, settings: Config) -> None:
-    """Returns if the run in `run` may be continued with `settings`, as far as its config.yaml tells.
-
-    The trainer would refuse it just so, but after hours in the queue. Raises UserError naming keys and both values.
-    """
+def refuse_changes(run: Path, settings: Config) -> None:
+    """Raises UserError, naming keys and both values, unless the run in `run` may be continued with `settings`."""
     if not (run / "config.yaml").is_file():
         return
-    refused = []
-    for key, (old, new) in changes(read_yaml(run / "config.yaml"), settings.to_dict()).items():
-        rule = change_rule(key)
-        if rule == "never" or (rule == "upward" and old is not None and new < old):
-            refused.append(f"{key} was {old}, now {new}")
+    refused, _ = continuation(read_yaml(run / "config.yaml"), settings.to_dict())
     if refused:
         raise UserError(
             f"{run} holds a run with another configuration ({'; '.join(refused)}); to start it as a new run, submit it "
@@ -132,17 +123,17 @@ def submit_training(
     after: str | None = None,
     alone: bool = True,
 ) -> Submission:
-    """Returns the submission of a training job on a snapshot of code and configuration.
+    """Returns the submission of a training job, which runs a snapshot of code and configuration.
 
-    Raises UserError for a run that has a job already, for a disk that cannot be written, and with sbatch's own words
-    when it refuses.
+    Raises UserError when the run has a job already, when its directory cannot be written, and with sbatch's message
+    when it refuses the job.
     """
-    settings, parent = check_config(config, overrides, cluster, run), parent_of(from_run, cluster)
-    slurm.need("sbatch", "srun", "scontrol")
+    settings, parent = check_config(config, overrides, cluster, run), resolve_parent(from_run, cluster)
+    slurm.require("sbatch", "srun", "scontrol")
     if alone:
         refuse_busy(run)
-    with fresh(run, cluster.job.runs) as folder:
-        (run / "stop").unlink(missing_ok=True)  # a wish that came too late for an earlier job is none for this one
+    with new_submission(run, cluster.job.runs) as folder:
+        (run / "stop").unlink(missing_ok=True)  # one that came too late for an earlier job
         write_atomically(folder / "config.yaml", to_yaml(settings).encode())
         ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
         job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, parent)
@@ -153,18 +144,95 @@ def submit_training(
         return executor.made
 
 
+def on_cpus(options: SlurmOptions) -> SlurmOptions:
+    """Returns the options of a job of one process without GPUs on the cluster where training uses `options`."""
+    extra = {key: value for key, value in options.extra.items() if not re.search("gpu|gres|tres", key)}
+    reduced = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None, "extra": extra}
+    return options.model_copy(update=reduced)
+
+
+def command_lines(cluster: ClusterOptions, commands: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Returns the lines of a batch script that run gan-dist commands in turn, as its only task."""
+    words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch.job.command"]
+    for number, command in enumerate(commands):
+        words += ["--then"] * (number > 0) + list(command)
+    return (f"gan_dist_srun --ntasks=1 {shlex.join(words)}", "gan_dist_finish $?")
+
+
+def submit_commands(
+    run: Path,
+    kind: str,
+    commands: Sequence[Sequence[str]],
+    cluster: ClusterOptions,
+    *,
+    array: int | None = None,
+    after: str | None = None,
+) -> Submission:
+    """Returns the submission of gan-dist commands as one CPU job, or as a job array of `array` elements."""
+    slurm.require("sbatch", "srun", "scontrol")
+    with new_submission(run, cluster.job.runs) as folder:
+        lines = command_lines(cluster, commands)
+        name = f"{run.name}-{kind}"
+        batch = Batch(name, run, folder, folder / "code", lines, array=array, home=Path.cwd(), after=after)
+        text = batch_script(batch, cluster, on_cpus(cluster.slurm))
+        return enqueue(run, folder, kind, text, [word for command in commands for word in command], array or 1, after)
+
+
+def prepare_array(words: Sequence[str], out: Path, tasks: int, cluster: ClusterOptions) -> tuple[Path, Submission]:
+    """Returns (DATASET.launch with the logs, the submission) of a preparation as a job array."""
+    if tasks < 1:
+        raise UserError(f"--tasks: expected 1 or more, found {tasks}")
+    beside = out.with_name(f"{out.name}.launch")
+    refuse_busy(beside)
+    return beside, submit_commands(beside, "prepare", [["prepare", *words, str(out)]], cluster, array=tasks)
+
+
+def submit_pipeline(
+    config: str,
+    overrides: Sequence[str],
+    sources: Sequence[str],
+    tasks: int,
+    cluster: ClusterOptions,
+    run: Path,
+    *,
+    max_steps: int | None = None,
+) -> list[Submission]:
+    """Returns the submissions of prepare -> train -> sample and report; each waits for the success of the one before.
+
+    SLURM cancels a job that can no longer start. When one cannot be submitted, the earlier ones are cancelled. Raises
+    UserError when the run has a job already.
+    """
+    out = str(expand_directory(check_config(config, overrides, cluster, run).data.shards))
+    refuse_busy(run)
+    made: list[Submission] = []
+    try:
+        made.append(submit_commands(run, "prepare", [["prepare", *sources, out]], cluster, array=tasks))
+        made.append(
+            submit_training(config, overrides, cluster, run, max_steps=max_steps, after=made[-1].job, alone=False)
+        )
+        grid = ["sample", str(run), "--out", str(run / "grid.png")]
+        commands = [grid, ["report", str(run)]]
+        made.append(submit_commands(run, "report", commands, cluster, after=made[-1].job))
+    except BaseException:  # Ctrl-C included
+        for each in made:
+            with suppress(GanDistError):
+                slurm.run("scancel", each.job)
+        raise
+    return made
+
+
 def refuse_busy(run: Path) -> None:
-    """Returns if no job of the run is in the queue. Raises UserError when one is: two would write the same files."""
+    """Raises UserError when a job of the run is in the queue: two would write the same files."""
     if busy := slurm.queue([each.job for each in submissions(run)]):
         ending = f"python -m launch stop {shlex.quote(str(run))}"
         raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: {ending}")
 
 
 @contextmanager
-def fresh(run: Path, runs: str | None = None) -> Iterator[Path]:
-    """Yields a new submission's directory with the snapshot in it; gone again when the submission fails.
+def new_submission(run: Path, runs: str | None = None) -> Iterator[Path]:
+    """Yields the directory of a new submission with the snapshot in it; removes it when the submission fails.
 
-    `runs` is job.runs: where code that is new is none.
+    `runs` is job.runs, of which the snapshot copies nothing.
     """
     refuse_patterns(run)
     folder = run / "launch" / new_id()
@@ -177,21 +245,21 @@ def fresh(run: Path, runs: str | None = None) -> Iterator[Path]:
         snapshot.take(snapshot.CHECKOUT, folder / "code", [run, runs_home(runs)])
         yield folder
     except BaseException as error:
-        for made in submissions(run):  # interrupted in the moment after it was queued
+        for made in submissions(run):  # interrupted just after it was queued
             if made.id == folder.name:
                 with suppress(GanDistError):
-                    slurm.ask("scancel", made.job)
+                    slurm.run("scancel", made.job)
         shutil.rmtree(folder, ignore_errors=True)
-        for left in (folder.parent, run / "logs", run):
+        for empty in (folder.parent, run / "logs", run):
             try:
-                left.rmdir()
+                empty.rmdir()
             except OSError:
                 break
         if isinstance(error, OSError):
             where = error.filename2 or error.filename or run
             raise GanDistError(
-                f"cannot write the submission: {error.strerror or error} ({where}); nothing is queued, make room or "
-                "put runs elsewhere (job.runs)"
+                f"cannot write the submission: {error.strerror or error} ({where}); nothing is queued; "
+                "free some space, or put runs elsewhere (job.runs)"
             ) from None
         raise
 
@@ -199,25 +267,25 @@ def fresh(run: Path, runs: str | None = None) -> Iterator[Path]:
 def enqueue(
     run: Path, folder: Path, kind: str, text: str, words: Sequence[str], ranks: int, after: str | None = None
 ) -> Submission:
-    """Returns the submission of the batch script `text`: queued and written down in its directory, or neither."""
-    commit = snapshot.commit_of(snapshot.CHECKOUT)  # takes its time, and there is none once there is a job
+    """Returns the submission of the batch script `text`: both queued and recorded in its directory, or neither."""
+    commit = snapshot.commit_of(snapshot.CHECKOUT)  # before there is a job: git may be slow
     write_atomically(folder / "submission.sh", text.encode())
     made: list[Submission] = []
 
-    def keep(job: str) -> None:
+    def record(job: str) -> None:
         made.append(Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after))
         write_atomically(folder / "job.json", (json.dumps(asdict(made[0]), indent=2) + "\n").encode())
 
-    slurm.submit(text, keep)
+    slurm.submit(text, record)
     return made[0]
 
 
 def submissions(run: Path) -> list[Submission]:
-    """Returns the submissions of a run, oldest first; those that cannot be read are left out."""
-    found = []
+    """Returns the submissions of a run, oldest first, without those that cannot be read."""
+    made = []
     for file in (run / "launch").glob("*/job.json"):
         try:
-            found.append(Submission(**json.loads(file.read_text())))
+            made.append(Submission(**json.loads(file.read_text())))
         except (OSError, ValueError, TypeError):
             continue
-    return sorted(found, key=lambda each: (each.time, each.id))  # names tell seconds, a pipeline takes one
+    return sorted(made, key=lambda each: (each.time, each.id))  # ids have seconds only, too coarse for a pipeline

@@ -1,40 +1,40 @@
 # shellcheck shell=bash
-# The batch script's half of the protocol, shared by `python -m launch submit` and the .sbatch files here:
+# What the batch scripts share, both those of `python -m launch submit` and the .sbatch files here:
 #
-#   gan_dist_begin RUN SUBMISSION      names this start of the job, makes its directories
-#   gan_dist_preflight PYTHON...       asks every node whether it sees the run directory and the interpreter
-#   gan_dist_refuse WHY                ends the job as bad usage
-#   gan_dist_srun COMMAND...           the ranks, one log each: logs/JOB-RESTART-HOST-RANK.log; torchrun's agents
-#                                      log as $task_log in place of the rank, and their ranks by themselves
-#   gan_dist_finish $?                 requeues or ends the job by the words that the ranks left
+#   gan_dist_begin RUN SUBMISSION      names this start of the job and makes its directories
+#   gan_dist_preflight PYTHON          checks that every node sees the run directory and the interpreter
+#   gan_dist_refuse REASON             ends the job as bad usage
+#   gan_dist_srun COMMAND...           runs the ranks, one log each: logs/JOB-RESTART-HOST-RANK.log; for torchrun's
+#                                      agents $task_log replaces the rank, and their ranks write logs of their own
+#   gan_dist_finish $?                 requeues or ends the job, by the files that the ranks wrote
 #
-# It runs on the job's first node, outside any container, and needs only bash, coreutils and SLURM's own commands.
-# Words of one start lie in SUBMISSION/attempts/JOB/RESTART; what became of each start is a line of .../JOB/history:
-# restart, what (requeued crashed lost stopped failed cancelled done), newest checkpoint, why; with tabs between them.
+# This runs on the job's first node, outside any container, and needs only bash, coreutils and SLURM's own commands.
+# The files of one start are in SUBMISSION/attempts/JOB/RESTART. How each start ended is a line of .../JOB/history:
+# restart, outcome (requeued crashed lost stopped failed cancelled done), newest checkpoint, reason; separated by tabs.
 
 gan_dist_begin() {
-  set +eufC # whatever a cluster file's job.setup likes: here a command that fails is an answer
+  set +eufC # undo options set by job.setup: here a command may fail
   run=$1 submission=$2 pid="" task_log=""
   restart=${SLURM_RESTART_COUNT:-0}
-  job=$SLURM_JOB_ID # the last element of an array has its array's number here: name elements as ARRAY_TASK
+  job=$SLURM_JOB_ID # for the last element of an array this is the array's id: name elements as ARRAY_TASK
   if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}; fi
   attempts=$submission/attempts/$job
   attempt=$attempts/$restart
   mkdir -p "$attempt" "$run/logs"
   export GAN_DIST_ATTEMPT=$attempt GAN_DIST_LAUNCH_ID=${submission##*/}-$job PYTHONSAFEPATH=1
-  export SLURM_EXPORT_ENV=ALL # the ranks need these, whatever sbatch's --export says of the user's
-  # The batch shell outlives the signals that end its ranks, to act on what they say at the end.
+  export SLURM_EXPORT_ENV=ALL # the ranks need these variables, whatever sbatch --export says
+  # The batch shell survives the signals that end its ranks, to decide what becomes of the job.
   trap : USR2 CONT
-  trap gan_dist_overdue TERM
+  trap gan_dist_on_term TERM
   echo "gan_dist: start $restart of job $job on ${SLURM_JOB_NODELIST:-?}, $(date -u '+%Y-%m-%d %H:%M:%S UTC')"
 }
 
-# Names the nodes that cannot take part, before the ranks of all the others wait for them.
+# Names the nodes that cannot take part, before the other nodes wait for them.
 gan_dist_preflight() {
-  local told
+  local output
   printf '%s\n' "$job" >"$attempt/here"
-  # shellcheck disable=SC2016 # the variables are the node's
-  told=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 \
+  # shellcheck disable=SC2016 # expanded on the node
+  output=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 \
     --kill-on-bad-exit=0 --mpi=none bash -c '
       for try in {1..20}; do [[ -e $1/here ]] && break; ls "${1%/*}" >/dev/null 2>&1; sleep 0.5; done
       if [[ ! -e $1/here ]]; then
@@ -42,71 +42,70 @@ gan_dist_preflight() {
       elif ! command -v "$2" >/dev/null; then
         echo "bad: $SLURMD_NODENAME cannot run $2 (job.python, job.container)"
       fi' preflight "$attempt" "$1" 2>&1) || true
-  if [[ $told == *bad:* ]]; then
-    told=$(sed -n 's/^bad: //p' <<<"$told" | sort -u | paste -sd ';')
-    gan_dist_refuse "$told"
+  if [[ $output == *bad:* ]]; then
+    gan_dist_refuse "$(sed -n 's/^bad: //p' <<<"$output" | sort -u | paste -sd ';')"
   fi
 }
 
-# Ends the job as bad usage, which nobody tries again.
-gan_dist_refuse() { # WHY
+# Ends the job as bad usage, which is not retried.
+gan_dist_refuse() { # REASON
   printf '%s\t2\terror\t-\t%s\t%s\n' "$(date +%s)" "$(hostname)" "$1" >"$attempt/failed-preflight"
   gan_dist_finish 2
 }
 
 gan_dist_srun() {
   export GAN_DIST_LOG=$run/logs/$job-$restart
-  # 22.05 and later do not hand the batch script's --cpus-per-task down. Without --kill-on-bad-exit ranks whose sibling
-  # died run on until their collective times out.
+  # SLURM 22.05 and later do not pass --cpus-per-task on to srun. Without --kill-on-bad-exit the other ranks would run on
+  # when one has died, until a collective times out.
   srun --unbuffered --kill-on-bad-exit=1 --wait=60 --mpi=none \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     --output="${GAN_DIST_LOG//%/%%}-%N-${task_log:-%t}.log" "$@" 2> >(tee -a "$attempt/srun.err" >&2) &
   pid=$!
-  # Behind, because bash hears no signal while it waits for a command in front.
+  # In the background: bash handles no signal while it waits for a foreground command.
   while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
   wait "$pid"
 }
 
-# At TERM: a time limit or a preemption leaves KillWait seconds to act in, while srun waits for the ranks for longer.
-# Of other TERMs nothing comes: a cancelled job ends, and one that has a time of grace goes on.
-gan_dist_overdue() {
+# On TERM: after a time limit or a preemption there are KillWait seconds to act in, but srun waits longer for its ranks.
+# Any other TERM needs no action: a cancelled job ends, and a job with a grace time goes on.
+gan_dist_on_term() {
   local began=$SECONDS wait_s state reason restarts preempted
   kill -0 "$pid" 2>/dev/null || return 0
-  trap : TERM # a second one would begin this anew
+  trap : TERM # a second one would start this again
   wait_s=$(scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
   while kill -0 "$pid" 2>/dev/null; do
     if ((SECONDS - began < ${wait_s:-30} - 4)); then
       sleep 1
       continue
     fi
-    gan_dist_ask
+    gan_dist_query
     if [[ $reason == TimeLimit || -n $preempted ]]; then gan_dist_finish 143; fi
     break
   done
-  trap gan_dist_overdue TERM
+  trap gan_dist_on_term TERM
 }
 
-# Sets what the controller says of this job: state, reason, restarts, preempted. RUNNING, a time limit that has just
-# passed, or a preemption that cancels (PreemptMode=CANCEL) means that nobody but its own script decides what becomes of
-# it; more restarts than this one, that SLURM requeued it.
-# Asked by $job: the id of an array's last element is the whole array's.
-gan_dist_ask() {
-  local try told end
-  for try in {1..20}; do # minutes: a controller that restarts is no cancellation, and a job cancelled ends here anyway
-    told=$(SLURM_TIME_FORMAT=standard scontrol show job -o "$job" 2>/dev/null)
-    if [[ -n $told ]]; then break; fi
+# Sets what the controller says of this job: state, reason, restarts, preempted. The job is this script's to requeue or
+# end when it is RUNNING, when its time limit has just passed, and when a preemption cancels it (PreemptMode=CANCEL).
+# More restarts than this one mean that SLURM has requeued it. The query is for $job, because the id of an array's last
+# element is that of the whole array.
+gan_dist_query() {
+  local try answer end
+  for try in {1..20}; do # minutes: the controller may be restarting; a cancelled job ends here anyway
+    answer=$(SLURM_TIME_FORMAT=standard scontrol show job -o "$job" 2>/dev/null)
+    if [[ -n $answer ]]; then break; fi
     sleep "$try"
   done
-  state=$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$told")
-  reason=$(sed -n 's/.* Reason=\([A-Za-z_]*\).*/\1/p' <<<"$told")
-  restarts=$(sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' <<<"$told")
-  # It is COMPLETING after a cancellation too, which may fall into a preemption's time of grace: then it ends later.
-  preempted=$(sed -n 's/.* PreemptTime=\([0-9][^ ]*\).*/\1/p' <<<"$told")
-  end=$(sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p' <<<"$told")
+  state=$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$answer")
+  reason=$(sed -n 's/.* Reason=\([A-Za-z_]*\).*/\1/p' <<<"$answer")
+  restarts=$(sed -n 's/.* Restarts=\([0-9]*\).*/\1/p' <<<"$answer")
+  # A cancellation during the grace time of a preemption looks the same, but then the job ends later.
+  preempted=$(sed -n 's/.* PreemptTime=\([0-9][^ ]*\).*/\1/p' <<<"$answer")
+  end=$(sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p' <<<"$answer")
   if [[ -n $preempted ]] && (($(date -d "$end" +%s) - $(date -d "$preempted" +%s) > 1)); then preempted=""; fi
 }
 
-# Why this start failed: what a rank said of itself, else what srun saw happen to one, else what survivors guessed.
+# Prints why this start failed: by a rank's own report, else by what srun reports, else by the guess of other ranks.
 gan_dist_cause() {
   local own killed lost host rank
   own=$(cat "$attempt"/failed-* 2>/dev/null | sort -n | awk -F'\t' '$3 == "error" { print; exit }')
@@ -120,7 +119,7 @@ gan_dist_cause() {
     printf 'lost\t%s\n' "$lost"
   else
     read -r host rank <<<"$(sed -nE 's/^srun: error: ([^:]+): tasks? ([0-9]+).*: Exited .*/\1 \2/p' "$attempt/srun.err" | head -n 1)"
-    if [[ -n $rank ]]; then # it ended before it could leave a word
+    if [[ -n $rank ]]; then # it ended before it could report
       printf 'lost\trank %s on %s ended, its last line: %s\n' "$rank" "$host" "$(grep . "$GAN_DIST_LOG-$host-${task_log:-$rank}.log" | tail -n 1)"
     else
       printf 'lost\t%s\n' "$(grep -m 1 -hE '^(srun|slurmstepd).*error' "$attempt/srun.err" || echo "srun ended with status $1")"
@@ -128,71 +127,71 @@ gan_dist_cause() {
   fi
 }
 
-gan_dist_note() { # WHAT WHY
+gan_dist_record_end() { # OUTCOME REASON
   local step
   step=$(cat "$run/checkpoints/latest" 2>/dev/null || echo -)
   printf '%s\t%s\t%s\t%s\n' "$restart" "$1" "$step" "$2" >>"$attempts/history"
   echo "gan_dist: $1 at ${step}: $2"
 }
 
-gan_dist_stopped() { # WHY
+gan_dist_stopped() { # REASON
   if [[ $1 == *"while data were fetched" ]]; then echo "stopped by $1"; else echo "saved and stopped by $1"; fi
 }
 
 gan_dist_requeue() {
   local try refused=0
   sync
-  trap - TERM # or SLURM would have to wait for the sleeps below
-  for try in {1..20}; do # as patient as gan_dist_ask
+  trap - TERM # otherwise SLURM would wait for the sleeps below
+  for try in {1..20}; do # as patient as gan_dist_query
     if scontrol requeue "$job"; then
       sleep 30 # SLURM ends this script
       exit 75
     fi
-    if scontrol ping >/dev/null 2>&1 && ((++refused == 3)); then break; fi # it answers, and means it
+    if scontrol ping >/dev/null 2>&1 && ((++refused == 3)); then break; fi # it answers: this is a refusal
     sleep "$try"
   done
-  gan_dist_note failed "SLURM refused to requeue the job; submit it again"
+  gan_dist_record_end failed "SLURM refused to requeue the job; submit it again"
   exit 1
 }
 
 gan_dist_finish() { # STATUS OF SRUN
   local rc=$1 state reason restarts preempted ours="" what why status step crashes
   if [[ -e $attempt/done ]]; then
-    gan_dist_note "done" "$(cat "$attempt/done")"
+    gan_dist_record_end "done" "$(cat "$attempt/done")"
     exit 0
   fi
-  gan_dist_ask
+  gan_dist_query
   if [[ $state == RUNNING || $reason == TimeLimit || -n $preempted ]]; then ours=yes; fi
   IFS=$'\t' read -r status why <<<"$(gan_dist_cause "$rc")"
   if ((${restarts:-0} > restart)); then
     if [[ -e $attempt/stopped ]]; then why=$(gan_dist_stopped "$(cut -d' ' -f2- "$attempt/stopped")"); fi
-    gan_dist_note lost "SLURM requeued the job: $why"
+    gan_dist_record_end lost "SLURM requeued the job: $why"
     exit 75
   fi
-  if [[ -z $state ]]; then # cut off, most likely: whatever becomes of the job is decided elsewhere
-    gan_dist_note lost "SLURM's controller does not answer from here"
+  if [[ -z $state ]]; then # most likely cut off: SLURM decides elsewhere what becomes of the job
+    gan_dist_record_end lost "SLURM's controller does not answer from here"
     exit $((rc ? rc : 1))
   fi
   if [[ -e $attempt/stopped ]]; then
     read -r what why <"$attempt/stopped"
     if [[ -z $ours ]]; then
-      gan_dist_note cancelled "$(gan_dist_stopped "$why")"
+      gan_dist_record_end cancelled "$(gan_dist_stopped "$why")"
     elif [[ $what == end ]]; then
-      gan_dist_note stopped "$why"
+      gan_dist_record_end stopped "$why"
     elif ((restart >= ${GAN_DIST_MAX_REQUEUES:-100})); then
-      gan_dist_note stopped "requeued $restart times (job.max_requeues); submit it again to go on"
+      gan_dist_record_end stopped "requeued $restart times (job.max_requeues); submit it again to go on"
     else
-      gan_dist_note requeued "$why"
+      gan_dist_record_end requeued "$why"
       gan_dist_requeue
     fi
     exit 75
   fi
   if [[ -z $ours ]]; then
-    gan_dist_note cancelled "SLURM ended the job ($state) before the ranks had saved"
+    gan_dist_record_end cancelled "SLURM ended the job ($state) before the ranks had saved"
     exit $((rc ? rc : 1))
   fi
-  if [[ $state != RUNNING && -n $preempted ]]; then # what SLURM's own requeueing (PreemptMode=REQUEUE) would be
-    gan_dist_note lost "preempted before the ranks had saved"
+  if [[ $state != RUNNING && -n $preempted ]]; then # as SLURM itself would do with PreemptMode=REQUEUE
+    gan_dist_record_end lost "preempted before the ranks had saved"
     gan_dist_requeue
   fi
   if [[ $reason == TimeLimit ]]; then
@@ -201,13 +200,13 @@ gan_dist_finish() { # STATUS OF SRUN
   step=$(cat "$run/checkpoints/latest" 2>/dev/null || echo -)
   crashes=$(awk -F'\t' '$2 == "crashed"' "$attempts/history" 2>/dev/null | wc -l)
   if [[ $status == 2 ]]; then
-    gan_dist_note failed "$why"
+    gan_dist_record_end failed "$why"
     exit 2
   elif ((crashes >= ${GAN_DIST_MAX_CRASHES:-3})); then
-    gan_dist_note failed "$((crashes + 1)) crashes (job.max_crashes=${GAN_DIST_MAX_CRASHES:-3}), the last one: $why"
+    gan_dist_record_end failed "$((crashes + 1)) crashes (job.max_crashes=${GAN_DIST_MAX_CRASHES:-3}), the last one: $why"
     exit 1
   elif [[ $status != lost ]] && awk -F'\t' -v step="$step" '$2 == "crashed" && $3 == step && $5 == "error" { f = 1 } END { exit !f }' "$attempts/history" 2>/dev/null; then
-    gan_dist_note failed "failed twice after the same checkpoint ($step): $why"
+    gan_dist_record_end failed "failed twice after the same checkpoint ($step): $why"
     exit 1
   fi
   printf '%s\tcrashed\t%s\t%s\t%s\n' "$restart" "$step" "$why" "$([[ $status == lost ]] && echo lost || echo error)" >>"$attempts/history"
@@ -215,8 +214,8 @@ gan_dist_finish() { # STATUS OF SRUN
   gan_dist_requeue
 }
 
-# For the .sbatch files: checks their arguments, and finds code, interpreter and container in the environment.
-gan_dist_arguments() { # HOW-MANY USAGE ARGUMENTS...
+# For the .sbatch files: checks their arguments, and takes code, interpreter and container from the environment.
+gan_dist_arguments() { # COUNT USAGE ARGUMENTS...
   local code=${code:?the checkout}
   if (($# - 2 < $1)); then
     echo "gan_dist: expected arguments $2, found $(($# - 2))" >&2
@@ -227,8 +226,8 @@ gan_dist_arguments() { # HOW-MANY USAGE ARGUMENTS...
   python+=("${GAN_DIST_PYTHON:-python}")
 }
 
-# Writes down for `python -m launch status` what Submitit's side writes at submission.
-gan_dist_record() { # KIND RANKS WORDS...
+# Writes job.json for `python -m launch status`, as `python -m launch submit` does.
+gan_dist_record() { # KIND RANKS
   [[ -e $submission/job.json ]] || printf '{"id": "%s", "kind": "%s", "job": "%s", "time": %s, "commit": null, "words": [], "ranks": %s}\n' \
     "${submission##*/}" "$1" "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" "$(date +%s)" "$2" >"$submission/job.json"
 }

@@ -51,3 +51,18 @@ def change_rule(key: str) -> Rule:
     """Returns how `key` may move when a run continues: free, noted, upward, or never."""
     section = key.split(".")[0] + "."
     return CHANGE_RULES.get(key, CHANGE_RULES.get(section, "never"))
+
+
+def continuation(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Returns (changes that a continued run must not make, changes to announce), a line each, with both values.
+
+    The run stored with the configuration `stored` may continue with `wanted` when the first list is empty.
+    """
+    refused, notes = [], []
+    for key, (old, new) in changes(stored, wanted).items():
+        rule = change_rule(key)
+        if rule == "never" or (rule == "upward" and old is not None and new < old):
+            refused.append(f"{key} was {old}, now {new}")
+        elif rule == "noted":
+            notes.append(f"{key} was {old}, now {new}: the same game, though not the same bits")
+    return refused, notes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gan_dist.config.diff import FIXED_FROM, change_rule, changes, flatten
+from gan_dist.config.diff import FIXED_FROM, changes, continuation, flatten
 from gan_dist.config.schema import Config, load_config, to_yaml
 from gan_dist.runs.checkpoint import Loaded, find, load_newest
 from gan_dist.runs.naming import run_and_step
@@ -71,19 +71,13 @@ def prepare_start(
             f"{run_dir} was trained on the dataset with manifest {str(stored_set)[:12]}, but {config.data.shards} has "
             f"{dataset[:12]}; name the same dataset, or start a new run: {_new_run(run_dir, command)}"
         )
-    refused = []
-    for key, (old, new) in changes(loaded.state["config"], config.to_dict()).items():
-        rule = change_rule(key)
-        if rule == "never" or (rule == "upward" and new < old):
-            refused.append(f"{key} was {old}, now {new}")
-        elif rule == "noted":
-            notes.append(f"{key} was {old}, now {new}: the same game, though not the same bits")
+    refused, changed = continuation(loaded.state["config"], config.to_dict())
     if refused:
         raise UserError(
             f"{run_dir} holds a run with another configuration ({'; '.join(refused)}); "
             f"to start it as a new run: {_new_run(run_dir, command)}"
         )
-    return Start(loaded, recorded, False, tuple(notes))
+    return Start(loaded, recorded, False, (*notes, *changed))
 
 
 def _parent_name(parent: Loaded | None) -> str | None:

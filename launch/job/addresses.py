@@ -1,7 +1,7 @@
-"""How the ranks of a SLURM step find one another: rank 0 reserves a port and publishes it in the shared directory.
+"""How the ranks of a SLURM step agree on MASTER_ADDR and MASTER_PORT: rank 0 publishes both in a shared directory.
 
-Nothing is guessed: a host whose name does not resolve, or a rank that never hears of rank 0, ends the job with a line
-that names it. The loopback address is used where all ranks are on one host, and nowhere else.
+Nothing is guessed. A host name that does not resolve, or a rank that finds no address of rank 0, ends the job with a
+line that names it. The loopback address is used only where all ranks are on one host.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ INTERFACE_KEYS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where SLURM put this process: its rank, how many there are, and on which hosts."""
+class Task:
+    """This process as a task of a SLURM step: its rank, the number of ranks, and their hosts."""
 
     rank: int
     local_rank: int
@@ -39,11 +39,11 @@ class Place:
     """This machine's name, as SLURM knows it."""
 
 
-def place_of(env: Mapping[str, str], planned: int | None = None) -> Place:
-    """Returns this process's place from SLURM's variables.
+def read_task(env: Mapping[str, str], planned: int | None = None) -> Task:
+    """Returns what SLURM's variables say of this process.
 
-    Raises GanDistError when SLURM started another number of ranks than `planned`: a world that is silently smaller
-    (or as many worlds of one as there are ranks) is the commonest fault of cluster scripts.
+    Raises GanDistError when SLURM started another number of ranks than `planned`. A world that is silently too small,
+    or one world of size 1 for each rank, is the most common fault of cluster scripts.
     """
     try:
         size, rank = int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"])
@@ -58,39 +58,20 @@ def place_of(env: Mapping[str, str], planned: int | None = None) -> Place:
         )
     hosts = expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or socket.gethostname())
     host = env.get("SLURMD_NODENAME") or socket.gethostname()
-    return Place(rank, local_rank, size, hosts, job, int(env.get("SLURM_RESTART_COUNT") or 0), host)
+    return Task(rank, local_rank, size, hosts, job, int(env.get("SLURM_RESTART_COUNT") or 0), host)
 
 
 def expand_hosts(text: str) -> tuple[str, ...]:
     """Returns the names in SLURM's host list: `a,n[01-03,7]` is a, n01, n02, n03, n7."""
-    names: list[str] = []
-    depth, word = 0, ""
-    for letter in text + ",":
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and depth == 0:
-            names += _expand(word)
-            word = ""
-        else:
-            word += letter
-    return tuple(name for name in names if name)
+    from submitit.slurm.slurm import _parse_node_list  # takes 0.3 s to import, in which no signal would be handled
+
+    return tuple(_parse_node_list(text))
 
 
-def _expand(word: str) -> Iterable[str]:
-    head, bracket, rest = word.partition("[")
-    if not bracket:
-        return [word]
-    inside, _, tail = rest.partition("]")
-    numbers = []
-    for part in inside.split(","):
-        first, dash, last = part.partition("-")
-        numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)] if dash else [first]
-    return [head + number + after for number in numbers for after in _expand(tail)]
+def source_address(host: str) -> str:
+    """Returns this machine's own address on the route to `host`. Sends nothing.
 
-
-def route_to(host: str) -> str:
-    """Returns the address that this machine uses to reach `host`. Sends nothing.
-
-    Raises GanDistError when the name does not resolve or no route leads there.
+    Raises GanDistError when the name does not resolve or there is no route.
     """
     try:
         address = socket.gethostbyname(host)
@@ -100,73 +81,73 @@ def route_to(host: str) -> str:
             return own
     except OSError as error:
         raise GanDistError(
-            f"{socket.gethostname()} finds no way to {host}: {error}; ask the administrators, or name the interface "
+            f"{socket.gethostname()} finds no route to {host}: {error}; ask the administrators, or name the interface "
             "to use in the cluster file (job.env: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from None
 
 
-def addresses() -> dict[str, str]:
+def interface_addresses() -> dict[str, str]:
     """Returns {interface: IPv4 address} of this machine."""
-    found = {}
+    known = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                told = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:
                 continue
-            found[name] = socket.inet_ntoa(told[20:24])
-    return found
+            known[name] = socket.inet_ntoa(answer[20:24])
+    return known
 
 
-def matching(wanted: str, names: Iterable[str]) -> list[str]:
-    """Returns those of `names` that NCCL_SOCKET_IFNAME=`wanted` means, the best first.
+def matching_interfaces(wanted: str, names: Iterable[str]) -> list[str]:
+    """Returns those of `names` that NCCL_SOCKET_IFNAME=`wanted` selects, the best match first.
 
-    NCCL's syntax: a list of prefixes, of whole names after a leading `=`; after a leading `^`, all but these.
+    NCCL's syntax: a list of prefixes; after a leading `=`, of whole names; after a leading `^`, of what to exclude.
     """
     excluded, exact = wanted.startswith("^"), wanted.lstrip("^").startswith("=")
     words = [word for word in (word.strip().lstrip("^=") for word in wanted.split(",")) if word]
-    ordered = sorted(names, key=lambda name: name not in words)  # eth1 is more like eth1 than eth10 is
+    ordered = sorted(names, key=lambda name: name not in words)  # eth1 before eth10
     if excluded:
-        return [name for name in names if not any(_means(word, name, exact) for word in words)]
-    return list(dict.fromkeys(name for word in words for name in ordered if _means(word, name, exact)))
+        return [name for name in names if not any(_matches(word, name, exact) for word in words)]
+    return list(dict.fromkeys(name for word in words for name in ordered if _matches(word, name, exact)))
 
 
-def _means(word: str, name: str, exact: bool) -> bool:
+def _matches(word: str, name: str, exact: bool) -> bool:
     return name == word or (not exact and name.startswith(word))
 
 
-def choose_address(place: Place, env: Mapping[str, str]) -> tuple[str, str]:
-    """Returns (address, interface) by which this rank talks to the others: the user's interface, or the route's.
+def choose_address(task: Task, env: Mapping[str, str]) -> tuple[str, str]:
+    """Returns (address, interface) for the traffic of this rank: the user's interface, or that of the default route.
 
-    The interface is a whole name, as gloo wants it, whatever list or prefix NCCL was given.
+    The interface is a whole name, as gloo needs it, even where NCCL was given a prefix or a list.
     """
-    known = addresses()
+    known = interface_addresses()
     wanted = next((env[key] for key in INTERFACE_KEYS if env.get(key)), "")
-    fit = matching(wanted, known) if wanted else list(known)
-    if not fit:
-        raise UserError(f"{place.host} has no interface {wanted}; it has {', '.join(known)}; mend job.env")
+    candidates = matching_interfaces(wanted, known) if wanted else list(known)
+    if not candidates:
+        raise UserError(f"{task.host} has no interface {wanted}; it has {', '.join(known)}; correct job.env")
     if wanted and not wanted.startswith("^"):
-        return known[fit[0]], fit[0]
-    if len(place.hosts) == 1:
+        return known[candidates[0]], candidates[0]
+    if len(task.hosts) == 1:
         return "127.0.0.1", "lo"
-    other = place.hosts[0] if place.host != place.hosts[0] else place.hosts[1]
-    address = route_to(other)
-    interface = next((name for name, theirs in known.items() if theirs == address), "")
-    if interface and interface not in fit:
-        far = [name for name in fit if name != "lo"]
-        if not far:
+    other = task.hosts[0] if task.host != task.hosts[0] else task.hosts[1]
+    address = source_address(other)
+    interface = next((name for name, its_address in known.items() if its_address == address), "")
+    if interface and interface not in candidates:
+        others = [name for name in candidates if name != "lo"]
+        if not others:
             raise UserError(
-                f"{place.host} has no interface {wanted} beside lo; it has {', '.join(known)}; mend job.env"
+                f"{task.host} has no interface {wanted} other than lo; it has {', '.join(known)}; correct job.env"
             )
-        return known[far[0]], far[0]
+        return known[others[0]], others[0]
     return address, interface
 
 
 def reserve_port(job: str, restart: int) -> tuple[int, socket.socket]:
-    """Returns a free port below the ephemeral range, and the socket that keeps it from others until it is closed.
+    """Returns a free port below the ephemeral range, and a socket that reserves it until it is closed.
 
-    The first candidate depends on job and restart, so that jobs on one host rarely try the same, and a restart never
-    waits for its predecessor's connections. The socket does not listen and lets the store that comes bind beside it.
+    The first port to be tried depends on job and restart: jobs on one host rarely collide, and a restart does not wait
+    for the connections of the last start. The socket does not listen; torch's store can still bind the same port.
     """
     try:
         highest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -176,72 +157,71 @@ def reserve_port(job: str, restart: int) -> tuple[int, socket.socket]:
     first = zlib.crc32(f"{job}.{restart}".encode())
     for attempt in range(200):
         port = LOWEST_PORT + (first + 97 * attempt) % span
-        held = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
+        reservation = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
         try:
-            if held.family == socket.AF_INET6:
-                held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            held.bind(("", port))
+            if reservation.family == socket.AF_INET6:
+                reservation.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            reservation.bind(("", port))
         except OSError:
-            held.close()
+            reservation.close()
             continue
-        # Asked for after binding: ours was exclusive, and torch's store, which sets it too, may still come in.
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return port, held
+        # Set only after binding: our bind was exclusive, and torch's store, which sets it too, can still bind.
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return port, reservation
     raise GanDistError(f"{socket.gethostname()}: no free port from {LOWEST_PORT} to {highest} in 200 tries")
 
 
-def meet(
-    place: Place, attempt: Path, env: Mapping[str, str], limit_s: float
+def agree_on_master(
+    task: Task, attempt: Path, env: Mapping[str, str], limit_s: float
 ) -> tuple[dict[str, str], list[socket.socket]]:
-    """Returns torchrun's environment for this rank, and the sockets that hold what was reserved for it.
+    """Returns torchrun's environment for this rank (MASTER_ADDR and so on), and the sockets that reserve the port.
 
-    Rank 0 publishes where it listens in `attempt`, a directory of this start of the job; the others wait for that.
-    Raises GanDistError after `limit_s` seconds without a word of rank 0.
+    Rank 0 publishes its address and port in `attempt`, the directory of this start of the job; the others wait for it.
+    Raises GanDistError when nothing is published within `limit_s` seconds.
     """
-    address, interface = choose_address(place, env)
-    told = attempt / "rendezvous.json"
-    held: list[socket.socket] = []
-    if place.rank == 0:
-        port, keeper = reserve_port(place.job, place.restart)
-        held.append(keeper)
+    address, interface = choose_address(task, env)
+    file = attempt / "rendezvous.json"
+    reserved: list[socket.socket] = []
+    if task.rank == 0:
+        port, reservation = reserve_port(task.job, task.restart)
+        reserved.append(reservation)
         write_atomically(
-            told, json.dumps({"address": address, "port": port, "host": place.host, "size": place.size}).encode()
+            file, json.dumps({"address": address, "port": port, "host": task.host, "size": task.size}).encode()
         )
-        where = {"address": address, "port": port}
+        master = {"address": address, "port": port}
     else:
-        where = _await(told, place, limit_s)
-    joined = {
-        "RANK": str(place.rank),
-        "LOCAL_RANK": str(_device_index(place.local_rank, env)),
-        "WORLD_SIZE": str(place.size),
-        "MASTER_ADDR": str(where["address"]),
-        "MASTER_PORT": str(where["port"]),
+        master = _await_master(file, task, limit_s)
+    variables = {
+        "RANK": str(task.rank),
+        "LOCAL_RANK": str(_device_index(task.local_rank, env)),
+        "WORLD_SIZE": str(task.size),
+        "MASTER_ADDR": str(master["address"]),
+        "MASTER_PORT": str(master["port"]),
     }
     named = env.get("GLOO_SOCKET_IFNAME", "").split(",")
-    if interface and not set(named) <= set(addresses()):  # gloo takes whole names only, several of them
-        joined["GLOO_SOCKET_IFNAME"] = interface
-    return joined, held
+    if interface and not set(named) <= set(interface_addresses()):  # gloo takes whole names only, one or several
+        variables["GLOO_SOCKET_IFNAME"] = interface
+    return variables, reserved
 
 
-def _await(told: Path, place: Place, limit_s: float) -> dict[str, object]:
+def _await_master(file: Path, task: Task, limit_s: float) -> dict[str, object]:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
-        if told.parent.is_dir():
-            os.listdir(told.parent)  # noqa: PTH208 (asks a network file system to look again)
+        if file.parent.is_dir():
+            os.listdir(file.parent)  # noqa: PTH208 (makes a network file system look again)
         try:
-            where: dict[str, object] = json.loads(told.read_text())
-            return where
+            master: dict[str, object] = json.loads(file.read_text())
+            return master
         except (OSError, ValueError):
             time.sleep(0.1)
     raise GanDistError(
-        f"rank {place.rank} on {place.host} heard nothing of rank 0 on {place.hosts[0]} within {limit_s:g} s: "
-        f"no {told}; "
-        "is the run directory on a file system that all nodes share?"
+        f"rank {task.rank} on {task.host} found no address of rank 0 on {task.hosts[0]} within {limit_s:g} s: "
+        f"no {file}; is the run directory on a file system that all nodes share?"
     )
 
 
 def _device_index(local_rank: int, env: Mapping[str, str]) -> int:
-    """Returns which of the visible GPUs is this rank's: the first where SLURM shows each task only its own."""
+    """Returns the index of this rank's GPU among the visible ones: 0 where SLURM shows each task only its own."""
     visible = [word for word in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
     on_node = env.get("SLURM_GPUS_ON_NODE", "")
     return 0 if len(visible) == 1 and on_node.isdigit() and int(on_node) > 1 else local_rank

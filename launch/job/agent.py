@@ -1,4 +1,4 @@
-"""torchrun's agent without its traceback: a rank that refused its input has said why, in one line.
+"""torchrun's agent without its traceback: a rank that refuses its input has already said why.
 
 python -m launch.job.agent [torchrun's options] -m MODULE WORDS...
 """
@@ -15,7 +15,7 @@ from gan_dist.utils.errors import EXIT_STOPPED, EXIT_USAGE
 
 
 def main() -> None:
-    """Runs torchrun with this process' arguments; ends with 1 when a rank failed, and tells which unless it did so."""
+    """Runs torchrun with the arguments of this process; exits with 1 when a rank failed, and prints which one."""
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         torchrun()

@@ -1,4 +1,4 @@
-"""A gan-dist command as the one task of a job, or as an element of a job array; leaves words as ranks do.
+"""A gan-dist command as the one task of a job, or as an element of a job array; writes how it ended, as ranks do.
 
 srun ... python -m launch.job.command prepare SOURCE... OUT [options]
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from gan_dist.utils.errors import EXIT_STOPPED, UserError
 from gan_dist.utils.files import write_atomically
-from launch.job.rank import ATTEMPT, leave_word
+from launch.job.rank import ATTEMPT, write_failure
 
 
-def share_of(words: list[str], env: dict[str, str]) -> list[str]:
-    """Returns what `prepare` must know of its job beside WORDS: its part of the array, and its processors.
+def options_of_element(words: list[str], env: dict[str, str]) -> list[str]:
+    """Returns the options that `prepare` gets from its job: its part of the array and its number of processors.
 
-    Raises UserError for an array with gaps: its elements do not know how many come before them.
+    Raises UserError for an array with gaps: an element of it cannot know how many come before it.
     """
     more = []
     if "SLURM_ARRAY_TASK_ID" in env:
@@ -32,21 +32,21 @@ def share_of(words: list[str], env: dict[str, str]) -> list[str]:
             )
         more = ["--task", f"{(element - first) // step}/{count}"]
     if env.get("SLURM_CPUS_PER_TASK") and not any(word.startswith("--workers") for word in words):
-        more += ["--workers", env["SLURM_CPUS_PER_TASK"]]  # where SLURM binds nobody, a task sees all of the node's
+        more += ["--workers", env["SLURM_CPUS_PER_TASK"]]  # without binding, a task sees all processors of its node
     return more
 
 
 def run_command(words: list[str]) -> tuple[int, str]:
-    """Returns (exit status, last line on stderr) of a gan-dist command to which signals are handed on."""
+    """Returns (exit status, last line on stderr) of a gan-dist command, to which signals are forwarded."""
     try:
-        more = share_of(words, dict(os.environ)) if words[0] == "prepare" else []
+        more = options_of_element(words, dict(os.environ)) if words[0] == "prepare" else []
     except UserError as error:
         print(f"gan-dist: {error}", file=sys.stderr, flush=True)
         return error.exit_status, str(error)
     command = [sys.executable, "-u", "-m", "gan_dist", *words, *more]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
     for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda got, frame: process.send_signal(got))
+        signal.signal(number, lambda received, frame: process.send_signal(received))
     last = ""
     assert process.stderr is not None
     for line in process.stderr:
@@ -56,7 +56,7 @@ def run_command(words: list[str]) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Runs the commands, `--then` between them, until one fails; ends with 0 when all are done or one has stopped."""
+    """Runs the commands, separated by `--then`, until one fails; exits with 0 when all are done or one has stopped."""
     attempt = Path(os.environ[ATTEMPT])
     commands: list[list[str]] = [[]]
     for word in sys.argv[1:]:
@@ -71,9 +71,9 @@ def main() -> None:
             sys.exit(0)
         if status:
             if status > 0:
-                leave_word(attempt, None, status, "error", last or f"{words[0]} ended with status {status}")
+                write_failure(attempt, None, status, "error", last or f"{words[0]} ended with status {status}")
             else:
-                leave_word(attempt, None, 1, "lost", f"{words[0]} was killed by {signal.Signals(-status).name}")
+                write_failure(attempt, None, 1, "lost", f"{words[0]} was killed by {signal.Signals(-status).name}")
             sys.exit(max(status, 1))
     write_atomically(attempt / "done", b"ended well\n")
 

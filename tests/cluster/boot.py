@@ -147,7 +147,7 @@ class Host:
     def processes(self) -> dict[int, str]:
         """Returns {pid on this machine: command line} of all that runs on the host beside SLURM's own daemons."""
         assert self.process is not None
-        told = {}
+        found = {}
         with suppress(FileNotFoundError):
             ours = _namespace(self.process.pid, "pid_for_children")
             for entry in Path("/proc").iterdir():
@@ -158,8 +158,8 @@ class Host:
                         words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
                         own = ("bash -c", "slurmd ", "slurmstepd", "sleep 0.05")
                         if words and not words.startswith(own):
-                            told[int(entry.name)] = words
-        return told
+                            found[int(entry.name)] = words
+        return found
 
     def pids(self, word: str) -> list[int]:
         """Returns the processes of the host whose command line holds `word`."""
@@ -255,8 +255,8 @@ class Cluster:
         """Returns when every host is idle."""
 
         def idle() -> bool:
-            told = self.run("sinfo", "-h", "-p", "main", "-N", "-o", "%N %t", check=False).stdout.split("\n")
-            return sum(line.endswith(" idle") for line in told) == len(self.hosts)
+            lines = self.run("sinfo", "-h", "-p", "main", "-N", "-o", "%N %t", check=False).stdout.split("\n")
+            return sum(line.endswith(" idle") for line in lines) == len(self.hosts)
 
         try:
             wait_until(idle, limit_s, "idle hosts")
@@ -274,7 +274,7 @@ class Cluster:
         self._daemons.append(daemon)
 
     def run(self, *words: str, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
-        """Runs a command of SLURM's as a user of this cluster would, and returns what it said."""
+        """Runs a command of SLURM's as a user of this cluster would, and returns the result."""
         done = subprocess.run(
             words, env=self.environment(), capture_output=True, text=True, timeout=60, check=False, **more
         )
@@ -291,8 +291,8 @@ class Cluster:
         """Returns what the controller says of the job once it is in one of `states` (say COMPLETED)."""
 
         def there() -> dict[str, str] | None:
-            told = self.job(job)
-            return told if told.get("JobState") in states else None
+            answer = self.job(job)
+            return answer if answer.get("JobState") in states else None
 
         try:
             found: dict[str, str] = wait_until(there, limit_s, f"{' or '.join(states)} of job {job}")
@@ -303,11 +303,11 @@ class Cluster:
 
 def free_networks() -> list[str]:
     """Returns the first three numbers of networks that nothing here is in: of two bridges with one, one is deaf."""
-    told = subprocess.run(
+    addresses = subprocess.run(
         ["ip", "-4", "-o", "address"], capture_output=True, text=True, check=True, env={"PATH": _path()}
     ).stdout
     networks = [f"10.213.{number}" for number in range(256)]
-    return [network for network in networks if f" {network}." not in told]
+    return [network for network in networks if f" {network}." not in addresses]
 
 
 def _free_port() -> int:

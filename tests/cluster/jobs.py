@@ -70,7 +70,7 @@ def slowly(folder: Path) -> str:
 def launch(
     cluster: Cluster, *words: str, check: bool = True, cwd: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Returns what `python -m launch WORDS` said on the cluster's login node."""
+    """Returns what `python -m launch WORDS` printed on the cluster's login node."""
     env = {**cluster.environment(), "OMP_NUM_THREADS": "1", **env}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
@@ -110,8 +110,8 @@ class Run:
         shape = [f"slurm.nodes={nodes}", f"slurm.tasks_per_node={ranks}", "slurm.cpus_per_task=1", "slurm.time=10"]
         given = {word.partition("=")[0] for word in words}
         shape = [word for word in shape if word.partition("=")[0] not in given]
-        said = launch(cluster, "submit", config, *shape, "--run-dir", str(path), *words).stdout
-        return cls(cluster, path, re.findall(r"job (\d+)", said)[0])
+        output = launch(cluster, "submit", config, *shape, "--run-dir", str(path), *words).stdout
+        return cls(cluster, path, re.findall(r"job (\d+)", output)[0])
 
     @property
     def folder(self) -> Path:
@@ -144,10 +144,10 @@ class Run:
         """Returns the last line of the history once that says one of `what` happened."""
 
         def there() -> tuple[str, ...] | None:
-            told = self.history()
-            if told and told[-1][1] in FINAL and told[-1][1] not in what:
+            ends = self.history()
+            if ends and ends[-1][1] in FINAL and ends[-1][1] not in what:
                 raise AssertionError(f"expected {' or '.join(what)}, found:\n{self.story()}")
-            return told[-1] if told and told[-1][1] in what else None
+            return ends[-1] if ends and ends[-1][1] in what else None
 
         found: tuple[str, ...] = self.wait(there, limit_s, " or ".join(what))
         return found
@@ -162,8 +162,8 @@ class Run:
     def story(self) -> str:
         """Returns everything there is to know when a test failed."""
         logs = sorted((self.path / "logs").glob("*.log"))
-        told = [f"{file.name}:\n" + "\n".join(file.read_text(errors="replace").splitlines()[-12:]) for file in logs]
-        return "\n".join([str(self.cluster.job(self.job)), str(self.history()), *told])
+        tails = [f"{file.name}:\n" + "\n".join(file.read_text(errors="replace").splitlines()[-12:]) for file in logs]
+        return "\n".join([str(self.cluster.job(self.job)), str(self.history()), *tails])
 
     def restarts(self) -> int:
         """Returns how often SLURM has requeued the job."""

@@ -14,7 +14,7 @@ from tests.cluster.conf import Layout, hosts_file, slurm_conf
 LAYOUT = Layout(Path("/c"), "10.0.0.1", {"node1": "10.0.0.11", "node2": "10.0.0.12"}, 21000)
 
 
-def test_the_configuration_names_every_host_once_and_tells_what_was_asked() -> None:
+def test_the_configuration_names_every_host_once_and_has_what_was_asked() -> None:
     text = slurm_conf(LAYOUT)
     assert text.count("NodeName=node1 NodeAddr=10.0.0.11") == text.count("NodeName=node2 NodeAddr=10.0.0.12") == 1
     assert "ProctrackType=proctrack/linuxproc" in text and "preempt_send_user_signal" not in text
@@ -47,8 +47,8 @@ def test_a_cluster_leaves_nothing_behind_and_hosts_come_back(cgroup: Cluster) ->
         assert cluster.hosts["node3"].process is None
 
         def lost() -> bool:
-            told = cluster.run("sinfo", "-hN", "-p", "main", "-o", "%N %t").stdout.replace("*", "")
-            return "node2 down" in told and "node3 down" in told
+            states = cluster.run("sinfo", "-hN", "-p", "main", "-o", "%N %t").stdout.replace("*", "")
+            return "node2 down" in states and "node3 down" in states
 
         wait_until(lost, 60, "loss")
         assert "Slurmd shutdown completing" in (cluster.directory / "slurmd-node3.log").read_text()

@@ -94,15 +94,15 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(
         assert_identical(run.path, whole)
 
 
-def test_a_rank_that_raises_ends_the_run_at_the_second_time_with_its_words(
+def test_a_rank_that_raises_twice_ends_the_run_with_its_message(
     linuxproc: Cluster, config: str, tmp_path: Path
 ) -> None:
     words = (failing(tmp_path / "hook"), "checkpoint.every_steps=1000")
     run = Run.submit(linuxproc, config, tmp_path / "run", *words)
-    told = run.wait_for("failed")
+    end = run.wait_for("failed")
     cause = "rank 1 on node2: ValueError: the disk of this rank is on fire"
     assert [line[1] for line in run.history()] == ["crashed", "failed"]
-    assert told[3] == f"failed twice after the same checkpoint (step-00000000): {cause}"
+    assert end[3] == f"failed twice after the same checkpoint (step-00000000): {cause}"
     linuxproc.wait_for_job(run.job, "FAILED")
     assert cause in run.status() and "failed:" in run.status()
     wait_until(lambda: not leftovers(linuxproc), 30, "empty hosts")
@@ -111,8 +111,8 @@ def test_a_rank_that_raises_ends_the_run_at_the_second_time_with_its_words(
 def test_a_crash_budget_ends_what_fails_at_ever_new_steps(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
     words = (failing(tmp_path / "hook"), "job.max_crashes=1")
     run = Run.submit(linuxproc, config, tmp_path / "run", *words)
-    told = run.wait_for("failed")
-    assert told[3].startswith("2 crashes (job.max_crashes=1), the last one: rank 1 on node2: ValueError")
+    end = run.wait_for("failed")
+    assert end[3].startswith("2 crashes (job.max_crashes=1), the last one: rank 1 on node2: ValueError")
     steps = [line[2] for line in run.history()]
     assert len(set(steps)) == 2, steps
     assert run.restarts() == 1
@@ -131,12 +131,12 @@ def test_a_run_directory_that_nodes_do_not_share_is_named(linuxproc: Cluster, co
     first = linuxproc.directory / "private-node1"  # what the first node sees of it is all, what the second sees nothing
     shutil.copytree(private / "run", first / "run", symlinks=True)
     assert linuxproc.wait_for_job(run.job, "FAILED")["ExitCode"] == "2:0"
-    said = (first / "run" / "logs" / f"{run.job}-batch.log").read_text()
-    assert "node2 does not see" in said and "put runs on a file system that all nodes share (job.runs)" in said, said
+    log = (first / "run" / "logs" / f"{run.job}-batch.log").read_text()
+    assert "node2 does not see" in log and "put runs on a file system that all nodes share (job.runs)" in log, log
     assert json.loads((run.folder / "job.json").read_text())["job"] == run.job
 
 
-def test_a_run_directory_that_the_first_node_does_not_see_is_told_by_status(linuxproc: Cluster, config: str) -> None:
+def test_status_names_a_run_directory_that_the_first_node_does_not_see(linuxproc: Cluster, config: str) -> None:
     private = linuxproc.directory / "private"
     private.mkdir(exist_ok=True)
     run = Run.submit(linuxproc, config, private / "unseen", nodes=1)

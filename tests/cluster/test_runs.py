@@ -37,8 +37,8 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     logs = sorted(file.name for file in (run.path / "logs").glob("*-*-*-*.log"))
     job = run.job
     assert logs == [f"{job}-0-node1-0.log", f"{job}-0-node1-1.log", f"{job}-0-node2-2.log", f"{job}-0-node2-3.log"]
-    told = json.loads((run.folder / "attempts" / job / "0" / "rendezvous.json").read_text())
-    assert told["address"] == linuxproc.hosts["node1"].address and 10000 <= told["port"] < 32768
+    master = json.loads((run.folder / "attempts" / job / "0" / "rendezvous.json").read_text())
+    assert master["address"] == linuxproc.hosts["node1"].address and 10000 <= master["port"] < 32768
     # 20 steps of gradients of both networks crossed the bridge; SLURM's own talk is far less.
     assert all(sent(name) - before[name] > 2_000_000 for name in ("node1", "node2"))
     assert {file: file.stat().st_mtime_ns for file in (run.folder / "code").rglob("*")} == code
@@ -48,8 +48,8 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     assert launch(linuxproc, "logs", "--rank", "batch", str(run.path)).stdout.count("gan_dist: done") == 1
     time.sleep(1)
     following.terminate()
-    said, _ = following.communicate(timeout=20)
-    assert said.startswith(f"==> {logs[0]}\n") and "done: step 20" in said, said
+    output, _ = following.communicate(timeout=20)
+    assert output.startswith(f"==> {logs[0]}\n") and "done: step 20" in output, output
     # What sbatch was given is what --dry-run prints, and that is what is recorded.
     words = ["submit", config, "--dry-run", "slurm.nodes=2", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1"]
     dry = launch(linuxproc, *words, "slurm.time=10", "--run-dir", str(run.path)).stdout
@@ -83,7 +83,7 @@ def test_the_time_limit_saves_requeues_and_changes_no_bit(limited: Run, whole: P
     interrupted_once(limited, whole, "SIGUSR2")
 
 
-def test_a_save_that_overruns_the_time_limit_is_told_and_requeued(late: Run, whole: Path) -> None:
+def test_a_save_that_overruns_the_time_limit_is_reported_and_requeued(late: Run, whole: Path) -> None:
     late.wait_for("crashed", "done", limit_s=150)
     _, what, checkpoint, why, *_ = late.history()[0]
     assert (what, checkpoint) == ("crashed", "step-00000000"), late.story()
@@ -135,8 +135,8 @@ def test_a_plain_cancel_saves_does_not_requeue_and_leaves_no_process(
     run = Run.submit(either, config, tmp_path / "run")
     run.wait_for_step(20)
     launch(either, "cancel", str(run.path))
-    told = run.wait_for("cancelled", limit_s=40)
-    assert told[3] == "saved and stopped by SIGTERM" and run.events("stop")[0]["step"] >= 20
+    end = run.wait_for("cancelled", limit_s=40)
+    assert end[3] == "saved and stopped by SIGTERM" and run.events("stop")[0]["step"] >= 20
     assert either.wait_for_job(run.job, "CANCELLED")["Restarts"] == "0"
     wait_until(lambda: not leftovers(either), 30, "empty hosts")
     assert "cancelled: saved and stopped by SIGTERM" in run.status()
@@ -170,7 +170,9 @@ def test_stop_saves_and_ends_and_the_next_submission_goes_on(linuxproc: Cluster,
     run.wait_for_step(10)
     status = run.status()
     assert re.search(rf"job {run.job} \(train, 1 rank\(s\)\): RUNNING on node\d, \S+ left\n", status), status
-    assert re.search(r"\n  running step=\d+/\d+ .*images/s=\S+ loss_d=\S+ .*left=\S+, told \d+ s ago\n", status), status
+    assert re.search(r"\n  running step=\d+/\d+ .*images/s=\S+ loss_d=\S+ .*left=\S+, updated \d+ s ago\n", status), (
+        status
+    )
     launch(linuxproc, "stop", str(run.path))
     assert "stop" in run.wait_for("stopped", limit_s=40)[3]
     linuxproc.wait_for_job(run.job, "FAILED")  # with status 75: what waits for a finished run must not start
@@ -191,8 +193,8 @@ def test_a_job_that_waits_is_known_to_wait_and_taken_out_by_stop(
     again = launch(linuxproc, "submit", config, "--run-dir", str(run.path), check=False)
     assert again.returncode == 2 and f"has job {run.job} already (PENDING" in again.stderr, again.stderr
     silent = launch(linuxproc, "status", str(run.path), SLURM_CONF="/dev/null").stdout
-    assert f"job {run.job} (train, 2 rank(s)): not known: squeue said: " in silent, silent  # and not: ended
-    assert "was waiting; it is cancelled" in launch(linuxproc, "stop", str(run.path)).stdout
+    assert f"job {run.job} (train, 2 rank(s)): not known: squeue failed: " in silent, silent  # and not: ended
+    assert "was pending and is cancelled" in launch(linuxproc, "stop", str(run.path)).stdout
     linuxproc.wait_for_job(run.job, "CANCELLED")
     assert not (run.path / "stop").exists()
 
@@ -212,7 +214,7 @@ def test_code_edited_while_queued_changes_nothing(linuxproc: Cluster, config: st
         "6",
         "slurm.extra={begin: now+8}",
     )
-    with (checkout / "gan_dist" / "errors.py").open("a") as edited:
+    with (checkout / "gan_dist" / "utils" / "errors.py").open("a") as edited:
         edited.write("\nprint('this is the code as it was submitted')\n")
     launch(linuxproc, "submit", config, *words, cwd=checkout)
     for file in (checkout / "gan_dist").rglob("*.py"):

@@ -69,7 +69,7 @@ def test_one_element_killed_redoes_its_shards_only_and_training_follows(
     words = ["--source", str(paintings), "--prepare", "--resolution 32 --shard-samples 8 --max-reject-fraction 0.5"]
     env = f"job.env={{PYTHONPATH: {hook}}}"
     run = tmp_path / "run"
-    said = launch(
+    output = launch(
         linuxproc,
         "pipeline",
         str(tmp_path / "art.yaml"),
@@ -83,7 +83,7 @@ def test_one_element_killed_redoes_its_shards_only_and_training_follows(
         "--max-steps",
         "4",
     ).stdout
-    jobs = re.findall(r"job (\d+)", said)
+    jobs = re.findall(r"job (\d+)", output)
     assert len(jobs) == 3
     wait_until(lambda: (run / "grid.png").exists() and (run / "report.html").exists(), 2 * START_S, "pipeline's end")
     started = sorted(file.name for file in tmp_path.glob("started-*"))
@@ -117,7 +117,7 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
     first = hook(
         tmp_path / "hook", "gan_dist.data.prepare.images", slow, "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'"
     )
-    said = launch(
+    output = launch(
         linuxproc,
         *("prepare", str(paintings), str(mine), *options, "--tasks", "2", *ONE, first),
         SLURM_JOB_ID="1",  # from within another job
@@ -139,7 +139,7 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
         str(paintings),
     )
     sbatch(linuxproc, *words, *options)
-    job = re.findall(r"job (\d+)", said)[0]
+    job = re.findall(r"job (\d+)", output)[0]
     queued = linuxproc.job(f"{job}_0")
     assert queued["Partition"] == "high" and queued["TimeLimit"] == "00:05:00"
     wait_until(lambda: list(mine.glob("shard-*.tar")), START_S, "shard")
@@ -147,8 +147,10 @@ def test_arrays_prepare_the_same_dataset_with_and_without_the_launcher(
     wait_until(lambda: (mine / "manifest.json").exists() and (plain / "manifest.json").exists(), START_S, "manifests")
     assert (mine / "manifest.json").read_bytes() == (plain / "manifest.json").read_bytes()
     linuxproc.wait_for_job(job, "COMPLETED")
-    told = [file.read_text().split("\t")[1] for file in tmp_path.glob(f"mine.launch/launch/*/attempts/{job}_*/history")]
-    assert told == ["requeued", "requeued"]
+    outcomes = [
+        file.read_text().split("\t")[1] for file in tmp_path.glob(f"mine.launch/launch/*/attempts/{job}_*/history")
+    ]
+    assert outcomes == ["requeued", "requeued"]
     for dataset in (mine, plain):
         status = launch(linuxproc, "status", f"{dataset}.launch").stdout
         assert "(prepare, " in status and "no job of this run" not in status, status
@@ -190,7 +192,7 @@ def test_plain_sbatch_speaks_the_same_protocol_and_knows_the_same_run(
 SLOW = """
 write = module.save
 def slow(*words, **more):
-    if sys.modules["launch.job.signals"].STOP:
+    if sys.modules["__main__"].STOP:
         time.sleep(32)
     return write(*words, **more)
 module.save = slow
@@ -238,19 +240,19 @@ def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
     assert_identical(patient.path, robbed.path)
 
 
-def test_doctor_says_a_line_a_node_and_passes_refusals_on(linuxproc: Cluster, tmp_path: Path) -> None:
+def test_doctor_prints_a_row_for_each_node_and_passes_refusals_on(linuxproc: Cluster, tmp_path: Path) -> None:
     words = ("slurm.nodes=3", "slurm.cpus_per_task=1", "slurm.time=5", f"job.runs={tmp_path}")
-    said = launch(linuxproc, "doctor", *words).stdout
+    output = launch(linuxproc, "doctor", *words).stdout
     for name, host in linuxproc.hosts.items():
-        assert re.search(rf"^{name} .*torch .*net0 {host.address}", said, re.MULTILINE), said
-    assert "all-reduce and 10 steps over 3 rank(s): well" in said
+        assert re.search(rf"^{name} .*torch .*net0 {host.address}", output, re.MULTILINE), output
+    assert "all-reduce and 10 steps over 3 rank(s): ok" in output
     assert not list(tmp_path.iterdir())
     refused = launch(linuxproc, "doctor", *words, "slurm.partition=nowhere", check=False)
     assert refused.returncode == 2 and "invalid partition specified: nowhere" in refused.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_doctor_tells_of_a_node_that_tells_nothing(linuxproc: Cluster, tmp_path: Path) -> None:
+def test_doctor_names_a_node_that_reports_nothing(linuxproc: Cluster, tmp_path: Path) -> None:
     broken = """
         def diagnose():
             raise RuntimeError("the driver of this node is too old")
@@ -260,22 +262,22 @@ def test_doctor_tells_of_a_node_that_tells_nothing(linuxproc: Cluster, tmp_path:
     words = ("slurm.nodes=2", "slurm.cpus_per_task=1", "slurm.time=5", f"job.runs={tmp_path / 'runs'}")
     done = launch(linuxproc, "doctor", *words, sick, check=False)
     assert re.search(r"^node1 +ok .*torch ", done.stdout, re.MULTILINE), done.stdout
-    assert "\nnode2        look  no word, RuntimeError: the driver of this node is too old\n" in done.stdout
+    assert "\nnode2  problem  no report: RuntimeError: the driver of this node is too old\n" in done.stdout
     (home,) = (tmp_path / "runs").iterdir()
-    line = f"launch: 1 node(s) said nothing of themselves; logs in {home / 'logs'}\n"
+    line = f"launch: 1 node(s) reported nothing; logs in {home / 'logs'}\n"
     assert (done.returncode, done.stderr) == (1, line)
-    assert "Traceback" in (home / "logs" / "look-node2.log").read_text()
+    assert "Traceback" in (home / "logs" / "doctor-node2.log").read_text()
 
 
-def test_tensorboard_as_a_job_tells_the_way_to_it(linuxproc: Cluster, tmp_path: Path) -> None:
+def test_tensorboard_as_a_job_says_how_to_reach_it(linuxproc: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("slurm: {cpus_per_task: 1, time: 5, signal_lead_s: 30}")
     (tmp_path / "runs").mkdir()
-    said = launch(linuxproc, "tensorboard", str(tmp_path / "runs"), "--cluster", str(file)).stdout
-    job, port = re.findall(r"job (\d+)", said)[0], re.findall(r"-L (\d+):localhost:\1", said)
-    assert port and re.search(r"ssh -N -J root@\S+ -L \d+:localhost:\d+ root@node\d", said), said
-    assert "rsync -avzm" in said and "bind_all" not in said
-    host = linuxproc.hosts[re.findall(r"root@(node\d)", said)[0]]
+    output = launch(linuxproc, "tensorboard", str(tmp_path / "runs"), "--cluster", str(file)).stdout
+    job, port = re.findall(r"job (\d+)", output)[0], re.findall(r"-L (\d+):localhost:\1", output)
+    assert port and re.search(r"ssh -N -J root@\S+ -L \d+:localhost:\d+ root@node\d", output), output
+    assert "rsync -avzm" in output and "bind_all" not in output
+    host = linuxproc.hosts[re.findall(r"root@(node\d)", output)[0]]
     url = f"http://127.0.0.1:{port[0]}/data/environment"
     ask = ("nsenter", "-t", str(host.process and host.process.pid), "-n", sys.executable, "-c")
     code = f"import urllib.request; print(urllib.request.urlopen({url!r}, timeout=5).status)"
@@ -297,5 +299,5 @@ def test_local_trains_two_ranks_and_usr2_saves(config: str, tmp_path: Path) -> N
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_until(lambda: max(run.steps(), default=0) >= 10, START_S, "step 10")
     os.kill(process.pid, signal.SIGUSR2)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and "stopped by SIGUSR2" in said, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by SIGUSR2" in output, output

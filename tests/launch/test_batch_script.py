@@ -16,7 +16,7 @@ from gan_dist.utils.errors import UserError
 from launch import snapshot
 from launch.batch_script import Batch, batch_script, interpreter
 from launch.options import SlurmOptions, load_cluster, split_overrides
-from launch.submit import parent_of, refuse_another_game, training_batch
+from launch.submit import refuse_changes, resolve_parent, training_batch
 
 RECORDED = Path(__file__).parent / "recorded"
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_the_dry_run_prints_the_batch_script_and_makes_nothing(tmp_path: Path) -
     assert "#SBATCH --nodes=3\n" in done.stdout and not (tmp_path / "run").exists()
 
 
-def test_arrays_and_dependencies_are_told_in_the_header(tmp_path: Path) -> None:
+def test_arrays_and_dependencies_are_in_the_header(tmp_path: Path) -> None:
     batch = Batch("prepare", Path("/r"), Path("/r/launch/i"), Path("/c"), ("true",), array=8, after="12:13")
     text = batch_script(batch, load_cluster(None))
     assert "#SBATCH --array=0-7\n" in text and "#SBATCH --output=/r/logs/%A_%a-batch.log\n" in text
@@ -108,8 +108,8 @@ def test_times_mean_what_slurm_means(time: str | int, seconds: int) -> None:
         (["slurm.nodes=0"], "slurm.nodes: expected greater than or equal to 1, found 0"),
         (["slurm.time=tomorrow"], "slurm.time: expected minutes or [days-]hours:minutes:seconds, found 'tomorrow'"),
         (["slurm.time=1", "slurm.signal_lead_s=60"], "slurm.signal_lead_s: 60 s is all of slurm.time (60 s); lower it"),
-        (["slurm.gres=gpu:4", "slurm.gpus_per_node=4"], "slurm.gres: slurm.gpus_per_node asks for GPUs already"),
-        (["slurm.extra={requeue: true}"], "slurm.extra: requeue belongs to the protocol"),
+        (["slurm.gres=gpu:4", "slurm.gpus_per_node=4"], "slurm.gres: slurm.gpus_per_node requests GPUs already"),
+        (["slurm.extra={requeue: true}"], "slurm.extra: requeue is reserved for saving and requeueing"),
         (["slurm.time=1.5"], "slurm.time: expected minutes or [days-]hours:minutes:seconds, found 1.5"),
         (["slurm.time="], "slurm.time: expected minutes or [days-]hours:minutes:seconds, found None"),
         (["job.env={A: 1}"], "job.env.A: expected string, found 1"),
@@ -160,9 +160,9 @@ def test_paths_of_a_job_mean_what_they_mean_where_it_is_submitted(
     monkeypatch.delenv("RANK", raising=False)
     for name in ("wrapit", "image.sif", "exec"):
         (tmp_path / name).touch()
-    told = cluster_file(tmp_path, yaml.safe_dump({"job": {"python": python, "container": container}}))
-    found = interpreter(load_cluster(told), "/submits/python")
-    assert found == [word.replace("HERE", str(tmp_path)) for word in words]
+    file = cluster_file(tmp_path, yaml.safe_dump({"job": {"python": python, "container": container}}))
+    command = interpreter(load_cluster(file), "/submits/python")
+    assert command == [word.replace("HERE", str(tmp_path)) for word in words]
 
 
 def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_cluster_file_with_an_unknown_key_is_refused_by_name(tmp_path: Path) -
         load_cluster(tmp_path / "nowhere.yaml")
 
 
-def test_a_file_is_not_blamed_for_a_disagreement_with_what_was_said(tmp_path: Path) -> None:
+def test_a_file_is_not_blamed_for_an_override(tmp_path: Path) -> None:
     file = cluster_file(tmp_path, "slurm: {time: 9}")
     with pytest.raises(UserError, match=r"^slurm\.signal_lead_s: 600 s is all of slurm\.time \(540 s\); lower it, or"):
         load_cluster(file, ["slurm.signal_lead_s=600"])
@@ -182,7 +182,7 @@ def test_a_file_is_not_blamed_for_a_disagreement_with_what_was_said(tmp_path: Pa
         load_cluster(file, ["slurm.time=1"])
 
 
-def test_words_for_the_cluster_and_for_the_trainer_are_told_apart() -> None:
+def test_overrides_of_the_cluster_and_of_the_trainer_are_separated() -> None:
     words = ["slurm.nodes=4", "train.global_batch=256", "job.runs=/r", "seed=1", "slurm.tar"]
     theirs = ["train.global_batch=256", "seed=1", "slurm.tar"]
     assert split_overrides(words) == (["slurm.nodes=4", "job.runs=/r"], theirs)
@@ -274,7 +274,7 @@ def test_a_snapshot_holds_no_earlier_run_and_keeps_links(with_git: bool, tmp_pat
 
 
 def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "LARGEST_MIB", 1)
+    monkeypatch.setattr(snapshot, "MAX_MIB", 1)
     (tmp_path / "checkout").mkdir()
     (tmp_path / "checkout" / "train.zip").write_bytes(b"0" * 2**21)
     with pytest.raises(UserError, match=r"train\.zip most of all"):
@@ -284,25 +284,30 @@ def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: py
 def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:
     values = {"data": {"shards": str(tmp_path / "set")}}
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(values)))
-    refuse_another_game(tmp_path, load_config(values, ["train.epochs=99", "log.grid=4"]))
-    refuse_another_game(tmp_path / "nothing yet", load_config(values))
+    refuse_changes(tmp_path, load_config(values, ["train.epochs=99", "log.grid=4"]))
+    refuse_changes(tmp_path / "nothing yet", load_config(values))
     with pytest.raises(UserError, match=r"seed was 0, now 3; train.epochs was 30\.0, now 1"):
-        refuse_another_game(tmp_path, load_config(values, ["train.epochs=1", "seed=3"]))
+        refuse_changes(tmp_path, load_config(values, ["train.epochs=1", "seed=3"]))
 
 
-def test_a_parent_is_told_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parent_becomes_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere" / "old" / "checkpoints").mkdir(parents=True)
     cluster = load_cluster(None, ["job.runs=elsewhere"])
-    assert parent_of("old", cluster) == str(tmp_path / "elsewhere" / "old")
-    assert parent_of("old@7", cluster) == parent_of("elsewhere/old@7", cluster) == f"{tmp_path}/elsewhere/old@7"
-    assert parent_of(None, cluster) is None
+    assert resolve_parent("old", cluster) == str(tmp_path / "elsewhere" / "old")
+    assert (
+        resolve_parent("old@7", cluster) == resolve_parent("elsewhere/old@7", cluster) == f"{tmp_path}/elsewhere/old@7"
+    )
+    assert resolve_parent(None, cluster) is None
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["submit", "CONFIG", "--run-dir", "RUN"], "launch: sbatch is not on PATH: this is no machine that submits"),
+        (
+            ["submit", "CONFIG", "--run-dir", "RUN"],
+            "launch: sbatch is not on PATH: this machine cannot submit to SLURM",
+        ),
         (["pipeline", "CONFIG", "--run-dir", "RUN", "--source", "a"], "launch: sbatch is not on PATH"),
         (["doctor", "job.runs=nowhere"], "launch: sbatch is not on PATH"),
         (["submit", "CONFIG", "slurm.nods=2"], "launch: unknown key slurm.nods; did you mean slurm.nodes?"),
@@ -312,8 +317,8 @@ def test_a_parent_is_told_by_its_path(tmp_path: Path, monkeypatch: pytest.Monkey
         (["submit", "CONFIG", "--dry-run", "--from", ""], "launch: --from: expected RUN or RUN@STEP, found ''"),
         (["submit", "CONFIG", "--run-dir", "s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
         (["submit", "CONFIG", "job.runs=s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
-        (["submit", "CONFIG", "--name", "100%job"], "launch: HERE/runs/100%job: %j in a path means something else to"),
-        (["submit", "CONFIG", "--dry-run", "--name", "a%%j"], "launch: HERE/runs/a%%j: %j in a path means something"),
+        (["submit", "CONFIG", "--name", "100%job"], "launch: HERE/runs/100%job: %j in a path is a pattern to"),
+        (["submit", "CONFIG", "--dry-run", "--name", "a%%j"], "launch: HERE/runs/a%%j: %j in a path is a pattern to"),
         (["prepare", "a", "s3://b/x"], "launch: s3://b/x: expected a directory, found an address"),
         (["pipeline", "CONFIG", "--source", "a", "data.shards=s3://b/x"], "launch: s3://b/x: expected a directory"),
         (
@@ -347,8 +352,8 @@ def test_bad_usage_is_one_line_and_status_2(
     monkeypatch.setattr(sys, "argv", ["launch", *(files.get(word, word) for word in words)])
     with pytest.raises(SystemExit) as caught:
         main()
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert (
-        caught.value.code == 2 and told.startswith(line.replace("HERE", str(Path.cwd()))) and told.count("\n") == 1
-    ), told
+        caught.value.code == 2 and error.startswith(line.replace("HERE", str(Path.cwd()))) and error.count("\n") == 1
+    ), error
     assert not (tmp_path / "run").exists()

@@ -8,22 +8,35 @@ from pathlib import Path
 
 import pytest
 
-from launch import doctor as checkup
-from launch import slurm
+from launch import doctor, slurm
 from launch.options import load_cluster
 
 NODE = {"host": "n1", "torch": "torch 2", "device": "CPU", "interfaces": {"lo": "127.0.0.1"}, "findings": []}
 
 
-def test_nodes_that_left_no_word_are_told_by_their_last_line(tmp_path: Path) -> None:
+WARNING = {"topic": "gpu", "state": "warning", "found": "none", "advice": ""}
+PROBLEM = {"topic": "shm", "state": "problem", "found": "[red] 1 MiB", "advice": "ask for more"}
+
+
+def test_each_node_has_a_row_that_no_pipe_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
     (tmp_path / "logs").mkdir()
-    (tmp_path / "node-n1.json").write_text(json.dumps(NODE))
-    (tmp_path / "nodes").write_text("n[1-3]\n")
-    (tmp_path / "logs" / "look-n2.log").write_text("Traceback\nOSError: no libcuda\n\n")
-    seen, silent = checkup._looks(tmp_path, tmp_path)
-    assert [line.split()[:2] for line in seen] == [["n1", "ok"]]
-    nothing = f"n3           look  no word, nothing in {tmp_path / 'logs' / 'look-n3.log'}"
-    assert silent == ["n2           look  no word, OSError: no libcuda", nothing]
+    device = "a GPU with a very long name " * 9
+    for node in (NODE, NODE | {"host": "n22", "device": device.strip(), "findings": [PROBLEM, WARNING]}):
+        (tmp_path / f"node-{node['host']}.json").write_text(json.dumps(node))
+    (tmp_path / "nodes").write_text("n[1,3-4,22]\n")
+    (tmp_path / "logs" / "doctor-n3.log").write_text("Traceback\nOSError: no libcuda\n\n")
+    assert doctor._node_lines(tmp_path, tmp_path) == (
+        [
+            "n1   ok       torch 2, CPU",
+            f"n22  problem  torch 2, {device.strip()}",
+            "              shm: [red] 1 MiB; ask for more",
+            "              1 warning(s); run gan-dist doctor there to see them",
+            "n3   problem  no report: OSError: no libcuda",
+            f"n4   problem  no report: nothing in {tmp_path / 'logs' / 'doctor-n4.log'}",
+        ],
+        2,
+    )
 
 
 def test_a_doctor_that_is_interrupted_cancels_its_job_and_leaves_nothing(
@@ -31,12 +44,12 @@ def test_a_doctor_that_is_interrupted_cancels_its_job_and_leaves_nothing(
 ) -> None:
     asked: list[tuple[str, ...]] = []
     line = slurm.Queued("7", "RUNNING", "5:00", "n1", "", "")
-    monkeypatch.setattr(slurm, "need", lambda *programs: None)
+    monkeypatch.setattr(slurm, "require", lambda *programs: None)
     monkeypatch.setattr(slurm, "submit", lambda text: "7")
     monkeypatch.setattr(slurm, "queue", lambda jobs: [] if asked else [line])
-    monkeypatch.setattr(slurm, "ask", lambda *words: asked.append(words))
-    monkeypatch.setattr(checkup, "trial", lambda folder, ranks, gpus: folder / "trial.yaml")
-    lines = checkup.examine(tmp_path / "home", load_cluster(None), 60)
+    monkeypatch.setattr(slurm, "run", lambda *words: asked.append(words))
+    monkeypatch.setattr(doctor, "write_trial", lambda folder, ranks, gpus: folder / "trial.yaml")
+    lines = doctor.run_trial(tmp_path / "home", load_cluster(None), 60)
     assert [next(lines), next(lines)] == ["job 7 asks for 1 node(s), 1 rank(s); waiting for it", f"  {line}"]
     assert (tmp_path / "home").exists()
     assert isinstance(lines, Generator)

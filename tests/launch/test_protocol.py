@@ -112,7 +112,7 @@ def test_srun_ends_all_ranks_with_one_and_gives_each_its_processors(play: Play) 
     assert "SLURM_EXPORT_ENV=ALL" in (play.at / "environment").read_text().splitlines()
 
 
-def test_an_interpreter_that_a_node_does_not_have_is_told_before_ranks_start(play: Play) -> None:
+def test_an_interpreter_that_a_node_lacks_is_reported_before_ranks_start(play: Play) -> None:
     assert play.start("gan_dist_preflight no-such-python\ngan_dist_srun true").wait(30) == 2
     ((_, what, _, why),) = play.history()
     assert what == "failed" and why == "node2 cannot run no-such-python (job.python, job.container)"

@@ -10,10 +10,10 @@ import pytest
 
 from gan_dist.utils.errors import UserError
 from launch import slurm
-from launch.job.command import share_of
-from launch.status import all_runs, find_run, follow, logs_of, no_log, starts_of, status_lines
+from launch.job.command import options_of_element
+from launch.status import all_runs, attempts_of, find_run, follow, rank_logs, status_lines, why_no_log
 from launch.submit import Submission, submissions
-from launch.tensorboard import way_in
+from launch.tensorboard import how_to_reach
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def history(run: Path, number: int, job: str, *lines: str) -> None:
     (folder / "history").write_text("".join(line.replace(" | ", "\t") + "\n" for line in lines))
 
 
-def test_status_tells_restarts_and_the_last_word(run: Path) -> None:
+def test_status_shows_restarts_and_the_last_outcome(run: Path) -> None:
     history(run, 1, "7_0", "0 | done | - | ended well")
     history(
         run,
@@ -53,10 +53,10 @@ def test_status_tells_restarts_and_the_last_word(run: Path) -> None:
     assert "job 7 (prepare, 2 rank(s)): done: ended well" in text
     assert "job 8 (train, 2 rank(s)): failed: it broke" in text
     assert "2 restart(s); the last one: crashed at step-00000020: rank 1 on b: Killed" in text
-    assert [start.restart for start in starts_of(run, submissions(run)[1])] == [0, 1, 2]
+    assert [attempt.restart for attempt in attempts_of(run, submissions(run)[1])] == [0, 1, 2]
 
 
-def test_a_stage_that_could_not_run_is_told_why(run: Path) -> None:
+def test_status_shows_why_a_stage_could_not_run(run: Path) -> None:
     history(run, 1, "7_0", "0 | done | - | ended well")
     history(run, 1, "7_1", "0 | failed | - | no source at x.zip")
     text = "\n".join(status_lines(run))
@@ -64,21 +64,19 @@ def test_a_stage_that_could_not_run_is_told_why(run: Path) -> None:
     assert "job 7 (prepare, 2 rank(s)): failed: no source at x.zip" in text
 
 
-def test_a_job_that_nobody_remembers_is_told_as_such(run: Path) -> None:
-    assert "job 7 (prepare, 2 rank(s)): ended, without a last word; see" in "\n".join(status_lines(run))
+def test_status_of_a_job_that_slurm_has_forgotten(run: Path) -> None:
+    assert "job 7 (prepare, 2 rank(s)): ended, without a recorded outcome; see" in "\n".join(status_lines(run))
 
 
-def test_a_job_whose_first_node_could_not_begin_it_is_told_what_mends_that(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slurm, "ended", lambda job: "FAILED")
+def test_status_says_what_to_do_when_the_first_node_could_not_write(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "final_state", lambda job: "FAILED")
     (run / "logs" / "77-batch.log").touch()  # another job's
     line = f"FAILED before its script began: the first node could not write {run / 'logs'}; put runs on a file system"
     assert f"job 7 (prepare, 2 rank(s)): {line} that all nodes share (job.runs)" in "\n".join(status_lines(run))
     (run / "logs" / "7_1-batch.log").touch()
     (run / "launch" / "20261122-000000-abcdef" / "attempts" / "8").mkdir(parents=True)
     text = "\n".join(status_lines(run))
-    assert text.count("FAILED, without a last word; see") == 2, text
+    assert text.count("FAILED, without a recorded outcome; see") == 2, text
 
 
 def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) -> None:
@@ -86,10 +84,10 @@ def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) ->
     (logs / "8-batch.log").write_text("batch\n")
     (logs / "8-0-gpu-17-0.log").write_text("one\n")
     (logs / "8-0-gpu-17-10.log").write_text("other\n")
-    assert [file.name for file in logs_of(run, "0")] == ["8-0-gpu-17-0.log"]
-    assert [file.name for file in logs_of(run, "batch")] == ["8-batch.log"]
+    assert [file.name for file in rank_logs(run, "0")] == ["8-0-gpu-17-0.log"]
+    assert [file.name for file in rank_logs(run, "batch")] == ["8-batch.log"]
     seen = []
-    for text in follow(run, "0", every_s=0.01, over=2):
+    for text in follow(run, "0", every_s=0.01, limit_s=2):
         seen.append(text)
         if text == "one\n":
             (logs / "8-1-gpu-18-0.log").write_text("two\n")
@@ -98,10 +96,10 @@ def test_logs_are_found_by_rank_and_followed_into_the_next_restart(run: Path) ->
     assert seen == ["==> 8-0-gpu-17-0.log\n", "one\n", "==> 8-1-gpu-18-0.log\n", "two\n"]
 
 
-def test_why_there_is_no_log_is_told(run: Path, tmp_path: Path) -> None:
-    assert no_log(run, "1") == f"no log of rank 1 in {run / 'logs'} yet"
+def test_a_missing_log_is_explained(run: Path, tmp_path: Path) -> None:
+    assert why_no_log(run, "1") == f"no log of rank 1 in {run / 'logs'} yet"
     (tmp_path / "config.yaml").write_text("")
-    assert no_log(tmp_path, "0").startswith(f"{tmp_path} was not started as a job: what it said went to its terminal")
+    assert why_no_log(tmp_path, "0").startswith(f"{tmp_path} was not started as a job: its output went to a terminal")
 
 
 def test_a_run_that_was_never_submitted_is_refused(run: Path) -> None:
@@ -115,18 +113,18 @@ def test_a_run_that_was_never_submitted_is_refused(run: Path) -> None:
 
 
 def test_the_way_to_tensorboard_leads_through_the_login_node_and_warns() -> None:
-    job = "\n".join(way_in(Path("/scratch/my runs"), 6007, "node17", "login2", "ada"))
+    job = "\n".join(how_to_reach(Path("/scratch/my runs"), 6007, "node17", "login2", "ada"))
     assert "ssh -N -J ada@login2 -L 6007:localhost:6007 ada@node17" in job
     assert "ada@login2:'/scratch/my runs/' runs/" in job and "--include='report.html'" in job
     assert "no password" in job and "shared" not in job
-    here = "\n".join(way_in(Path("/r"), 6007, "login2", None, "ada"))
-    assert "ssh -N -L 6007:localhost:6007 ada@login2" in here and "others share" in here
+    here = "\n".join(how_to_reach(Path("/r"), 6007, "login2", None, "ada"))
+    assert "ssh -N -L 6007:localhost:6007 ada@login2" in here and "shared login node" in here
 
 
 def test_an_element_knows_its_part_and_its_processors() -> None:
     env = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
     env |= {"SLURM_ARRAY_TASK_MAX": "8", "SLURM_ARRAY_TASK_STEP": "1"}
-    assert share_of(["prepare", "a", "b"], env) == ["--task", "2/4"]
+    assert options_of_element(["prepare", "a", "b"], env) == ["--task", "2/4"]
     env["SLURM_CPUS_PER_TASK"] = "6"
-    assert share_of(["prepare", "a", "b"], env) == ["--task", "2/4", "--workers", "6"]
-    assert share_of(["prepare", "a", "b", "--workers=2"], env) == ["--task", "2/4"]
+    assert options_of_element(["prepare", "a", "b"], env) == ["--task", "2/4", "--workers", "6"]
+    assert options_of_element(["prepare", "a", "b", "--workers=2"], env) == ["--task", "2/4"]

@@ -21,10 +21,9 @@ from launch import slurm, snapshot, submit
 from launch.cli import pipeline, stop, tensorboard
 from launch.cli import submit as submit_command
 from launch.options import load_cluster
-from launch.stages import on_cpus, prepare_array, submit_pipeline
 from launch.status import all_runs
-from launch.submit import submissions, submit_training
-from launch.tensorboard import serve, small, way_in
+from launch.submit import on_cpus, prepare_array, submissions, submit_pipeline, submit_training
+from launch.tensorboard import how_to_reach, one_processor, serve
 
 
 @dataclass
@@ -36,20 +35,20 @@ class Slurm:
     def program(self, name: str, body: str) -> None:
         """Makes a program that writes its arguments down and then runs `body`, in this directory."""
         file = self.bin / name
-        file.write_text(f'#!/bin/bash\ncd {self.bin} && echo "$*" >>{name}.told\n{body}\n')
+        file.write_text(f'#!/bin/bash\ncd {self.bin} && echo "$*" >>{name}.calls\n{body}\n')
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
 
-    def told(self, name: str) -> list[str]:
+    def calls(self, name: str) -> list[str]:
         """Returns the arguments of each call of a program."""
-        file = self.bin / f"{name}.told"
+        file = self.bin / f"{name}.calls"
         return file.read_text().splitlines() if file.exists() else []
 
 
 SBATCH = """
-cat >script-$(wc -l <sbatch.told)
-env -0 >environment-$(wc -l <sbatch.told)
+cat >script-$(wc -l <sbatch.calls)
+env -0 >environment-$(wc -l <sbatch.calls)
 read -r _ _ _ _ _ session _ </proc/self/stat; echo $session >session
-echo "7$(wc -l <sbatch.told)"
+echo "7$(wc -l <sbatch.calls)"
 """
 
 
@@ -118,11 +117,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_job(
     fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    line = rf"^cannot write the submission: No space left on device \({run}\); nothing is queued, make room or"
+    line = rf"^cannot write the submission: No space left on device \({run}\); nothing is queued; free some space, or"
     with monkeypatch.context() as patch, pytest.raises(GanDistError, match=line):
         patch.setattr(snapshot, "take", full)
         submit_training(config, [], load_cluster(None), run)
-    assert not run.exists() and not fake.told("sbatch")
+    assert not run.exists() and not fake.calls("sbatch")
     monkeypatch.setattr(
         submit,
         "write_atomically",
@@ -130,7 +129,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_job(
     )
     with pytest.raises(GanDistError, match=line):
         submit_training(config, [], load_cluster(None), run)
-    assert not run.exists() and fake.told("scancel") == ["71"]
+    assert not run.exists() and fake.calls("scancel") == ["71"]
 
 
 def test_ctrl_c_in_the_moment_after_sbatch_takes_the_job_back(
@@ -142,7 +141,7 @@ def test_ctrl_c_in_the_moment_after_sbatch_takes_the_job_back(
     monkeypatch.setattr("submitit.core.utils.JobPaths.move_temporary_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit_training(config, [], load_cluster(None), tmp_path / "run")
-    assert fake.told("scancel") == ["71"] and not (tmp_path / "run").exists()
+    assert fake.calls("scancel") == ["71"] and not (tmp_path / "run").exists()
 
 
 INTERRUPTED = "kill -INT $PPID" + SBATCH
@@ -151,7 +150,7 @@ INTERRUPTED = "kill -INT $PPID" + SBATCH
 @pytest.fixture
 def attended() -> Iterator[None]:
     """Signals as a terminal's programs find them: one that nohup or `&` started is deaf to HUP or INT, and rightly."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in slurm.ENDING}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in slurm.INTERRUPTS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
@@ -167,7 +166,7 @@ def test_what_ends_a_submission_while_sbatch_works_takes_the_job_back(
     with pytest.raises(KeyboardInterrupt if name == "INT" else SystemExit) as left:
         submit_training(config, [], load_cluster(None), tmp_path / "run")
     assert name == "INT" or getattr(left.value, "code", 0) == 128 + signal.Signals[f"SIG{name}"]
-    assert set(fake.told("scancel")) == {"71"} and not (tmp_path / "run").exists()
+    assert set(fake.calls("scancel")) == {"71"} and not (tmp_path / "run").exists()
     assert int((fake.bin / "session").read_text()) != os.getsid(0)  # where a terminal's Ctrl-C does not reach
 
 
@@ -175,13 +174,13 @@ def test_ctrl_c_before_sbatch_is_asked_leaves_nothing(
     fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(root: Path) -> None:
-        assert not fake.told("sbatch")  # git may take its time: a job would be queued and in no book
+        assert not fake.calls("sbatch")  # git may take its time: a job would be queued and in no book
         raise KeyboardInterrupt
 
     monkeypatch.setattr(snapshot, "commit_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit_training(config, [], load_cluster(None), tmp_path / "run")
-    assert not fake.told("sbatch") and not (tmp_path / "run").exists()
+    assert not fake.calls("sbatch") and not (tmp_path / "run").exists()
 
 
 def test_sbatch_that_does_not_answer_is_one_line(
@@ -201,7 +200,7 @@ def test_a_submission_that_nohup_protects_is_made(fake: Slurm, config: str, tmp_
         submit_training(config, [], load_cluster(None), tmp_path / "run")
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert not fake.told("scancel") and (tmp_path / "run").exists()
+    assert not fake.calls("scancel") and (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("attended")
@@ -209,18 +208,18 @@ def test_a_submission_that_nohup_protects_is_made(fake: Slurm, config: str, tmp_
 def test_a_pipeline_that_cannot_be_submitted_whole_is_taken_back(
     fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: str
 ) -> None:
-    fake.program("sbatch", f"if (($(wc -l <sbatch.told) > 2)); then\n{third}\nfi\n{SBATCH}")
+    fake.program("sbatch", f"if (($(wc -l <sbatch.calls) > 2)); then\n{third}\nfi\n{SBATCH}")
     ask = slurm._sbatch
 
     def impatient_with_the_third(script: str) -> str:
-        if len(fake.told("sbatch")) == 2 and third.endswith("sleep 300"):
+        if len(fake.calls("sbatch")) == 2 and third.endswith("sleep 300"):
             monkeypatch.setattr(slurm, "SBATCH_S", 0.3)
         return ask(script)
 
     monkeypatch.setattr(slurm, "_sbatch", impatient_with_the_third)
     with pytest.raises((GanDistError, KeyboardInterrupt)):
         submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
-    assert [job for job in fake.told("scancel") if job != "73"] == ["71", "72"]
+    assert [job for job in fake.calls("scancel") if job != "73"] == ["71", "72"]
 
 
 def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, tmp_path: Path) -> None:
@@ -237,26 +236,24 @@ def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, 
         submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
     with pytest.raises(UserError, match=r"/set\.launch has job 71_0 already"):
         prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
-    assert len(fake.told("sbatch")) == 4
+    assert len(fake.calls("sbatch")) == 4
 
 
 def test_paths_that_slurm_would_read_as_patterns_are_refused(fake: Slurm, config: str, tmp_path: Path) -> None:
     for out in ("100%job", "%N"):
-        with pytest.raises(
-            UserError, match="in a path means something else to SLURM and Submitit; choose another name"
-        ):
+        with pytest.raises(UserError, match="in a path is a pattern to SLURM and Submitit; choose another name"):
             prepare_array(["a.zip"], tmp_path / out, 2, load_cluster(None))
     submit_training(config, [], load_cluster(None), tmp_path / "100% art")
-    assert len(fake.told("sbatch")) == 1 and not list(tmp_path.glob("*%[jN]*"))
+    assert len(fake.calls("sbatch")) == 1 and not list(tmp_path.glob("*%[jN]*"))
 
 
-def test_what_is_said_can_be_pasted(
+def test_printed_commands_can_be_pasted(
     fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit_command(config, run_dir=str(tmp_path / "my run"))
-    told = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    result = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[1:]]
     run = str(tmp_path / "my run")
-    assert told == [["python", "-m", "launch", "status", run], ["python", "-m", "launch", "logs", "-f", run]]
+    assert result == [["python", "-m", "launch", "status", run], ["python", "-m", "launch", "logs", "-f", run]]
     pipeline(config, source=["a.zip"], run_dir=str(tmp_path / "my pipe"), tasks=1)
     assert capsys.readouterr().out.endswith(f"launch status '{tmp_path / 'my pipe'}'\n")
     queue(fake, "71|RUNNING")
@@ -288,17 +285,17 @@ def test_stop_asks_training_and_cancels_what_does_not_train(
     beside, _ = prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
     queue(fake, "71_0|RUNNING", "71_1|PENDING")
     stop(str(beside))
-    assert capsys.readouterr().out == "job 71 (prepare) is cancelled; what it has finished is kept\n"
-    assert fake.told("scancel") == ["71"] and not (beside / "stop").exists()
+    assert capsys.readouterr().out == "job 71 (prepare) is cancelled; finished work is kept\n"
+    assert fake.calls("scancel") == ["71"] and not (beside / "stop").exists()
     fake.program("squeue", "")
     run = tmp_path / "run"
     submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), run)
     queue(fake, "72_0|RUNNING", "73|PENDING", "74|PENDING")
     stop(str(run))
-    assert fake.told("scancel")[1:] == ["74", "--state=PENDING 73", "72"] and not (run / "stop").exists()
+    assert fake.calls("scancel")[1:] == ["74", "--state=PENDING 73", "72"] and not (run / "stop").exists()
     queue(fake, "73|RUNNING", "74|PENDING")
     stop(str(run))
-    assert fake.told("scancel")[4:] == ["74"] and (run / "stop").exists()
+    assert fake.calls("scancel")[4:] == ["74"] and (run / "stop").exists()
     assert "job 73 is asked to save and end" in capsys.readouterr().out
 
 
@@ -307,24 +304,26 @@ def test_tensorboard_asks_for_little_of_what_training_asks_for() -> None:
     training = ["slurm.constraint=h100", "slurm.mem=200G", f"slurm.extra={extra}", "slurm.gres=gpu:4", "slurm.nodes=9"]
     cluster = load_cluster(None, [*training, "slurm.partition=gpu", "slurm.cpus_per_task=8", "slurm.qos=low"])
     open_keys = {"extra": {"exclude": "n7", "reservation": "art"}, "mem": None, "constraint": None, "gres": None}
-    told = small(cluster.slurm).model_dump()
-    assert open_keys.items() <= told.items() and (told["partition"], told["qos"]) == ("gpu", "low")
-    assert (told["nodes"], told["cpus_per_task"], told["tasks_per_node"], told["gpus_per_node"]) == (1, 1, 1, 0)
-    told = small(cluster.slurm, {"slurm.mem", "slurm.cpus_per_task", "slurm.extra"}).model_dump()
-    assert (told["mem"], told["cpus_per_task"], told["constraint"]) == ("200G", 8, None) and len(told["extra"]) == 5
+    result = one_processor(cluster.slurm).model_dump()
+    assert open_keys.items() <= result.items() and (result["partition"], result["qos"]) == ("gpu", "low")
+    assert (result["nodes"], result["cpus_per_task"], result["tasks_per_node"], result["gpus_per_node"]) == (1, 1, 1, 0)
+    result = one_processor(cluster.slurm, {"slurm.mem", "slurm.cpus_per_task", "slurm.extra"}).model_dump()
+    assert (result["mem"], result["cpus_per_task"], result["constraint"]) == ("200G", 8, None) and len(
+        result["extra"]
+    ) == 5
     assert on_cpus(cluster.slurm).extra.keys() == {"exclusive", "mem-per-cpu", "exclude", "reservation"}
 
 
-def test_tensorboard_as_a_job_tells_the_way_in_or_why_there_is_none(
+def test_tensorboard_as_a_job_says_how_to_reach_it_or_why_it_ended(
     fake: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs, file = tmp_path / "runs", tmp_path / "cluster.yaml"
     runs.mkdir()
     file.write_text("slurm: {partition: gpu}")
-    way = way_in(runs, 6007, "node1", "login", "ada")
-    said = "\n".join(["loading module", "gan_dist: start 0", "and another", *way, "TensorBoard 2.21 at ..."])
+    way = how_to_reach(runs, 6007, "node1", "login", "ada")
+    output = "\n".join(["loading module", "gan_dist: start 0", "and another", *way, "TensorBoard 2.21 at ..."])
     log = runs / ".tensorboard" / "logs" / "71-batch.log"
-    fake.program("squeue", f"echo '71|RUNNING|1:00|node1|(None)|N/A'; cat >{log} <<'EOF'\n{said}\nEOF")
+    fake.program("squeue", f"echo '71|RUNNING|1:00|node1|(None)|N/A'; cat >{log} <<'EOF'\n{output}\nEOF")
     tensorboard(str(runs), ["slurm.partition=cpu"], port=6007, cluster=str(file))
     assert capsys.readouterr().out.splitlines() == ["job 71; end it with: scancel 71", *way]
     script = (fake.bin / "script-1").read_text()
@@ -367,6 +366,6 @@ def test_an_ended_job_is_asked_for_wherever_it_may_be_known(
     fake.program("scontrol", scontrol)
     if sacct:
         fake.program("sacct", sacct)
-    assert slurm.ended("7") == state
-    assert fake.told("scontrol") == ["show job -o 7"]
-    assert fake.told("sacct") == ([] if state == "TIMEOUT" or not sacct else ["-nPX -o State -j 7"])
+    assert slurm.final_state("7") == state
+    assert fake.calls("scontrol") == ["show job -o 7"]
+    assert fake.calls("sacct") == ([] if state == "TIMEOUT" or not sacct else ["-nPX -o State -j 7"])

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from gan_dist.utils.errors import GanDistError, UserError
-from launch.job import addresses as rendezvous
+from launch.job import addresses
 from launch.job.addresses import (
-    addresses,
+    agree_on_master,
     choose_address,
     expand_hosts,
-    matching,
-    meet,
-    place_of,
+    interface_addresses,
+    matching_interfaces,
+    read_task,
     reserve_port,
-    route_to,
+    source_address,
 )
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
@@ -40,12 +40,12 @@ def test_host_lists_are_read_as_slurm_writes_them(text: str, names: list[str]) -
 
 
 def test_a_world_of_another_size_than_planned_is_refused() -> None:
-    assert place_of(SLURM, 4).rank == 2
+    assert read_task(SLURM, 4).rank == 2
     for env, planned in (({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None), (SLURM, 8)):
         with pytest.raises(GanDistError, match=r"SLURM started \d rank\(s\)"):
-            place_of(env, planned)
+            read_task(env, planned)
     with pytest.raises(UserError, match="not a task of a SLURM step"):
-        place_of({})
+        read_task({})
 
 
 def test_a_reserved_port_is_closed_to_others_and_open_to_the_store() -> None:
@@ -66,27 +66,27 @@ def test_a_reserved_port_is_closed_to_others_and_open_to_the_store() -> None:
         each.close()
 
 
-def test_ranks_hear_of_rank_0_and_say_so_when_they_do_not(tmp_path: Path) -> None:
+def test_ranks_find_the_address_of_rank_0_or_fail_with_a_reason(tmp_path: Path) -> None:
     alone = SLURM | {"SLURM_JOB_NODELIST": socket.gethostname(), "SLURMD_NODENAME": socket.gethostname()}
-    first, held = meet(place_of(alone | {"SLURM_PROCID": "0"}), tmp_path, alone, 5)
-    later, _ = meet(place_of(alone), tmp_path, alone, 5)
+    first, held = agree_on_master(read_task(alone | {"SLURM_PROCID": "0"}), tmp_path, alone, 5)
+    later, _ = agree_on_master(read_task(alone), tmp_path, alone, 5)
     assert first["MASTER_PORT"] == later["MASTER_PORT"] and later["RANK"] == "2" and first["MASTER_ADDR"] == "127.0.0.1"
     assert json.loads((tmp_path / "rendezvous.json").read_text())["port"] == int(first["MASTER_PORT"])
     held[0].close()
-    with pytest.raises(GanDistError, match=r"heard nothing of rank 0 .* on a file system that all nodes share"):
-        meet(place_of(alone), tmp_path / "elsewhere", alone, 0.3)
+    with pytest.raises(GanDistError, match=r"found no address of rank 0 .* on a file system that all nodes share"):
+        agree_on_master(read_task(alone), tmp_path / "elsewhere", alone, 0.3)
 
 
 def test_no_name_no_loopback(tmp_path: Path) -> None:
     two = SLURM | {"SLURM_JOB_NODELIST": "here,no-such-host.invalid", "SLURMD_NODENAME": "here"}
-    with pytest.raises(GanDistError, match=r"finds no way to no-such-host\.invalid"):
-        choose_address(place_of(two), {})
-    assert route_to("127.0.0.2") == "127.0.0.1" and addresses()["lo"] == "127.0.0.1"
-    assert choose_address(place_of(two), {"NCCL_SOCKET_IFNAME": "lo"}) == ("127.0.0.1", "lo")
+    with pytest.raises(GanDistError, match=r"finds no route to no-such-host\.invalid"):
+        choose_address(read_task(two), {})
+    assert source_address("127.0.0.2") == "127.0.0.1" and interface_addresses()["lo"] == "127.0.0.1"
+    assert choose_address(read_task(two), {"NCCL_SOCKET_IFNAME": "lo"}) == ("127.0.0.1", "lo")
     with pytest.raises(UserError, match="has no interface ib7; it has lo"):
-        choose_address(place_of(two), {"GLOO_SOCKET_IFNAME": "ib7"})
+        choose_address(read_task(two), {"GLOO_SOCKET_IFNAME": "ib7"})
     with pytest.raises(UserError, match=r"has no interface =l,ib; it has lo"):
-        choose_address(place_of(two), {"NCCL_SOCKET_IFNAME": "=l,ib"})
+        choose_address(read_task(two), {"NCCL_SOCKET_IFNAME": "=l,ib"})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_no_name_no_loopback(tmp_path: Path) -> None:
     ],
 )
 def test_an_interface_is_named_as_nccl_reads_it(wanted: str, names: list[str]) -> None:
-    assert matching(wanted, ["lo", "docker0", "eth10", "eth1", "ib0", "ib1"]) == names
+    assert matching_interfaces(wanted, ["lo", "docker0", "eth10", "eth1", "ib0", "ib1"]) == names
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_an_interface_is_named_as_nccl_reads_it(wanted: str, names: list[str]) -
         ({}, "net0"),
     ],
 )
-def test_gloo_is_told_the_whole_name_of_the_interface(
+def test_gloo_gets_the_whole_name_of_the_interface(
     env: dict[str, str], interface: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = {"lo": "127.0.0.1", "net0": "10.0.0.2", "ib0": "10.1.0.2"}
-    monkeypatch.setattr(rendezvous, "addresses", lambda: known)
-    monkeypatch.setattr(rendezvous, "route_to", lambda host: "10.0.0.2")
+    monkeypatch.setattr(addresses, "interface_addresses", lambda: known)
+    monkeypatch.setattr(addresses, "source_address", lambda host: "10.0.0.2")
     two = SLURM | {"SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "here,there", "SLURMD_NODENAME": "here"}
-    joined, held = meet(place_of(two), tmp_path, env, 1)
+    joined, held = agree_on_master(read_task(two), tmp_path, env, 1)
     held[0].close()
     assert joined.get("GLOO_SOCKET_IFNAME") == interface
     assert joined["MASTER_ADDR"] == known[interface or "ib0"]
@@ -137,7 +137,7 @@ def test_a_task_that_sees_its_own_gpu_only_uses_the_first(tmp_path: Path) -> Non
     alone = SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "3", "SLURM_JOB_NODELIST": "h", "SLURMD_NODENAME": "h"}
     for visible, index in (("2", "0"), ("0,1,2,3", "3")):
         env = alone | {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": "4"}
-        joined, held = meet(place_of(env), tmp_path, env, 1)
+        joined, held = agree_on_master(read_task(env), tmp_path, env, 1)
         assert joined["LOCAL_RANK"] == index
         held[0].close()
     assert os.environ.get("RANK") is None

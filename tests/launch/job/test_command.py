@@ -9,7 +9,7 @@ import pytest
 
 from gan_dist.utils.errors import UserError
 from launch.job import command
-from launch.job.command import share_of
+from launch.job.command import options_of_element
 from launch.job.rank import ATTEMPT
 
 
@@ -19,7 +19,7 @@ def element(number: int, count: int, first: int, last: int, step: int) -> dict[s
 
 
 def test_an_array_with_a_step_is_shared_out_evenly() -> None:
-    shares = [share_of(["prepare"], element(number, 4, 1, 10, 3)) for number in (1, 4, 7, 10)]
+    shares = [options_of_element(["prepare"], element(number, 4, 1, 10, 3)) for number in (1, 4, 7, 10)]
     assert shares == [["--task", f"{part}/4"] for part in range(4)]
 
 
@@ -30,7 +30,7 @@ def test_an_array_with_gaps_is_refused_in_one_line(
     with pytest.raises(
         UserError, match=r"^expected an array without gaps, found 3 elements from \d to \d; submit it with"
     ):
-        share_of(["prepare"], env)
+        options_of_element(["prepare"], env)
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv(ATTEMPT, str(tmp_path))

@@ -12,7 +12,7 @@ import pytest
 from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.stop import Cancelled
 from launch.job import rank
-from launch.job.signals import STOP
+from launch.job.rank import STOP
 from launch.job.torchrun import verdict
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +32,7 @@ def words_of(error: GanDistError, attempt: Path, monkeypatch: pytest.MonkeyPatch
     """Returns (the status of a rank that raises `error`, the words that it left by file)."""
     for key, value in {rank.ATTEMPT: str(attempt), "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(rank, "deafen", lambda: None)
+    monkeypatch.setattr(rank, "ignore_signals", lambda: None)
     monkeypatch.setattr(Failing, "error", error, raising=False)
     status = Failing("config", (), "run").run()
     return status, {file.name: file.read_text() for file in attempt.iterdir()}
@@ -42,8 +42,8 @@ def test_a_stop_before_there_was_anything_to_save_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(STOP, "reason", "SIGUSR2")
-    told = {"stopped": "requeue SIGUSR2, while data were fetched\n"}
-    assert words_of(Cancelled("stopped by SIGUSR2"), tmp_path, monkeypatch) == (0, told)
+    files = {"stopped": "requeue SIGUSR2, while data were fetched\n"}
+    assert words_of(Cancelled("stopped by SIGUSR2"), tmp_path, monkeypatch) == (0, files)
     assert verdict(tmp_path, 0) == 75
     (tmp_path / "stopped").unlink()
     elsewhere = Cancelled("stopped by SIGUSR2")
@@ -51,13 +51,13 @@ def test_a_stop_before_there_was_anything_to_save_is_no_failure(
     assert words_of(elsewhere, tmp_path, monkeypatch) == (0, {})
 
 
-def test_a_failure_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, words = words_of(GanDistError("no\nroom"), tmp_path, monkeypatch)
     assert status == 1 and words["failed-0"].split("\t")[1:4] == ["1", "error", "0"]
     assert words["failed-0"].endswith("\tno room\n") and list(words) == ["failed-0"]
 
 
-def test_arguments_that_no_retry_mends_are_told_as_such(tmp_path: Path) -> None:
+def test_wrong_arguments_are_reported_as_bad_usage(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch.job.rank", "train", "small.yaml", "--max-steeps", "3", "--run-dir", "run"],
         env={**os.environ, rank.ATTEMPT: str(tmp_path), "SLURM_PROCID": "3"},
@@ -67,6 +67,6 @@ def test_arguments_that_no_retry_mends_are_told_as_such(tmp_path: Path) -> None:
         check=False,
         cwd=ROOT,
     )
-    said = "unrecognized arguments: --max-steeps 3; expected the words of `gan-dist train`"
-    assert done.returncode == 2 and done.stderr == f"gan-dist: {said}\n"
+    message = "unrecognized arguments: --max-steeps 3; expected the arguments of `gan-dist train`"
+    assert done.returncode == 2 and done.stderr == f"gan-dist: {message}\n"
     assert (tmp_path / "failed-3").read_text().split("\t")[1:4] == ["2", "error", "3"]

@@ -29,7 +29,7 @@ def test_what_is_refused_is_one_line_however_many_ranks_refuse_it(dataset: Path,
     config = config_file(dataset, tmp_path)
     refused = local(config, "--ranks", 2, "--run-dir", tmp_path / "run", "model.resolution=256", "slurm.nodes=2")
     note, line = refused.stderr.splitlines()
-    assert note == "note: slurm.nodes=2 is for jobs and changes nothing here; --ranks says how many"
+    assert note == "note: slurm.nodes=2 is for jobs and has no effect here; use --ranks"
     assert refused.returncode == 2 and line.startswith("gan-dist: model.resolution is 256, but"), refused.stderr
     again = local(config, "--ranks", 2, "--run-dir", tmp_path / "run", "train.epochs=x")
     assert again.returncode == 2 and again.stderr == "launch: train.epochs: expected number, found 'x'\n"
@@ -47,6 +47,6 @@ def test_a_stop_while_data_are_fetched_is_a_stop(dataset: Path, tmp_path: Path) 
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_until((tmp_path / "here").exists, 250, "fetching")
     os.kill(process.pid, signal.SIGUSR2)
-    said, _ = process.communicate(timeout=250)
-    assert process.returncode == 75 and said.count("stopped by SIGUSR2 while data were fetched") == 1, said
-    assert "Traceback" not in said, said
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 75 and output.count("stopped by SIGUSR2 while data were fetched") == 1, output
+    assert "Traceback" not in output, output
