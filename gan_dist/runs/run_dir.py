@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gan_dist.config.diff import FIXED_FROM, changes, continuation, flatten
-from gan_dist.config.schema import Config, load_config, to_yaml
 from gan_dist.runs.checkpoint import Loaded, find, load_newest
 from gan_dist.runs.naming import run_and_step
 from gan_dist.utils.errors import UserError
@@ -35,7 +34,7 @@ class Start:
 
 def prepare_start(
     run_dir: Path,
-    config: Config,
+    config: Mapping[str, Any],
     dataset: str,
     *,
     from_run: str | None = None,
@@ -68,10 +67,10 @@ def prepare_start(
     notes += [f"passed over {line}" for line in loaded.skipped]
     if (stored_set := loaded.manifest.get("dataset")) not in (None, dataset):
         raise UserError(
-            f"{run_dir} was trained on the dataset with manifest {str(stored_set)[:12]}, but {config.data.shards} has "
-            f"{dataset[:12]}; name the same dataset, or start a new run: {_new_run(run_dir, command)}"
+            f"{run_dir} was trained on the dataset with manifest {str(stored_set)[:12]}, but {config['data']['shards']} "
+            f"has {dataset[:12]}; name the same dataset, or start a new run: {_new_run(run_dir, command)}"
         )
-    refused, changed = continuation(loaded.state["config"], config.to_dict())
+    refused, changed = continuation(loaded.state["config"], config)
     if refused:
         raise UserError(
             f"{run_dir} holds a run with another configuration ({'; '.join(refused)}); "
@@ -84,10 +83,10 @@ def _parent_name(parent: Loaded | None) -> str | None:
     return f"{parent.path.parent.parent}@{parent.step}" if parent else None
 
 
-def find_parent(from_run: str, config: Config) -> Loaded:
+def find_parent(from_run: str, config: Mapping[str, Any]) -> Loaded:
     """Returns the checkpoint that `RUN[@STEP]` names, whose networks must have the shapes that `config` asks for."""
     parent = find(*run_and_step(from_run))
-    for key, (old, new) in changes(parent.state["config"], config.to_dict()).items():
+    for key, (old, new) in changes(parent.state["config"], config).items():
         if key.startswith(FIXED_FROM) and key != "model.init_std":
             raise UserError(
                 f"--from {from_run}: {key} is {old} there and {new} here; the networks' shapes must be equal"
@@ -102,7 +101,7 @@ def _new_run(run_dir: Path, command: Sequence[str]) -> str:
     return f"{shlex.join(words)} --run-dir {shlex.quote(str(run_dir.with_name(f'{run_dir.name}-{number}')))}"
 
 
-def write_start(run_dir: Path, config: Config, facts: Mapping[str, Any]) -> None:
+def write_start(run_dir: Path, config_yaml: str, facts: Mapping[str, Any]) -> None:
     """Makes the run directory and writes its config.yaml and environment.json, each whole or not at all.
 
     Raises UserError when the directory cannot be made or written.
@@ -110,15 +109,10 @@ def write_start(run_dir: Path, config: Config, facts: Mapping[str, Any]) -> None
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run_dir / "samples").mkdir(exist_ok=True)
-        write_atomically(run_dir / "config.yaml", to_yaml(config).encode())
+        write_atomically(run_dir / "config.yaml", config_yaml.encode())
         write_atomically(run_dir / "environment.json", (json.dumps(facts, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
-
-
-def read_config(run_dir: Path) -> Config:
-    """Returns the configuration that a run directory holds."""
-    return load_config(run_dir / "config.yaml")
 
 
 def resolved_changes(run_dir: Path, resolved: Mapping[str, Any]) -> list[str]:

@@ -156,7 +156,9 @@ def open_run(
 
                 # The directory is this trainer's alone, and holds nothing or an earlier part of the same run.
                 def check() -> Start:
-                    start = prepare_start(directory, settings, dataset.identity, from_run=from_run, command=command)
+                    start = prepare_start(
+                        directory, settings.to_dict(), dataset.identity, from_run=from_run, command=command
+                    )
                     return replace(start, notes=(*warnings, *start.notes))
 
                 log = print if verbosity is not None else lambda line: None
@@ -214,7 +216,7 @@ def build_run(
     facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
     notes = [*start.notes, *([] if start.fresh else resolved_changes(directory, resolved))]
     world.from_first(lambda: check_disk(directory, update.snapshot()))
-    world.from_first(lambda: write_start(directory, config, facts))
+    world.from_first(lambda: write_start(directory, to_yaml(config), facts))
 
     with ExitStack() as closing:
         # What it logs, what it saves, what it learns from: each is closed before those above it.
