@@ -67,8 +67,9 @@ def prepare_start(
     notes += [f"passed over {line}" for line in loaded.skipped]
     if (stored_set := loaded.manifest.get("dataset")) not in (None, dataset):
         raise UserError(
-            f"{run_dir} was trained on the dataset with manifest {str(stored_set)[:12]}, but {config['data']['shards']} "
-            f"has {dataset[:12]}; name the same dataset, or start a new run: {_new_run(run_dir, command)}"
+            f"{run_dir} was trained on the dataset with manifest {str(stored_set)[:12]}, but "
+            f"{config['data']['shards']} has {dataset[:12]}; name the same dataset, or start a new run: "
+            f"{_new_run(run_dir, command)}"
         )
     refused, changed = continuation(loaded.state["config"], config)
     if refused:
