@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.files import write_atomically
@@ -142,14 +141,15 @@ def _node_lines(home: Path, folder: Path) -> tuple[list[str], int]:
         log = home / "logs" / f"doctor-{host}.log"
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         last = next((line.strip() for line in reversed(lines) if line.strip()), f"nothing in {log}")
-        table.add_row(host, "problem", Text(f"no report: {last}"))
-    console = Console(width=None if sys.stdout.isatty() else 100_000)  # a file or a pipe gets whole lines
+        table.add_row(host, "problem", f"no report: {last}")
+    # A file or a pipe gets whole lines.
+    console = Console(width=None if sys.stdout.isatty() else 100_000, markup=False, highlight=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return [line.rstrip() for line in capture.get().splitlines()], len(silent)
 
 
-def _summary(report: dict[str, Any]) -> tuple[str, Text]:
+def _summary(report: dict[str, Any]) -> tuple[str, str]:
     """Returns (ok or problem, the node's doctor's report: one line, and one more for each problem)."""
     findings = report["findings"]
     bad = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in findings if f["state"] == "problem"]
@@ -157,7 +157,7 @@ def _summary(report: dict[str, Any]) -> tuple[str, Text]:
     bad += [f"{warnings} warning(s); run gan-dist doctor there to see them"] * (warnings > 0)
     interfaces = [f"{name} {address}" for name, address in report["interfaces"].items() if name != "lo"]
     lines = [", ".join([report["torch"], report["device"], *interfaces]), *bad]
-    return "problem" if bad else "ok", Text("\n".join(lines))
+    return "problem" if bad else "ok", "\n".join(lines)
 
 
 def main() -> None:
