@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from gan_dist.runs import lease
 from gan_dist.runs.lease import Holder, Lease, LeaseLost
 from gan_dist.utils.errors import UserError
+from tests.helpers.ranks import run_ranks
 
 TERM = 2.0
 """Seconds: an owner that renews four times in them is not taken for dead on any machine that these tests can use."""
@@ -50,10 +51,14 @@ def test_a_second_trainer_is_refused_while_the_first_renews(tmp_path: Path) -> N
     first.release()
 
 
+def take_and_die(rank: int, folder: str) -> None:
+    Lease.take(Path(folder))
+    os._exit(9)
+
+
 def test_a_dead_process_of_this_host_is_replaced_at_once(tmp_path: Path) -> None:
-    take = f"Lease.take(Path({str(tmp_path)!r}))"
-    code = f"import os; from pathlib import Path; from gan_dist.runs.lease import Lease; {take}; os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    with pytest.raises(ProcessExitedException, match="exit code 9"):
+        run_ranks(1, take_and_die, str(tmp_path))
     assert (tmp_path / "lease").exists()
     held = Lease.take(tmp_path, term_s=FOREVER)
     assert json.loads((tmp_path / "lease").read_text())["fence"] == 2

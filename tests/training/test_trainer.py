@@ -85,13 +85,15 @@ def test_a_lost_game_ends_and_names_its_last_checkpoint(dataset: Path, tmp_path:
     assert all(torch.isfinite(tensor).all() for tensor in flat(final_state(run)).values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGUSR2, pytest.param(signal.SIGTERM, marks=pytest.mark.chaos)]
+)
 def test_signals_finish_the_step_save_and_exit_75(dataset: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = cli("train", config_file(dataset, tmp_path), "--run-dir", str(run))
     wait_for_step(run, 3)
     process.send_signal(number)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate()
     assert process.returncode == 75, text
     assert f"stopped by {number.name}" in text and "Traceback" not in text
     assert find(run).step >= 3
@@ -112,32 +114,34 @@ def test_killed_and_run_again_it_continues_bit_exactly(dataset: Path, tmp_path: 
     assert_identical(tmp_path / "killed", tmp_path / "whole")
 
 
-CASES = [(loss, d_steps) for loss in ("minimax", "non_saturating") for d_steps in (1, 2)]
+CASES = [("minimax", 2), ("non_saturating", 1)]  # all four, update by update: test_equivalence.py
 
 
-def train_cases(rank: int, size: int, dataset: str, out: str, sync: bool) -> None:
-    """Trains every case for three steps in float64 as one of `size` ranks."""
-    import torch.distributed as dist
-
-    # One process group for all cases: each call of train joins the one that is there.
-    dist.init_process_group("gloo")
+def train_cases(dataset: str, out: Path, sync: bool = True) -> None:
+    """Trains every case for three steps in float64."""
     for loss, d_steps in CASES:
         words = [f"loss.name={loss}", f"optim.d_steps={d_steps}", "train.precision=fp64", "loss.real_target=0.9"]
-        words += ["train.global_batch=7", f"train.sync_batchnorm={'true' if sync else 'false'}"]
-        run = Path(out) / f"{loss}-{d_steps}-{size}{'' if sync else '-local'}"
-        train(small(Path(dataset)), words, run_dir=run, max_steps=3, console=False)
+        words += ["train.global_batch=7", f"train.sync_batchnorm={str(sync).lower()}"]
+        train(small(Path(dataset)), words, run_dir=out / f"{loss}-{d_steps}", max_steps=3, console=False)
+
+
+def train_as_one_of_two(rank: int, dataset: str, out: str) -> None:
+    import torch.distributed as dist
+
+    # One process group for all runs: each call of train joins the one that is there.
+    dist.init_process_group("gloo")
+    train_cases(dataset, Path(out) / "two")
+    train_cases(dataset, Path(out) / "local", sync=False)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_ranks_play_the_game_of_one_and_local_batchnorm_does_not(dataset: Path, tmp_path: Path) -> None:
-    run_ranks(1, train_cases, 1, str(dataset), str(tmp_path), True)
-    run_ranks(2, train_cases, 2, str(dataset), str(tmp_path), True)
-    run_ranks(2, train_cases, 2, str(dataset), str(tmp_path), False)
-    for loss, d_steps in CASES:
-        case = f"{loss}-{d_steps}"
-        assert worst_difference(tmp_path / f"{case}-1", tmp_path / f"{case}-2") < 1e-9, case
-        assert worst_difference(tmp_path / f"{case}-1", tmp_path / f"{case}-2-local") > 1e-6, case
+    train_cases(str(dataset), tmp_path / "one")
+    run_ranks(2, train_as_one_of_two, str(dataset), str(tmp_path))
+    for case in (f"{loss}-{d_steps}" for loss, d_steps in CASES):
+        assert worst_difference(tmp_path / "one" / case, tmp_path / "two" / case) < 1e-9, case
+        assert worst_difference(tmp_path / "one" / case, tmp_path / "local" / case) > 1e-6, case
 
 
 def test_torchrun_joins_its_ranks(dataset: Path, tmp_path: Path) -> None:
@@ -147,7 +151,6 @@ def test_torchrun_joins_its_ranks(dataset: Path, tmp_path: Path) -> None:
         [sys.executable, "-m", "torch.distributed.run", *words, "--run-dir", str(run), "--max-steps", "3"],
         capture_output=True,
         text=True,
-        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -219,16 +222,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(dataset: Path, tmp_path: Path)
     assert "holds no run" in refusal(run_dir=tmp_path / "full")
 
 
+def train_on_too_little(rank: int, dataset: str, run: str) -> None:
+    with pytest.raises(UserError, match=r"2 ranks, but train\.global_batch is 1: each rank needs an image") as caught:
+        train(small(Path(dataset)), ["train.global_batch=1"], run_dir=run)
+    assert caught.value.reported_elsewhere == (rank != 0), "one line, not one a rank"
+
+
 def test_more_ranks_than_images_is_refused_by_name(dataset: Path, tmp_path: Path) -> None:
-    words = ["--standalone", "--nproc-per-node", "2", "-m", "gan_dist", "train", config_file(dataset, tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words, "train.global_batch=1", "--run-dir", "run"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("2 ranks, but train.global_batch is 1") == 1
+    run_ranks(2, train_on_too_little, str(dataset), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
