@@ -109,7 +109,7 @@ def bench_step(
     from gan_dist.bench.step import SWEEP
     from gan_dist.bench.step import bench_step as measure
     from gan_dist.distributed.world import join
-    from gan_dist.training.runner import torch_settings
+    from gan_dist.training.torch_settings import torch_settings
 
     batches = batch or (list(SWEEP) if sweep else [128])
     if threads is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gan_dist.config.diff import flatten
-from gan_dist.config.schema import Config, load_config, to_yaml
+from gan_dist.config.schema import Config, to_yaml
 from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
 from gan_dist.data.remote.fetch import redacted
@@ -29,7 +29,6 @@ from gan_dist.distributed.world import World, join
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.runs.checkpoint import check_disk
 from gan_dist.runs.lease import Lease, claim
-from gan_dist.runs.naming import choose_run_dir
 from gan_dist.runs.run_dir import Start, prepare_start, resolved_changes, write_start
 from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
@@ -37,8 +36,9 @@ from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.control import StopWatcher
 from gan_dist.training.evaluator import Examiner
 from gan_dist.training.optim import EMA
-from gan_dist.training.runner import Runner, make_runner, resolve_precision, torch_settings
+from gan_dist.training.runner import Runner, make_runner, resolve_precision
 from gan_dist.training.statistics import StepStatistics
+from gan_dist.training.torch_settings import torch_settings
 from gan_dist.training.update import Precision, Update
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
@@ -117,57 +117,53 @@ class Run:
 
 @contextmanager
 def open_run(
-    config: str | Path | Mapping[str, Any] | Config,
-    overrides: Sequence[str] = (),
+    config: Config,
+    directory: Path,
     *,
-    name: str | None = None,
-    run_dir: str | Path | None = None,
-    from_run: str | None = None,
-    max_steps: int | None = None,
-    stop: StopRequest | None = None,
-    verbosity: int | None = 0,
-    command: Sequence[str] = (),
+    from_run: str | None,
+    max_steps: int | None,
+    stop: StopRequest,
+    verbosity: int | None,
+    command: Sequence[str],
 ) -> Iterator[Run]:
     """Yields the run that `trainer.train` is asked for, ready for its next step; leaves nothing running behind it.
 
     Arguments as those of `train`; verbosity None prints nothing. A collective: under torchrun every rank calls it.
     Raises UserError for bad input, before anything is written, and GanDistError for failures of one line.
     """
-    settings, directory = load_config(config, overrides), choose_run_dir(config, name, run_dir)
-    stop = stop if stop is not None else StopRequest()
     if max_steps is not None and max_steps < 1:
         raise UserError(f"--max-steps: expected 1 or more, found {max_steps}")
-    if settings.train.threads is not None:
-        torch.set_num_threads(settings.train.threads)
-    limits = settings.dist
-    with join(settings.train.device, limits.backend, limits.init_timeout_s, limits.timeout_s) as world:
-        world.together(lambda: check_ranks(world.size, settings.train.global_batch))
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    limits = config.dist
+    with join(config.train.device, limits.backend, limits.init_timeout_s, limits.timeout_s) as world:
+        world.together(lambda: check_ranks(world.size, config.train.global_batch))
         try:
             with ExitStack() as opened:
                 opened.enter_context(naming_lost_ranks(world, directory))
-                opened.enter_context(torch_settings(world.device, settings.train.deterministic))
-                dataset, placement = open_for_training(settings, world, stop, verbosity)
+                opened.enter_context(torch_settings(world.device, config.train.deterministic))
+                dataset, placement = open_for_training(config, world, stop, verbosity)
                 opened.enter_context(dataset)
 
                 # All ranks do the same: where a dataset lies may differ between hosts, what is asked may not.
-                task = {**flatten(settings.to_dict()), "--max-steps": max_steps}
+                task = {**flatten(config.to_dict()), "--max-steps": max_steps}
                 del task["data.shards"], task["data.cache_dir"]
                 warnings = preflight(world, dataset.identity, task)
 
                 # The directory is this trainer's alone, and holds nothing or an earlier part of the same run.
                 def check() -> Start:
                     start = prepare_start(
-                        directory, settings.to_dict(), dataset.identity, from_run=from_run, command=command
+                        directory, config.to_dict(), dataset.identity, from_run=from_run, command=command
                     )
                     return replace(start, notes=(*warnings, *start.notes))
 
                 log = print if verbosity is not None else lambda line: None
                 start, lease = opened.enter_context(claim(directory, world, check, log))
                 yield opened.enter_context(
-                    build_run(settings, world, dataset, placement, directory, start, lease, max_steps, stop, verbosity)
+                    build_run(config, world, dataset, placement, directory, start, lease, max_steps, stop, verbosity)
                 )
         except (RuntimeError, MemoryError) as error:
-            if line := out_of_memory(error, settings.train.global_batch, world.size):
+            if line := out_of_memory(error, config.train.global_batch, world.size):
                 raise line from error
             raise
 

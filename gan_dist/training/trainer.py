@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from gan_dist.config.schema import Config, presets
+from gan_dist.config.schema import Config, load_config, presets
 from gan_dist.data.dataset import gather
 from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.report.report import make_report
+from gan_dist.runs.naming import choose_run_dir
 from gan_dist.training.control import ControlReader, ControlRing, Decision
 from gan_dist.training.setup import Run, open_run
 from gan_dist.training.update import draw_flips, draw_latents
@@ -57,13 +58,11 @@ def train(
     Raises UserError for bad input (nothing is then half-written) and GanDistError for failures of one line.
     """
     with open_run(
-        config,
-        overrides,
-        name=name,
-        run_dir=run_dir,
+        load_config(config, overrides),
+        choose_run_dir(config, name, run_dir),
         from_run=from_run,
         max_steps=max_steps,
-        stop=stop,
+        stop=stop if stop is not None else StopRequest(),
         verbosity=verbosity if console else None,
         command=command,
     ) as run:

@@ -25,7 +25,8 @@ from torch import nn
 
 from gan_dist.bench.step import build, machine_limits, work
 from gan_dist.distributed.world import World
-from gan_dist.training.runner import make_runner, resolve_precision, torch_settings
+from gan_dist.training.runner import make_runner, resolve_precision
+from gan_dist.training.torch_settings import torch_settings
 
 
 def tutorial_step(batch: int, device: torch.device) -> Callable[[], object]:

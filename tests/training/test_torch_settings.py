@@ -14,7 +14,7 @@ import torch
 
 from gan_dist.config.schema import load_config
 from gan_dist.training import setup, trainer
-from gan_dist.training.runner import torch_settings
+from gan_dist.training.torch_settings import torch_settings
 from tests.helpers.games import CPU
 
 PAGES = 2**25 // resource.getpagesize()
@@ -49,7 +49,7 @@ def tell() -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
 def test_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
     # A process of its own: one that has run for long has holes in its heap, which it uses before it asks the kernel.
-    words = [sys.executable, "-c", "from tests.training.test_machine import tell; tell()"]
+    words = [sys.executable, "-c", "from tests.training.test_torch_settings import tell; tell()"]
     told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     before, within, after, on_a_gpu, medium = json.loads(told.splitlines()[-1])
     if before < PAGES:
@@ -74,7 +74,7 @@ def test_deterministic_asks_torch_and_is_put_back(monkeypatch: pytest.MonkeyPatc
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_training_is_settled_as_its_configuration_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_training_sets_torch_as_its_configuration_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found: list[bool] = []
 
     class Stop(Exception):
