@@ -25,7 +25,7 @@ def check_ranks(ranks: int, global_batch: int) -> None:
 
 
 def rank_slice(global_batch: int, rank: int, size: int) -> tuple[int, int]:
-    """Returns [lo, hi), the slice of the global batch for `rank`; the slices cover it, their sizes differ by one."""
+    """Returns [lo, hi), the slice of the global batch for `rank`; slices cover it and differ in size by at most one."""
     return rank * global_batch // size, (rank + 1) * global_batch // size
 
 

@@ -1,4 +1,4 @@
-"""Batch norm over the global batch: grouped, synchronised on any backend, one collective each way a layer pass.
+"""Batch norm over the global batch: grouped, synchronised on any backend by one collective each way per layer.
 
 A *group* is a part of the batch that is normalised by its own statistics (Ioffe and Szegedy 2015, algorithm 1). D sees
 the real and the fake half in one pass as two groups, which equals two passes: concatenated without groups they would
@@ -18,7 +18,7 @@ from gan_dist.distributed.world import World
 
 
 class BatchNorm(nn.Module):
-    """nn.BatchNorm2d with groups, and with the ranks' statistics merged once `synchronise` gave it their group.
+    """nn.BatchNorm2d with groups, and after `synchronise`, with statistics merged over the ranks.
 
     Alone, and in eval mode, it is torch's native kernel. State names, momentum and eps are nn.BatchNorm2d's, so states
     load both ways. Statistics are kept in the parameters' dtype (float32 under autocast).
@@ -32,7 +32,7 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.momentum = momentum
-        self.group: dist.ProcessGroup | None = None
+        self.process_group: dist.ProcessGroup | None = None
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -42,14 +42,14 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         """Returns `x` [groups * n, C, H, W] normalised, in its dtype; in train mode each group by its own statistics.
 
-        Running statistics move once a group, in order. With ranks, n is this rank's share and may differ between them.
+        Running statistics are updated once per group, in order. n is this rank's share; shares may differ.
         """
         if not self.training:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps
             )
         self.num_batches_tracked.add_(groups)
-        if self.group is None:
+        if self.process_group is None:
             parts = [
                 F.batch_norm(
                     part, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
@@ -57,7 +57,7 @@ class BatchNorm(nn.Module):
                 for part in x.chunk(groups)
             ]
             return torch.cat(parts) if groups > 1 else parts[0]
-        y, mean, var_unbiased = _SynchronisedNorm.apply(x, self.weight, self.bias, groups, self.eps, self.group)
+        y, mean, var_unbiased = _SynchronisedNorm.apply(x, self.weight, self.bias, groups, self.eps, self.process_group)
         with torch.no_grad():
             for g in range(groups):
                 self.running_mean.lerp_(mean[g], self.momentum)
@@ -127,4 +127,4 @@ def synchronise(module: nn.Module, world: World) -> None:
     """Makes every BatchNorm in `module` normalise over the ranks of `world`; alone, nothing changes."""
     for part in module.modules():
         if isinstance(part, BatchNorm):
-            part.group = world.group
+            part.process_group = world.group

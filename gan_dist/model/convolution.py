@@ -19,7 +19,7 @@ SMALL = 8
 """Side of the larger map, in pixels, up to which a CPU sums over patches by a matrix product."""
 
 
-def project(latents: Tensor, weight: Tensor) -> Tensor:
+def from_latents(latents: Tensor, weight: Tensor) -> Tensor:
     """Returns maps [B, C, 4, 4] in channels_last: conv_transpose2d of `latents` [B, Z] as 1x1 maps.
 
     weight: [Z, C, 4, 4].
@@ -27,19 +27,19 @@ def project(latents: Tensor, weight: Tensor) -> Tensor:
     return (latents @ _rows(weight)).view(len(latents), KERNEL, KERNEL, -1).permute(0, 3, 1, 2)
 
 
-def collapse(maps: Tensor, weight: Tensor) -> Tensor:
+def to_logits(maps: Tensor, weight: Tensor) -> Tensor:
     """Returns numbers [B]: conv2d of `maps` [B, C, 4, 4] with one filter as large as they. weight: [1, C, 4, 4]."""
     return maps.permute(0, 2, 3, 1).flatten(1) @ _rows(weight)[0]
 
 
-def halve(maps: Tensor, weight: Tensor) -> Tensor:
+def conv_down(maps: Tensor, weight: Tensor) -> Tensor:
     """Returns maps [B, D, S / 2, S / 2] for `maps` [B, C, S, S]: conv2d, stride 2, padding 1. weight: [D, C, 4, 4]."""
     if maps.device.type == "cpu" and maps.shape[-1] <= SMALL:
         return _apply(maps, weight, False)
     return F.conv2d(maps, weight, None, STRIDE, PADDING)
 
 
-def double(maps: Tensor, weight: Tensor) -> Tensor:
+def conv_up(maps: Tensor, weight: Tensor) -> Tensor:
     """Returns maps [B, D, 2 S, 2 S] for `maps` [B, C, S, S]: conv_transpose2d, stride 2, padding 1.
 
     weight: [C, D, 4, 4].
@@ -50,17 +50,17 @@ def double(maps: Tensor, weight: Tensor) -> Tensor:
 
 
 def _apply(maps: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    # Autocast has ended by the way back, where both must have one dtype.
+    # Autocast is off in backward, so both operands must have one dtype already.
     if torch.is_autocast_enabled("cpu"):
         maps = maps.to(torch.get_autocast_dtype("cpu"))
-    out: Tensor = _ByProducts.apply(maps, weight.to(maps.dtype), transposed)
+    out: Tensor = _MatmulConvolution.apply(maps, weight.to(maps.dtype), transposed)
     return out
 
 
-class _ByProducts(torch.autograd.Function):
+class _MatmulConvolution(torch.autograd.Function):
     """A strided convolution, or its transpose; sums over patches, and over the batch, are one matrix product each.
 
-    What spreads into patches stays torch's: added up from products, it would be rounded once more on the way.
+    The direction that spreads into patches uses torch's kernel: summing products would round once more.
     """
 
     @staticmethod
@@ -77,18 +77,18 @@ class _ByProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         saved, weight = ctx.saved_tensors
-        by_maps = by_weight = None
+        grad_maps = grad_weight = None
         if ctx.transposed:
             patches, pixels = _patches(dy), _pixels(saved)
             if ctx.needs_input_grad[0]:
-                by_maps = _as_maps(patches @ _rows(weight).T, saved.shape[-1])
+                grad_maps = _as_maps(patches @ _rows(weight).T, saved.shape[-1])
         else:
             patches, pixels = saved, _pixels(dy)  # no patches were kept for a frozen weight
             if ctx.needs_input_grad[0]:
-                by_maps = F.conv_transpose2d(dy, weight, None, STRIDE, PADDING)
+                grad_maps = F.conv_transpose2d(dy, weight, None, STRIDE, PADDING)
         if ctx.needs_input_grad[1]:
-            by_weight = (pixels.T @ patches).view(-1, KERNEL, KERNEL, weight.shape[1]).permute(0, 3, 1, 2)
-        return by_maps, by_weight, None
+            grad_weight = (pixels.T @ patches).view(-1, KERNEL, KERNEL, weight.shape[1]).permute(0, 3, 1, 2)
+        return grad_maps, grad_weight, None
 
 
 def _patches(maps: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def generator_loss(fake_logits: Tensor, name: LossName, target: float | None = N
         return cross_entropy(fake_logits, 1.0 if target is None else target)
     if name == "minimax":
         raise UserError(f"minimax takes no generator target, found {target}; leave it out, or choose non_saturating")
-    raise UserError(f"loss: expected one of {', '.join(get_args(LossName))}, found {name!r}")
+    raise UserError(f"loss.name: expected one of {', '.join(get_args(LossName))}, found {name!r}")
 
 
 def minimax_value(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gan_dist.model.batchnorm import BatchNorm
-from gan_dist.model.convolution import collapse, double, halve, project
+from gan_dist.model.convolution import conv_down, conv_up, from_latents, to_logits
 from gan_dist.utils.errors import UserError
 
 RESOLUTIONS = (32, 64, 128, 256)
@@ -46,10 +46,10 @@ class Generator(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Returns images [B, 3, S, S] in [-1, 1] for `latents` [B, latent_dim]."""
-        x = project(latents, self.convt1.weight)
+        x = from_latents(latents, self.convt1.weight)
         for i in range(1, self.depth):
             x = torch.relu_(getattr(self, f"bn{i}")(x))
-            x = double(x, getattr(self, f"convt{i + 1}").weight)
+            x = conv_up(x, getattr(self, f"convt{i + 1}").weight)
         return torch.tanh(x)
 
 
@@ -73,11 +73,11 @@ class Discriminator(nn.Module):
 
         In train mode the batch is normalised in `groups` equal parts, each by its own statistics.
         """
-        x = nn.functional.leaky_relu_(halve(images, self.conv1.weight), self.leaky_slope)
+        x = nn.functional.leaky_relu_(conv_down(images, self.conv1.weight), self.leaky_slope)
         for i in range(2, self.depth):
-            x = getattr(self, f"bn{i}")(halve(x, getattr(self, f"conv{i}").weight), groups)
+            x = getattr(self, f"bn{i}")(conv_down(x, getattr(self, f"conv{i}").weight), groups)
             x = nn.functional.leaky_relu_(x, self.leaky_slope)
-        return collapse(x, getattr(self, f"conv{self.depth}").weight)
+        return to_logits(x, getattr(self, f"conv{self.depth}").weight)
 
 
 def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:

@@ -19,8 +19,9 @@ from gan_dist.utils.tensors import assert_ranks_agree, state_digest, to_host
 
 
 class Checkpointer:
-    """Saves states, one at a time, each in a thread whose outcome a later call collects. One a rank, called alike.
+    """Saves states, one at a time, each in a thread whose outcome a later call collects.
 
+    Every rank has one and makes the same calls.
     On all ranks the thread first compares the state between them: one that is not the same everywhere is never
     written. Rank 0 then writes it; `before_publishing` runs last before it becomes visible, and may raise to forbid it.
     `facts` go into every checkpoint's manifest. `every_steps`, `every_minutes`, `keep` and `keep_epochs` are the
@@ -69,15 +70,15 @@ class Checkpointer:
     def is_due(self, step: int, epoch_ended: bool, requested: bool) -> bool:
         """Returns whether `step` is to be saved; `requested` is what the ranks agreed on beside the cadence."""
         by_steps = self._every_steps > 0 and step % self._every_steps == 0
-        return by_steps or requested or self.is_for_good(epoch_ended)
+        return by_steps or requested or self.is_permanent(epoch_ended)
 
-    def is_for_good(self, epoch_ended: bool) -> bool:
+    def is_permanent(self, epoch_ended: bool) -> bool:
         """Returns whether the checkpoint at hand is never pruned."""
         return self._keep_epochs and epoch_ended
 
     # How: off the training path.
 
-    def reusable(self) -> Mapping[str, Any] | None:
+    def previous_state(self) -> Mapping[str, Any] | None:
         """Returns the state saved last, once its save is over: its tensors are free to hold the next one."""
         self._join()
         return self._state
@@ -96,7 +97,7 @@ class Checkpointer:
 
         def work() -> None:
             try:
-                host = self._agreed(lambda: self._on_host(state, copied))
+                host = self._copy_and_compare(lambda: self._on_host(state, copied))
                 if self._world.rank == 0:
                     facts = {**self._facts, "kept": kept, "best": best}
                     save(self.directory, host, facts, keep=self._keep, guard=self._before_publishing)
@@ -140,7 +141,7 @@ class Checkpointer:
             host: Mapping[str, Any] = to_host(state)
         return host
 
-    def _agreed(self, copy: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def _copy_and_compare(self, copy: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Returns the state that `copy` makes, once all ranks have made the same. A rank that fails tells the others,
         which would wait for it. Raises GanDistError, on every rank."""
         if self._world.size == 1:

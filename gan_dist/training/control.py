@@ -48,7 +48,7 @@ class StopWatcher:
 class ControlRing:
     """Each step's reduced statistics as the host may read them without waiting for the current step.
 
-    A step's vector is copied to one of a ring of pinned buffers; what is read at step s is step s - lag's, so all ranks
+    A step's vector is copied to one of a ring of pinned buffers; step s reads the result of step s - lag, so all ranks
     read the same words at the same steps and act alike.
     """
 
@@ -114,5 +114,5 @@ class ControlReader:
 
     @property
     def diverged(self) -> bool:
-        """Whether the weights have diverged: a bad batch passes in one step, they never do."""
+        """Whether the weights have diverged: a bad batch recovers after one step, diverged weights never do."""
         return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW

@@ -17,7 +17,7 @@ forgets the first, meaningless weights."""
 
 
 class Player:
-    """A network in training: `update` takes its local loss to the world's gradient and a step of Adam."""
+    """A network in training: `update` all-reduces the gradients of a local loss and applies Adam."""
 
     def __init__(
         self, network: nn.Module, world: World, *, lr: float, betas: tuple[float, float], num_extras: int
@@ -52,13 +52,13 @@ class Player:
         self.world.all_reduce(self.gradients.flat)
         norm = torch.linalg.vector_norm(self.gradients.values)
         skipped = (~torch.isfinite(norm + self.gradients.extras[0])).float()
-        # The scalar by which torch.amp.GradScaler makes a fused Adam do nothing, its step counters included.
+        # GradScaler's hook: where it is 1, a fused Adam does nothing, its step counters included.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         return norm, skipped, self.gradients.extras
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns {network, optimizer}: the living tensors, in the layout that trains."""
+        """Returns {network, optimizer}: the live tensors, not copies, in the layout they train in."""
         return {"network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, images_seen: int) -> None:
-        """Takes in the weights after a step; `images_seen` counts that step's images. Waits for nothing."""
+        """Folds in the weights after a step, without a host sync; `images_seen` counts that step's images."""
         half_life = min(self._half_life, EMA_RAMP * images_seen) if self._ramp else self._half_life
         weight = 1 - 0.5 ** (self._images_per_step / max(half_life, 1e-9))
         torch._foreach_lerp_(self._mine, self._theirs, weight)

@@ -18,7 +18,7 @@ from gan_dist.training.update import NO_REQUESTS, Precision, Requests, Update
 from gan_dist.utils.errors import GanDistError, UserError, first_line
 
 RUNNERS = ("eager", "compiled", "captured")
-PASSES = ("generate", "discriminate", "deceive")
+PASSES = ("generate", "discriminator_pass", "generator_pass")
 WARM_UP_STEPS = 3
 """Steps before a capture: cuDNN chooses its algorithms and the allocator finds its blocks (torch's manual)."""
 
@@ -61,8 +61,8 @@ class Compiled:
         self.update = update
         self.reason = reason
         for name in PASSES:
-            whole = torch.compile(getattr(update, name), backend=backend, fullgraph=True, dynamic=False)
-            setattr(update, name, whole)
+            compiled = torch.compile(getattr(update, name), backend=backend, fullgraph=True, dynamic=False)
+            setattr(update, name, compiled)
 
     def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         try:
@@ -113,7 +113,7 @@ class Captured:
         return self.stats
 
     def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
-        """Warms up on a side stream, gives the state back what the warm-up moved, and records."""
+        """Warms up on a side stream, restores the state that the warm-up changed, and records."""
         self.inputs = [value.clone() for value in (*reals, *latents)]
         self.requests = torch.zeros(len(NO_REQUESTS), device=self.update.world.device)
         reals, latents = self.inputs[: len(reals)], self.inputs[len(reals) :]
@@ -151,14 +151,14 @@ def make_runner(name: str, update: Update) -> Runner:
                 f"train.runner=captured records a CUDA graph, but this rank drives {device.type}; "
                 "use eager, compiled or auto"
             )
-        return Captured(update, "asked for")
+        return Captured(update, "set by train.runner")
     if name == "compiled":
         if device.type == "cpu" and not compiler():
             raise UserError(
                 "train.runner=compiled needs a C++ compiler (g++ or clang++) and found none; install one, or use eager"
             )
-        return Compiled(update, "asked for")
-    return Eager(update, "asked for")
+        return Compiled(update, "set by train.runner")
+    return Eager(update, "set by train.runner")
 
 
 def compiler() -> str | None:
@@ -197,4 +197,4 @@ def resolve_precision(name: str, device: torch.device) -> tuple[Precision, str]:
     if name == "tf32" and device.type != "cuda":
         raise UserError(f"train.precision=tf32 is an NVIDIA GPU's, but this rank drives {device.type}; use fp32")
     precision: Any = name
-    return precision, "asked for"
+    return precision, "set by train.precision"

@@ -129,7 +129,8 @@ def open_run(
     """Yields the run that `trainer.train` is asked for, ready for its next step; leaves nothing running behind it.
 
     Arguments as those of `train`; verbosity None prints nothing. A collective: under torchrun every rank calls it.
-    Raises UserError for bad input, before anything is written, and GanDistError for failures of one line.
+    Raises UserError for bad input, before anything is written, and GanDistError for other expected failures: either
+    has a message of one line.
     """
     if max_steps is not None and max_steps < 1:
         raise UserError(f"--max-steps: expected 1 or more, found {max_steps}")
@@ -146,9 +147,9 @@ def open_run(
                 opened.enter_context(dataset)
 
                 # All ranks do the same: where a dataset lies may differ between hosts, what is asked may not.
-                task = {**flatten(config.to_dict()), "--max-steps": max_steps}
-                del task["data.shards"], task["data.cache_dir"]
-                warnings = preflight(world, dataset.identity, task)
+                shared = {**flatten(config.to_dict()), "--max-steps": max_steps}
+                del shared["data.shards"], shared["data.cache_dir"]
+                warnings = preflight(world, dataset.identity, shared)
 
                 # The directory is this trainer's alone, and holds nothing or an earlier part of the same run.
                 def check() -> Start:
@@ -163,8 +164,8 @@ def open_run(
                     build_run(config, world, dataset, placement, directory, start, lease, max_steps, stop, verbosity)
                 )
         except (RuntimeError, MemoryError) as error:
-            if line := out_of_memory(error, config.train.global_batch, world.size):
-                raise line from error
+            if explained := out_of_memory(error, config.train.global_batch, world.size):
+                raise explained from error
             raise
 
 
@@ -215,7 +216,7 @@ def build_run(
     world.from_first(lambda: write_start(directory, to_yaml(config), facts))
 
     with ExitStack() as closing:
-        # What it logs, what it saves, what it learns from: each is closed before those above it.
+        # What it logs, what it saves, what it learns from: opened in this order, closed in reverse.
         telemetry = Telemetry(
             directory,
             active=world.rank == 0,
@@ -338,12 +339,12 @@ def open_for_training(config: Config, world: World, stop: StopRequest, verbosity
             dataset.close()
             raise
 
-    # What lies here needs no staging: a stop then waits for the first step, which saves.
+    # Local data need no staging: a stop then waits for the first step, which saves.
     return with_heartbeat(world, open_and_stage, stop if remote else StopRequest())
 
 
 def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancelled: Callable[[], bool]) -> str:
-    """Returns the placement of a dataset that it has brought to where it can be read at random."""
+    """Stages the dataset, so that it can be read at random, and returns its placement."""
     if dataset.resolution != config.model.resolution:
         raise UserError(
             f"model.resolution is {config.model.resolution}, but {config.data.shards} holds {dataset.resolution}x"

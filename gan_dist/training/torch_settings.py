@@ -12,17 +12,17 @@ import torch
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # mallopt(3)
 _NEVER = -1
 _USUAL_MMAPS, _USUAL_TRIM, _USUAL_MMAP = 65536, 64 * 2**20, 32 * 2**20
-"""What glibc has, and for its two thresholds the largest that it comes to by itself where nobody sets them."""
+"""glibc's defaults; for its two thresholds, which tune themselves, the largest values they reach."""
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
 def torch_settings(device: torch.device, deterministic: bool = False) -> Iterator[None]:
-    """Within it, steps on `device` run at its speed, and with `deterministic` to the same bits on a GPU as well.
+    """Applies the process-wide settings that steps on `device` want, and puts them back at the end.
 
-    Everything is for the process, and is put back at the end.
+    With `deterministic`, steps give the same bits on a GPU as well.
     """
-    with _deterministic_kernels(deterministic), _memory_kept(device.type == "cpu"):
+    with _deterministic_kernels(deterministic), _keep_freed_memory(device.type == "cpu"):
         yield
 
 
@@ -46,11 +46,11 @@ def _deterministic_kernels(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_kept(wanted: bool) -> Iterator[None]:
-    """The C library keeps what tensors free for those of the next step.
+def _keep_freed_memory(wanted: bool) -> Iterator[None]:
+    """Makes the C library keep the memory that tensors free for those of the next step.
 
-    It would give large ones back at once, and the kernel clear each page anew: 48,000 page faults a step at batch 128,
-    a twelfth of it on 2 cores. Nothing changes where the C library is not glibc, or where a person has tuned it.
+    glibc otherwise returns large blocks to the kernel, which clears each page anew: 48,000 page faults per step at
+    batch 128, a twelfth of the step's time on 2 cores. Does nothing under another C library, or a tuned one.
     """
     wanted = wanted and not any(name.startswith("MALLOC_") for name in os.environ)
     wanted = wanted and "glibc.malloc" not in os.environ.get("GLIBC_TUNABLES", "")

@@ -55,7 +55,8 @@ def train(
     `run_dir`, or under $GAN_DIST_RUNS as `name` (default: the file's stem). `max_steps` ends the whole run there.
     Another thread or a signal handler may end it early through `stop`. Under torchrun every rank calls this alike.
     `verbosity` -1 prints warnings only, 1 every tag; without `console` nothing is printed.
-    Raises UserError for bad input (nothing is then half-written) and GanDistError for failures of one line.
+    Raises UserError for bad input, before anything is written, and GanDistError for other expected failures: either
+    has a message of one line.
     """
     with open_run(
         load_config(config, overrides),
@@ -116,9 +117,9 @@ def _loop(run: Run) -> str | None:
         if run.ema is not None:
             run.ema.update(run.images_seen)
 
-        # Hear: what all ranks decided, some steps ago on a GPU.
+        # Hear what all ranks decided; on a GPU, some steps ago.
         word = ring.push(stats)
-        decision = _hear(run, reader, word, run.step - ring.lag) if word is not None else Decision()
+        decision = _read_decision(run, reader, word, run.step - ring.lag) if word is not None else Decision()
         run.telemetry.progress(run.step)
 
         # Evaluate.
@@ -140,10 +141,10 @@ def _loop(run: Run) -> str | None:
             return _stop_reason(run)
         is_best = run.evaluator.best(run.step) is not None
         if run.checkpointer.is_due(run.step, epoch_ended, decision.save or is_best):
-            _save(run, kept=run.checkpointer.is_for_good(epoch_ended))
+            _save(run, kept=run.checkpointer.is_permanent(epoch_ended))
     left = ring.drain()
     for step, word in enumerate(left, start=run.step - len(left) + 1):
-        _hear(run, reader, word, step)
+        _read_decision(run, reader, word, step)
     return None
 
 
@@ -163,7 +164,7 @@ def _draw_batches(run: Run) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return reals, latents
 
 
-def _hear(run: Run, reader: ControlReader, word: list[float], step: int) -> Decision:
+def _read_decision(run: Run, reader: ControlReader, word: list[float], step: int) -> Decision:
     """Returns what the ranks decided with `step`. Raises GanDistError when the weights have diverged."""
     decision = reader.read(word)
     if decision.skipped:
@@ -205,9 +206,11 @@ def _log(run: Run, stats: torch.Tensor, skipped: int, results: Mapping[str, floa
     values = run.statistics.compute(run.step, run.images_seen, run.stream.wait_seconds, stats, skipped)
     run.telemetry.scalars(run.step, run.images_seen, {**values, **results})
     if failure := run.checkpointer.failure():
-        if isinstance(failure, GanDistError):
-            run.stop.ask(str(failure))  # no passing trouble of a disk: the run is another trainer's, or cannot be saved
-        run.telemetry.warn(f"a checkpoint could not be saved: {failure}; training goes on", run.step)
+        going_on = "; training goes on"
+        if isinstance(failure, GanDistError):  # it will not pass: the run is another trainer's, or cannot be saved
+            run.stop.ask(str(failure))
+            going_on = ""
+        run.telemetry.warn(f"a checkpoint could not be saved: {failure}{going_on}", run.step)
 
 
 def _draw_samples(run: Run) -> None:
@@ -240,7 +243,7 @@ def _save(run: Run, *, kept: bool = False, wait: bool = False) -> None:
     Raises GanDistError, on every rank, when `wait` and it could not be saved.
     """
     began = time.monotonic()
-    state = run.snapshot(run.checkpointer.reusable())
+    state = run.snapshot(run.checkpointer.previous_state())
     run.checkpointer.save(state, kept=kept, best=run.evaluator.best(run.step))
     if wait:
         run.checkpointer.wait()

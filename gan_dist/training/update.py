@@ -1,7 +1,7 @@
 """The algorithm: d_steps discriminator updates and one generator update of one game that all ranks play together.
 
-Goodfellow et al. 2014, algorithm 1, with Adam. How it is run (eager, compiled, as a CUDA graph) is runner.py's
-affair: nothing here waits for the device or decides by a value on it.
+Goodfellow et al. 2014, algorithm 1, with Adam. runner.py decides how it is run (eager, compiled, as a CUDA graph):
+nothing here waits for the device, and no branch depends on a value on it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Update:
         precision: Precision = "fp32",
         sync_batchnorm: bool = True,
     ) -> None:
-        """Moves both networks to the world's device and makes rank 0's parameters everybody's."""
+        """Moves both networks to the world's device and broadcasts rank 0's parameters and buffers."""
         self.world = world
         self.global_batch = global_batch
         self.d_steps = d_steps
@@ -97,10 +97,11 @@ class Update:
         skipped = torch.zeros((), device=self.world.device)
         for k, (real, z) in enumerate(zip(reals, latents, strict=True)):
             last = k == self.d_steps - 1
+            # A skipped update also undoes what its forward passes did to batch norm's running statistics.
             d_kept, g_kept = d.buffers.snapshot(), g.buffers.snapshot()
             with torch.set_grad_enabled(last):
                 fake = self.generate(z)
-            d_loss, d_extras = self.discriminate(real, fake.detach())
+            d_loss, d_extras = self.discriminator_pass(real, fake.detach())
             d_norm, d_bad, d_sums = d.update(d_loss, d_extras)
             d.buffers.restore(d_kept, d_bad)
             if not last:  # the last fakes belong to G's update
@@ -108,7 +109,7 @@ class Update:
             skipped += d_bad
         d_kept = d.buffers.snapshot()
         with frozen(d.network):
-            g_loss, g_extras = self.deceive(fake)
+            g_loss, g_extras = self.generator_pass(fake)
             if not isinstance(requests, Tensor):  # filled by kernels: a copy from the host would wait for the device
                 requests = torch.cat([g_extras.new_full((1,), value) for value in requests])
             g_norm, g_bad, g_sums = g.update(g_loss, torch.cat([g_extras, requests.to(self.dtype)]))
@@ -128,7 +129,7 @@ class Update:
             images: Tensor = self.g.network(latents.to(self.dtype))
         return images
 
-    def discriminate(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    def discriminator_pass(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """Returns D's loss and [loss, D(x), D(G(z)), V(D, G)], for uint8 `real` and `fake` in [-1, 1]."""
         with self._autocast():
             logits = self.d.network(torch.cat([to_signed(real, fake.dtype), fake]), groups=2)
@@ -139,7 +140,7 @@ class Update:
             extras = torch.stack([loss.detach(), *(value / self.global_batch for value in sums)])
         return loss, extras
 
-    def deceive(self, fake: Tensor) -> tuple[Tensor, Tensor]:
+    def generator_pass(self, fake: Tensor) -> tuple[Tensor, Tensor]:
         """Returns G's loss and [loss, D(G(z))], through the discriminator as it stands."""
         with self._autocast():
             logits = self.d.network(fake).to(self.dtype)
@@ -194,8 +195,8 @@ def _mix32(value: int) -> int:
 def _draws(seed: int, position: int, purpose: int, device: torch.device) -> torch.Generator:
     """Returns a random stream keyed by (seed, position, purpose).
 
-    torch's CPU generator keeps only the low 32 bits of a seed, so these are a bijection of the position: within
-    a run no two of 4 billion positions share a stream. CUDA's generator keeps all 64.
+    torch's CPU generator keeps only the low 32 bits of a seed. Those of the key are a bijection of the position's:
+    within a run no two of 4 billion positions share a stream. CUDA's generator keeps all 64.
     """
     low, high = position & 0xFFFFFFFF, position >> 32
     key = _mix32(_mix32(_mix32(seed & 0xFFFFFFFF) ^ seed >> 32 & 0xFFFFFFFF) ^ _mix32(purpose + 1))

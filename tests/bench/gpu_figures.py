@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from gan_dist.bench.step import SWEEP, bench_step, build, time_steps
 from gan_dist.data.prepare.synthetic import paint
 from gan_dist.distributed.world import World, join
-from gan_dist.model.convolution import collapse, project
+from gan_dist.model.convolution import from_latents, to_logits
 from gan_dist.runs.checkpoint import find
 from gan_dist.runs.record import read_run
 from gan_dist.training.runner import Captured, Compiled, Eager
@@ -145,12 +145,12 @@ def variants(out: Path) -> dict[str, Any]:
         found[f"{batch} microseconds, both ways"] = layers
         update, _reals, latents = build(world, batch, "bf16", SHAPE)
         ends: dict[str, nn.Module] = {
-            "G's first layer, a product": _As(project, update.g.network.get_parameter("convt1.weight")),
+            "G's first layer, a product": _As(from_latents, update.g.network.get_parameter("convt1.weight")),
             "G's first layer, a convolution": _As(
                 lambda z, weight: nn.functional.conv_transpose2d(z[:, :, None, None], weight),
                 update.g.network.get_parameter("convt1.weight"),
             ),
-            "D's last layer, a product": _As(collapse, update.d.network.get_parameter("conv5.weight")),
+            "D's last layer, a product": _As(to_logits, update.d.network.get_parameter("conv5.weight")),
             "D's last layer, a convolution": _As(nn.functional.conv2d, update.d.network.get_parameter("conv5.weight")),
         }
         maps = torch.randn(batch, 512, 4, 4, device="cuda").to(memory_format=torch.channels_last).requires_grad_()

@@ -49,7 +49,7 @@ def test_the_work_of_the_papers_shapes_is_counted_and_the_generators_step_makes_
 
     small = game()
     lean, _ = bench.work(small, *batches(small, 0))
-    small.deceive = lambda fake, honest=small.deceive: _thawed(small, honest, fake)  # type: ignore[method-assign, misc]
+    small.generator_pass = lambda fake, honest=small.generator_pass: _thawed(small, honest, fake)  # type: ignore[method-assign, misc]
     assert bench.work(small, *batches(small, 1))[0] > lean  # the count sees D's weight gradients where there are any
 
 

@@ -10,23 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gan_dist.model.convolution import collapse, double, halve, project
+from gan_dist.model.convolution import conv_down, conv_up, from_latents, to_logits
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
-    "project": (
-        project,
+    "from_latents": (
+        from_latents,
         lambda x, w: F.conv_transpose2d(x[:, :, None, None], w),
         (5, 6),
         (6, 3, 4, 4),
     ),
-    "collapse": (collapse, lambda x, w: F.conv2d(x, w).flatten(), (5, 6, 4, 4), (1, 6, 4, 4)),
+    "to_logits": (to_logits, lambda x, w: F.conv2d(x, w).flatten(), (5, 6, 4, 4), (1, 6, 4, 4)),
     **{
-        f"halve {side}": (halve, lambda x, w: F.conv2d(x, w, None, 2, 1), (5, 3, side, side), (7, 3, 4, 4))
+        f"conv_down {side}": (conv_down, lambda x, w: F.conv2d(x, w, None, 2, 1), (5, 3, side, side), (7, 3, 4, 4))
         for side in (8, 16)
     },
     **{
-        f"double {side}": (
-            double,
+        f"conv_up {side}": (
+            conv_up,
             lambda x, w: F.conv_transpose2d(x, w, None, 2, 1),
             (5, 7, side, side),
             (7, 3, 4, 4),
@@ -58,7 +58,7 @@ def test_a_layer_is_torchs(case: str, channels_last: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("case", ["halve 8", "double 4"])
+@pytest.mark.parametrize("case", ["conv_down 8", "conv_up 4"])
 def test_under_autocast_the_weights_gradient_is_float32_and_as_near_as_torchs(case: str) -> None:
     ours, theirs, (_, *shape), weights = CASES[case]
     stream = torch.Generator().manual_seed(4)
@@ -74,7 +74,7 @@ def test_under_autocast_the_weights_gradient_is_float32_and_as_near_as_torchs(ca
         assert error < 1.2 * common + 1e-6
 
 
-@pytest.mark.parametrize("case", ["halve 8", "double 4"])
+@pytest.mark.parametrize("case", ["conv_down 8", "conv_up 4"])
 def test_under_autocast_maps_may_come_in_float32(case: str) -> None:
     ours, _, *shapes = CASES[case]
     maps, weight = (torch.randn(shape, requires_grad=True) for shape in shapes)
@@ -84,7 +84,7 @@ def test_under_autocast_maps_may_come_in_float32(case: str) -> None:
     assert [one.dtype for one in torch.autograd.grad(out.float().sum(), [maps, weight])] == [torch.float32] * 2
 
 
-@pytest.mark.parametrize("case", ["halve 8", "double 4"])
+@pytest.mark.parametrize("case", ["conv_down 8", "conv_up 4"])
 def test_a_frozen_weight_costs_no_product(case: str) -> None:
     ours, theirs, *shapes = CASES[case]
     maps, weight = (torch.randn(shape, dtype=torch.float64) for shape in shapes)

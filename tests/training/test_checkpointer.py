@@ -116,7 +116,7 @@ def test_on_a_gpu_what_is_saved_is_the_step_that_was_copied(tmp_path: Path) -> N
     weights = torch.zeros(16, 1024, 1024, device="cuda")
     for step in range(1, 6):
         weights.fill_(step)
-        snapshot = copy_state({"w": weights}, into=(checkpointer.reusable() or {}).get("generator"))
+        snapshot = copy_state({"w": weights}, into=(checkpointer.previous_state() or {}).get("generator"))
         checkpointer.save({"step": step, "images_seen": 0, "generator": snapshot})
         weights.fill_(-1)
     assert checkpointer.failure(wait=True) is None

@@ -62,7 +62,7 @@ def _oracle(world: World) -> dict[str, Tensor]:
     update.d.network.eval()
     (real,), (z,) = batches(update, 0)
     fake = update.generate(z).detach()
-    loss, extras = update.discriminate(real, fake)
+    loss, extras = update.discriminator_pass(real, fake)
     update.d.gradients.fill(torch.autograd.grad(loss, update.d.parameters), extras)
     world.all_reduce(update.d.gradients.flat)
     ours = update.d.gradients.values.clone()
@@ -85,7 +85,7 @@ def _batch_norm(world: World) -> dict[str, Tensor]:
     layer = BatchNorm(3).double()
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([0.5, 1, 2]))
-    layer.group = world.group
+    layer.process_group = world.group
     stream = torch.Generator().manual_seed(5)
     x, dy = torch.randn(2, 2, 7, 3, 4, 4, dtype=torch.float64, generator=stream)  # [groups, batch, C, H, W] each
     lo, hi = world.rank * 7 // world.size, (world.rank + 1) * 7 // world.size

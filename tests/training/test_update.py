@@ -134,7 +134,7 @@ def test_an_update_that_is_not_finite_is_skipped_with_its_buffers(
     update = game(d_steps=d_steps)
     update.step(*batches(update, 0))
     before = tensors(update)
-    method = "discriminate" if who == "discriminator" else "deceive"
+    method = "discriminator_pass" if who == "discriminator" else "generator_pass"
     honest = getattr(update, method)
 
     def broken(*args: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,13 +204,13 @@ def test_the_generators_step_gives_the_discriminator_no_gradient() -> None:
     update.step(*batches(update, 0))
     gradient = update.d.gradients.flat.clone()
     needed: list[bool] = []
-    honest = update.deceive
+    honest = update.generator_pass
 
     def watched(fake: Tensor) -> tuple[Tensor, Tensor]:
         needed.extend(parameter.requires_grad for parameter in update.d.parameters)
         return honest(fake)
 
-    update.deceive = watched  # type: ignore[method-assign]
+    update.generator_pass = watched  # type: ignore[method-assign]
     update.step(*batches(update, 1))
     assert not any(needed)
     assert all(parameter.requires_grad for parameter in update.d.parameters)
