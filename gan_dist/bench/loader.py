@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable
+from operator import truediv
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from gan_dist.data.dataset import Dataset
 from gan_dist.data.order import Order
 from gan_dist.data.stream import RING, Stream, choose_placement
+from gan_dist.utils.files import read_through
 
 SOURCE_BYTES = 2**28
 """Bytes that memcpy copies from: far more than the caches hold."""
@@ -69,7 +71,7 @@ def bench_loader(
         "placements": {name: rates[name] for name in placements},
         "memcpy": rates["memcpy"],
         "page_cache_read": rates["page_cache_read"],
-        "share_of_memcpy": round(statistics.median(map(_ratio, rounds_of["memory"], rounds_of["memcpy"])), 3),
+        "share_of_memcpy": round(statistics.median(map(truediv, rounds_of["memory"], rounds_of["memcpy"])), 3),
         "cold": {
             "sequential_read": cold_read and round(cold_read),
             "memory": cold_read and round(1 / (1 / cold_read + 1 / rates["memory"])),
@@ -81,10 +83,6 @@ def bench_loader(
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b
 
 
 def _order(dataset: Dataset, window_shards: int = 0) -> Order:
@@ -138,10 +136,7 @@ def _read_rate(dataset: Dataset, seconds: float) -> float:
         nonlocal turn
         shard = dataset.manifest.shards[turn % len(dataset.manifest.shards)]
         turn += 1
-        block = bytearray(2**22)
-        with (dataset.root / shard.file).open("rb", buffering=0) as stream:
-            while stream.readinto(block):
-                pass
+        read_through(dataset.root / shard.file)
         return shard.samples
 
     return _timed(read, seconds)
@@ -154,11 +149,8 @@ def _cold_read(dataset: Dataset, seconds: float) -> float | None:
     for i in range(len(dataset.shard_sizes)):
         dataset.drop(i)
     began, done = perf_counter(), 0
-    block = bytearray(2**22)
     for shard in dataset.manifest.shards:
-        with (dataset.root / shard.file).open("rb", buffering=0) as stream:
-            while stream.readinto(block):
-                pass
+        read_through(dataset.root / shard.file)
         done += shard.samples
         if perf_counter() - began > seconds:
             break

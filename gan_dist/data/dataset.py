@@ -28,7 +28,7 @@ from gan_dist.data.shards import (
     read_manifest,
 )
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand, is_address
+from gan_dist.utils.files import expand, is_address, read_through
 from gan_dist.utils.stop import never_cancelled
 
 
@@ -73,10 +73,9 @@ class Dataset:
         shard = self.manifest.shards[i]
         if self.cache is not None:
             self.cache.fetch_shard(i, cancelled)
-        path, block = self.root / shard.file, bytearray(2**22)
-        with path.open("rb", buffering=0) as stream:
-            while stream.readinto(block):
-                pass
+        path = self.root / shard.file
+        read_through(path)
+        with path.open("rb") as stream:
             fault = headers_fault(stream, shard, self.resolution)
         if fault:
             raise UserError(f"{path} {fault}: {MEND}")

@@ -54,6 +54,14 @@ def present(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110
 
 
+def read_through(path: Path) -> None:
+    """Reads a file from end to end, which leaves it in the page cache."""
+    block = bytearray(2**22)
+    with path.open("rb", buffering=0) as stream:
+        while stream.readinto(block):
+            pass
+
+
 def temporary_name(path: Path) -> Path:
     """Returns a name beside `path` that no other thread, process or machine uses; it ends in `.tmp`."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")

@@ -6,9 +6,9 @@
 All contenders take turns within each round, pinned to one core that all their threads share; rates are by its CPU
 seconds, so that others on the machine do not count (nothing here waits for a disk). They read a dataset of noise made
 on the spot (.npy samples at 64x64, batch 128), which costs a reader the same as paintings: nothing is compressed.
-Figures are medians over the rounds, ratios are medians of the rounds' ratios. Memory is told twice: `memcpy` copies
-whole batches that lie in a row, as no shuffled reader can; `memcpy_random` copies the same images in the order that
-the stream has, out of one dense tensor in memory.
+Figures are medians over the rounds, ratios are medians of the rounds' ratios. Memory is measured in two ways:
+`memcpy` copies whole consecutive batches, as no shuffled reader can; `memcpy_random` copies the same images in the
+stream's order, out of one dense tensor in memory.
 `--mosaic` names a Python with mosaicml-streaming (it is no dependency of the project).
 """
 
@@ -149,17 +149,17 @@ def compare(images: int, rounds: int, seconds: float, mosaic: str | None) -> dic
             other = Mosaic(mosaic, folder / "mds", dataset.num_samples, seconds)
             stack.callback(other.close)
             ways["mosaicml_streaming"] = other.rate
-        found: dict[str, list[float]] = {name: [] for name in ways}
+        rounds_of: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(rounds):
             for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
-                found[name].append(ways[name]())
+                rounds_of[name].append(ways[name]())
 
     def ratio(other: str) -> float:
-        return statistics.median(a / b for a, b in zip(found["gan_dist"], found[other], strict=True))
+        return statistics.median(a / b for a, b in zip(rounds_of["gan_dist"], rounds_of[other], strict=True))
 
     return {
-        **{name: round(statistics.median(values)) for name, values in found.items()},
-        **{f"over_{name}": round(ratio(name), 3) for name in found if name != "gan_dist"},
+        **{name: round(statistics.median(values)) for name, values in rounds_of.items()},
+        **{f"over_{name}": round(ratio(name), 3) for name in rounds_of if name != "gan_dist"},
         "images": dataset.num_samples,
         "rounds": rounds,
         "load_average": round(os.getloadavg()[0], 1),

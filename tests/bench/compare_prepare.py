@@ -35,7 +35,7 @@ from gan_dist.data.prepare.synthetic import paint
 
 SIZE = (2000, 1500)
 KINDS = {"baseline": 12, "progressive": 1, "cmyk": 1, "png": 1}
-"""Pictures of each kind: nearly all are baseline JPEGs, as in Kaggle's set; each kind is also told by itself."""
+"""Pictures of each kind: nearly all are baseline JPEGs, as in Kaggle's set; each kind is also reported by itself."""
 TARGET_BYTES = 835_000
 
 

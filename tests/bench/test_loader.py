@@ -1,4 +1,4 @@
-"""What the loader costs: figures that `bench loader` tells, time to open, memory beside the page cache."""
+"""What the loader costs: the figures of `bench loader`, the time to open a dataset, memory beside the page cache."""
 
 from __future__ import annotations
 
@@ -50,12 +50,11 @@ def test_bench_loader_tells_every_figure(dataset: Path) -> None:
         app, ["bench", "loader", str(dataset), "--seconds", "0.02", "--batch", "8", "--device", "cpu", "--json"]
     )
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert set(told["placements"]) == {"memory", "windowed"} and told["placement"] == "memory"
-    assert told["images_per_second"] == told["placements"]["memory"] > 0
-    assert min(told["memcpy"], told["page_cache_read"], told["share_of_memcpy"], *told["placements"].values()) > 0
-    assert told["batch"] == 8
-    cold = told["cold"]  # empty where this machine's page cache cannot be emptied
+    figures = json.loads(done.stdout)
+    rates, cold = figures["placements"], figures["cold"]  # cold: None where the page cache cannot be emptied
+    assert set(rates) == {"memory", "windowed"} and figures["placement"] == "memory" and figures["batch"] == 8
+    assert figures["images_per_second"] == rates["memory"] > 0
+    assert min(figures["memcpy"], figures["page_cache_read"], figures["share_of_memcpy"], *rates.values()) > 0
     assert cold["memory"] is None or 0 < cold["memory"] <= cold["sequential_read"]
 
 
@@ -72,11 +71,11 @@ def test_a_hundred_thousand_samples(tmp_path: Path) -> None:
     """Under 200 MiB beyond the page cache over an epoch; how fast it is opened and permuted is printed."""
     root, shards, samples = tmp_path / "set", 25, 4096
     write_dataset(root, (samples,), resolution=64)
-    told = json.loads((root / MANIFEST).read_text())
+    manifest = json.loads((root / MANIFEST).read_text())
     for i in range(1, shards):
         (root / f"shard-{i:05d}.tar").hardlink_to(root / "shard-00000.tar")
-        told["shards"].append(told["shards"][0] | {"file": f"shard-{i:05d}.tar"})
-    (root / MANIFEST).write_text(json.dumps(told))
+        manifest["shards"].append(manifest["shards"][0] | {"file": f"shard-{i:05d}.tar"})
+    (root / MANIFEST).write_text(json.dumps(manifest))
 
     def quickest(work: object) -> float:
         times = []

@@ -18,7 +18,7 @@ from gan_dist.utils.errors import GanDistError
 
 REASONS = {
     "empty": "no bytes at all",
-    "not_an_image": "the content has no image format, whatever the name says",
+    "not_an_image": "the content is no image, whatever the name says",
     "unsupported": "an image format or mode that cannot be read here",
     "truncated": "the file ends before the picture is complete (--keep-truncated keeps it)",
     "corrupt": "the decoder reports damaged data",

@@ -49,15 +49,7 @@ _OTHER_BYTES_PER_PIXEL = 8
 # No EPS (it would start ghostscript), no stubs that need a handler, no formats that accept any bytes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "DDS", "PCX")
 _RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XBM", "XPM")
-_KNOWN_BUT_UNREAD = {
-    b"ftyp": 4,
-    b"JXL ": 4,
-    b"\xff\x0a": 0,
-    b"%!PS": 0,
-    b"GRIB": 0,
-    b"II*\0": 0,
-    b"MM\0*": 0,
-}
+_KNOWN_BUT_UNREAD = {b"ftyp": 4, b"JXL ": 4, b"\xff\x0a": 0, b"%!PS": 0, b"GRIB": 0, b"II*\0": 0, b"MM\0*": 0}
 
 _SCALED_EDGE = 4
 """JPEGs are decoded at the smallest scale that leaves the short edge at least this many times S. Measured on 2000x1500

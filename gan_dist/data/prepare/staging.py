@@ -16,11 +16,7 @@ from gan_dist.data.remote.fetch import fetch
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand_source, is_address, present, temporary_name
 
-_COMPRESSED: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
-}
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
 def spread(texts: Sequence[str | Path]) -> list[str]:

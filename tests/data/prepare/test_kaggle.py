@@ -117,7 +117,7 @@ def test_replacements_find_the_folder_that_is_meant(tmp_path: Path, unpacked: bo
         assert np.array_equal(pixels, square(encode(seed), Recipe()).pixels)
 
 
-def test_two_replacements_for_one_are_told(tmp_path: Path) -> None:
+def test_two_replacements_for_one_are_reported(tmp_path: Path) -> None:
     write_zip(tmp_path / "in.zip", {"a/1.png": b"broken", "a/2.png": encode(2)})
     write_zip(tmp_path / "new.zip", {"x/1.png": encode(1), "y/1.png": encode(3)})
     account = prepare(

@@ -1,4 +1,4 @@
-"""Pictures that are far larger than memory should be asked to hold."""
+"""Pictures that are far too large to be decoded whole."""
 
 from __future__ import annotations
 

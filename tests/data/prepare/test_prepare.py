@@ -128,7 +128,7 @@ def test_datasets_within_the_source_are_no_part_of_it(tmp_path: Path) -> None:
     prepare(source, source / "one", workers=0)
     account = prepare(source, source / "two", resolution=32, workers=0)
     assert balanced(account) and account.seen == 10 and "one is a dataset" in account.notes[0]
-    again = prepare(source, source / "one", workers=0)  # not told to have changed
+    again = prepare(source, source / "one", workers=0)  # its sources have not changed
     assert again.entries == 0 and again.complete
 
 

@@ -1,4 +1,4 @@
-"""The painted set: the same pictures every time, whole where promised and broken where promised."""
+"""The painted set: the same pictures every time, sound or broken as asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify names every fault, and the command that it gives mends it."""
+"""verify names every fault, and the command that it names repairs it."""
 
 from __future__ import annotations
 
@@ -115,9 +115,9 @@ def test_a_damaged_manifest_is_mended_by_the_command_that_made_it(tmp_path: Path
     (out / "manifest.json").write_bytes(whole["manifest.json"][:-100])
     with pytest.raises(
         UserError, match=r"manifest\.json is damaged .*: run `gan-dist prepare .* --shard-samples 2 .*` again"
-    ) as told:
+    ) as caught:
         verify(out)
-    words = shlex.split(str(told.value).split("`")[1])
+    words = shlex.split(str(caught.value).split("`")[1])
     assert words[2:4] == [str(source), str(out)]
     prepare(source, out, shard_samples=2, workers=0)
     assert verify(out) == [] and contents(out) == whole

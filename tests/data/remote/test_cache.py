@@ -428,7 +428,7 @@ def test_memory_is_what_the_cgroup_leaves(tmp_path: Path) -> None:
     assert available_memory(proc, tree) == 2_000_000
 
 
-def test_file_systems_are_told_apart(tmp_path: Path) -> None:
+def test_file_systems_are_recognised(tmp_path: Path) -> None:
     assert file_system(Path("/proc/self")) == "proc"
     assert file_system(tmp_path / "not" / "there") == file_system(tmp_path) != ""
     assert 0 < room(tmp_path) <= shutil.disk_usage(tmp_path).free + 2**30
