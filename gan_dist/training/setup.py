@@ -34,7 +34,7 @@ from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.control import StopWatcher
-from gan_dist.training.evaluator import Examiner
+from gan_dist.training.evaluator import Evaluator
 from gan_dist.training.optim import EMA
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
 from gan_dist.training.statistics import StepStatistics
@@ -66,7 +66,7 @@ class Run:
     runner: Runner
     ema: EMA | None
     checkpointer: Checkpointer
-    evaluator: Examiner
+    evaluator: Evaluator
     telemetry: Telemetry
     statistics: StepStatistics
     gallery: Gallery
@@ -202,7 +202,22 @@ def build_run(
     drawing = update.g.network if ema is None else ema.network
 
     # Its place on disk.
-    evaluator = Examiner(config, world, dataset, drawing, update.d.network, directory / "checkpoints")
+    windowed = config.data.placement == "windowed" or (dataset.cache is not None and dataset.cache.windowed)
+    evaluator = Evaluator(
+        world,
+        dataset,
+        drawing,
+        update.d.network,
+        directory / "checkpoints",
+        every_steps=config.evaluate.every_steps,
+        samples=config.evaluate.samples,
+        images_per_step=per_step,
+        latent_dim=config.model.latent_dim,
+        averaged=ema is not None,
+        complete=not windowed,
+        held_out=config.evaluate.held_out,
+        cache_dir=config.data.cache_dir,
+    )
     resolved = {
         "device": world.device.type,
         "precision": precision,

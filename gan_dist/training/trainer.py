@@ -125,7 +125,7 @@ def _loop(run: Run) -> str | None:
         # Evaluate.
         results: Mapping[str, float] = {}
         if run.evaluator.is_due(run.step, run.end) and not decision.stop:
-            results = run.evaluator.examine(run.step, run.telemetry, lambda: _wants_stop(run))
+            results = run.evaluator.evaluate(run.step, run.telemetry, lambda: _wants_stop(run))
             run.statistics.exclude(results["evaluate/seconds"])
 
         # Log.
