@@ -62,11 +62,11 @@ def train(
     if "RANK" not in os.environ and not is_address(settings.data.shards):
         read_manifest(settings.data.shards)
     directory = choose_run_dir(config, name, run_dir)
-    from gan_dist.training.trainer import train as train_run
+    from gan_dist.training.trainer import train_in
 
-    outcome = train_run(
+    outcome = train_in(
+        directory,
         settings,
-        run_dir=directory,
         from_run=from_run,
         max_steps=max_steps,
         stop=stop,

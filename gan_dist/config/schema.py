@@ -187,8 +187,6 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
 
     Paths come out absolute. Raises UserError with one line naming the key and what to do.
     """
-    if isinstance(source, Config) and not overrides:
-        return source
     if isinstance(source, Config):
         values, origin = source.to_dict(), "configuration"
     elif isinstance(source, Mapping):

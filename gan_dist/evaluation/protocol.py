@@ -239,7 +239,7 @@ class Evaluation:
     def _keep_features(self, path: Path, features: Tensor) -> None:
         """Writes the features whole or not at all."""
         try:
-            write_atomically(path, save({"features": features.contiguous()}))
+            write_atomically(path, save({"features": features.contiguous()}), make_folder=True)
         except OSError as error:
             self._log(f"note: real images' features cannot be kept in {path.parent} ({error.strerror}): made each time")
 

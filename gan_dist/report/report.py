@@ -58,7 +58,7 @@ def make_report(
         target = expand(out or "report.html")
         page = templates.get_template("runs.html").render(_several(read))
     try:
-        write_atomically(target, page.encode())
+        write_atomically(target, page.encode(), make_folder=True)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from None
     return target

@@ -63,7 +63,7 @@ def export_generator(generator: Generator, out: str | Path, facts: Mapping[str, 
     described = {"format": "gan_dist generator 1", **{key: str(value) for key, value in shape.items()}}
     content = safetensors.torch.save(weights, metadata=described)
     card = _card(path.name, generator, facts, hashlib.sha256(content).hexdigest())
-    write_atomically(path, content)
+    write_atomically(path, content, make_folder=True)
     write_atomically(path.with_suffix(".md"), card.encode())
     return path, path.with_suffix(".md")
 

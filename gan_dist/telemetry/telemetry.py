@@ -209,7 +209,7 @@ class Telemetry:
     def _draw(self, tag: str, step: int, image: Tensor, path: Path | None) -> None:
         png = png_bytes(image)
         if path is not None:
-            write_atomically(path, png)
+            write_atomically(path, png, make_folder=True)
             self._console.sample(path)
         height, width = image.shape[1:]
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ class Checkpointer:
                     facts = {**self._facts, "kept": kept, "best": best}
                     save(self.directory, host, facts, keep=self._keep, guard=self._before_publishing)
             except (OSError, GanDistError) as error:
-                self._failure = error
+                self._failure = self._failure or error
             except BaseException as error:  # whatever it was, nothing was saved
-                self._failure = GanDistError(
+                self._failure = self._failure or GanDistError(
                     f"the checkpoint could not be made: {type(error).__name__}: {first_line(error)}"
                 )
 
@@ -132,12 +133,12 @@ class Checkpointer:
             )
 
     def _on_host(self, state: Mapping[str, Any], copied: Any) -> Mapping[str, Any]:
-        # On a GPU in a stream of its own: the copies wait for no later step, and no step waits for them.
-        stream: Any = None
-        if copied is not None:
-            stream = torch.cuda.Stream(self._world.device)  # type: ignore[no-untyped-call]
-            stream.wait_event(copied)
-        with torch.cuda.stream(stream):  # None: no effect
+        with ExitStack() as context:
+            if copied is not None:
+                # A stream of its own: the copies wait for no later step, and no step waits for them.
+                stream = torch.cuda.Stream(self._world.device)  # type: ignore[no-untyped-call]
+                stream.wait_event(copied)
+                context.enter_context(torch.cuda.stream(stream))
             host: Mapping[str, Any] = to_host(state)
         return host
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import time
@@ -27,7 +26,8 @@ ACCURACY_SAMPLES = 1000
 class Evaluator:
     """Evaluates when it is due, logs the figures, and knows which step was the best. One a rank.
 
-    generator: the network that draws (the averaged one where there is one); discriminator: the one that learns;
+    generator: the network that draws (the averaged one where there is one); discriminator: the one that learns; judge:
+    a network like it, alone in its world, since rank 0 judges for all and running statistics change as it does;
     checkpoints: the folder that may hold an earlier best; held_out: address of a dataset that is not trained on;
     complete: whether all of `dataset` is at hand. Raises UserError for options that exclude each other.
     """
@@ -38,6 +38,7 @@ class Evaluator:
         dataset: Dataset,
         generator: nn.Module,
         discriminator: nn.Module,
+        judge: nn.Module,
         checkpoints: Path,
         *,
         every_steps: int,
@@ -52,7 +53,7 @@ class Evaluator:
         self._every, self._images_per_step = every_steps, images_per_step
         self._latent_dim, self._averaged = latent_dim, averaged
         self._world, self._dataset = world, dataset
-        self._generator, self._discriminator = generator, discriminator
+        self._generator, self._discriminator, self._judge = generator, discriminator, judge
         self._began, self._seconds = time.monotonic(), 0.0
         self._best: dict[str, Any] | None = None
         self._most_diverse = 0.0  # of the evaluations since this start
@@ -117,10 +118,10 @@ class Evaluator:
     def _accuracies(self) -> dict[str, float]:
         """Returns the discriminator's accuracy, as it is now, on its training images and on held-out ones."""
         assert self._held_out is not None
-        judge = copy.deepcopy(self._discriminator)  # its running statistics change
+        self._judge.load_state_dict(self._discriminator.state_dict())
         return {
-            "accuracy_training": accuracy(judge, self._dataset, ACCURACY_SAMPLES),
-            "accuracy_held_out": accuracy(judge, self._held_out, ACCURACY_SAMPLES),
+            "accuracy_training": accuracy(self._judge, self._dataset, ACCURACY_SAMPLES),
+            "accuracy_held_out": accuracy(self._judge, self._held_out, ACCURACY_SAMPLES),
         }
 
 

@@ -117,18 +117,17 @@ class Run:
 
 @contextmanager
 def open_run(
-    config: Config,
     directory: Path,
-    *,
+    config: Config,
     from_run: str | None,
     max_steps: int | None,
     stop: StopRequest,
     verbosity: int | None,
     command: Sequence[str],
 ) -> Iterator[Run]:
-    """Yields the run that `trainer.train` is asked for, ready for its next step; leaves nothing running behind it.
+    """Yields the run that `trainer.train_in` is asked for, ready for its next step; leaves nothing running behind it.
 
-    Arguments as those of `train`; verbosity None prints nothing. A collective: under torchrun every rank calls it.
+    A collective: under torchrun every rank calls it.
     Raises UserError for bad input, before anything is written, and GanDistError for other expected failures: either
     has a message of one line.
     """
@@ -208,6 +207,7 @@ def build_run(
         dataset,
         drawing,
         update.d.network,
+        build_discriminator(config).to(next(update.d.network.parameters())),
         directory / "checkpoints",
         every_steps=config.evaluate.every_steps,
         samples=config.evaluate.samples,
@@ -391,8 +391,7 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
     Weights are drawn from `config.seed` on the CPU, so that they are alike on every device.
     """
     model, source = config.model, torch.Generator().manual_seed(config.seed)
-    generator = Generator(model.resolution, model.latent_dim, model.g_channels)
-    discriminator = Discriminator(model.resolution, model.d_channels, model.leaky_slope)
+    generator, discriminator = build_generator(config), build_discriminator(config)
     for network in (generator, discriminator):
         initialise(network, model.init_std, source)
     return Update(
@@ -412,15 +411,24 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
     )
 
 
+def build_generator(config: Config) -> Generator:
+    """Returns a generator of the configuration's shape."""
+    return Generator(config.model.resolution, config.model.latent_dim, config.model.g_channels)
+
+
+def build_discriminator(config: Config) -> Discriminator:
+    """Returns a discriminator of the configuration's shape."""
+    return Discriminator(config.model.resolution, config.model.d_channels, config.model.leaky_slope)
+
+
 def build_ema(config: Config, update: Update, start: Start) -> EMA | None:
     """Returns the averaged generator that the configuration asks for, as it was where the run starts, or None."""
-    half_life, model = config.train.ema_half_life_images, config.model
+    half_life = config.train.ema_half_life_images
     if half_life == 0:
         return None
-    twin = Generator(model.resolution, model.latent_dim, model.g_channels)
     per_step = config.optim.d_steps * config.train.global_batch
     # A run that began with another's weights has no meaningless first ones to forget.
-    ema = EMA(update.g.network, twin, half_life, per_step, ramp=start.parent is None)
+    ema = EMA(update.g.network, build_generator(config), half_life, per_step, ramp=start.parent is None)
     if start.loaded is not None and "generator_ema" in start.loaded.state:
         ema.network.load_state_dict(start.loaded.state["generator_ema"])
     return ema

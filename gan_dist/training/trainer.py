@@ -58,15 +58,33 @@ def train(
     Raises UserError for bad input, before anything is written, and GanDistError for other expected failures: either
     has a message of one line.
     """
-    with open_run(
-        load_config(config, overrides),
+    return train_in(
         choose_run_dir(config, name, run_dir),
+        load_config(config, overrides),
         from_run=from_run,
         max_steps=max_steps,
-        stop=stop if stop is not None else StopRequest(),
+        stop=stop,
         verbosity=verbosity if console else None,
         command=command,
-    ) as run:
+    )
+
+
+def train_in(
+    directory: Path,
+    config: Config,
+    *,
+    from_run: str | None = None,
+    max_steps: int | None = None,
+    stop: StopRequest | None = None,
+    verbosity: int | None = 0,
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Returns what `train` does, for a configuration that is loaded and a directory that is chosen.
+
+    verbosity None prints nothing; the other arguments and errors are those of `train`.
+    """
+    stop = stop if stop is not None else StopRequest()
+    with open_run(directory, config, from_run, max_steps, stop, verbosity, command) as run:
         return play(run)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from gan_dist.utils.errors import UserError
 
-_NOT_DURABLE = {errno.EIO, errno.ENOSPC, errno.EDQUOT}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""How a file system says that it does not flush folders."""
 
 
 def is_address(text: str) -> bool:
@@ -74,18 +75,17 @@ def clear_temporaries(path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable where the system can (Windows and some network file systems cannot).
+    """Makes the names in `folder` durable, where the system can: Windows and some network file systems cannot.
 
-    Raises OSError when the disk fails or is full.
+    Raises OSError when it fails for any other reason.
     """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
+    if os.name != "posix":
         return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno in _NOT_DURABLE:
+        if error.errno not in _NO_FOLDER_SYNC:
             raise
     finally:
         os.close(descriptor)
@@ -99,12 +99,14 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
         os.fsync(stream.fileno())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, make_folder: bool = False) -> None:
     """Makes `path` hold `content`, durably: a reader sees the old file or the new one, never part of it.
 
-    Its folder is made where needed. Raises OSError and leaves the old file when the disk refuses.
+    Its folder is made with `make_folder` only: one that is missing may be a shared one that this machine cannot see.
+    Raises OSError and leaves the old file when the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         write_durably(temporary, content)

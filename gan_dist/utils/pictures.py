@@ -37,7 +37,7 @@ def png_bytes(image: Tensor) -> bytes:
 
 def save_png(image: Tensor, path: Path) -> None:
     """Writes `image`, uint8 [3, H, W], to `path`, atomically."""
-    write_atomically(path, png_bytes(image))
+    write_atomically(path, png_bytes(image), make_folder=True)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -66,4 +66,4 @@ def save_gif(frames: Sequence[Image.Image], path: Path, frame_seconds: float, la
     times = [round(1000 * frame_seconds)] * (len(indexed) - 1) + [round(1000 * last_seconds)]
     buffer = io.BytesIO()
     indexed[0].save(buffer, "GIF", save_all=True, append_images=indexed[1:], duration=times, loop=0, optimize=False)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), make_folder=True)

@@ -199,17 +199,17 @@ def test_what_it_cannot_have_is_refused_before_anything_is_written(many: Path, d
         assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def train_ranks(rank: int, dataset: str, out: str) -> None:
-    words = ["train.precision=fp64", "train.global_batch=6"]
+def train_ranks(rank: int, dataset: str, held_out: str, out: str) -> None:
+    words = ["train.precision=fp64", "train.global_batch=6", f"evaluate.held_out={held_out}"]
     play(Path(dataset), Path(out) / os.environ["WORLD_SIZE"], *words, steps=4)
 
 
 @pytest.mark.chaos
-def test_ranks_evaluate_what_one_would(many: Path, tmp_path: Path) -> None:
+def test_ranks_evaluate_what_one_would(many: Path, dataset: Path, tmp_path: Path) -> None:
     for size in (1, 2, 3):
-        run_ranks(size, train_ranks, str(many), str(tmp_path))
+        run_ranks(size, train_ranks, str(many), str(dataset), str(tmp_path))
     one, two, three = (read_run(tmp_path / size).evaluations for size in ("1", "2", "3"))
     for other in (two, three):
         for mine, theirs in zip(one, other, strict=True):
-            for name in ("swd", "swd_32", "swd_16", "diversity", "near_copies"):
+            for name in ("swd", "swd_32", "swd_16", "diversity", "near_copies", "accuracy_training", "accuracy_held_out"):
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-5), name
