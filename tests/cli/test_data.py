@@ -18,15 +18,30 @@ COMMAND = [sys.executable, "-m", "gan_dist", "prepare"]
 
 
 OPTIONS = ["--shard-samples", "4", "--workers", "1"]
+STUCK = """
+from gan_dist.data.prepare import workers
+workers.WORKER_CODE = '''
+import time
+from gan_dist.data.prepare import workers
+square = workers.square
+def stuck(data, recipe):
+    if data.endswith(b"STUCK"):
+        time.sleep(600)
+    return square(data, recipe)
+workers.square = stuck
+workers.serve()
+'''
+from gan_dist.cli.main import main
+main()
+"""
+"""`gan-dist` whose worker never gets beyond one picture: on any machine a signal finds it in the middle."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures that take some time."""
-    folder = fill(tmp_path_factory.mktemp("source") / "in", 10)
-    large = encode(0, (1000, 800))
-    for i in range(30):
-        (folder / f"large{i}.png").write_bytes(large)
+    """A folder of pictures, of which one near the end can be recognised."""
+    folder = fill(tmp_path_factory.mktemp("source") / "in", 18)
+    (folder / "b/016-stuck.png").write_bytes(encode(0) + b"STUCK")
     return folder
 
 
@@ -43,7 +58,11 @@ def test_stopped_it_says_so_and_the_same_command_continues(
 ) -> None:
     command = [*COMMAND, str(source), str(tmp_path / "out"), *OPTIONS]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", STUCK, *command[3:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         lines = (line for line in process.stdout if line.startswith("preparing: "))

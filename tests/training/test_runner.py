@@ -15,6 +15,7 @@ from gan_dist.training import runner as runners
 from gan_dist.training.runner import Captured, Compiled, make_runner, native_bf16, resolve_precision
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.tensors import assert_ranks_agree, state_digest
+from tests import PRECISION
 from tests.helpers.games import CPU, batches, game, tensors, worst
 from tests.helpers.ranks import run_ranks
 
@@ -33,11 +34,15 @@ def _difference(world: World, backend: str, **settings: Any) -> tuple[float, flo
     return worst(tensors(compiled), tensors(eager)), worst({"stats": found[:8]}, {"stats": expected[:8]})
 
 
-@needs_compiler
-@pytest.mark.timeout(300)
+# Traces and differentiates as inductor does, which is where old releases go wrong, without a minute of C++ compiling.
+TRACED = "aot_eager"
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.chaos, needs_compiler, pytest.mark.timeout(400)])
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_equals_eager() -> None:
-    state, stats = _difference(World(), "inductor")
+@pytest.mark.parametrize("backend", [TRACED, INDUCTOR])
+def test_compiled_equals_eager(backend: str) -> None:
+    state, stats = _difference(World(), backend)
     assert state < 1e-12
     assert stats < 1e-12
 
@@ -68,14 +73,7 @@ def _two_ranks(backend: str) -> list[dict[str, Any]]:
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        # Traces and differentiates as inductor does, which is where old releases go wrong.
-        pytest.param("aot_eager", marks=pytest.mark.chaos),
-        pytest.param("inductor", marks=[pytest.mark.chaos, needs_compiler, pytest.mark.timeout(400)]),
-    ],
-)
+@pytest.mark.parametrize("backend", [pytest.param(TRACED, marks=pytest.mark.chaos), INDUCTOR])
 def test_compiled_equals_eager_on_two_ranks_and_ranks_that_differ_are_named(backend: str) -> None:
     found = _two_ranks(backend)
     for result in found:
@@ -132,6 +130,7 @@ def test_precision_is_resolved_by_what_the_device_has(monkeypatch: pytest.Monkey
         resolve_precision("fp16", CPU)
 
 
+@pytest.mark.skipif(bool(PRECISION), reason="GAN_DIST_TEST_PRECISION answers for the machine")
 def test_native_bf16_agrees_with_the_machine() -> None:
     flags = Path("/proc/cpuinfo")
     if not flags.exists() or "flags" not in flags.read_text():
