@@ -112,7 +112,7 @@ def test_a_log_gets_plain_lines_and_a_terminal_a_bar() -> None:
     for step in (1, 2):
         console.progress(step)
     console.scalars(2, values)
-    console.say("[/a] line with brackets")
+    console.log("[/a] line with brackets")
     console.close()
     lines = plain.getvalue().splitlines()
     assert lines[0].startswith("step=2/100 epoch=0.50 images/s=123.4 loss_d=1.250")
@@ -120,7 +120,7 @@ def test_a_log_gets_plain_lines_and_a_terminal_a_bar() -> None:
     terminal = io.StringIO()
     console = RunConsole("run", 0, 100, Console(file=terminal, force_terminal=True, width=60))
     console.scalars(2, values)
-    console.say("[/a] line with brackets")
+    console.log("[/a] line with brackets")
     console.close()
     assert "2/100" in terminal.getvalue() and "[/a] line with brackets" in terminal.getvalue()
 
