@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 
 from gan_dist.utils.errors import first_line
+from gan_dist.utils.system import available_memory, default_workers, existing
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
 State = Literal["ok", "warning", "problem"]
@@ -289,19 +290,11 @@ def check_compile() -> list[Finding]:
 
 
 def check_memory() -> list[Finding]:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
+    memory = available_memory()
+    if memory >= 2**60:
         return [Finding("memory", "warning", "unknown on this system")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [total]
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        try:
-            limits.append(int(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    found = f"{min(limits) / 2**30:.1f} GiB for this process, {cores} CPU cores"
-    if min(limits) < 4 * 2**30:
+    found = f"{memory / 2**30:.1f} GiB available to this process, {default_workers()} CPU cores"
+    if memory < 4 * 2**30:
         return [Finding("memory", "warning", found, "lower train.global_batch or prepare with fewer --workers")]
     return [Finding("memory", "ok", found)]
 
@@ -320,7 +313,7 @@ def check_shared_memory() -> list[Finding]:
 
 def check_disk(directory: Path, size: int = 64 * 2**20) -> list[Finding]:
     """How fast `size` bytes are written to `directory` and read back, and how much room it has."""
-    here = _existing(directory)
+    here = existing(directory.expanduser().absolute())
     free = shutil.disk_usage(here).free
     block = os.urandom(2**20)
     try:
@@ -346,14 +339,6 @@ def check_disk(directory: Path, size: int = 64 * 2**20) -> list[Finding]:
     if read < 50:
         return [Finding("disk", "warning", found, "slow: set data.cache_dir to a node-local disk")]
     return [Finding("disk", "ok", found)]
-
-
-def _existing(directory: Path) -> Path:
-    """Returns `directory`, or the nearest folder above it that is there."""
-    here = directory.expanduser().absolute()
-    while not here.is_dir():
-        here = here.parent
-    return here
 
 
 def check_network() -> list[Finding]:
@@ -383,15 +368,12 @@ def check_slurm() -> list[Finding]:
     if program is None:
         return [Finding("slurm", "ok", f"no SLURM here; {helper}")]
     try:
-        asked = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=20, check=True)
-        version = asked.stdout.strip()
+        answer = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=20, check=True)
+        version = answer.stdout.strip()
         subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        return [
-            Finding(
-                "slurm", "warning", f"{program}, but it does not answer ({type(error).__name__})", "is slurmctld up?"
-            )
-        ]
+        found = f"{program}, but it does not answer ({type(error).__name__})"
+        return [Finding("slurm", "warning", found, "is slurmctld up?")]
     if not submitit:
         return [Finding("slurm", "problem", f"{version}, but no Submitit", "pip install submitit")]
     job = os.environ.get("SLURM_JOB_ID")

@@ -18,9 +18,7 @@ TITLES = {
     "stop": "Stopped",
     "end": "Finished",
     "warning": "Warning",
-    "skipped": "Skipped updates",
     "save_failed": "A checkpoint could not be saved",
-    "evaluate": "Evaluated",
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -77,46 +76,26 @@ def status_line(path: str | Path) -> str:
     return f"{run.name} {run.state} {line}" + (f" ({run.why})" if run.why else "")
 
 
-class RunOutput(Protocol):
-    """Where a run shows its progress, log lines and warnings."""
-
-    def progress(self, step: int) -> None: ...
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-    def sample(self, path: Path) -> None: ...
-    def log(self, line: str) -> None: ...
-    def warn(self, line: str) -> None: ...
-    def close(self) -> None: ...
-
-
-class NoOutput:
-    """The console of every rank but the first, and of a library call without one."""
-
-    def progress(self, step: int) -> None:
-        """Does nothing, like the methods below."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-    def sample(self, path: Path) -> None: ...
-    def log(self, line: str) -> None: ...
-    def warn(self, line: str) -> None: ...
-    def close(self) -> None: ...
-
-
 class RunConsole:
     """Shows a run's progress from `step` to `total` on `console` (standard output).
 
-    verbosity: -1 shows only warnings; 0 one line (or the panel) each log interval; 1 adds every tag that was logged.
+    verbosity: None shows nothing; -1 only warnings; 0 one line (or the panel) each log interval; 1 adds every tag that
+    was logged.
     """
 
-    def __init__(self, name: str, step: int, total: int, console: Console | None = None, verbosity: int = 0) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
-        self._name, self._step, self._total, self._verbosity = name, step, total, verbosity
+    def __init__(
+        self, name: str, step: int, total: int, console: Console | None = None, verbosity: int | None = 0
+    ) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True, quiet=verbosity is None)
+        self._verbosity = -1 if verbosity is None else verbosity
+        self._name, self._step, self._total = name, step, total
         self._began = self._mark = (time.monotonic(), step)
         self._steps_per_second: float | None = None
         self._values: dict[str, float] = {}
         self._sample: Path | None = None
         self._warnings: list[str] = []
         self._live: Live | None = None
-        if verbosity >= 0 and self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._verbosity >= 0 and self._console.is_terminal and not self._console.is_dumb_terminal:
             # Twice a second: each refresh takes milliseconds of the core that also feeds the device.
             self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2)
             self._live.start()

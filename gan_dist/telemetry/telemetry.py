@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gan_dist.runs.metrics_file import TEXTS, history_table, read_metrics
-from gan_dist.telemetry.console import NoOutput, RunConsole, RunOutput
+from gan_dist.telemetry.console import RunConsole
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.pictures import png_bytes
 
@@ -72,7 +72,7 @@ class Telemetry:
         verbosity: int = 0,
     ) -> None:
         """`step` is that of the checkpoint that was resumed from, 0 for a new run; verbosity as in RunConsole."""
-        self._console: RunOutput = NoOutput()
+        self._console = RunConsole(run_dir.name, step, total_steps, verbosity=None)
         self._board: SummaryWriter | None = None
         self._active = active
         if not active:
