@@ -87,7 +87,7 @@ def test_the_page_in_a_browser(run: Path, tmp_path: Path, width: int, mobile: bo
         assert [url for url in page.requests if not url.startswith(("data:", page_file.as_uri()))] == []
 
 
-def test_the_page_tells_what_there_is_to_tell(run: Path, dataset: Path) -> None:
+def test_the_page_shows_what_the_run_holds(run: Path, dataset: Path) -> None:
     text = make_report(run, presets=PRESETS).read_text()
     assert (run / "report.html").stat().st_size < 10e6
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", text)
