@@ -1,6 +1,6 @@
 """What this machine and environment can do for gan_dist, and what is wrong with them, each with what to do.
 
-Nothing here changes anything; probes of the disk and of compilation use a temporary folder that goes again.
+Nothing here changes anything; the probe of the disk uses a temporary file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 
 from gan_dist.utils.errors import first_line
+from gan_dist.utils.system import available_memory, default_workers, existing
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
 State = Literal["ok", "warning", "problem"]
@@ -32,7 +33,7 @@ CUDA_DRIVERS = {11: 450.80, 12: 525.60, 13: 580.65}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the diagnosis: what was looked at, how it is, what was found, and what to do (empty when ok)."""
+    """One line of the diagnosis: what was checked, its state, what was found, and what to do (mostly empty when ok)."""
 
     topic: str
     state: State
@@ -51,7 +52,7 @@ class Finding:
 def diagnose(directory: str | Path = ".") -> list[Finding]:
     """Returns the findings, `directory` being where runs and datasets will lie (for the speed of its disk).
 
-    A check that fails itself becomes a warning that says so: the doctor never falls ill.
+    A check that itself fails becomes a warning that says so.
     """
     checks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
         ("python", check_python),
@@ -71,8 +72,8 @@ def diagnose(directory: str | Path = ".") -> list[Finding]:
     for topic, check in checks:
         try:
             findings += check()
-        except Exception as error:  # a strange machine is the very thing to be looked at here
-            findings.append(Finding(topic, "warning", f"could not be looked at: {first_line(error)}"))
+        except Exception as error:  # strange machines are what this is for
+            findings.append(Finding(topic, "warning", f"could not be checked: {first_line(error)}"))
     return findings
 
 
@@ -135,35 +136,35 @@ def check_torch() -> list[Finding]:
 
 
 def nvidia_smi(*fields: str) -> list[list[str]] | None:
-    """Returns a row of the asked fields for each GPU, or None where there is no driver that answers."""
+    """Returns a row of the fields for each GPU, or None where no driver answers."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    asked = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return [[field.strip() for field in line.split(",")] for line in told.splitlines() if line.strip()]
+    return [[field.strip() for field in line.split(",")] for line in output.splitlines() if line.strip()]
 
 
 def driver_advice(driver: str, cuda: str | None) -> str:
-    """Returns what mends a driver that is too old for torch's CUDA build, or nothing where it is new enough."""
+    """Returns what to do about a driver that is too old for torch's CUDA build; empty where it is new enough."""
     major = int((cuda or "0").split(".")[0])
     needed = CUDA_DRIVERS.get(major)
-    found = re.match(r"\d+\.\d+", driver)
-    if needed is None or found is None or float(found[0]) >= needed:
+    version = re.match(r"\d+\.\d+", driver)
+    if needed is None or version is None or float(version[0]) >= needed:
         return ""
-    usable = [generation for generation, oldest in CUDA_DRIVERS.items() if float(found[0]) >= oldest]
-    mend = "ask for a newer driver"
+    usable = [generation for generation, oldest in CUDA_DRIVERS.items() if float(version[0]) >= oldest]
+    advice = "ask for a newer driver"
     if usable:
         build = {11: "cu118", 12: "cu126", 13: "cu130"}[max(usable)]
-        mend = f"uv pip install torch torchvision --torch-backend={build}, or ask for a newer driver"
-    return f"driver {driver} is too old for torch's CUDA {cuda} (needs {needed:g}): {mend}"
+        advice = f"uv pip install torch torchvision --torch-backend={build}, or ask for a newer driver"
+    return f"driver {driver} is too old for torch's CUDA {cuda} (needs {needed:g}): {advice}"
 
 
 def arch_advice(capability: tuple[int, int], archs: list[str]) -> str:
-    """Returns what mends a torch build without code for a GPU of `capability`, or nothing where it has some.
+    """Returns what to do about a torch build without code for a GPU of `capability`; empty where it has some.
 
     archs: torch.cuda.get_arch_list(). sm_XY runs on the same X with Y or more; compute_XY on anything newer too.
     """
@@ -216,7 +217,7 @@ def check_gpus() -> list[Finding]:
             findings.append(Finding("gpu", "problem", found, f"it fails: {first_line(error)}"))
             continue
         if not finite:
-            findings.append(Finding("gpu", "problem", found, "it computes nonsense; leave this GPU out"))
+            findings.append(Finding("gpu", "problem", found, "its results are not finite; leave this GPU out"))
             continue
         findings.append(_health(found, rows[index] if rows and index < len(rows) else None))
     return findings
@@ -230,9 +231,11 @@ def _health(found: str, row: list[str] | None) -> Finding:
     if errors.isdigit() and int(errors) > 0:
         return Finding("gpu", "problem", found, f"{errors} uncorrected memory errors: have it reset or replaced")
     if total.isdigit() and used.isdigit() and int(used) > 0.2 * int(total):
-        return Finding("gpu", "warning", found, f"{int(used) / 1024:.1f} GiB are taken already: is another job on it?")
+        return Finding(
+            "gpu", "warning", found, f"{int(used) / 1024:.1f} GiB are taken already: does another job use it?"
+        )
     if heat.isdigit() and int(heat) >= 85:
-        return Finding("gpu", "warning", found, "hot: it slows itself down")
+        return Finding("gpu", "warning", found, "it is hot and slows itself down")
     return Finding("gpu", "ok", found)
 
 
@@ -251,8 +254,8 @@ def check_bf16() -> list[Finding]:
             return [Finding("bf16", "ok", "the GPU has it; train.precision=auto takes it")]
         return [Finding("bf16", "ok", "the GPU has none; train.precision=auto takes fp32")]
     native = any(flag in _cpu_flags() for flag in ("amx_bf16", "avx512_bf16"))
-    told = "the CPU has it; train.precision=bf16 is about twice as fast" if native else "the CPU has none"
-    return [Finding("bf16", "ok", told)]
+    line = "the CPU has it; train.precision=bf16 is about twice as fast" if native else "the CPU has none"
+    return [Finding("bf16", "ok", line)]
 
 
 def _cpu_flags() -> set[str]:
@@ -260,8 +263,8 @@ def _cpu_flags() -> set[str]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return set()
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return set(found[1].split()) if found else set()
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return set(flags[1].split()) if flags else set()
 
 
 def check_compile() -> list[Finding]:
@@ -287,19 +290,11 @@ def check_compile() -> list[Finding]:
 
 
 def check_memory() -> list[Finding]:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
+    memory = available_memory()
+    if memory >= 2**60:
         return [Finding("memory", "warning", "unknown on this system")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [total]
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        try:
-            limits.append(int(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    found = f"{min(limits) / 2**30:.1f} GiB for this process, {cores} CPU cores"
-    if min(limits) < 4 * 2**30:
+    found = f"{memory / 2**30:.1f} GiB available to this process, {default_workers()} CPU cores"
+    if memory < 4 * 2**30:
         return [Finding("memory", "warning", found, "lower train.global_batch or prepare with fewer --workers")]
     return [Finding("memory", "ok", found)]
 
@@ -317,8 +312,8 @@ def check_shared_memory() -> list[Finding]:
 
 
 def check_disk(directory: Path, size: int = 64 * 2**20) -> list[Finding]:
-    """How fast `directory` takes and gives back `size` bytes, and how much room it has."""
-    here = _existing(directory)
+    """How fast `size` bytes are written to `directory` and read back, and how much room it has."""
+    here = existing(directory.expanduser().absolute())
     free = shutil.disk_usage(here).free
     block = os.urandom(2**20)
     try:
@@ -346,16 +341,8 @@ def check_disk(directory: Path, size: int = 64 * 2**20) -> list[Finding]:
     return [Finding("disk", "ok", found)]
 
 
-def _existing(directory: Path) -> Path:
-    """Returns `directory`, or the nearest folder above it that is there."""
-    here = directory.expanduser().absolute()
-    while not here.is_dir():
-        here = here.parent
-    return here
-
-
 def check_network() -> list[Finding]:
-    """Interfaces that ranks on several machines may use, and whether this host's name resolves."""
+    """The interfaces that ranks on several machines may use, and whether this host's name resolves."""
     names = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
     others = [name for name in names if name != "lo"]
     host = socket.gethostname()
@@ -381,15 +368,12 @@ def check_slurm() -> list[Finding]:
     if program is None:
         return [Finding("slurm", "ok", f"no SLURM here; {helper}")]
     try:
-        asked = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=20, check=True)
-        version = asked.stdout.strip()
+        answer = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=20, check=True)
+        version = answer.stdout.strip()
         subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        return [
-            Finding(
-                "slurm", "warning", f"{program}, but it does not answer ({type(error).__name__})", "is slurmctld up?"
-            )
-        ]
+        found = f"{program}, but it does not answer ({type(error).__name__})"
+        return [Finding("slurm", "warning", found, "is slurmctld up?")]
     if not submitit:
         return [Finding("slurm", "problem", f"{version}, but no Submitit", "pip install submitit")]
     job = os.environ.get("SLURM_JOB_ID")

@@ -22,8 +22,8 @@ def test_this_machine_can_run_these_tests(tmp_path: Path) -> None:
     assert {finding.topic for finding in findings} >= wanted | {"network", "slurm"}
     assert all(finding.advice for finding in findings if finding.state != "ok")
     assert list(tmp_path.iterdir()) == []
-    told = json.loads(json.dumps([finding.to_dict() for finding in findings]))
-    assert told[0]["topic"] == "python" and told[0]["state"] == "ok"
+    rows = json.loads(json.dumps([finding.to_dict() for finding in findings]))
+    assert rows[0]["topic"] == "python" and rows[0]["state"] == "ok"
 
 
 def test_a_check_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +32,7 @@ def test_a_check_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(doctor, "check_memory", broken)
     (finding,) = [finding for finding in diagnose() if finding.topic == "memory"]
-    assert (finding.state, finding.found) == ("warning", "could not be looked at: no such thing")
+    assert (finding.state, finding.found) == ("warning", "could not be checked: no such thing")
 
 
 def test_a_problem_is_unhealthy_and_a_warning_is_not() -> None:

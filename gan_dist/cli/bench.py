@@ -1,4 +1,4 @@
-"""`gan-dist bench`: this machine's figures beside its physical limits. The commands; rooms do their own measuring."""
+"""`gan-dist bench`: this machine's figures beside its physical limits; gan_dist.bench measures them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from gan_dist.cli.common import print_table
 
-bench = typer.Typer(help="Measure this machine beside its physical limits.", no_args_is_help=True)
+bench = typer.Typer(help="Measure this machine, beside its physical limits.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -58,7 +58,10 @@ def bench_prepare(
     samples: Annotated[int, typer.Option(help="Images to measure with, spread over the source.")] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Images a second of preparation, and where its time goes. Nothing is kept."""
+    """Images a second of preparation, and its costliest stages.
+
+    Nothing is kept.
+    """
     from gan_dist.bench.prepare import bench_prepare as measure
 
     _figures(measure(source, resolution=resolution, workers=workers, samples=samples), as_json)
@@ -69,13 +72,16 @@ def bench_loader(
     dataset: Annotated[str, typer.Argument(help="A prepared dataset: a directory or an address.")],
     batch: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
     window_shards: Annotated[int, typer.Option(help="Shards in a window of the windowed placement.")] = 4,
-    seconds: Annotated[float, typer.Option(help="Seconds to measure each for, three times.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of each measurement; there are three.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch. [default: torch's choice]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cache_dir: Annotated[str | None, typer.Option(help="Where a remote dataset is staged.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Images a second that reach the device in random order, by placement, beside memcpy and plain reads."""
+    """Images a second that reach the device in random order.
+
+    By placement, beside memcpy and plain reads.
+    """
     import torch
 
     from gan_dist.bench.loader import bench_loader as measure
@@ -93,17 +99,20 @@ def bench_loader(
 
 @bench.command("step")
 def bench_step(
-    batch: Annotated[list[int] | None, typer.Option(help="Global batch; may be given again.")] = None,
-    runner: Annotated[list[str] | None, typer.Option(help="eager, compiled, captured or auto; again for more.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Global batch; repeat for more.")] = None,
+    runner: Annotated[list[str] | None, typer.Option(help="eager, compiled, captured, auto; repeat for more.")] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16, tf32, fp32 or fp64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
-    seconds: Annotated[float, typer.Option(help="Seconds to measure each for.")] = 5.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of each measurement.")] = 5.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch. [default: torch's choice]")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure a range of batches.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Images a second of the whole update; under torchrun, how it scales over the ranks."""
+    """Images a second of the whole update.
+
+    Under torchrun, also how it scales over the ranks.
+    """
     import torch
 
     from gan_dist.bench.step import SWEEP

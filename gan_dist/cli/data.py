@@ -15,7 +15,7 @@ from gan_dist.utils.errors import EXIT_FAILED, UserError
 def prepare(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE... OUT", help="Folders, zips, tars or WebDataset shards; last, the dataset."),
+        typer.Argument(metavar="SOURCE... OUT", help="Folders, zips, tars, WebDataset shards; last, the new dataset."),
     ],
     resolution: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 64,
     resample: Annotated[str, typer.Option(help="lanczos, bicubic, bilinear or box.")] = "lanczos",
@@ -27,21 +27,23 @@ def prepare(
         typer.Option(metavar="CSV:FILECOL:LABELCOL|folders", help="A class for each image: a table, or its folder."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read and decode; more help on a slow disk. [default: one a CPU]")
+        int | None, typer.Option(help="Processes that read and decode; a slow disk wants more. [default: one a CPU]")
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts (a SLURM array).")] = None,
-    dedupe: Annotated[bool, typer.Option("--dedupe", help="Keep one of files with the same bytes.")] = False,
+    dedupe: Annotated[bool, typer.Option("--dedupe", help="Of files with the same bytes, keep one.")] = False,
     max_reject_fraction: Annotated[float, typer.Option(help="Fail when more than this share is rejected.")] = 0.05,
     shard_samples: Annotated[int, typer.Option(help="Samples in a shard.")] = 4096,
     min_side: Annotated[int, typer.Option(help="Reject images whose short side is below this.")] = 1,
     keep_truncated: Annotated[
-        bool, typer.Option("--keep-truncated", help="Keep what can be decoded of cut-off files, flagged.")
+        bool, typer.Option("--keep-truncated", help="Keep, flagged, what can be decoded of truncated files.")
     ] = False,
     full_decode: Annotated[
-        bool, typer.Option("--full-decode", help="No scaled JPEG decoding: slower; exact with bilinear.")
+        bool, typer.Option("--full-decode", help="Decode JPEGs at full scale: slower, but exact with bilinear.")
     ] = False,
 ) -> None:
-    """Turn images into a dataset of WebDataset shards, once. Run it again to continue; every file is accounted for.
+    """Turn images into a dataset of WebDataset shards.
+
+    The same command continues where it stopped. Every source file is accounted for.
 
     A picture may take 800 MiB to decode, as a PNG of 160 million pixels does; larger ones are rejected. JPEGs are
     decoded at a reduced scale: only progressive ones have a limit, of 130 million pixels.
@@ -94,7 +96,7 @@ def _task(text: str | None) -> tuple[int, int] | None:
 
 
 def verify(dataset: Annotated[str, typer.Argument(help="A dataset that prepare wrote.")]) -> None:
-    """Re-read a whole dataset and name what is wrong with it."""
+    """Read a whole dataset again and report what is wrong."""
     from gan_dist.data.prepare.verify import verify as verify_dataset
     from gan_dist.utils.progress import progress
 

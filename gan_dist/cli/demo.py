@@ -1,4 +1,4 @@
-"""The demo: a small painted set, prepared, trained on and shown, on whatever machine this is."""
+"""The demo: paints a small set of pictures, prepares it and trains on it, on any machine."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PAINTINGS = 2000
 BROKEN = 12
 
 
-def run_demo(directory: Path, stop: StopRequest, say: Callable[[str], None]) -> tuple[Outcome, list[str]]:
-    """Returns what the training did, and lines that say where everything is.
+def run_demo(directory: Path, stop: StopRequest, log: Callable[[str], None]) -> tuple[Outcome, list[str]]:
+    """Returns the training's outcome, and lines that name what is where.
 
-    Run again on the same directory, it goes on where it stopped.
+    Called again with the same directory, it continues where it stopped.
     """
     paintings, shards, run = directory / "paintings", directory / "shards", directory / "run"
     if not (shards / "manifest.json").exists():
-        say(f"painting {PAINTINGS} pictures into {paintings}, {BROKEN} of them broken on purpose")
+        log(f"painting {PAINTINGS} pictures into {paintings}, {BROKEN} of them broken on purpose")
         paint_folder(paintings, PAINTINGS, broken=BROKEN)
     account = prepare([paintings], shards, resolution=preset("demo").model.resolution)
     for line in account.lines():
-        say(line)
+        log(line)
     outcome = train(preset("demo"), [f"data.shards={shards}"], run_dir=run, stop=stop)
     return outcome, [
         f"  shards       {shards}",

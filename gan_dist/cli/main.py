@@ -41,7 +41,7 @@ app = typer.Typer(
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False) -> None:
-    """Say what this machine and environment can do, and what is wrong with them."""
+    """Check this machine and environment."""
     from gan_dist.doctor import diagnose, healthy
 
     findings = diagnose()

@@ -14,9 +14,12 @@ from gan_dist.utils.stop import StopRequest
 
 
 def demo(
-    directory: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("gan-dist-demo"),
+    directory: Annotated[Path, typer.Option("--out", help="The directory for everything.")] = Path("gan-dist-demo"),
 ) -> None:
-    """Paint a small set, prepare it and train on it, on this machine, in about a minute; then show where to look."""
+    """Try it all on painted pictures in about a minute.
+
+    Paints a small set, prepares it, trains on it on this machine, and shows where the results are.
+    """
     from gan_dist.cli.demo import run_demo
 
     stop = StopRequest()
@@ -38,12 +41,14 @@ def train(
     from_run: Annotated[
         str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start a new run from another's checkpoint.")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="End the whole run at this step.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End the run with a checkpoint at this step.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every figure that is logged.")] = False,
 ) -> None:
-    """Train a run, or continue it: the same command again goes on where it stopped.
+    """Train a run, or continue it where it stopped.
+
+    The same command continues the run and never starts it anew.
 
     Under torchrun each process joins the world: torchrun --nproc-per-node 4 -m gan_dist train CONFIG.
     """
@@ -55,7 +60,8 @@ def train(
     from gan_dist.runs.naming import choose_run_dir
     from gan_dist.utils.files import is_address
 
-    settings = load_config(config, overrides or [])  # before torch has loaded, which takes seconds: so is what follows
+    # Torch takes seconds to load: mistakes in the configuration and a missing dataset are reported before.
+    settings = load_config(config, overrides or [])
     if dry_run:
         console.print(to_yaml(settings), end="", markup=False)
         return
@@ -83,16 +89,18 @@ def sample(
     run: Annotated[str, typer.Argument(help="A run, one of its checkpoints, or a file of generator weights.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint to draw from. [default: the newest]")] = None,
     count: Annotated[int, typer.Option(help="How many images.")] = 64,
-    seed: Annotated[int, typer.Option(help="Keys the latents.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the latents.")] = 0,
     image: Annotated[Path, typer.Option("--out", help="The grid to write.")] = Path("grid.png"),
-    interpolate: Annotated[bool, typer.Option("--interpolate", help="Rows that walk between two latents.")] = False,
+    interpolate: Annotated[
+        bool, typer.Option("--interpolate", help="Each row goes from one latent to another.")
+    ] = False,
     individual: Annotated[Path | None, typer.Option(help="Also write each image into this directory.")] = None,
     export: Annotated[Path | None, typer.Option(help="Also write the generator, with a card, as .safetensors.")] = None,
     animation: Annotated[Path | None, typer.Option(help="Also write the run's grids as a GIF.")] = None,
     neighbours: Annotated[Path | None, typer.Option(help="Also show each image beside its nearest real one.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Where --neighbours looks. [default: the run's]")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The real images of --neighbours. [default: the run's]")] = None,
 ) -> None:
-    """Draw images from a run's generator, or from another program's."""
+    """Draw images from a run's or another program's generator."""
     from gan_dist.sampling.sample import sample_run
 
     lines = sample_run(
@@ -117,7 +125,10 @@ def report(
         Path | None, typer.Option("--out", help="The page. [default: RUN/report.html; several: report.html]")
     ] = None,
 ) -> None:
-    """Make one self-contained page of a run: pictures, curves, data, configuration, history."""
+    """Write one self-contained page on a run, or several.
+
+    Samples, curves, evaluations, dataset, configuration and history; it needs no network.
+    """
     from gan_dist.config.schema import presets
     from gan_dist.report.report import make_report
     from gan_dist.runs.naming import run_path
@@ -126,7 +137,7 @@ def report(
 
 
 def _print_closing_lines(run_dir: Path) -> None:
-    """Prints what a training command did, where things are and what to do next."""
+    """Prints what was done, where things are and what to do next."""
     from gan_dist.report.history import closing_lines
     from gan_dist.runs.record import read_run
 

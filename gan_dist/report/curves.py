@@ -1,4 +1,4 @@
-"""Which curves tell how a game went, and the few figures that sum it up."""
+"""The curves of a run, and the few figures that sum it up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gan_dist.report.charts import Chart, Series
 from gan_dist.runs.record import Run, by_protocol
 
 COSTS = ("evaluate/seconds", "evaluate/share_of_time")
-"""What evaluations during training took."""
+"""The cost of evaluations during training."""
 UNDRAWN = {"epoch", "kid_std", "seconds", "share_of_time"}
 """Figures of an evaluation that have no curve of their own."""
 
@@ -39,7 +39,7 @@ def seconds_trained(run: Run) -> float:
 
 
 def restarts(run: Run, x: str = "step") -> list[float]:
-    """Returns where on the x axis the run was continued."""
+    """Returns the x of each step at which the run was continued."""
     steps = {int(event["step"]) for event in run.events if event["event"] == "start" and event.get("step")}
     if x == "step":
         return sorted(map(float, steps))
@@ -60,13 +60,13 @@ def curves(run: Run) -> list[Chart]:
     charts = [
         chart("Losses", {"loss/discriminator": "discriminator", "loss/generator": "generator"}),
         chart(
-            "What the discriminator believes",
+            "Probability of being real, by the discriminator",
             {
                 "probability/real": "D(x)",
                 "probability/fake": "D(G(z))",
                 "probability/fake_after_update": "D(G(z)) after its update",
             },
-            "At one half it cannot tell real from drawn.",
+            "At one half it cannot tell real from fake.",
             low=0.0,
             high=1.0,
             line=(0.5, "cannot tell"),
@@ -79,9 +79,9 @@ def curves(run: Run) -> list[Chart]:
             line=(-math.log(4), "equilibrium, -log 4"),
         ),
         chart(
-            "Distance of drawn from real",
-            {"value/jsd_lower_bound": "at least"},
-            "A lower bound of the Jensen-Shannon divergence in nats; 0 is alike, log 2 is apart. As good as D is.",
+            "Jensen-Shannon divergence",
+            {"value/jsd_lower_bound": "lower bound"},
+            "A lower bound in nats, as tight as D is good; 0: real and fake are alike, log 2: nothing in common.",
             low=0.0,
             high=math.log(2),
         ),
@@ -91,7 +91,7 @@ def curves(run: Run) -> list[Chart]:
             log=True,
         ),
         chart(
-            "Update against weight",
+            "Update-to-weight ratio",
             {"update_ratio/discriminator": "discriminator", "update_ratio/generator": "generator"},
             "Norm of a step over norm of the weights; about 0.001 is healthy.",
             log=True,
@@ -100,13 +100,13 @@ def curves(run: Run) -> list[Chart]:
         chart(
             "Waiting for data",
             {"throughput/data_wait_fraction": "share of time"},
-            "0 means that the data were always there in time.",
+            "0: the data were always there in time.",
             low=0.0,
             high=0.05,
         ),
     ]
     charts += _evaluations(run, marks)
-    # Set by hand or well-known elsewhere on the page; everything else that was logged gets its place.
+    # These are shown elsewhere on the page; everything else that was logged gets a chart.
     used |= {"throughput/step_seconds", "updates/skipped", "learning_rate/discriminator", "learning_rate/generator"}
     others = sorted({tag for point in run.points for tag in point if "/" in tag} - used)
     others = [tag for tag in others if not tag.startswith("evaluate/") or tag in COSTS]
@@ -115,7 +115,7 @@ def curves(run: Run) -> list[Chart]:
 
 
 def _evaluations(run: Run, marks: Sequence[float]) -> list[Chart]:
-    """Returns the charts of what evaluations found, of those figures that may be held against each other."""
+    """Returns the charts of the largest group of evaluations that may be compared."""
     rows = by_protocol(run.evaluations)[0] if run.evaluations else []
     drawn: set[str] = set()
 
@@ -126,8 +126,8 @@ def _evaluations(run: Run, marks: Sequence[float]) -> list[Chart]:
         return Chart(title, series, note, low=0.0, high=high, marks=marks)
 
     def levels(name: str) -> list[str]:
-        found = {int(of[1]) for row in rows for key in row if (of := re.fullmatch(rf"{name}_(\d+)", key))}
-        return [name, *(f"{name}_{side}" for side in sorted(found, reverse=True))]
+        sides = {int(match[1]) for row in rows for key in row if (match := re.fullmatch(rf"{name}_(\d+)", key))}
+        return [name, *(f"{name}_{side}" for side in sorted(sides, reverse=True))]
 
     charts = [
         chart(
@@ -135,22 +135,22 @@ def _evaluations(run: Run, marks: Sequence[float]) -> list[Chart]:
             [*levels("swd"), "swd_floor"],
             "Sliced Wasserstein distance of patches, in all and at each size of structure; lower is nearer.",
         ),
-        chart("Distance in ProGAN's published form", levels("swd_progan"), "To be held against what papers print."),
+        chart("Distance in ProGAN's published form", levels("swd_progan"), "Comparable with published figures."),
         chart("FID", ["fid"], "Frechet distance of Inception's features; lower is nearer."),
         chart("KID", ["kid"], "Kernel distance of Inception's features; lower is nearer."),
         chart(
             "Precision and recall",
             ["precision", "recall"],
-            "The share of drawn images that might be real, and of real ones that might be drawn.",
+            "The share of samples that might be real, and of real images that might be samples.",
             high=1.0,
         ),
         chart(
-            "Does the discriminator know what it never saw?",
+            "Accuracy of the discriminator",
             ["accuracy_training", "accuracy_held_out"],
-            "The share of real images that it takes for real; far apart, it learns its own by heart.",
+            "The share of real images that it takes for real; if they differ much, it has learned its own by heart.",
             high=1.0,
         ),
-        chart("Do samples differ?", ["diversity"], "As much as real images do: 1; all alike: 0."),
+        chart("Diversity of samples", ["diversity"], "1: samples differ as much as real images do; 0: all are alike."),
     ]
     rest = sorted({key for row in rows for key in row if isinstance(row[key], float)} - drawn - UNDRAWN)
     return charts + [chart(key.replace("_", " ").capitalize(), [key], "") for key in rest]
@@ -167,7 +167,7 @@ def compared(runs: Sequence[Run]) -> list[Chart]:
         chart("Discriminator's loss", "loss/discriminator"),
         chart("Generator's loss", "loss/generator"),
         chart("D(x), real images", "probability/real", low=0.0, high=1.0, line=(0.5, "cannot tell")),
-        chart("D(G(z)), drawn ones", "probability/fake", low=0.0, high=1.0, line=(0.5, "cannot tell")),
+        chart("D(G(z)), samples", "probability/fake", low=0.0, high=1.0, line=(0.5, "cannot tell")),
         chart("Value of the game, V(D, G)", "value/minimax", high=0.0, line=(-math.log(4), "equilibrium, -log 4")),
         chart("Images a second", "throughput/images_per_second", low=0.0),
     ]

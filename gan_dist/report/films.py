@@ -1,4 +1,4 @@
-"""Pictures inside a page: a run's grids as data addresses that together keep to a budget of bytes."""
+"""Pictures inside a page: a run's grids as data addresses within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Frame:
 
 
 def data_address(path: Path, widest: int, quality: int) -> str | None:
-    """Returns the picture in `path` as a `data:` address of a WebP at most `widest` pixels a side; None where none can
+    """Returns the picture in `path` as a `data:` address of a WebP at most `widest` pixels a side; None where it cannot
     be read."""
     try:
         with Image.open(path) as opened:
@@ -50,9 +50,9 @@ def film(samples: Sequence[tuple[int, Path]], budget: int) -> list[Frame]:
     """Returns the run's grids as frames of at most `budget` bytes together: fewer, smaller, coarser until they fit."""
     frames: list[Frame] = []
     for count, widest, quality in QUALITIES:
-        found = ((step, data_address(path, widest, quality)) for step, path in spread(samples, count))
+        candidates = ((step, data_address(path, widest, quality)) for step, path in spread(samples, count))
         frames, spent = [], 0
-        for step, src in found:
+        for step, src in candidates:
             if src is not None:
                 frames.append(Frame(step, src))
                 spent += len(src)
@@ -64,8 +64,7 @@ def film(samples: Sequence[tuple[int, Path]], budget: int) -> list[Frame]:
 
 
 def still(path: Path, budget: int) -> str | None:
-    """Returns one picture in `budget` bytes, as good as that allows, or as small as can be; None where none can be
-    read."""
+    """Returns one picture as good as `budget` bytes allow, or as small as can be; None where it cannot be read."""
     src = None
     for widest, quality in ((2100, 92), (1400, 88), (1060, 82), (800, 70), (480, 50)):
         src = data_address(path, widest, quality)

@@ -1,4 +1,4 @@
-"""What happened to a run, as a person would tell it, and what to do with it next."""
+"""A run's history in plain words, and the commands that may come next."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ TITLES = {
     "stop": "Stopped",
     "end": "Finished",
     "warning": "Warning",
-    "skipped": "Skipped updates",
     "save_failed": "A checkpoint could not be saved",
-    "evaluate": "Evaluated",
 }
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that happened: its kind (the event's name, or `lost`), a title, when, and the rest in words."""
+    """One event: its kind (the event's name, or `lost`), a title, when, and details."""
 
     kind: str
     title: str
@@ -35,17 +33,17 @@ class Entry:
 
 
 def entries(run: Run) -> list[Entry]:
-    """Returns the run's history. Skips in a row become one entry; a start that follows no last word tells of a loss."""
-    told: list[Entry] = []
-    words: str | None = None  # the last start, stop or end
+    """Returns the run's history. Consecutive skips become one entry; a start without a stop before it means a loss."""
+    history: list[Entry] = []
+    last: str | None = None  # of start, stop and end
     skips = 0
 
-    def tell_skips(step: int) -> None:
+    def add_skips(step: int) -> None:
         nonlocal skips
         if skips:
             many = f"{skips} updates" if skips > 1 else "One update"
-            detail = "gradients or a loss were not finite; weights stayed as they were"
-            told.append(Entry("skipped", f"{many} skipped up to step {step:,}", "", detail))
+            detail = "gradients or a loss were not finite; the weights were left unchanged"
+            history.append(Entry("skipped", f"{many} skipped up to step {step:,}", "", detail))
             skips = 0
 
     for event in run.events:
@@ -54,51 +52,51 @@ def entries(run: Run) -> list[Entry]:
         if name == "skipped":
             skips += 1
             continue
-        tell_skips(step)
-        if name == "start" and words == "start":
-            lost = f"what it did after step {step:,} was not saved, and was done again"
-            told.append(Entry("lost", "Lost without a last word", "", lost))
+        add_skips(step)
+        if name == "start" and last == "start":
+            lost = f"what came after step {step:,} was not saved and was repeated"
+            history.append(Entry("lost", "Ended without notice", "", lost))
         if name in ("start", "stop", "end"):
-            words = name
+            last = name
         title = TITLES.get(name, name.replace("_", " ").capitalize())
         if name == "start" and step:
             title = "Continued"
-        told.append(Entry(name, f"{title} at step {step:,}", moment, event_details(event)))
-    tell_skips(run.step)
+        history.append(Entry(name, f"{title} at step {step:,}", moment, event_details(event)))
+    add_skips(run.step)
     if run.state == "interrupted":
         saved = f"its newest checkpoint is of step {run.checkpoints[-1]:,}" if run.checkpoints else "it saved nothing"
-        told.append(Entry("lost", "Not heard of since", format_time(run.touched), saved))
-    return told
+        history.append(Entry("lost", "No news since", format_time(run.touched), saved))
+    return history
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
-    """Returns (what for, command) of what one may do with the run next."""
+    """Returns (purpose, command) of what one may do with the run next."""
     path = shlex.quote(str(run.path))
     launched = run.environment.get("command")
-    offered = []
+    rows = []
     if run.state != "done":
         again = _as_typed(launched) if isinstance(launched, list) and launched else None
-        offered.append(
+        rows.append(
             ("Continue it", again or f"gan-dist train {shlex.quote(str(run.path / 'config.yaml'))} --run-dir {path}")
         )
     if run.checkpoints:
         step = run.checkpoints[-1]
-        offered.append(("Draw from it", f"gan-dist sample {path} --count 64 --out grid.png"))
-        offered.append(("Take its generator elsewhere", f"gan-dist sample {path} --export generator.safetensors"))
-        offered.append(
+        rows.append(("Sample it", f"gan-dist sample {path} --count 64 --out grid.png"))
+        rows.append(("Export its generator", f"gan-dist sample {path} --export generator.safetensors"))
+        rows.append(
             ("Start a new run from it", f"gan-dist train CONFIG --name NEW --from {shlex.quote(f'{run.path}@{step}')}")
         )
-    offered.append(("Look closer", f"tensorboard --logdir {shlex.quote(str(run.path / 'tensorboard'))}"))
-    return [(what, typed(words)) for what, words in offered]
+    rows.append(("Open TensorBoard", f"tensorboard --logdir {shlex.quote(str(run.path / 'tensorboard'))}"))
+    return [(what, typed(words)) for what, words in rows]
 
 
 def typed(command: str) -> str:
-    """Returns a command of this environment as it is to be typed: after `uv run`, where that started this program."""
+    """Returns a command as it is to be typed here: after `uv run`, where that started this program."""
     return f"uv run {command}" if os.environ.get("UV") else command
 
 
 def closing_lines(run: Run) -> list[str]:
-    """Returns what to say when a command on a run ends: what was done, how fast, where things are, what to do next."""
+    """Returns the lines that a command ends with: what was done, how fast, where things are, what to do next."""
     newest = run.points[-1] if run.points else {}
     seen, rate = newest.get("images_seen", 0), median(run, "throughput/images_per_second")
     speed = f", {rate:,.1f} images/s (median), {duration(seconds_trained(run))} of training" if rate else ""

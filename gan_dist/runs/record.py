@@ -1,4 +1,4 @@
-"""A run read back from its directory: what it was told to do, what happened, and what it drew."""
+"""A run read back from its directory: its configuration, history, figures, samples and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand
 
 LIVE_WITHIN_S = 600
-"""A run that was neither ended nor stopped counts as in progress while its files are younger than this."""
+"""A run without an end or a stop counts as running while its files are younger than this."""
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """Returns what `gan-dist evaluate` has kept of a run: rows with step, swd, protocol and more."""
+    """Returns the rows that `gan-dist evaluate` has kept in a run: step, swd, protocol and more."""
     return [line for line in read_metrics(run / "evaluations.jsonl") if "step" in line and "swd" in line]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run directory tells; whatever is missing there is empty here."""
+    """Everything that a run directory holds; whatever is missing there is empty here."""
 
     path: Path
     config: dict[str, Any]
@@ -40,13 +40,13 @@ class Run:
     """(step, picture) of each grid of the fixed latents."""
     real: Path | None
     checkpoints: tuple[int, ...]
-    """Steps of the checkpoints that stand there, in order."""
+    """Steps of the checkpoints that exist, in order."""
     evaluations: tuple[dict[str, Any], ...] = ()
     """Rows of figures by step: those of `gan-dist evaluate`, and those made during training."""
     dataset: dict[str, Any] = field(default_factory=dict)
-    """The dataset's card; empty when neither the run nor the dataset itself tells."""
+    """The dataset's card (telemetry.gallery.dataset_card); empty where there is none."""
     touched: float = 0.0
-    """When the run last wrote a line, in seconds since 1970."""
+    """When the run last wrote a file, in seconds since 1970."""
 
     @property
     def name(self) -> str:
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """done, stopped, running, interrupted (no last word, and silent for long) or empty."""
+        """done, stopped, running, interrupted (no end or stop, and no news for LIVE_WITHIN_S) or empty."""
         last = next((e["event"] for e in reversed(self.events) if e["event"] in ("start", "stop", "end")), None)
         if last is None and not self.points:
             return "empty"
@@ -82,7 +82,7 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """Returns what the run directory `path` tells, in progress, finished or crashed as it may be.
+    """Returns the run in directory `path`, be it in progress, finished or crashed.
 
     Raises UserError when there is no such directory, or when it holds no run.
     """
@@ -127,20 +127,20 @@ def _evaluations(root: Path, lines: Sequence[dict[str, Any]]) -> tuple[dict[str,
 
 
 def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns rows of evaluations by step, those in one that tell of the same; what was measured again is the later.
+    """Returns rows of evaluations by step, with rows of the same step and protocol merged; later figures win.
 
-    Weights of Inception and held-out sets are told apart: a row that has none comes on top of, or below, one that has.
+    Rows with different Inception weights or held-out sets stay apart; a row without either joins one that has them.
     """
-    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
-        alike = found.setdefault((int(row["step"]), comparable(row)), [])
+        alike = groups.setdefault((int(row["step"]), comparable(row)), [])
         earlier = next((one for one in alike if _agree(one, row)), None)
         if earlier is None:
             alike.append(dict(row))
         else:
-            whole = row if inception_of(row) else earlier
-            earlier.update({**row, "protocol": whole.get("protocol")})
-    return sorted((row for alike in found.values() for row in alike), key=lambda row: int(row["step"]))
+            fuller = row if inception_of(row) else earlier
+            earlier.update({**row, "protocol": fuller.get("protocol")})
+    return sorted((row for alike in groups.values() for row in alike), key=lambda row: int(row["step"]))
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -149,43 +149,42 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def inception_of(row: Mapping[str, Any]) -> str | None:
-    """Returns the hash of the weights that a row's FID and its like were measured with, or None."""
+    """Returns the hash of the Inception weights behind a row's FID, KID, precision and recall, or None."""
     return (row.get("protocol") or {}).get("inception")
 
 
 def comparable(row: Mapping[str, Any]) -> str:
-    """Returns what two rows of figures must have in common for their distances without Inception to be held against
-    each other."""
+    """Returns the part of the protocol that two rows must share for their swd to be compared."""
     return json.dumps({**(row.get("protocol") or {}), "inception": None}, sort_keys=True)
 
 
 def by_protocol(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Returns rows of evaluations in groups that may be compared, the largest group first, steps in order.
 
-    Rows without Inception stand among those of the weights that were used most.
+    Rows without Inception join those of the weights that were used most.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(comparable(row), []).append(row)
-    told: list[list[dict[str, Any]]] = []
+    tables: list[list[dict[str, Any]]] = []
     for group in groups.values():
         used = Counter(weights for row in group if (weights := inception_of(row)))
         most = max(used, key=used.__getitem__, default=None)
         split: dict[str | None, list[dict[str, Any]]] = {}
         for row in group:
             split.setdefault(inception_of(row) or most, []).append(row)
-        told += split.values()
-    return sorted(told, key=len, reverse=True)
+        tables += split.values()
+    return sorted(tables, key=len, reverse=True)
 
 
 def step_of(path: Path) -> int:
     """Returns the step in a name like step-00000200.png, or -1 where there is none."""
-    found = re.fullmatch(r"step-(\d+)(\.png)?", path.name)
-    return int(found[1]) if found else -1
+    match = re.fullmatch(r"step-(\d+)(\.png)?", path.name)
+    return int(match[1]) if match else -1
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    """Returns a YAML or JSON file's mapping; an empty one for a file that is missing or says something else."""
+    """Returns a YAML or JSON file's mapping; an empty one where the file is missing or holds something else."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -51,7 +51,7 @@ with torch.no_grad():
 def export_generator(generator: Generator, out: str | Path, facts: Mapping[str, Any]) -> tuple[Path, Path]:
     """Returns (weights, card): the safetensors file `out` and the Markdown beside it that says what it is.
 
-    facts: what the card should tell (run, step, images_seen, config, dataset, ...); nested mappings become lists.
+    facts: what the card lists (run, step, images_seen, config, dataset, ...); nested mappings become lists.
     Weights are float32, under the names of the thesis' code. Raises UserError for a name that does not end in
     .safetensors.
     """
@@ -75,24 +75,24 @@ def _plain(value: Tensor) -> Tensor:
 
 def _card(file: str, generator: Generator, facts: Mapping[str, Any], digest: str) -> str:
     count = sum(parameter.numel() for parameter in generator.parameters())
-    told = []
+    lines = []
     for key, value in facts.items():
         if isinstance(value, Mapping):
-            told += [f"- {key}:", *(f"  - {inner}: {json.dumps(one)}" for inner, one in value.items())]
+            lines += [f"- {key}:", *(f"  - {inner}: {json.dumps(one)}" for inner, one in value.items())]
         elif value is not None:
-            told.append(f"- {key}: {value}")
+            lines.append(f"- {key}: {value}")
     return "\n".join(
         [
             f"# {file}",
             "",
             f"A DCGAN generator (Radford et al. 2016): latents of {generator.latent_dim} numbers from N(0, 1) to RGB "
             f"images of {generator.resolution}x{generator.resolution} pixels in [-1, 1]. {count:,} parameters, "
-            "float32, batch norm with running statistics. It repeats the biases of the images it learned from, and "
-            "what it draws is no work of the artists who made those.",
+            "float32, batch norm with running statistics. It repeats the biases of the images it was trained on, "
+            "and its images are no work of the artists who made those.",
             "",
             "## Where it comes from",
             "",
-            *told,
+            *lines,
             f"- sha256: {digest}",
             "",
             "## How to load it",
@@ -133,8 +133,8 @@ def load_weights(source: str | Path, device: torch.device | str = "cpu") -> Gene
         elif name not in weights:
             raise UserError(f"{path}: no {name}; expected the weights of a DCGAN generator without convolution biases")
         elif weights[name].shape != value.shape:
-            found, wanted = list(weights[name].shape), list(value.shape)
-            raise UserError(f"{path}: {name} has shape {found}, a {resolution}-pixel DCGAN has {wanted} there")
+            shape, wanted = list(weights[name].shape), list(value.shape)
+            raise UserError(f"{path}: {name} has shape {shape}, a {resolution}-pixel DCGAN has {wanted} there")
     if left := sorted(weights.keys() - expected.keys()):
         raise UserError(f"{path}: {left[0]} has no place in a DCGAN generator ({len(left)} such entries)")
     generator.load_state_dict(weights)

@@ -23,7 +23,7 @@ MAX_FRAMES = 120
 
 
 def generate(generator: torch.nn.Module, latents: Tensor, batch: int = 256) -> Tensor:
-    """Returns uint8 [N, 3, S, S] for `latents` [N, Z], drawn in eval mode; the generator's mode is as before after."""
+    """Returns uint8 [N, 3, S, S] for `latents` [N, Z], drawn in eval mode; the generator's mode is restored."""
     training = generator.training
     parameter = next(generator.parameters())
     generator.eval()
@@ -103,7 +103,7 @@ def draw(
 def animate(run: str | Path, out: Path, *, seconds: float = 8.0, max_frames: int = MAX_FRAMES) -> int:
     """Returns the number of frames of the GIF written to `out`: the run's fixed latents, from first grid to last.
 
-    It takes `seconds` and then rests on the last grid; a mark below tells how far training is. Made from the pictures
+    It takes `seconds` and then rests on the last grid; a bar below shows how far training was. Made from the pictures
     in samples/, so checkpoints need not be kept. Raises UserError when there is no such run, or it has no grids yet.
     """
     samples = read_run(run).samples

@@ -1,4 +1,4 @@
-"""Does it copy? Each sample beside the real image nearest to it, and how near real images are to one another."""
+"""Copies: each sample beside the real image nearest to it, and how near real images are to one another."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from gan_dist.distributed.world import World
 from gan_dist.utils.pictures import grid, save_png
 
 REFERENCES = 64
-"""Real images, spread over the set, whose own nearest neighbours give the distance to hold a sample's against."""
+"""Real images, spread over the dataset, whose own nearest neighbours give the usual distance."""
 CHUNK = 128
 """Real images in float32 at a time: with 512 and more, the memory they take costs a CPU more than the products do."""
-LOOK_EVERY = 16 * CHUNK
-"""Real images between two looks at who wants to stop."""
+CHECK_EVERY = 16 * CHUNK
+"""Real images between two checks for a stop request."""
 ALONE = World()
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What stands nearest to each of N samples.
+    """The real image nearest to each of N samples.
 
     images: uint8 [N, 3, S, S], the nearest real images; indices: their places in the dataset; sources: where they came
     from; distances: root mean square differences in grey levels (0 to 255); usual: the median distance from a real
@@ -41,12 +41,12 @@ class Neighbours:
     copies: int
 
     def lines(self) -> list[str]:
-        """Returns what a person should know, in words."""
+        """Returns the result as lines for a person."""
         middle = sorted(self.distances)[len(self.distances) // 2]
         usual = "unknown" if self.usual is None else f"{self.usual:.1f}"
         verdict = f"{self.copies} may be copies" if self.copies else "none looks like a copy"
-        told = f"distance to the nearest real image: {middle:.1f} grey levels (median)"
-        return [f"{told}; between real images: {usual}; {verdict}"]
+        line = f"distance to the nearest real image: {middle:.1f} grey levels (median)"
+        return [f"{line}; between real images: {usual}; {verdict}"]
 
 
 def find_neighbours(samples: Tensor, dataset: Dataset) -> Neighbours:
@@ -61,11 +61,12 @@ def find_neighbours(samples: Tensor, dataset: Dataset) -> Neighbours:
 
 
 def copies(samples: Tensor, distances: Tensor, usual: float | None) -> int:
-    """Returns how many of `samples`, uint8 [N, 3, S, S], are nearly real ones, by what `nearest` told of them.
+    """Returns how many of `samples`, uint8 [N, 3, S, S], nearly equal a real image; `distances` and `usual` as from
+    `nearest`.
 
     Those are nearer to a real image than a third of the usual distance, and than half of their own contrast: an almost
-    empty picture is near to every other empty one and is no copy. What is shifted by a pixel or more, or turned, is not
-    found: pixels are compared in place, and mirrored.
+    empty picture is near every other empty one and is no copy. Copies that are shifted or rotated are not recognised:
+    pixels are compared in place, as they are and mirrored.
     """
     contrast = samples.flatten(1).float().std(1)
     return int(((distances < (usual or 0) / 3) & (distances < contrast / 2)).sum())
@@ -91,8 +92,8 @@ def nearest(
     parts = [len(samples), 2 * len(samples)]
     plain, mirrored, theirs = distances.tensor_split(parts)
     as_it_is, as_mirrored, _ = where.tensor_split(parts)
-    found = torch.where(mirrored < plain, as_mirrored, as_it_is)
-    return found, torch.minimum(plain, mirrored), theirs.median().item() if count else None
+    indices = torch.where(mirrored < plain, as_mirrored, as_it_is)
+    return indices, torch.minimum(plain, mirrored), theirs.median().item() if count else None
 
 
 def _nearest(queries: Tensor, own: Tensor, dataset: Dataset, world: World, check: Callable[[], None]) -> Tensor:
@@ -105,9 +106,9 @@ def _nearest(queries: Tensor, own: Tensor, dataset: Dataset, world: World, check
     rows = torch.arange(len(queries) - len(own), len(queries))
     best, where = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.int64)
     lo, hi = rank_slice(dataset.num_samples, world.rank, world.size)
-    for turn in range(0, -(-dataset.num_samples // world.size), LOOK_EVERY):  # as many on every rank
+    for turn in range(0, -(-dataset.num_samples // world.size), CHECK_EVERY):  # as many on every rank
         check()
-        for start in range(lo + turn, min(hi, lo + turn + LOOK_EVERY), CHUNK):
+        for start in range(lo + turn, min(hi, lo + turn + CHECK_EVERY), CHUNK):
             places = np.arange(start, min(hi, start + CHUNK))
             pixels = torch.empty(len(places), 3, dataset.resolution, dataset.resolution, dtype=torch.uint8)
             real = read.into(pixels, places).to(world.device).flatten(1).float()
@@ -118,18 +119,17 @@ def _nearest(queries: Tensor, own: Tensor, dataset: Dataset, world: World, check
             nearest, index = squares.min(1)
             where = torch.where(nearest < best, index + start, where)
             best = torch.minimum(nearest, best)
-    told = world.gather_objects((best, where))
-    winner = torch.stack([distances for distances, _ in told]).argmin(0, keepdim=True)
-    return torch.stack([places for _, places in told]).gather(0, winner)[0]
+    gathered = world.gather_objects((best, where))
+    winner = torch.stack([distances for distances, _ in gathered]).argmin(0, keepdim=True)
+    return torch.stack([places for _, places in gathered]).gather(0, winner)[0]
 
 
 def draw_neighbours(samples: Tensor, dataset: Dataset, out: Path) -> Neighbours:
-    """Returns the neighbours of `samples`, uint8 [N, 3, S, S], after writing pairs to the PNG `out`: sample, nearest
-    real image."""
-    found = find_neighbours(samples, dataset)
+    """Returns the neighbours of `samples`, uint8 [N, 3, S, S], and writes the pairs to the PNG `out`."""
+    neighbours = find_neighbours(samples, dataset)
     gap = samples.new_full((*samples.shape[:3], 2), 255)
-    save_png(grid(torch.cat([samples, gap, found.images], dim=3), columns=4, padding=8), out)
-    return found
+    save_png(grid(torch.cat([samples, gap, neighbours.images], dim=3), columns=4, padding=8), out)
+    return neighbours
 
 
 def _locate(dataset: Dataset, index: int) -> tuple[int, int]:
@@ -143,11 +143,11 @@ def _locate(dataset: Dataset, index: int) -> tuple[int, int]:
 
 def _sources(dataset: Dataset, indices: list[int]) -> list[str]:
     """Returns `source/path` of samples, as the sidecars have them; empty where there is no sidecar."""
-    told = []
+    sources = []
     for shard, place in (_locate(dataset, index) for index in indices):
         try:
             record = dataset.records(shard)[place]
         except (OSError, ValueError, IndexError):
             record = {}
-        told.append("/".join(str(record[key]) for key in ("source", "path") if record.get(key)))
-    return told
+        sources.append("/".join(str(record[key]) for key in ("source", "path") if record.get(key)))
+    return sources

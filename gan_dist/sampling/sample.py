@@ -75,12 +75,12 @@ def sample_run(
     neighbours: str | Path | None = None,
     dataset: str | Path | None = None,
 ) -> list[str]:
-    """Returns lines that say what was written where.
+    """Returns a line for each file or folder written.
 
     Always the grid `out` of `count` images. Besides, as asked: each image alone in the folder `individual`; the
     generator as `export` (safetensors, with a card beside it); the run's own grids as the GIF `animation`; each sample
-    beside its nearest real image as the PNG `neighbours`, from `dataset` (default: the one the run learned from).
-    Raises UserError for what cannot be, before anything is written.
+    beside its nearest real image as the PNG `neighbours`, from `dataset` (default: the one the run was trained on).
+    Raises UserError for options that do not fit, before anything is written.
     """
     if count < 1:
         raise UserError(f"--count: expected 1 or more, found {count}")
@@ -93,12 +93,12 @@ def sample_run(
     reals = None
     if neighbours is not None:
         if dataset is None and source.dataset is None:
-            raise UserError(f"--neighbours: {source.name} does not say what it learned from; give --dataset")
+            raise UserError(f"--neighbours: the dataset that {source.name} was trained on is not known; give --dataset")
         reals = open_dataset(str(dataset or source.dataset))
         if reals.resolution != source.generator.resolution:
             raise UserError(
                 f"--neighbours: {source.name} draws {source.generator.resolution} pixels a side, "
-                f"{reals.root} holds {reals.resolution}; give the dataset it learned from"
+                f"{reals.root} holds {reals.resolution}; give the dataset it was trained on"
             )
     try:
         images = draw(
@@ -119,8 +119,8 @@ def sample_run(
         if animation is not None and source.run is not None:
             lines.append(f"{animate(source.run, expand(animation))} moments of training in {animation}")
         if neighbours is not None and reals is not None:
-            found = draw_neighbours(images, reals, expand(neighbours))
-            lines += [f"each sample beside its nearest real image in {neighbours}", *found.lines()]
+            pairs = draw_neighbours(images, reals, expand(neighbours))
+            lines += [f"each sample beside its nearest real image in {neighbours}", *pairs.lines()]
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from None
     return lines

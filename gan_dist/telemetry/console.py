@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -29,14 +28,14 @@ FIGURES = {
     "gib": ("memory/device_gib", ".1f"),
     "skipped": ("updates/skipped", ".0f"),
 }
-"""The words that the console, a log and `status` use for a run's figures: word -> (tag, format)."""
+"""A run's figures on the console, in a log and in `status`: key -> (tag, format)."""
 
 PINNED = 4
-"""Warnings that stay in sight; older ones have scrolled by above the panel."""
+"""Warnings that the panel keeps in sight; older ones have scrolled by above it."""
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds as people say them: 42s, 3m10s, 5h04m, 2d03h."""
+    """Returns seconds as 42s, 3m10s, 5h04m or 2d03h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -48,18 +47,18 @@ def duration(seconds: float) -> str:
 
 
 def figures(values: Mapping[str, float | None]) -> dict[str, str]:
-    """Returns the words for the values that are there, for example {"epoch": "0.25", "loss_d": "0.512"}."""
-    found = {}
-    for word, (tag, form) in FIGURES.items():
-        if (value := values.get(tag)) is not None and not (word == "skipped" and value == 0):
-            found[word] = format(value, form)
-    return found
+    """Returns the values that are there as text, for example {"epoch": "0.25", "loss_d": "0.512"}."""
+    return {
+        key: format(value, form)
+        for key, (tag, form) in FIGURES.items()
+        if (value := values.get(tag)) is not None and not (key == "skipped" and value == 0)
+    }
 
 
 def line_of(step: int, total: int, values: Mapping[str, float | None], left: float | None = None) -> str:
-    """Returns one line of key=value words: what a log shows each interval, and what `status` says of a run."""
-    words = [f"step={step}/{total}", *(f"{word}={text}" for word, text in figures(values).items())]
-    return " ".join([*words, *([f"left={duration(left)}"] if left is not None else [])])
+    """Returns one line of key=value pairs, as a log has them each interval and `status` shows them."""
+    pairs = [f"step={step}/{total}", *(f"{key}={text}" for key, text in figures(values).items())]
+    return " ".join([*pairs, *([f"left={duration(left)}"] if left is not None else [])])
 
 
 def status_line(path: str | Path) -> str:
@@ -77,46 +76,26 @@ def status_line(path: str | Path) -> str:
     return f"{run.name} {run.state} {line}" + (f" ({run.why})" if run.why else "")
 
 
-class Voice(Protocol):
-    """What a run may say to a person."""
-
-    def progress(self, step: int) -> None: ...
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-    def sample(self, path: Path) -> None: ...
-    def say(self, line: str) -> None: ...
-    def warn(self, line: str) -> None: ...
-    def close(self) -> None: ...
-
-
-class Silence:
-    """The console of every rank but the first, and of a library call that asked for quiet."""
-
-    def progress(self, step: int) -> None:
-        """Nothing, as for all the others."""
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-    def sample(self, path: Path) -> None: ...
-    def say(self, line: str) -> None: ...
-    def warn(self, line: str) -> None: ...
-    def close(self) -> None: ...
-
-
 class RunConsole:
     """Shows a run's progress from `step` to `total` on `console` (standard output).
 
-    verbosity: -1 says only warnings; 0 one line (or the panel) each log interval; 1 adds every tag that was logged.
+    verbosity: None shows nothing; -1 only warnings; 0 one line (or the panel) each log interval; 1 adds every tag that
+    was logged.
     """
 
-    def __init__(self, name: str, step: int, total: int, console: Console | None = None, verbosity: int = 0) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
-        self._name, self._step, self._total, self._verbosity = name, step, total, verbosity
+    def __init__(
+        self, name: str, step: int, total: int, console: Console | None = None, verbosity: int | None = 0
+    ) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True, quiet=verbosity is None)
+        self._verbosity = -1 if verbosity is None else verbosity
+        self._name, self._step, self._total = name, step, total
         self._began = self._mark = (time.monotonic(), step)
         self._steps_per_second: float | None = None
         self._values: dict[str, float] = {}
         self._sample: Path | None = None
         self._warnings: list[str] = []
         self._live: Live | None = None
-        if verbosity >= 0 and self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._verbosity >= 0 and self._console.is_terminal and not self._console.is_dumb_terminal:
             # Twice a second: each refresh takes milliseconds of the core that also feeds the device.
             self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2)
             self._live.start()
@@ -126,7 +105,7 @@ class RunConsole:
         self._step = step
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the step's figures: in the panel, or as a line of key=value words."""
+        """Shows the step's figures: in the panel, or as a line of key=value pairs."""
         self._step, self._values = step, dict(values)
         now, (then, before) = time.monotonic(), self._mark
         self._mark = (now, step)
@@ -146,7 +125,7 @@ class RunConsole:
         """Names the newest samples."""
         self._sample = path
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Prints a line, above the panel where there is one."""
         if self._verbosity >= 0:
             self._print(line)
@@ -157,7 +136,7 @@ class RunConsole:
         self._print(f"WARNING: {line}")
 
     def close(self) -> None:
-        """Takes the panel down, its last state left standing."""
+        """Ends the panel; its last state stays on the terminal."""
         if self._live is not None:
             self._live.stop()
             self._live = None

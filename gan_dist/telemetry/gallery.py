@@ -1,4 +1,4 @@
-"""The pictures and texts of a run in training: grids of the fixed latents, walks between them, and what it all is."""
+"""The pictures and texts of a run in training: grids of fixed latents, walks between them, dataset and environment."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Gallery:
     def introduce(
         self, step: int, dataset: Dataset, reals: Tensor, config: str, environment: Mapping[str, Any]
     ) -> None:
-        """Tells what is trained on what and where, as texts; shows `reals`, uint8 [N, 3, S, S], when the run begins.
+        """Writes configuration, environment and dataset as texts; at step 0 also `reals`, uint8 [N, 3, S, S].
 
         Called at every start: the machine may be another one. The dataset's card also goes into the run directory, so
         that a report can be made where the dataset is not.
@@ -66,7 +66,7 @@ class Gallery:
 
 
 def dataset_card(root: Path, manifest: Manifest) -> dict[str, Any]:
-    """Returns what a person wants to know of a dataset: where, which, how many, how made, and the whole account."""
+    """Returns a dataset's facts for people: path, identity, size, recipe and the account of its source files."""
     reasons: Counter[str] = Counter()
     rejects = root / "rejects.jsonl"
     if rejects.is_file():

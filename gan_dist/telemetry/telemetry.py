@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, metrics.jsonl and the console. Silent off rank 0; each logged step stands once.
+"""What a run logs: TensorBoard, metrics.jsonl and the console. Only rank 0 writes; each logged step stands once.
 
 A run that resumes from step s drops the metric lines after s (events stay: they are its history) and opens TensorBoard
 with purge_step = s + 1, so curves are clean through any number of restarts.
@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gan_dist.runs.metrics_file import TEXTS, history_table, read_metrics
-from gan_dist.telemetry.console import RunConsole, Silence, Voice
+from gan_dist.telemetry.console import RunConsole
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.pictures import png_bytes
 
 EQUILIBRIUM = -math.log(4)
-"""V(D, G) where D cannot tell: log 1/2 + log 1/2 (Goodfellow 2014, theorem 1)."""
+"""V(D, G) where D cannot tell real from fake: log 1/2 + log 1/2 (Goodfellow 2014, theorem 1)."""
 
 LAYOUT = {
     "The game": {
@@ -52,13 +52,13 @@ LAYOUT = {
         "Skipped updates, in all": ["Multiline", ["updates/skipped"]],
     },
 }
-"""The custom scalars page: what belongs together stands together."""
+"""TensorBoard's custom scalars page: its sections, their charts and each chart's tags."""
 
 
 class Telemetry:
-    """The run's voice on the rank that is `active`; on every other rank each call does nothing.
+    """Writes a run's figures, pictures and history on the rank that is `active`; on other ranks each call does nothing.
 
-    A disk that refuses takes nothing down: what cannot be written becomes a warning, and the game goes on.
+    A full or broken disk ends nothing: what cannot be written becomes a warning, and training goes on.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Telemetry:
         verbosity: int = 0,
     ) -> None:
         """`step` is that of the checkpoint that was resumed from, 0 for a new run; verbosity as in RunConsole."""
-        self._console: Voice = Silence()
+        self._console = RunConsole(run_dir.name, step, total_steps, verbosity=None)
         self._board: SummaryWriter | None = None
         self._active = active
         if not active:
@@ -81,12 +81,12 @@ class Telemetry:
         self._total = total_steps
         rewind(self._path, step)
         self._metrics = self._path.open("a", encoding="utf-8")
-        self._held: dict[str, str] = {}  # texts that wait for a step of their own
+        self._texts: dict[str, str] = {}  # texts that wait for a step of their own
         earlier = [line["step"] for line in read_metrics(self._path) if line.get("event") == TEXTS]
         self._texts_until = max(earlier, default=-1)  # newest step at which an earlier attempt left texts
         self._texts_noted = -1
         self._changed = False  # whether something happened that TensorBoard's history does not have yet
-        self._told: dict[str, int] = {}  # tag -> newest step written
+        self._newest: dict[str, int] = {}  # tag -> newest step written
         folder = run_dir / "tensorboard"
         fresh = put_in_order(folder) == 0
         # A new run has drawn nothing yet, and a run resumed at step 0 draws its first pictures again.
@@ -109,7 +109,7 @@ class Telemetry:
         if self._active:
             plain = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
             self._write({"step": step, "images_seen": images_seen, **plain})
-            self._tell_held(step)
+            self._write_texts(step)
             constant = {"value/equilibrium": EQUILIBRIUM} if "value/minimax" in values else {}
             for tag, value in {**values, **constant}.items():
                 self._on_board(
@@ -133,9 +133,9 @@ class Telemetry:
         An attempt's texts stand at a step that no earlier attempt gave texts: not every reader purges those.
         """
         if self._active:
-            self._held[tag] = text
+            self._texts[tag] = text
             if step == 0:
-                self._tell_held(0)
+                self._write_texts(0)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Writes a line of the run's history: a start, a stop, a skip, ...; a start also says where the run ends."""
@@ -146,18 +146,18 @@ class Telemetry:
             self._flush_metrics()
             self._changed = True
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Prints a line on the console."""
-        self._console.say(line)
+        self._console.log(line)
 
     def warn(self, line: str, step: int | None = None) -> None:
-        """Prints a warning, which stays in sight on a terminal, and notes it in the run's history."""
+        """Prints a warning, which stays in sight on a terminal; with `step`, also adds it to the run's history."""
         self._console.warn(line)
         if self._active and step is not None:
             self.event("warning", step, reason=line)
 
     def flush(self) -> None:
-        """Returns once all that was told is in the files, on the disk."""
+        """Returns once everything is in the files, on the disk."""
         if self._active:
             self._finish_pictures()
             self._flush_metrics()
@@ -171,21 +171,21 @@ class Telemetry:
         if self._active:
             self._finish_pictures()
             self._encoder.shutdown()
-            self._tell_held(max(self._told.values(), default=0))
+            self._write_texts(max(self._newest.values(), default=0))
             self._guard(self._metrics.close)
             if self._board is not None:
                 self._guard(self._board.close)
             self._active = False
 
-    def _tell_held(self, step: int) -> None:
+    def _write_texts(self, step: int) -> None:
         """Writes the texts that wait, and the history if it has changed, at `step`, where that is free of texts."""
-        if step <= self._texts_until or not (self._held or self._changed):
+        if step <= self._texts_until or not (self._texts or self._changed):
             return
-        texts = dict(self._held)
-        if step > 0 and step > self._told.get("history", -1):
+        texts = dict(self._texts)
+        if step > 0 and step > self._newest.get("history", -1):
             texts["history"] = history_table(read_metrics(self._path))
             self._changed = False
-        self._held = {}
+        self._texts = {}
         if texts and step != self._texts_noted:
             self._texts_noted = step
             self._write({"event": TEXTS, "step": step, "time": round(time.time(), 3)})
@@ -196,9 +196,9 @@ class Telemetry:
     def _on_board(self, tag: str, step: int, write: Callable[[SummaryWriter], object]) -> None:
         """Writes to TensorBoard, unless `tag` already has this step: a step stands once."""
         board = self._board
-        if board is None or self._told.get(tag, -1) >= step:
+        if board is None or self._newest.get(tag, -1) >= step:
             return
-        self._told[tag] = step
+        self._newest[tag] = step
         try:
             write(board)
         except OSError as error:

@@ -92,7 +92,7 @@ class Evaluator:
         seconds = time.monotonic() - began
         self._seconds += seconds
         if figures is None:
-            telemetry.say(f"the evaluation of step {step} was cut short; `gan-dist evaluate` can make up for it")
+            telemetry.log(f"the evaluation of step {step} was cut short; `gan-dist evaluate` can make up for it")
             return {"evaluate/seconds": seconds}
         protocol = figures.pop("protocol")
         if protocol != self._protocol:
@@ -103,7 +103,7 @@ class Evaluator:
         if leads:
             self._best = {"step": step, "swd": figures["swd"], "protocol": key}
         share = self._seconds / max(time.monotonic() - self._began, 1e-9)
-        telemetry.say(
+        telemetry.log(
             f"evaluated step {step}: swd {figures['swd']:.4g}{' (the best so far)' if leads else ''}, diversity "
             f"{figures['diversity']:.2f}{_accuracy_words(figures)}; {seconds:.1f} s, {share:.1%} of the time so far"
         )

@@ -326,7 +326,7 @@ def _announce(run: Run, total_steps: int, epochs: float, precision: str, notes: 
         f"runner {run.runner.name}: {run.runner.reason}; samples in {run.stream.placement}",
         *(f"note: {note}" for note in notes),
     ):
-        run.telemetry.say(line)
+        run.telemetry.log(line)
     where = {"world_size": world.size, "device": world.device.type, "parent": run.facts["parent"]}
     run.telemetry.event("start", run.step, **where, notes=notes)
 

@@ -41,8 +41,8 @@ def evaluate(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["gan-dist", "evaluate", *map(str, words)])
         with pytest.raises(SystemExit) as left:
             main()
-        told = capsys.readouterr()
-        return left.value.code or 0, told.out, told.err
+        output = capsys.readouterr()
+        return left.value.code or 0, output.out, output.err
 
     return typed
 
@@ -86,7 +86,7 @@ def test_warnings_on_stderr_are_of_the_newest_checkpoint(evaluate: Any, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("nobody", "no run at"),
         ("monet --step 7", "has no checkpoint of step 7; it has: 2, 1, 0"),
@@ -100,6 +100,6 @@ def test_warnings_on_stderr_are_of_the_newest_checkpoint(evaluate: Any, monkeypa
         ("monet --dataset /nowhere", "/nowhere is not a dataset"),
     ],
 )
-def test_a_slip_is_one_line_and_status_2(evaluate: Any, words: str, told: str) -> None:
+def test_a_slip_is_one_line_and_status_2(evaluate: Any, words: str, message: str) -> None:
     status, out, err = evaluate(*words.split())
-    assert (status, out) == (2, "") and err.startswith("gan-dist: ") and err.count("\n") == 1 and told in err
+    assert (status, out) == (2, "") and err.startswith("gan-dist: ") and err.count("\n") == 1 and message in err

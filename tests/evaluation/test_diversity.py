@@ -31,7 +31,7 @@ def test_a_generator_that_knows_few_pictures_repeats_itself(paintings: Tensor, k
         assert apart > 0.7
 
 
-def test_different_pictures_are_no_repetition_and_the_share_is_told(paintings: Tensor) -> None:
+def test_different_pictures_are_no_repetition_and_the_share_is_returned(paintings: Tensor) -> None:
     assert repeated(paintings[:100], paintings[100:]) < 0.05
     half = torch.cat([paintings[:50], paintings[50:75], paintings[50:75]])
     assert repeated(half, paintings[100:]) == pytest.approx(0.5, abs=0.03)

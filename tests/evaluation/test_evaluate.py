@@ -339,8 +339,8 @@ def test_a_damaged_checkpoint_is_left_out_and_a_small_set_is_compared_whole(run:
 def evaluate_ranks(rank: int, run: str, out: str) -> None:
     with join("cpu") as world:
         rows = evaluate_run(world, run, EvaluationOptions(samples=SAMPLES, inception="none"))
-        told = world.gather_objects(rows)
-        assert all(row == rows for row in told), "ranks disagree"
+        gathered = world.gather_objects(rows)
+        assert all(row == rows for row in gathered), "ranks disagree"
         if rank == 0:
             (Path(out) / f"{world.size}.json").write_text(json.dumps(rows[0]))
     assert not dist.is_initialized()

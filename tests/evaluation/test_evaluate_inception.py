@@ -93,10 +93,10 @@ def test_it_is_shown_the_images_that_the_seed_keys(shards: Path, seed: int) -> N
 
 
 def test_features_of_real_images_are_kept_beside_the_dataset(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    lines: list[str] = []
 
     def seen(**asked: Any) -> tuple[int, dict[str, Any]]:
-        shown, figures = evaluated(shards, log=said.append, **asked)
+        shown, figures = evaluated(shards, log=lines.append, **asked)
         return len(shown), figures
 
     first, figures = seen()
@@ -106,14 +106,14 @@ def test_features_of_real_images_are_kept_beside_the_dataset(shards: Path, monke
     assert not verify(shards)
     kept.write_bytes(kept.read_bytes()[:1000])
     assert seen() == (2 * SAMPLES, figures)  # a torn file is made anew
-    assert not said
+    assert not lines
     kept.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", no_room)
-        assert seen() == (2 * SAMPLES, figures) and "cannot be kept" in said.pop()
+        assert seen() == (2 * SAMPLES, figures) and "cannot be kept" in lines.pop()
     assert not list(shards.glob("inception-*"))  # whole or not at all
     kept.mkdir()  # where nothing can be written, as good as a disk that one may only read
-    assert seen() == (2 * SAMPLES, figures) and "cannot be kept" in said.pop()
+    assert seen() == (2 * SAMPLES, figures) and "cannot be kept" in lines.pop()
     kept.rmdir()
     assert seen()[0] == 2 * SAMPLES and seen()[0] == SAMPLES
     # Another protocol, another file.
@@ -136,7 +136,7 @@ def evaluate_ranks(rank: int, folder: str) -> None:
     with join("cpu") as world:
         own = Path(folder) / str(world.size)
         shown, figures = evaluated(own / "shards", world=world)
-        assert all(told == figures for told in world.gather_objects(figures)), "ranks disagree"
+        assert all(other == figures for other in world.gather_objects(figures)), "ranks disagree"
         assert sum(world.gather_objects(len(shown))) == 2 * SAMPLES, "the work is not shared"
         if rank == 0:
             (own / "figures.json").write_text(json.dumps(figures))

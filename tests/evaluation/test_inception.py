@@ -150,9 +150,9 @@ def test_all_figures_are_those_that_torch_fidelity_tells_of_the_same_images(
         verbose=False,
         save_cpu_ram=True,  # and no worker processes
     )
-    told = {"fid": "frechet_inception_distance", "precision": "precision", "recall": "recall"}
-    told |= {"kid": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std"}
-    assert found == pytest.approx({ours: theirs[name] for ours, name in told.items()}, rel=1e-4, abs=1e-6)
+    names = {"fid": "frechet_inception_distance", "precision": "precision", "recall": "recall"}
+    names |= {"kid": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std"}
+    assert found == pytest.approx({ours: theirs[name] for ours, name in names.items()}, rel=1e-4, abs=1e-6)
     assert found["fid"] > 1 and 0 < found["precision"] < 0.5 < found["recall"]
 
 
@@ -169,7 +169,7 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return self.images[index]
 
 
-def test_what_is_told_of_an_evaluation_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_have_their_usual_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inception, "KID_SUBSET_SIZE", 50)
     left, right = normal(500, 4, 0.0, 1.0, 0), normal(500, 4, 100.0, 1.0, 1)
     found = distances(torch.cat([left, right]), left)  # half of what there is, and that well

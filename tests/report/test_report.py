@@ -87,7 +87,7 @@ def test_the_page_in_a_browser(run: Path, tmp_path: Path, width: int, mobile: bo
         assert [url for url in page.requests if not url.startswith(("data:", page_file.as_uri()))] == []
 
 
-def test_the_page_tells_what_there_is_to_tell(run: Path, dataset: Path) -> None:
+def test_the_page_shows_what_the_run_holds(run: Path, dataset: Path) -> None:
     text = make_report(run, presets=PRESETS).read_text()
     assert (run / "report.html").stat().st_size < 10e6
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", text)
@@ -97,11 +97,11 @@ def test_the_page_tells_what_there_is_to_tell(run: Path, dataset: Path) -> None:
         "equilibrium, -log 4",
         "Gradient norms",
         "Images a second",
-        "Update against weight",
+        "Update-to-weight ratio",
     ):
         assert words in text
     assert "Unlike the preset nearest to it, <b>near</b>" in text and "<th>seed</th><td>0</td><td>1</td>" in text
-    assert "Lost without a last word" in text and "Stopped at step 8" in text and "Finished at step 12" in text
+    assert "Ended without notice" in text and "Stopped at step 8" in text and "Finished at step 12" in text
     reasons = json.loads((run / "dataset.json").read_text())["rejected"]
     assert reasons and all(f"<th>{reason}</th><td>{count}</td>" in text for reason, count in reasons.items())
     assert "gan-dist sample" in text and "tensorboard --logdir" in text
@@ -162,7 +162,7 @@ def test_states_and_their_line(run: Path, dataset: Path, tmp_path: Path) -> None
     for name in ("metrics.jsonl", "environment.json"):
         os.utime(game.run_dir / name, (time.time() - 9999,) * 2)
     assert read_run(game.run_dir).state == "interrupted"
-    assert "Not heard of since" in make_report(game.run_dir).read_text()
+    assert "No news since" in make_report(game.run_dir).read_text()
     game.play(4, 5, last_word="stop")
     assert status_line(game.run_dir).endswith("(SIGTERM)") and " stopped " in status_line(game.run_dir)
 
@@ -227,7 +227,7 @@ def test_all_that_evaluations_find_is_in_sight(run: Path, tmp_path: Path) -> Non
             heights = page.evaluate("[...document.querySelectorAll('.figures td')].map(cell => cell.clientHeight)")
             assert len(heights) > 45 and max(heights) < 40, "a number is broken in two"
         titles = page.evaluate("[...document.querySelectorAll('.chart figcaption b')].map(title => title.textContent)")
-        assert {"FID", "KID", "Precision and recall", "Do samples differ?", "Near copies"} <= set(titles)
+        assert {"FID", "KID", "Precision and recall", "Diversity of samples", "Near copies"} <= set(titles)
         assert "Epoch" not in titles and len(titles) == len(set(titles)) and page.complaints == []
 
 

@@ -144,7 +144,7 @@ def test_a_file_with_more_than_tensors_is_refused_unexecuted(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: {"weights": {"a": 1}}, "no generator in it.*found weights"),
         (lambda: [torch.zeros(1)], "expected a state_dict, found list"),
@@ -155,9 +155,9 @@ def test_a_file_with_more_than_tensors_is_refused_unexecuted(tmp_path: Path) -> 
         (lambda: {**Thesis().state_dict(), "bn1.bias": torch.zeros(3)}, r"bn1.bias has shape \[3\]"),
     ],
 )
-def test_what_is_no_generator_is_named(make: object, said: str, tmp_path: Path) -> None:
+def test_what_is_no_generator_is_named(make: object, message: str, tmp_path: Path) -> None:
     torch.save(make(), tmp_path / "x.pt")  # type: ignore[operator]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_weights(tmp_path / "x.pt")
 
 

@@ -71,7 +71,7 @@ def test_a_checkpoint_by_step_or_by_directory(run: Path, tmp_path: Path) -> None
     assert contents[0] == contents[1] != contents[2]
 
 
-def test_what_cannot_be_is_said_before_anything_is_written(run: Path, dataset: Path, tmp_path: Path) -> None:
+def test_bad_options_are_refused_before_anything_is_written(run: Path, dataset: Path, tmp_path: Path) -> None:
     weights = tmp_path / "g.safetensors"
     sample_run(run, count=1, out=tmp_path / "x.png", export=weights)
     (tmp_path / "x.png").unlink()

@@ -67,7 +67,7 @@ def test_quiet_and_verbose() -> None:
     quiet, verbose = io.StringIO(), io.StringIO()
     for stream, verbosity in ((quiet, -1), (verbose, 1)):
         console = RunConsole("run", 0, 10, Console(file=stream, width=60), verbosity)
-        console.say("hello")
+        console.log("hello")
         console.scalars(5, VALUES)
         console.warn("careful")
         console.close()

@@ -35,11 +35,11 @@ def point(step: int) -> dict[str, float]:
     return {"loss/discriminator": float(step)}
 
 
-def tell(run: Path, resumed: int, steps: range, **more: bool) -> Telemetry:
-    told = Telemetry(run, active=True, step=resumed, total_steps=100, console=False, **more)
+def logged(run: Path, resumed: int, steps: range, **more: bool) -> Telemetry:
+    telemetry = Telemetry(run, active=True, step=resumed, total_steps=100, console=False, **more)
     for step in steps:
-        told.scalars(step, 10 * step, point(step))
-    return told
+        telemetry.scalars(step, 10 * step, point(step))
+    return telemetry
 
 
 def test_tensorboard_finds_every_tag_of_a_real_run(dataset: Path, tmp_path: Path) -> None:
@@ -57,22 +57,22 @@ def test_tensorboard_finds_every_tag_of_a_real_run(dataset: Path, tmp_path: Path
 
 
 def test_a_resumed_run_draws_each_step_once(tmp_path: Path) -> None:
-    tell(tmp_path, 0, range(1, 8)).close()
-    killed = tell(tmp_path, 4, range(5, 10))
+    logged(tmp_path, 0, range(1, 8)).close()
+    killed = logged(tmp_path, 4, range(5, 10))
     killed.flush()  # and never closed: the process was killed
-    tell(tmp_path, 6, range(7, 12)).close()
+    logged(tmp_path, 6, range(7, 12)).close()
     assert [event.step for event in board(tmp_path).Scalars("loss/discriminator")] == list(range(1, 12))
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 12))
     killed.close()
 
 
 def test_events_stay_and_torn_lines_go(tmp_path: Path) -> None:
-    told = tell(tmp_path, 0, range(1, 4))
-    told.event("stop", 3, reason="SIGTERM")
-    told.close()
+    telemetry = logged(tmp_path, 0, range(1, 4))
+    telemetry.event("stop", 3, reason="SIGTERM")
+    telemetry.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss/disc')
-    tell(tmp_path, 2, range(3, 5)).close()
+    logged(tmp_path, 2, range(3, 5)).close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line.get("event") != TEXTS]
     assert [(line["step"], line.get("event")) for line in lines] == [
@@ -86,12 +86,12 @@ def test_events_stay_and_torn_lines_go(tmp_path: Path) -> None:
 
 
 def test_flushed_is_readable_by_others(tmp_path: Path) -> None:
-    told = tell(tmp_path, 0, range(1, 3))
-    told.image("samples/real", 1, torch.zeros(3, 8, 8, dtype=torch.uint8))
-    told.flush()
+    telemetry = logged(tmp_path, 0, range(1, 3))
+    telemetry.image("samples/real", 1, torch.zeros(3, 8, 8, dtype=torch.uint8))
+    telemetry.flush()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
     assert len(board(tmp_path).Scalars("loss/discriminator")) == 2
-    told.close()
+    telemetry.close()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_log_gets_plain_lines_and_a_terminal_a_bar() -> None:
     for step in (1, 2):
         console.progress(step)
     console.scalars(2, values)
-    console.say("[/a] line with brackets")
+    console.log("[/a] line with brackets")
     console.close()
     lines = plain.getvalue().splitlines()
     assert lines[0].startswith("step=2/100 epoch=0.50 images/s=123.4 loss_d=1.250")
@@ -120,7 +120,7 @@ def test_a_log_gets_plain_lines_and_a_terminal_a_bar() -> None:
     terminal = io.StringIO()
     console = RunConsole("run", 0, 100, Console(file=terminal, force_terminal=True, width=60))
     console.scalars(2, values)
-    console.say("[/a] line with brackets")
+    console.log("[/a] line with brackets")
     console.close()
     assert "2/100" in terminal.getvalue() and "[/a] line with brackets" in terminal.getvalue()
 
@@ -131,21 +131,21 @@ def test_durations(seconds: float, words: str) -> None:
 
 
 def test_numbers_that_are_none_stay_json(tmp_path: Path) -> None:
-    told = Telemetry(tmp_path, active=True, step=0, total_steps=9, console=False)
-    told.scalars(1, 1, {"loss/generator": math.nan, "loss/discriminator": math.inf})
-    told.close()
+    telemetry = Telemetry(tmp_path, active=True, step=0, total_steps=9, console=False)
+    telemetry.scalars(1, 1, {"loss/generator": math.nan, "loss/discriminator": math.inf})
+    telemetry.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["loss/generator"] is None
 
 
 def test_a_step_of_a_tag_stands_once(tmp_path: Path) -> None:
-    told = tell(tmp_path, 0, range(1, 3))
+    telemetry = logged(tmp_path, 0, range(1, 3))
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
     for _ in range(2):
-        told.image("samples/real", 2, picture, tmp_path / "real.png")
-    told.scalars(2, 20, point(2))
-    told.close()
-    told.close()
+        telemetry.image("samples/real", 2, picture, tmp_path / "real.png")
+    telemetry.scalars(2, 20, point(2))
+    telemetry.close()
+    telemetry.close()
     reader = board(tmp_path)
     assert [event.step for event in reader.Images("samples/real")] == [2]
     assert [event.step for event in reader.Scalars("loss/discriminator")] == [1, 2]
@@ -153,21 +153,21 @@ def test_a_step_of_a_tag_stands_once(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_refuses_pictures_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = Telemetry(tmp_path, active=True, step=0, total_steps=9)
+    telemetry = Telemetry(tmp_path, active=True, step=0, total_steps=9)
     (tmp_path / "samples").write_text("a file where the folder should be")
-    told.image("samples/real", 1, torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "samples" / "a.png")
-    told.scalars(1, 1, point(1))
-    told.flush()
-    told.close()
+    telemetry.image("samples/real", 1, torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "samples" / "a.png")
+    telemetry.scalars(1, 1, point(1))
+    telemetry.flush()
+    telemetry.close()
     assert "WARNING: a file of the run cannot be written" in capsys.readouterr().out
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_warnings_become_history(tmp_path: Path) -> None:
-    told = tell(tmp_path, 0, range(1, 2))
-    told.warn("something odd", 1)
-    told.scalars(2, 20, point(2))
-    told.close()
+    telemetry = logged(tmp_path, 0, range(1, 2))
+    telemetry.warn("something odd", 1)
+    telemetry.scalars(2, 20, point(2))
+    telemetry.close()
     events = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "warning"]
     assert [(event["step"], event["reason"]) for event in events] == [(1, "something odd")]
     (text,) = board(tmp_path).Tensors("history/text_summary")

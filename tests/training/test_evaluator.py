@@ -45,11 +45,11 @@ def test_not_a_bit_of_the_game_is_changed(
     many: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     began = time.monotonic()
-    play(many, tmp_path / "examined", f"evaluate.held_out={dataset}", console=True)
+    play(many, tmp_path / "evaluated", f"evaluate.held_out={dataset}", console=True)
     assert "of held-out ones for real" in capsys.readouterr().out
     play(many, tmp_path / "left_alone", "evaluate.every_steps=0")
-    assert_identical(tmp_path / "examined", tmp_path / "left_alone")
-    run = read_run(tmp_path / "examined")
+    assert_identical(tmp_path / "evaluated", tmp_path / "left_alone")
+    run = read_run(tmp_path / "evaluated")
     assert [row["step"] for row in run.evaluations] == [2, 4, 5]  # each second step, and the last
     assert {"swd_32", "swd_16", "diversity", "near_copies", "accuracy_training", "accuracy_held_out", "seconds"} <= set(
         run.evaluations[0]
@@ -85,7 +85,7 @@ def test_what_is_evaluated_is_what_will_be_drawn(many: Path, tmp_path: Path) -> 
     assert living != pytest.approx(averaged, rel=0.05)
 
 
-def test_figures_of_two_protocols_are_told_apart(many: Path, tmp_path: Path) -> None:
+def test_figures_of_two_protocols_stay_apart(many: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     play(many, run, steps=4)
     play(many, run, "evaluate.samples=110", steps=6)
@@ -147,22 +147,22 @@ def test_a_wish_to_stop_is_heard_within_an_evaluation(
     assert_identical(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_collapse_is_told_with_what_to_try(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collapse_is_a_warning_with_what_to_try(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "YOUNG_IMAGES", 45 * 6)
     play(many, tmp_path / "run", "optim.g_lr=1e-9", "evaluate.every_steps=45", "log.samples_every=99", steps=45)
-    (told,) = [event["reason"] for event in read_run(tmp_path / "run").events if event["event"] == "warning"]
-    assert "collapses to few" in told and "try a lower optim.g_lr" in told
+    (reason,) = [event["reason"] for event in read_run(tmp_path / "run").events if event["event"] == "warning"]
+    assert "collapses to few" in reason and "try a lower optim.g_lr" in reason
 
 
-def test_a_young_runs_collapse_is_told_by_what_it_had(
+def test_a_young_runs_collapse_is_known_by_what_it_had(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distances = iter([0.2, 1, 0.45, 1, 0.25, 1])  # of samples and of real images, at steps 2, 4 and 6
     monkeypatch.setattr(evaluate, "pairwise_distance", lambda *_: next(distances))
     play(many, tmp_path / "run", steps=6)
-    told = [event for event in read_run(tmp_path / "run").events if event["event"] == "warning"]
-    assert [event["step"] for event in told] == [6]
-    assert "differ 25% as much as real images do, after 45%: the generator collapses" in told[0]["reason"]
+    warned = [event for event in read_run(tmp_path / "run").events if event["event"] == "warning"]
+    assert [event["step"] for event in warned] == [6]
+    assert "differ 25% as much as real images do, after 45%: the generator collapses" in warned[0]["reason"]
 
 
 def test_rates_tell_of_training_alone(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,8 @@ def test_ranks_evaluate_what_one_would(many: Path, dataset: Path, tmp_path: Path
     for size in (1, 2, 3):
         run_ranks(size, train_ranks, str(many), str(dataset), str(tmp_path))
     one, two, three = (read_run(tmp_path / size).evaluations for size in ("1", "2", "3"))
+    names = ("swd", "swd_32", "swd_16", "diversity", "near_copies", "accuracy_training", "accuracy_held_out")
     for other in (two, three):
         for mine, theirs in zip(one, other, strict=True):
-            for name in ("swd", "swd_32", "swd_16", "diversity", "near_copies", "accuracy_training", "accuracy_held_out"):
+            for name in names:
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-5), name
