@@ -102,7 +102,7 @@ def test_auto_says_what_it_chose_and_why() -> None:
     runner = make_runner("auto", game())
     assert runner.name == "eager"
     assert "CPU" in runner.reason
-    assert make_runner("eager", game()).reason == "asked for"
+    assert make_runner("eager", game()).reason == "set by train.runner"
 
 
 def test_what_the_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_precision_is_resolved_by_what_the_device_has(monkeypatch: pytest.Monkey
     monkeypatch.setattr(runners, "native_bf16", lambda device: True)
     assert resolve_precision("auto", CPU)[0] == "bf16"
     assert resolve_precision("bf16", CPU)[0] == "bf16"
-    assert resolve_precision("fp64", CPU) == ("fp64", "asked for")
+    assert resolve_precision("fp64", CPU) == ("fp64", "set by train.precision")
     with pytest.raises(UserError, match="tf32 is an NVIDIA GPU's"):
         resolve_precision("tf32", CPU)
     with pytest.raises(UserError, match="expected auto, bf16, tf32, fp32, fp64, found 'fp16'"):
