@@ -27,7 +27,7 @@ app = typer.Typer(
 Config = Annotated[str, typer.Argument(help="A YAML file, for example configs/paintings64.yaml.")]
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Keys to set; those of slurm. and job. are the cluster's."),
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Keys to set; slurm.* and job.* override the cluster file."),
 ]
 ClusterFile = Annotated[
     str | None,

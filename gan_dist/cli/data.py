@@ -38,7 +38,11 @@ def prepare(
         bool, typer.Option("--keep-truncated", help="Keep, flagged, what can be decoded of truncated files.")
     ] = False,
     full_decode: Annotated[
-        bool, typer.Option("--full-decode", help="Decode JPEGs at full scale: slower, but exact with bilinear.")
+        bool,
+        typer.Option(
+            "--full-decode",
+            help="Decode JPEGs at full scale: slower; with bilinear, equal to torchvision's Resize and CenterCrop.",
+        ),
     ] = False,
 ) -> None:
     """Turn images into a dataset of WebDataset shards.

@@ -31,7 +31,7 @@ class _InOrderOfUse(TyperGroup):
 app = typer.Typer(
     name="gan-dist",
     cls=_InOrderOfUse,
-    help="Paintings in, generated paintings out: one synchronised DCGAN game on any number of ranks.",
+    help="Train a DCGAN on paintings, on any number of processes.",
     epilog="Exit status: 0 done; 1 failed; 2 bad usage, config or input; 75 stopped with a checkpoint: run it again.",
     no_args_is_help=True,
     add_completion=False,
