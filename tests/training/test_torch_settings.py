@@ -24,7 +24,7 @@ PAGES = 2**25 // resource.getpagesize()
 FAULTS = """
 import json, resource
 import torch
-from gan_dist.training.runner import torch_settings
+from gan_dist.training.torch_settings import torch_settings
 
 def work(width=2**20):
     # The fewest page faults of several rounds of large tensors: what is left once memory has been found.
