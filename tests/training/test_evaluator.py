@@ -67,14 +67,14 @@ def test_what_is_evaluated_is_what_will_be_drawn(many: Path, tmp_path: Path) -> 
     """The averaged generator where there is one: the checkpoint's, by the same protocol, gives the same figure.
 
     An average with an endless half-life stays its parent's generator, which draws grey, while the living one, at a
-    rate of 0.05, draws colours: no rounding brings their figures together."""
+    rate of 0.2, draws colours: no rounding brings their figures together."""
     play(many, tmp_path / "parent", "evaluate.every_steps=0", steps=1)
     for name, half_life in (("averaged", 10**12), ("plain", 0)):
-        run, words = tmp_path / name, ("optim.g_lr=0.05", f"train.ema_half_life_images={half_life}")
+        run, words = tmp_path / name, ("optim.g_lr=0.2", f"train.ema_half_life_images={half_life}")
         play(many, run, *words, steps=4, from_run=str(tmp_path / "parent"))
         row = read_run(run).evaluations[-1]
         (again,) = evaluate_run(World(), run, EvaluationOptions(samples=100, inception="none"))
-        assert again["swd"] == pytest.approx(row["swd"], rel=1e-4)
+        assert again["swd"] == pytest.approx(row["swd"], rel=1e-2)
         assert row["protocol"]["averaged"] == (name == "averaged")
     living, averaged = (
         evaluate_run(World(), tmp_path / "averaged", EvaluationOptions(samples=100, inception="none", averaged=which))[
