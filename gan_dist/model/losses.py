@@ -3,6 +3,9 @@
 With D(x) = sigmoid(logit): log D = logsigmoid(logit) and log(1 - D) = logsigmoid(-logit), exact where a probability
 would have rounded to 0 or 1. Every function returns a *sum* over the local batch: the caller divides by the global
 batch, so that ranks with unequal shares add up to the same mean.
+
+A new loss is a name in LossName and in config/schema.py's LossConfig, and a branch in `generator_loss`. One that also
+changes D's loss passes its name to `discriminator_loss`, which training/update.py calls.
 """
 
 from __future__ import annotations

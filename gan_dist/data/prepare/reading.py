@@ -56,6 +56,7 @@ class Reader:
             archive = self._archive(entry.source)
             if source.kind == "zip":
                 return _read_member(archive, entry)
+            assert source.kind == "tar", source.kind
             archive.seek(entry.offset)
             data = archive.read(entry.size)
         except FileNotFoundError:

@@ -121,12 +121,15 @@ def list_source(source: Source, number: int, exclude: Path | None = None) -> Lis
         UserError: a damaged archive, or a source that holds no image.
     """
     listing = Listing()
-    if source.kind == "folder":
-        _list_folder(source, number, exclude, listing)
-    elif source.kind == "zip":
-        _list_zip(source, number, listing)
-    else:
-        _list_tar(source, number, listing)
+    match source.kind:  # a new kind is recognised in open_source, listed here, and read in reading.py
+        case "folder":
+            _list_folder(source, number, exclude, listing)
+        case "zip":
+            _list_zip(source, number, listing)
+        case "tar":
+            _list_tar(source, number, listing)
+        case kind:
+            raise AssertionError(f"no way to list a source of kind {kind!r}")
     # by bytes, and by offset where an archive has a name twice: the same order on every machine
     listing.entries.sort(key=lambda entry: (entry.path.encode("utf-8", "surrogatepass"), entry.offset))
     if not listing.entries:
