@@ -27,7 +27,7 @@ from gan_dist.utils.system import available_memory, default_workers, existing
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
 State = Literal["ok", "warning", "problem"]
-CUDA_DRIVERS = {11: 450.80, 12: 525.60, 13: 580.65}
+CUDA_DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 """Oldest Linux driver for a build of each CUDA generation (NVIDIA, CUDA compatibility, minor version compatibility)."""
 
 
@@ -152,15 +152,18 @@ def driver_advice(driver: str, cuda: str | None) -> str:
     """Returns what to do about a driver that is too old for torch's CUDA build; empty where it is new enough."""
     major = int((cuda or "0").split(".")[0])
     needed = CUDA_DRIVERS.get(major)
-    version = re.match(r"\d+\.\d+", driver)
-    if needed is None or version is None or float(version[0]) >= needed:
+    parts = re.match(r"(\d+)\.(\d+)", driver)
+    if needed is None or parts is None:
         return ""
-    usable = [generation for generation, oldest in CUDA_DRIVERS.items() if float(version[0]) >= oldest]
+    version = int(parts[1]), int(parts[2])
+    if version >= needed:
+        return ""
+    usable = [generation for generation, oldest in CUDA_DRIVERS.items() if version >= oldest]
     advice = "ask for a newer driver"
     if usable:
         build = {11: "cu118", 12: "cu126", 13: "cu130"}[max(usable)]
         advice = f"uv pip install torch torchvision --torch-backend={build}, or ask for a newer driver"
-    return f"driver {driver} is too old for torch's CUDA {cuda} (needs {needed:g}): {advice}"
+    return f"driver {driver} is too old for torch's CUDA {cuda} (needs {needed[0]}.{needed[1]}): {advice}"
 
 
 def arch_advice(capability: tuple[int, int], archs: list[str]) -> str:
@@ -193,6 +196,7 @@ def check_gpus() -> list[Finding]:
         "memory.used",
         "temperature.gpu",
         "ecc.errors.uncorrected.volatile.total",
+        "uuid",
     )
     if not torch.cuda.is_available():
         if rows is None:
@@ -219,14 +223,17 @@ def check_gpus() -> list[Finding]:
         if not finite:
             findings.append(Finding("gpu", "problem", found, "its results are not finite; leave this GPU out"))
             continue
-        findings.append(_health(found, rows[index] if rows and index < len(rows) else None))
+        # nvidia-smi lists every GPU of the machine, torch those of CUDA_VISIBLE_DEVICES, in its order
+        uuid = str(getattr(facts, "uuid", "?")).lower()
+        row = next((row for row in rows or () if row[-1].lower().removeprefix("gpu-") == uuid), None)
+        findings.append(_health(found, row))
     return findings
 
 
 def _health(found: str, row: list[str] | None) -> Finding:
     if row is None:
         return Finding("gpu", "ok", found)
-    _, driver, total, used, heat, errors = row
+    _, driver, total, used, heat, errors, _ = row
     found += f", driver {driver}, {heat} C"
     if errors.isdigit() and int(errors) > 0:
         return Finding("gpu", "problem", found, f"{errors} uncorrected memory errors: have it reset or replaced")

@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,8 +46,10 @@ def test_a_problem_is_unhealthy_and_a_warning_is_not() -> None:
     ("driver", "cuda", "said"),
     [
         ("580.95.05", "13.0", ""),
+        ("580.159.04", "13.2", ""),
+        ("525.147.05", "12.8", ""),
         ("570.86.15", "13.0", "needs 580.65.*--torch-backend=cu126"),
-        ("470.57.02", "12.8", "needs 525.6.*--torch-backend=cu118"),
+        ("470.57.02", "12.8", "needs 525.60.*--torch-backend=cu118"),
         ("390.10", "12.8", "ask for a newer driver"),
         ("570.86.15", None, ""),
     ],
@@ -103,9 +106,27 @@ def test_an_old_torch_and_a_missing_package_are_problems(monkeypatch: pytest.Mon
 def test_a_driver_without_a_torch_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs torch without a GPU")
-    monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: [["Old", "470.57", "1", "0", "40", "0"]])
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: [["Old", "470.57", "1", "0", "40", "0", "GPU-1"]])
     (finding,) = doctor.check_gpus()
     assert finding.state == "problem" and "cannot use it" in finding.found and finding.advice
+
+
+def test_a_gpus_health_is_its_own_whatever_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [["H", "580.95", "80000", "0", "40", "7", "GPU-AA"], ["H", "580.95", "80000", "0", "41", "0", "GPU-BB"]]
+    facts = SimpleNamespace(name="H", total_memory=80 * 2**30, uuid="bb")
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: rows)
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_properties": facts,
+        "get_device_capability": (9, 0),
+        "get_arch_list": ["sm_90"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *words, value=value: value)
+    ones = torch.ones(2, 2)
+    monkeypatch.setattr(torch, "randn", lambda *words, **named: ones)
+    (finding,) = doctor.check_gpus()
+    assert finding.state == "ok" and "41 C" in finding.found
 
 
 def test_a_full_or_forbidden_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
