@@ -223,5 +223,4 @@ def _await_master(file: Path, task: Task, limit_s: float) -> dict[str, object]:
 def _device_index(local_rank: int, env: Mapping[str, str]) -> int:
     """Returns the index of this rank's GPU among the visible ones: 0 where SLURM shows each task only its own."""
     visible = [word for word in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
-    on_node = env.get("SLURM_GPUS_ON_NODE", "")
-    return 0 if len(visible) == 1 and on_node.isdigit() and int(on_node) > 1 else local_rank
+    return 0 if len(visible) == 1 else local_rank

@@ -135,8 +135,8 @@ def test_gloo_gets_the_whole_name_of_the_interface(
 
 def test_a_task_that_sees_its_own_gpu_only_uses_the_first(tmp_path: Path) -> None:
     alone = SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "3", "SLURM_JOB_NODELIST": "h", "SLURMD_NODENAME": "h"}
-    for visible, index in (("2", "0"), ("0,1,2,3", "3")):
-        env = alone | {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": "4"}
+    for visible, on_node, index in (("2", "4", "0"), ("2", "1", "0"), ("2", "", "0"), ("0,1,2,3", "4", "3")):
+        env = alone | {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}
         joined, held = agree_on_master(read_task(env), tmp_path, env, 1)
         assert joined["LOCAL_RANK"] == index
         held[0].close()
