@@ -54,7 +54,8 @@ class BatchNorm(nn.Module):
                 F.batch_norm(
                     part, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
                 )
-                for part in x.chunk(groups)
+                # a chunk of the whole would cost a copy of its gradient
+                for part in (x.chunk(groups) if groups > 1 else (x,))
             ]
             return torch.cat(parts) if groups > 1 else parts[0]
         y, mean, var_unbiased = _SynchronisedNorm.apply(x, self.weight, self.bias, groups, self.eps, self.process_group)
@@ -94,6 +95,8 @@ class _SynchronisedNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, invstd, total)
         ctx.groups, ctx.group = groups, group
         ctx.mark_non_differentiable(mean, var_unbiased)
+        if not torch.compiler.is_compiling():  # which knows nothing of it, and leaves unused zeros out by itself
+            ctx.set_materialize_grads(False)  # else zeros for those two, at each layer
         scale = invstd * weight
         # In the weight's dtype, and the caller casts: where x has that dtype already, a closing `.to(x.dtype)` changes
         # nothing, and torch 2.11 compiles a Function that ends so to wrong gradients, silently.

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
+import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gan_dist.model.batchnorm import BatchNorm
 
@@ -52,3 +58,38 @@ def test_under_bf16_the_statistics_stay_float32() -> None:
     assert ours.running_mean.dtype == torch.float32
     # bfloat16 holds three digits: a float32 running mean has more than it could.
     assert not torch.equal(ours.running_mean, ours.running_mean.to(torch.bfloat16).float())
+
+
+class _Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the calls of each of torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_group_costs_no_copy_of_its_gradient() -> None:
+    ours, x = BatchNorm(5), torch.randn(6, 5, 4, 4, requires_grad=True)
+    with _Counts() as counts:
+        torch.autograd.grad(ours(x).sum(), x)
+    assert "cat.default" not in counts.calls and "split.Tensor" not in counts.calls
+
+
+def test_ranks_make_no_zeros_for_gradients_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, value, group: out.copy_(value))
+    monkeypatch.setattr(dist, "all_reduce", lambda value, group: None)
+    ours, alone = _pair()
+    ours.group = object()  # type: ignore[assignment]
+    x = torch.randn(6, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(6, 5, 4, 4, dtype=torch.float64)
+    with _Counts() as counts:
+        found = torch.autograd.grad((ours(x) * weights).sum(), [x, ours.weight, ours.bias])
+    assert not [name for name in counts.calls if name.startswith(("zeros", "new_zeros"))]
+    expected = torch.autograd.grad((alone(x) * weights).sum(), [x, alone.weight, alone.bias])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
