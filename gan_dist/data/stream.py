@@ -128,7 +128,10 @@ class Resident:
         num = self._order.num_samples
         # The next epoch's is computed beside training: some 10 ms that training would else wait for at the epoch's end.
         threading.Thread(target=self._order.index, args=((epoch + 1) * num,), name="order", daemon=True).start()
-        return torch.from_numpy(self._order.indices(epoch * num, (epoch + 1) * num)).to(self._device)
+        permutation = torch.from_numpy(self._order.indices(epoch * num, (epoch + 1) * num))
+        if self._device.type == "cuda":
+            permutation = permutation.pin_memory()  # the step does not wait for the copy
+        return permutation.to(self._device, non_blocking=True)
 
 
 @dataclass
@@ -358,6 +361,8 @@ class Stream:
     def _prefetch(self, position: int) -> None:
         windows = None
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread's is GPU 0, where it would open a context
             collect = Gather(self._dataset)
             if self.placement == "windowed":
                 windows = Windows(

@@ -52,6 +52,7 @@ class Checkpointer:
         self._facts, self._before_publishing = facts or {}, before_publishing
         self._next_by_clock = math.inf
         self._state: Mapping[str, Any] | None = None
+        self._stream: Any = None
         self._thread: threading.Thread | None = None
         self._failure: OSError | GanDistError | None = None
 
@@ -98,6 +99,8 @@ class Checkpointer:
 
         def work() -> None:
             try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)  # a new thread's is GPU 0, where it would open a context
                 host = self._copy_and_compare(lambda: self._on_host(state, copied))
                 if self._world.rank == 0:
                     facts = {**self._facts, "kept": kept, "best": best}
@@ -135,10 +138,11 @@ class Checkpointer:
     def _on_host(self, state: Mapping[str, Any], copied: Any) -> Mapping[str, Any]:
         with ExitStack() as context:
             if copied is not None:
-                # A stream of its own: the copies wait for no later step, and no step waits for them.
-                stream = torch.cuda.Stream(self._world.device)  # type: ignore[no-untyped-call]
-                stream.wait_event(copied)
-                context.enter_context(torch.cuda.stream(stream))
+                # A stream of its own: the copies wait for no later step, and no step waits for them. One for all saves:
+                # torch's pool has 32 and would soon hand out the one that samples arrive in.
+                self._stream = self._stream or torch.cuda.Stream(self._world.device)  # type: ignore[no-untyped-call]
+                self._stream.wait_event(copied)
+                context.enter_context(torch.cuda.stream(self._stream))
             host: Mapping[str, Any] = to_host(state)
         return host
 

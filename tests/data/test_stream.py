@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import threading
 import time
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_waiting_is_counted(opened: Dataset) -> None:
         stream.next()
         assert stream.wait_seconds >= 0
         assert stream.placement == "memory"
+
+
+def test_the_thread_takes_its_ranks_gpu_first(opened: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set_device {device}"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: calls.append("Stream"))
+    stream = Stream.__new__(Stream)  # a whole one needs pinned memory
+    stream.placement, stream._device, stream._dataset = "memory", torch.device("cuda", 1), opened
+    stream._free, stream._closing = queue.SimpleQueue(), threading.Event()
+    stream._free.put(None)
+    stream._prefetch(0)
+    assert calls == ["set_device cuda:1", "Stream"]
 
 
 def test_device_placement_needs_a_device(opened: Dataset) -> None:

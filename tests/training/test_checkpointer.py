@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +109,23 @@ def save_as_rank(rank: int, folder: str) -> None:
 def test_a_state_that_ranks_do_not_share_is_never_written(tmp_path: Path) -> None:
     run_ranks(2, save_as_rank, str(tmp_path))
     assert saved(tmp_path / "checkpoints") == ["latest", "step-00000001"]
+
+
+def test_the_thread_takes_its_ranks_gpu_first_and_one_stream_for_all_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set_device {device}"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: calls.append("copy") or nullcontext())
+    wait = SimpleNamespace(wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: calls.append("Stream") or wait)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(device=device), keep=2)
+    for step in (1, 2):
+        checkpointer.save(state(step))
+        assert checkpointer.failure(wait=True) is None
+    assert calls == ["set_device cuda:1", "Stream", "copy", "set_device cuda:1", "copy"]
 
 
 @pytest.mark.gpu
