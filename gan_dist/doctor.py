@@ -233,7 +233,7 @@ def check_gpus() -> list[Finding]:
 def _health(found: str, row: list[str] | None) -> Finding:
     if row is None:
         return Finding("gpu", "ok", found)
-    _, driver, total, used, heat, errors, _ = row
+    _, driver, total, used, heat, errors, *_ = row
     found += f", driver {driver}, {heat} C"
     if errors.isdigit() and int(errors) > 0:
         return Finding("gpu", "problem", found, f"{errors} uncorrected memory errors: have it reset or replaced")

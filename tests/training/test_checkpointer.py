@@ -118,9 +118,14 @@ def test_the_thread_takes_its_ranks_gpu_first_and_one_stream_for_all_saves(
     device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set_device {device}"))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: calls.append("copy") or nullcontext())
+
+    def noted(call: str, value: Any) -> Any:
+        calls.append(call)
+        return value
+
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted("copy", nullcontext()))
     wait = SimpleNamespace(wait_event=lambda event: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: calls.append("Stream") or wait)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: noted("Stream", wait))
     checkpointer = Checkpointer(tmp_path / "checkpoints", World(device=device), keep=2)
     for step in (1, 2):
         checkpointer.save(state(step))
