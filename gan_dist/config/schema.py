@@ -26,6 +26,8 @@ from gan_dist.config.base import (
 from gan_dist.utils.files import expand_source
 
 RESOLUTIONS = (32, 64, 128, 256)
+LossName = Literal["minimax", "non_saturating"]
+"""The losses, which model/losses.py computes."""
 
 Target = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -69,7 +71,7 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    name: Literal["minimax", "non_saturating"] = "non_saturating"
+    name: LossName = "non_saturating"
     """minimax: G minimises E log(1 - D(G(z))). non_saturating: G maximises E log D(G(z)). (Goodfellow 2014, eq. 1)"""
     real_target: Target = 1.0
     """D's target on real images; below 1 is one-sided label smoothing."""

@@ -4,20 +4,19 @@ With D(x) = sigmoid(logit): log D = logsigmoid(logit) and log(1 - D) = logsigmoi
 would have rounded to 0 or 1. Every function returns a *sum* over the local batch: the caller divides by the global
 batch, so that ranks with unequal shares add up to the same mean.
 
-A new loss is a name in LossName and in config/schema.py's LossConfig, and a branch in `generator_loss`. One that also
-changes D's loss passes its name to `discriminator_loss`, which training/update.py calls.
+A new loss is a name in config/schema.py's LossName and a branch in `generator_loss` here. One that changes D's loss as
+well adds a name to `discriminator_loss`, which training/update.py calls.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from gan_dist.config.schema import LossName
 from gan_dist.utils.errors import UserError
-
-LossName = Literal["minimax", "non_saturating"]
 
 
 def cross_entropy(logits: Tensor, target: float) -> Tensor:

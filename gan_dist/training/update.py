@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gan_dist.config.schema import LossName
 from gan_dist.distributed.world import World
 from gan_dist.model.batchnorm import synchronise
-from gan_dist.model.losses import LossName, discriminator_loss, generator_loss, minimax_value
+from gan_dist.model.losses import discriminator_loss, generator_loss, minimax_value
 from gan_dist.training.optim import Player, frozen
 from gan_dist.utils.tensors import copy_state, to_host
 
