@@ -1,4 +1,4 @@
-"""What an installation can do, without pytest: paint, prepare, train three steps, continue to the fourth."""
+"""What an installation can do, without pytest: paint, prepare, train three steps, continue to the fourth, report."""
 
 import tempfile
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import gan_dist
 from gan_dist.config.schema import preset
 from gan_dist.data.prepare.synthetic import paint_folder
+from gan_dist.report.report import make_report
 
 SMALL = ["model.resolution=32", "model.g_channels=8", "model.d_channels=8", "train.global_batch=8"]
 
@@ -19,4 +20,5 @@ if __name__ == "__main__":
         for steps in (3, 4):
             outcome = gan_dist.train(preset("paintings64"), words, run_dir=root / "run", max_steps=steps, console=False)
             assert outcome.step == steps, outcome
-    print("trained, stopped and continued")
+        assert "</html>" in make_report(root / "run").read_text(encoding="utf-8")  # templates are part of the package
+    print("trained, stopped and continued; the report was written")
