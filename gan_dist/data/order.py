@@ -1,7 +1,8 @@
 """Which sample is at which position of the training stream: a pure function of (dataset, seed, position).
 
 World size, batch size, placement, prefetching and restarts do not enter. Epoch e is one permutation of all N samples.
-Epochs follow one another without a gap, so batches may cross them and none is ever short.
+Epochs follow one another without a gap, so batches may cross them and none is ever short. A batch is the next
+`global_batch` positions, of which each rank takes its `rank_slice`; stream.py reads them.
 """
 
 from __future__ import annotations

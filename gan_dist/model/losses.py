@@ -5,7 +5,7 @@ would have rounded to 0 or 1. Every function returns a *sum* over the local batc
 batch, so that ranks with unequal shares add up to the same mean.
 
 A new loss is a name in config/schema.py's LossName and a branch in `generator_loss` here. One that changes D's loss as
-well adds a name to `discriminator_loss`, which training/update.py calls.
+well gives `discriminator_loss` a parameter `name`, which `discriminator_pass` in training/update.py passes on.
 """
 
 from __future__ import annotations

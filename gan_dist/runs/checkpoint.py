@@ -70,7 +70,7 @@ def save(
         if final.exists():
             # Only one that was passed over as unsound can stand here: a sound one would have been resumed from.
             final.replace(directory / f"{TEMPORARY}unsound-{uuid.uuid4().hex[:8]}")
-        temporary.replace(final)
+        temporary.replace(final)  # visible from here on: who looks for checkpoints looks for this name
         fsync_folder(directory)
         write_atomically(directory / "latest", f"{final.name}\n".encode())
         if facts.get("best"):

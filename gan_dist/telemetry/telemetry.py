@@ -1,5 +1,8 @@
 """What a run logs: TensorBoard, metrics.jsonl and the console. Only rank 0 writes; each logged step stands once.
 
+Every tag is written here, and named where its value is made: training/update.py (STATS), training/statistics.py,
+training/evaluator.py and, for pictures, gallery.py.
+
 A run that resumes from step s drops the metric lines after s (events stay: they are its history) and opens TensorBoard
 with purge_step = s + 1, so curves are clean through any number of restarts.
 """
@@ -29,7 +32,7 @@ from gan_dist.utils.pictures import png_bytes
 EQUILIBRIUM = -math.log(4)
 """V(D, G) where D cannot tell real from fake: log 1/2 + log 1/2 (Goodfellow 2014, theorem 1)."""
 
-LAYOUT = {
+CUSTOM_CHARTS = {
     "The game": {
         "Losses": ["Multiline", ["loss/discriminator", "loss/generator"]],
         "D(x), and D(G(z)) before and after D's update": [
@@ -52,7 +55,7 @@ LAYOUT = {
         "Skipped updates, in all": ["Multiline", ["updates/skipped"]],
     },
 }
-"""TensorBoard's custom scalars page: its sections, their charts and each chart's tags."""
+"""TensorBoard's custom scalars page, which shows some of the tags together: sections, charts, each chart's tags."""
 
 
 class Telemetry:
@@ -92,7 +95,7 @@ class Telemetry:
         # A new run has drawn nothing yet, and a run resumed at step 0 draws its first pictures again.
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
         if fresh:
-            self._board.add_custom_scalars(LAYOUT)
+            self._board.add_custom_scalars(CUSTOM_CHARTS)
             self._board.flush()
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self._pictures: list[Future[None]] = []

@@ -1,4 +1,8 @@
-"""Folders, zips and tars (WebDataset shards too) -> sorted entries; nothing is extracted or decoded."""
+"""Folders, zips and tars (WebDataset shards too) -> sorted entries; nothing is extracted or decoded.
+
+A new kind of source is recognised in `open_source`, listed by `list_source` and read in reading.py; plan.py asks for
+its checksums. One without random access is unpacked by staging.py first.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +125,7 @@ def list_source(source: Source, number: int, exclude: Path | None = None) -> Lis
         UserError: a damaged archive, or a source that holds no image.
     """
     listing = Listing()
-    match source.kind:  # a new kind is recognised in open_source, listed here, and read in reading.py
+    match source.kind:
         case "folder":
             _list_folder(source, number, exclude, listing)
         case "zip":
