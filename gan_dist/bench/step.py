@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -116,8 +117,8 @@ def _measure(
     _release(world.device)
     update, reals, latents = build(world, batch, precision, shape)
     gflop, megabytes = work(update, reals, latents)
-    runner = make_runner(name, update)
-    steps = time_steps(world, runner, reals, latents, seconds)
+    with closing(make_runner(name, update)) as runner:
+        steps = time_steps(world, runner, reals, latents, seconds)
     median = statistics.median(steps)
     cuts = statistics.quantiles(steps, n=10) if len(steps) > 1 else [median] * 9
     share = reals[0].shape[0]
@@ -263,7 +264,8 @@ def _scaling(
                 single = World(device=world.device)
                 try:
                     update, reals, latents = build(single, row["batch"], precision, shape)
-                    times = time_steps(single, make_runner(row["runner"], update), reals, latents, seconds)
+                    with closing(make_runner(row["runner"], update)) as runner:
+                        times = time_steps(single, runner, reals, latents, seconds)
                     rate = row["batch"] / statistics.median(times)
                 except torch.OutOfMemoryError:
                     _release(world.device)
@@ -298,10 +300,10 @@ def _largest_that_fits(world: World, too_large: int, name: str, precision: Any, 
         _release(world.device)
         try:
             update, reals, latents = build(world, middle, precision, shape)
-            runner = make_runner(name, update)
-            for _ in range(2):
-                runner.step(reals, latents)
-            _wait(world.device)
+            with closing(make_runner(name, update)) as runner:
+                for _ in range(2):
+                    runner.step(reals, latents)
+                _wait(world.device)
             low = middle
         except torch.OutOfMemoryError:
             high = middle

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol, get_args
 
 import torch
@@ -34,6 +35,13 @@ class Runner(Protocol):
     def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         """Returns STATS as Update.step does; the vector is valid until the following call."""
 
+    def close(self, orderly: bool = True) -> None:
+        """Frees what the runner holds of the device; not `orderly` after an error, when the device may be broken.
+
+        To be called before the process group is destroyed: NCCL waits, without end, for every CUDA graph that recorded
+        one of its collectives.
+        """
+
 
 class Eager:
     """Calls the update as it is written."""
@@ -46,6 +54,9 @@ class Eager:
 
     def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         return self.update.step(reals, latents, requests)
+
+    def close(self, orderly: bool = True) -> None:
+        """Has nothing to free."""
 
 
 class Compiled:
@@ -71,6 +82,9 @@ class Compiled:
             raise GanDistError(
                 f"torch.compile could not compile the step ({first_line(error)}); set train.runner=eager"
             ) from error
+
+    def close(self, orderly: bool = True) -> None:
+        """Has nothing to free."""
 
 
 class Captured:
@@ -111,6 +125,15 @@ class Captured:
             slot.fill_(request)
         self.graph.replay()
         return self.stats
+
+    def close(self, orderly: bool = True) -> None:
+        """Destroys the graph; when `orderly`, after its last replay has ended."""
+        if self.graph is not None:
+            with nullcontext() if orderly else suppress(RuntimeError):
+                if orderly:
+                    torch.cuda.synchronize(self.update.world.device)
+                self.graph.reset()
+        self.graph, self.inputs, self.stats = None, [], torch.empty(0)
 
     def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
         """Warms up on a side stream, restores the state that the warm-up changed, and records."""

@@ -231,6 +231,7 @@ def build_run(
     world.from_first(lambda: write_start(directory, to_yaml(config), facts))
 
     with ExitStack() as closing:
+        closing.push(lambda kind, error, trace: runner.close(orderly=error is None))
         # What it logs, what it saves, what it learns from: opened in this order, closed in reverse.
         telemetry = Telemetry(
             directory,

@@ -217,6 +217,7 @@ def _nccl_rank(rank: int, folder: str) -> None:
     found = {name: worst(state, states["gloo"]) for name, state in states.items()}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
+    runner.close()
     dist.destroy_process_group()
 
 
