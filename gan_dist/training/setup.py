@@ -22,7 +22,7 @@ from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
 from gan_dist.data.remote.fetch import redacted
 from gan_dist.data.stream import Stream, choose_placement, stage
-from gan_dist.distributed.failures import naming_lost_ranks
+from gan_dist.distributed.failures import device_may_hang, naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.distributed.preflight import preflight
 from gan_dist.distributed.world import World, join
@@ -312,7 +312,12 @@ def build_run(
             images_seen=images_seen,
         )
         _announce(run, total_steps, config.train.epochs, f"precision {precision}: {why_precision}", notes)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            if device_may_hang(world, error):
+                closing.pop_all()  # each of these would wait for the device
+            raise
 
 
 def _announce(run: Run, total_steps: int, epochs: float, precision: str, notes: Sequence[str]) -> None:

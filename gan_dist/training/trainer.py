@@ -124,6 +124,7 @@ def _loop(run: Run) -> str | None:
         return _stop_reason(run)
     run.statistics.start(run.step, run.images_seen, run.stream.wait_seconds)
     run.checkpointer.start_clock()
+    run.stream.while_waiting = ring.check
     while run.step < run.end:
         # Draw: this rank's slice of the next images and latents.
         reals, latents = _draw_batches(run)
@@ -139,19 +140,24 @@ def _loop(run: Run) -> str | None:
         word = ring.push(stats)
         decision = _read_decision(run, reader, word, run.step - ring.lag) if word is not None else Decision()
         run.telemetry.progress(run.step)
+        logs = run.step % run.scalars_every == 0 or run.step == run.end
+        samples = run.step % run.samples_every == 0
+        evaluates = run.evaluator.is_due(run.step, run.end) and not decision.stop
+        if evaluates or (run.is_first and (logs or samples)):
+            ring.settle()  # what follows waits for the device
 
         # Evaluate.
         results: Mapping[str, float] = {}
-        if run.evaluator.is_due(run.step, run.end) and not decision.stop:
+        if evaluates:
             results = run.evaluator.evaluate(run.step, run.telemetry, lambda: _wants_stop(run))
             run.statistics.exclude(results["evaluate/seconds"])
 
         # Log.
-        if run.step % run.scalars_every == 0 or run.step == run.end or results:
+        if logs or results:
             _log(run, stats, reader.skipped, results)
 
         # Sample.
-        if run.step % run.samples_every == 0:
+        if samples:
             _draw_samples(run)
 
         # Stop (which saves), or save.
