@@ -125,6 +125,7 @@ def _loop(run: Run) -> str | None:
     run.statistics.start(run.step, run.images_seen, run.stream.wait_seconds)
     run.checkpointer.start_clock()
     run.stream.while_waiting = ring.check
+    runner = run.runner.name
     while run.step < run.end:
         # Draw: this rank's slice of the next images and latents.
         reals, latents = _draw_batches(run)
@@ -132,6 +133,9 @@ def _loop(run: Run) -> str | None:
         # Step: D's updates and G's; what this rank asks for goes along.
         requests = (float(_wants_stop(run)), float(run.is_first and run.checkpointer.clock_is_due()))
         stats = run.runner.step(reals, latents, requests)
+        if run.runner.name != runner:
+            runner = run.runner.name
+            run.telemetry.warn(f"falling back to the {runner} runner: {run.runner.reason}", run.step + 1)
         epoch_ended = run.advance()
         if run.ema is not None:
             run.ema.update(run.images_seen)
