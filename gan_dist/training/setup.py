@@ -38,7 +38,7 @@ from gan_dist.training.evaluator import Evaluator
 from gan_dist.training.optim import EMA
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
 from gan_dist.training.statistics import StepStatistics
-from gan_dist.training.torch_settings import torch_settings
+from gan_dist.training.torch_settings import resolve_deterministic, torch_settings
 from gan_dist.training.update import Precision, Update
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
@@ -141,7 +141,9 @@ def open_run(
         try:
             with ExitStack() as opened:
                 opened.enter_context(naming_lost_ranks(world, directory))
-                opened.enter_context(torch_settings(world.device, config.train.deterministic))
+                precision, _ = resolve_precision(config.train.precision, world.device)
+                deterministic = resolve_deterministic(config.train.deterministic, world.device)
+                opened.enter_context(torch_settings(world.device, deterministic, precision))
                 dataset, placement = open_for_training(config, world, stop, verbosity)
                 opened.enter_context(dataset)
 
@@ -222,6 +224,7 @@ def build_run(
         "device": world.device.type,
         "precision": precision,
         "runner": runner.name,
+        "deterministic": resolve_deterministic(config.train.deterministic, world.device),
         "threads": torch.get_num_threads(),
         "ranks": world.size,
     }
