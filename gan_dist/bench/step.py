@@ -265,9 +265,8 @@ def _convolution_rates(
     device: torch.device, dtype: torch.dtype, batch: int, channels: int, side: int
 ) -> tuple[float, float]:
     """Returns the GFLOP/s of one of D's convolutions, and of its two gradients."""
-    shape = {"device": device, "dtype": dtype}
-    x = torch.randn(batch, channels, side, side, **shape).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(2 * channels, channels, 4, 4, **shape).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(batch, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(2 * channels, channels, 4, 4, device=device).to(dtype, memory_format=torch.channels_last)
     y = torch.conv2d(x, weight, None, 2, 1)
     gflop = 2 * y.numel() * channels * 16 / 1e9
     rest = (None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])

@@ -128,7 +128,7 @@ def _flaky(update: Update, fails_at: int) -> None:
                 raise RuntimeError("operation failed due to a previous error during capture")
         return step(*words)
 
-    update.step = failing  # type: ignore[method-assign]
+    update.step = failing  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize("fails_at", [1, 3, runners.WARM_UP_STEPS + 1])
@@ -166,7 +166,7 @@ def _fall_back_together(rank: int) -> None:
                 raise RuntimeError("cuBLAS was out of sorts")
             return torch.empty(0)
 
-        update.step = step  # type: ignore[method-assign]
+        update.step = step  # type: ignore[method-assign, assignment]
         runner = Captured(update, "a test", may_fall_back=True)
         runner.step(*batches(update, 0))
         assert runner.name == "eager"
