@@ -210,7 +210,7 @@ def join(
             ) from error
     timeout = timedelta(seconds=timeout_s)
     # A GPU's collectives end the process, without a word, when they time out: the host's own limit comes first.
-    later = timeout if dist.get_backend() == "gloo" else timeout + NCCL_GRACE
+    later = timeout + NCCL_GRACE if "nccl" in dist.get_backend_config() else timeout
     group: Any = dist.new_group(timeout=later)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
     aside: Any = dist.new_group(backend="gloo", timeout=timeout)

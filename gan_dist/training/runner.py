@@ -212,7 +212,7 @@ def make_runner(name: str, update: Update) -> Runner:
 
 def _records(world: World) -> bool:
     """Returns whether a CUDA graph can record the world's collectives."""
-    return world.group is None or dist.get_backend(world.group) == "nccl"
+    return world.group is None or "cuda:nccl" in dist.get_backend_config(world.group)
 
 
 def compiler() -> str | None:

@@ -319,7 +319,8 @@ def build_run(
             yield run
         except Exception as error:
             if device_may_hang(world, error):
-                closing.pop_all()  # each of these would wait for the device
+                closing.pop_all()  # all but this would wait for the device
+                telemetry.close()
             raise
 
 

@@ -19,7 +19,7 @@ _USUAL_MMAPS, _USUAL_TRIM, _USUAL_MMAP = 65536, 64 * 2**20, 32 * 2**20
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def resolve_deterministic(asked: Literal["auto", True, False], device: torch.device) -> bool:
+def resolve_deterministic(asked: bool | Literal["auto"], device: torch.device) -> bool:
     """Returns what train.deterministic means on `device`: a CPU's kernels are deterministic without being asked."""
     return device.type == "cuda" if asked == "auto" else asked
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,10 @@ import torch.distributed as dist
 
 from gan_dist.data.stream import Stream
 from gan_dist.distributed.failures import DeviceHangs
+from gan_dist.distributed.world import World
+from gan_dist.training import checkpointer as checkpointing
 from gan_dist.training import setup
+from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.control import ControlRing
 from gan_dist.training.runner import Captured, Eager
 from gan_dist.training.trainer import train
@@ -107,8 +111,11 @@ class Never:
 def forever(*words, **named):
     threading.Event().wait()
 
+from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training import trainer
 trainer.ControlRing = Ring
+close = Telemetry.close
+Telemetry.close = lambda self: (close(self), print("metrics written", flush=True))
 Stream.close = Eager.close = dist.destroy_process_group = forever
 failure = Checkpointer.failure
 Checkpointer.failure = lambda self, wait=False: forever() if self.saved_step > 0 and wait else failure(self, wait=wait)
@@ -128,7 +135,7 @@ def test_a_device_that_hangs_ends_the_process_with_its_words_written(
     ranks = Ranks(1, config, tmp_path / "run", "dist.timeout_s=1", code=code)
     assert ranks.wait() == [1], ranks.log(0)
     words = "the device did not finish a step within dist.timeout_s=1 s"
-    assert ranks.log(0).splitlines()[-1] == f"gan-dist: {words}"
+    assert ranks.log(0).splitlines()[-2:] == ["metrics written", f"gan-dist: {words}"]
     if module == "launch.job.rank":
         assert (tmp_path / "failed-0").read_text().split("\t")[1:] == [
             "1",
@@ -164,3 +171,26 @@ def test_who_waits_for_samples_behind_a_device_that_hangs_hears_of_it(dataset: P
         stream._await_block()
     with pytest.raises(DeviceHangs):
         ring.settle()
+
+
+def test_who_waits_for_a_save_behind_a_device_that_hangs_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(checkpointing, "WAIT_S", 0.01)
+    monkeypatch.setattr(checkpointing, "to_host", lambda state: gate.wait() and state)  # a copy that never comes
+    checkpointer = Checkpointer(tmp_path, World(), keep=1)
+    checkpointer.save({"step": 1, "images_seen": 8})
+
+    def hangs() -> None:
+        raise DeviceHangs("a test")
+
+    checkpointer.while_waiting = hangs
+    try:
+        for wait in (checkpointer.previous_state, checkpointer.wait, lambda: checkpointer.save({"step": 2})):
+            with pytest.raises(DeviceHangs):
+                wait()
+    finally:
+        gate.set()
+    checkpointer.while_waiting = lambda: None
+    checkpointer.wait()

@@ -197,13 +197,14 @@ def test_a_fallback_is_in_the_runs_history(dataset: Path, tmp_path: Path, monkey
 
 def test_gloos_collectives_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     update = SimpleNamespace(world=SimpleNamespace(device=torch.device("cuda"), group=object()))
-    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:gloo")
     assert make_runner("auto", update).name == "eager"  # type: ignore[arg-type]
     assert "gloo" in make_runner("auto", update).reason  # type: ignore[arg-type]
     with pytest.raises(UserError, match="cannot record gloo's collectives"):
         make_runner("captured", update)  # type: ignore[arg-type]
-    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
-    assert make_runner("auto", update).name == "captured"  # type: ignore[arg-type]
+    for config in ("cuda:nccl", "cpu:gloo,cuda:nccl"):  # the second is torch's own choice
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, config=config: config)
+        assert make_runner("auto", update).name == "captured"  # type: ignore[arg-type]
 
 
 def test_what_the_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
