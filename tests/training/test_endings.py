@@ -160,11 +160,11 @@ def test_who_waits_for_samples_behind_a_device_that_hangs_hears_of_it(dataset: P
     stream._full = queue.SimpleQueue()
     ring = ControlRing(CPU, timeout_s=0.05)
     ring.lag = 4
-    ring.push(torch.zeros(3))
+    ring.push(1, torch.zeros(3))
     ring.check()  # a step that is done is no hang, however long the samples take
     ring._record = lambda: SimpleNamespace(query=lambda: False)  # type: ignore[method-assign]
     ring.drain()
-    ring.push(torch.zeros(3))
+    ring.push(2, torch.zeros(3))
     ring.check()  # nor is one that has only begun
     stream.while_waiting = ring.check
     with pytest.raises(DeviceHangs):
