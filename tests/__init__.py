@@ -18,6 +18,9 @@ PRECISION = os.environ.get("GAN_DIST_TEST_PRECISION")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# Triton warns at its first kernel where this is not set, and a warning fails a test; 1 is what it takes then.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 if PRECISION:
     _force = str(Path(__file__).parent / "helpers" / "force")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_force, os.environ.get("PYTHONPATH"))))

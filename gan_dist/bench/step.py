@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ def bench_step(
 
     `batches` are global. Keys: images_per_second (median over steps; `spread` holds its 10th and 90th percentile),
     milliseconds {step, d_step, g_step, collectives, optimizer} (the parts are of separate eager steps, under torch's
-    profiler), gflop_per_image, matmul_share and copy_share of the measured rates (1 is the machine's limit, above it
-    is an error of measurement; the traffic is that of the convolutions alone, all else fused into them),
-    peak_memory_gib, and, with more than one rank, `scaling`. A collective: every rank calls it.
+    profiler), gflop_per_image, matmul_share and copy_share of the measured rates (1 is the machine's limit, None
+    where the step was faster than that, which makes it no limit; the traffic is that of the convolutions alone, all
+    else fused into them), peak_memory_gib, and, with more than one rank, `scaling`. A collective: every rank calls it.
 
     Raises UserError for a runner or precision that the device cannot do and for fewer images than ranks; GanDistError
     naming the largest batch that fits when none of `batches` does.
@@ -60,9 +61,15 @@ def bench_step(
                 row = _measure(world, batch, name, chosen, shape, seconds, limits)
             except torch.OutOfMemoryError:
                 row = {"batch": batch, "runner": name, "out_of_memory": True}
+            except UserError:
+                raise
+            except GanDistError as error:  # of this runner, and not of the others
+                row = {"batch": batch, "runner": name, "error": str(error)}
             rows.append(row)
             log(_line(row))
-    good = [row for row in rows if not row.get("out_of_memory")]
+    good = [row for row in rows if "images_per_second" in row]
+    if not good and (errors := [row["error"] for row in rows if "error" in row]):
+        raise GanDistError(errors[0])
     if not good:
         fits = _largest_that_fits(world, min(batches), runners[0], chosen, shape)
         raise GanDistError(f"out of device memory at batch {min(batches)}; the largest batch that fits is {fits}")
@@ -88,10 +95,17 @@ def bench_step(
 def _line(row: dict[str, Any]) -> str:
     if row.get("out_of_memory"):
         return f"batch {row['batch']}, {row['runner']}: out of device memory"
+    if "error" in row:
+        return f"batch {row['batch']}, {row['runner']}: {row['error']}"
+    shares = (
+        f"{row[f'{name}_share']:.0%} of the {name} rate"
+        if row[f"{name}_share"] is not None
+        else f"more than the {name} rate that was measured, which is no limit then"
+        for name in ("matmul", "copy")
+    )
     return (
         f"batch {row['batch']}, {row['runner']}, {row['precision']}: {row['images_per_second']:,.0f} images/s, "
-        f"{row['milliseconds']['step']:.2f} ms a step, "
-        f"{row['matmul_share']:.0%} of the matmul rate, {row['copy_share']:.0%} of the copy rate"
+        f"{row['milliseconds']['step']:.2f} ms a step, " + ", ".join(shares)
     )
 
 
@@ -116,8 +130,8 @@ def _measure(
     _release(world.device)
     update, reals, latents = build(world, batch, precision, shape)
     gflop, megabytes = work(update, reals, latents)
-    runner = make_runner(name, update)
-    steps = time_steps(world, runner, reals, latents, seconds)
+    with closing(make_runner(name, update)) as runner:
+        steps = time_steps(world, runner, reals, latents, seconds)
     median = statistics.median(steps)
     cuts = statistics.quantiles(steps, n=10) if len(steps) > 1 else [median] * 9
     share = reals[0].shape[0]
@@ -134,8 +148,8 @@ def _measure(
         "milliseconds": {"step": 1e3 * median, **parts},
         "gflop_per_image": gflop / share,
         "traffic_mb_per_image": megabytes / share,
-        "matmul_share": gflop / median / limits["matmul_gflop_per_second"],
-        "copy_share": megabytes / 1e3 / median / limits["copy_gb_per_second"],
+        "matmul_share": share_of(gflop / median, limits["matmul_gflop_per_second"]),
+        "copy_share": share_of(megabytes / 1e3 / median, limits["copy_gb_per_second"]),
         "peak_memory_gib": peak / 2**30,
     }
 
@@ -219,24 +233,50 @@ def work(update: Update, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> 
 
 
 def machine_limits(device: torch.device, precision: str) -> dict[str, float]:
-    """Returns {matmul_gflop_per_second, copy_gb_per_second}: the best of several square products in `precision`, and of
-    several copies (bytes read plus bytes written)."""
+    """Returns {matmul_gflop_per_second, copy_gb_per_second}: the best of square products and of the game's convolutions
+    both ways in `precision`, in several sizes, and of several copies (bytes read plus bytes written).
+
+    Convolutions too: they have kernels of their own, and on some processors these are faster than a product's.
+    """
     dtype = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    kept = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    product = _best(device, lambda: torch.mm(a, b))
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision(kept)
+    cuda = device.type == "cuda"
+    rates = [_product_rate(device, dtype, side) for side in ((4096, 8192) if cuda else (512, 1024, 2048))]
+    rates += [
+        rate
+        for channels, side in ((64, 32), (128, 16), (256, 8))
+        for rate in _convolution_rates(device, dtype, 1024 if cuda else 32, channels, side)
+    ]
     source = torch.empty(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = _best(device, lambda: target.copy_(source))
     return {
-        "matmul_gflop_per_second": 2 * side**3 / product / 1e9,
+        "matmul_gflop_per_second": max(rates),
         "copy_gb_per_second": 2 * source.numel() / copy / 1e9,
     }
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """Returns the GFLOP/s of a product of two square matrices."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / _best(device, lambda: torch.mm(a, b)) / 1e9
+
+
+def _convolution_rates(
+    device: torch.device, dtype: torch.dtype, batch: int, channels: int, side: int
+) -> tuple[float, float]:
+    """Returns the GFLOP/s of one of D's convolutions, and of its two gradients."""
+    x = torch.randn(batch, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(2 * channels, channels, 4, 4, device=device).to(dtype, memory_format=torch.channels_last)
+    y = torch.conv2d(x, weight, None, 2, 1)
+    gflop = 2 * y.numel() * channels * 16 / 1e9
+    rest = (None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+    back = _best(device, lambda: torch.ops.aten.convolution_backward(y, x, weight, *rest))
+    return gflop / _best(device, lambda: torch.conv2d(x, weight, None, 2, 1)), 2 * gflop / back
+
+
+def share_of(rate: float, limit: float) -> float | None:
+    """Returns the share that `rate` is of `limit`, or None where it is more, so that the limit is none."""
+    return rate / limit if rate <= limit else None
 
 
 def _best(device: torch.device, function: Callable[[], Any], rounds: int = 8) -> float:
@@ -263,7 +303,8 @@ def _scaling(
                 single = World(device=world.device)
                 try:
                     update, reals, latents = build(single, row["batch"], precision, shape)
-                    times = time_steps(single, make_runner(row["runner"], update), reals, latents, seconds)
+                    with closing(make_runner(row["runner"], update)) as runner:
+                        times = time_steps(single, runner, reals, latents, seconds)
                     rate = row["batch"] / statistics.median(times)
                 except torch.OutOfMemoryError:
                     _release(world.device)
@@ -298,10 +339,10 @@ def _largest_that_fits(world: World, too_large: int, name: str, precision: Any, 
         _release(world.device)
         try:
             update, reals, latents = build(world, middle, precision, shape)
-            runner = make_runner(name, update)
-            for _ in range(2):
-                runner.step(reals, latents)
-            _wait(world.device)
+            with closing(make_runner(name, update)) as runner:
+                for _ in range(2):
+                    runner.step(reals, latents)
+                _wait(world.device)
             low = middle
         except torch.OutOfMemoryError:
             high = middle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
@@ -107,6 +108,7 @@ def bench_step(
     seconds: Annotated[float, typer.Option(help="Seconds of each measurement.")] = 5.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch. [default: torch's choice]")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure a range of batches.")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="With train.deterministic's kernels.")] = False,
     as_json: Json = False,
 ) -> None:
     """Images a second of the whole update.
@@ -118,12 +120,15 @@ def bench_step(
     from gan_dist.bench.step import SWEEP
     from gan_dist.bench.step import bench_step as measure
     from gan_dist.distributed.world import join
+    from gan_dist.training.runner import resolve_precision
     from gan_dist.training.torch_settings import torch_settings
 
     batches = batch or (list(SWEEP) if sweep else [128])
     if threads is not None:
         torch.set_num_threads(threads)
-    with join(device) as world, torch_settings(world.device):
+    with join(device) as world, ExitStack() as settings:
+        chosen, _ = resolve_precision(precision, world.device)
+        settings.enter_context(torch_settings(world.device, deterministic, chosen))
         first = world.rank == 0
         figures = measure(
             world,

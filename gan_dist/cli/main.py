@@ -18,7 +18,7 @@ from gan_dist.cli.common import print_error, print_lines
 from gan_dist.cli.data import prepare, verify
 from gan_dist.cli.evaluate import evaluate
 from gan_dist.cli.runs import demo, report, sample, train
-from gan_dist.utils.errors import EXIT_FAILED, GanDistError
+from gan_dist.utils.errors import EXIT_FAILED, GanDistError, exit_at_once
 
 
 class _InOrderOfUse(TyperGroup):
@@ -68,6 +68,7 @@ def main() -> None:
     except GanDistError as error:
         if not error.reported_elsewhere:
             print_error(str(error))
+        exit_at_once(error)
         sys.exit(error.exit_status)
     except BrokenPipeError:
         # The reader (head, less) has gone; keep the interpreter from complaining about it at exit.

@@ -179,6 +179,9 @@ def _explain(model: type[BaseModel], error: ValidationError) -> tuple[str, str]:
     """Returns what a validation's first fault is about (a key, or a section whose keys disagree) and the sentence."""
     fault = min(error.errors(), key=lambda each: each["type"] == "missing")  # a key may be missing because misspelt
     kind, found, message = fault["type"], fault.get("input"), fault["msg"]
+    for other in error.errors():  # a union's words, beside its type
+        if other["type"] == "literal_error" != kind and other["loc"][:-1] == fault["loc"][:-1]:
+            message += f" or {other['msg'].removeprefix('Input should be ')}"
     for prefix in ("Value error, ", "Input should be ", "a valid "):
         message = message.removeprefix(prefix)
     tried = ("str", "int", "bool", "[key]")  # by a union, beyond section and key

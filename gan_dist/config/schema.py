@@ -116,8 +116,9 @@ class TrainConfig(Section):
     """Images after which an averaged generator has forgotten half; 0 keeps none."""
     threads: Positive | None = None
     """CPU threads of torch in each rank; null keeps torch's choice (1 under torchrun). Changes bits on CPU."""
-    deterministic: bool = False
-    """Ask torch for deterministic kernels on the GPU too, at some cost."""
+    deterministic: bool | Literal["auto"] = "auto"
+    """Ask torch for deterministic kernels: then the same start gives the same bits on a GPU too, at some cost. auto: on
+    a GPU yes; on a CPU no, where the bits are the same without."""
     stop_after_minutes: PositiveFloat | None = None
     """Save and end with status 75 after this long; null runs to the end."""
 

@@ -26,6 +26,7 @@ from gan_dist.utils.system import available_memory
 
 RING = 2
 """Blocks in flight: one in use, one being filled. Three are 15 % slower on one core: they no longer fit its caches."""
+WAIT_S = 1.0
 BLOCK_BYTES = 2**22
 """Small batches are gathered several at once, up to this size: handing a batch from thread to thread costs as much as
 copying 20 images (measured at 64x64). A block larger than the processor's caches would be slower again."""
@@ -265,6 +266,8 @@ class Stream:
         """
         self.position = position
         self.placement = placement
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called every second of a wait for samples. It may raise: where the device hangs, they never come."""
         self._dataset, self._order, self._batch, self._device = dataset, order, global_batch, device
         self._lo, self._hi = rank_slice(global_batch, rank, size)
         self._in_use: _Slot | None = None
@@ -312,7 +315,7 @@ class Stream:
         self._release()
         asked = self._event() if self._device.type == "cuda" else None
         started = time.perf_counter()
-        slot = self._full.get()
+        slot = self._await_block()
         if isinstance(slot, BaseException):
             self._full.put(slot)
             raise slot
@@ -323,6 +326,13 @@ class Stream:
             self._waits.append((asked, self._event()))
             self._settle()
         return slot
+
+    def _await_block(self) -> _Slot | BaseException:
+        while True:
+            try:
+                return self._full.get(timeout=WAIT_S)
+            except queue.Empty:
+                self.while_waiting()
 
     @property
     def wait_seconds(self) -> float:

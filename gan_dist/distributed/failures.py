@@ -28,6 +28,12 @@ class RankLost(GanDistError):
     """A rank of the world is gone or hangs; the run continues from its last checkpoint when it is started again."""
 
 
+class DeviceHangs(RankLost):
+    """The device does not finish its work, as when it waits in a collective for a rank that is lost."""
+
+    exit_now = True
+
+
 def _is_collective_failure(error: BaseException) -> bool:
     """Returns whether `error` is a collective's: another rank's trouble, seen from here."""
     if isinstance(error, dist.DistError):
@@ -44,6 +50,13 @@ def _is_collective_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
+def device_may_hang(world: World, error: BaseException) -> bool:
+    """Returns whether, after `error`, this rank's device may wait without end for another rank's."""
+    return getattr(error, "exit_now", False) or (
+        world.size > 1 and world.device.type == "cuda" and _is_collective_failure(error)
+    )
+
+
 @contextmanager
 def naming_lost_ranks(world: World, run_dir: Path) -> Iterator[None]:
     """Within it, a collective that fails because a rank is lost raises RankLost, which names rank and host.
@@ -57,16 +70,16 @@ def naming_lost_ranks(world: World, run_dir: Path) -> Iterator[None]:
     hosts = world.gather_objects(world.host)
     try:
         yield
-    except GanDistError as error:
-        _leave_words(world, str(error))
-        raise
     except Exception as error:
-        if not _is_collective_failure(error):
-            _leave_words(world, f"{type(error).__name__}: {error}")
+        hangs = isinstance(error, DeviceHangs)
+        if not hangs and (isinstance(error, GanDistError) or not _is_collective_failure(error)):
+            _leave_words(world, str(error) if isinstance(error, GanDistError) else f"{type(error).__name__}: {error}")
             raise
-        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        if hangs or "timed out" in str(error).lower() or "timeout" in str(error).lower():
             _dump_stacks(world, run_dir)
-        raise RankLost(_name_the_lost(world, hosts, error)) from error
+        lost = RankLost(_name_the_lost(world, hosts, error))
+        lost.exit_now = device_may_hang(world, error)
+        raise lost from error
 
 
 def _store() -> Any:

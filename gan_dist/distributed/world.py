@@ -23,6 +23,8 @@ from gan_dist.utils.errors import GanDistError, UserError, first_line
 T = TypeVar("T")
 LEAVE_TIMEOUT = timedelta(seconds=30)
 """How long a rank that is done waits for the others before it leaves alone."""
+NCCL_GRACE = timedelta(seconds=120)
+"""How much later than the host NCCL's watchdog gives up a collective."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,9 @@ def join(
                 f"{first_line(error)}"
             ) from error
     timeout = timedelta(seconds=timeout_s)
-    group: Any = dist.new_group(timeout=timeout)
+    # A GPU's collectives end the process, without a word, when they time out: the host's own limit comes first.
+    later = timeout + NCCL_GRACE if "nccl" in dist.get_backend_config() else timeout
+    group: Any = dist.new_group(timeout=later)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
     aside: Any = dist.new_group(backend="gloo", timeout=timeout)
     world = World(rank, size, local_rank, chosen, group, control, aside)
@@ -215,6 +219,9 @@ def join(
         yield world
         # Gloo peers must not see a closed connection while they still send; a rank that is gone must not hold this one.
         dist.monitored_barrier(control, timeout=LEAVE_TIMEOUT)
+    except GanDistError as error:
+        ours = ours and not error.exit_now  # to destroy the group would wait for its kernels
+        raise
     finally:
         if ours:
             dist.destroy_process_group()

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from gan_dist.sampling.generate import generate
 from gan_dist.sampling.neighbours import copies, nearest
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import write_atomically
+from gan_dist.utils.tensors import float32_products
 
 FEWEST = 100
 """Samples below which figures say nothing about a distribution."""
@@ -119,7 +119,7 @@ class Evaluation:
         recall. Changes neither the generator nor any shared random state.
         """
         try:
-            with _whole_float32():
+            with float32_products("ieee"):
                 check = partial(self._raise_if_stopped, stopped)
                 return self._figures(generator, latent_dim, averaged, near_copies, check)
         except _Stopped:
@@ -270,19 +270,6 @@ def check_samples(
         )
 
 
-@contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Keeps a GPU's convolutions in full float32; torch's default is TF32, whatever training uses."""
-    cudnn: Any = torch.backends.cudnn
-    convolutions = cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
-
-
 def _nothing() -> None:
     """What a rank makes whose share is complete."""
 
@@ -343,7 +330,7 @@ def accuracy(discriminator: nn.Module, dataset: Dataset, count: int, seed: int =
     right = total = 0
     for start in range(0, len(chosen) - size + 1, size):  # whole batches: a small one has other statistics
         images = gather(dataset, chosen[start : start + size]).to(parameter.device)
-        with _whole_float32():
+        with float32_products("ieee"):
             right += int((discriminator(images.to(parameter.dtype) / 127.5 - 1) > 0).sum())
         total += size
     return right / total

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gan_dist.utils.errors import GanDistError, UserError, first_line
-from gan_dist.utils.files import fsync_folder, write_atomically, write_durably
+from gan_dist.utils.files import fsync_folder, write_atomically, write_durably, write_hashed
 from gan_dist.utils.tensors import tensors
 
 FORMAT = 1
@@ -51,19 +51,16 @@ def save(
     """
     final = directory / directory_name(state["step"])
     temporary = directory / f"{TEMPORARY}{final.name}-{uuid.uuid4().hex[:8]}"
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    content = buffer.getbuffer()
-    manifest = {
-        "format": FORMAT,
-        "step": state["step"],
-        "images_seen": state["images_seen"],
-        "files": {"state.pt": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}},
-        **facts,
-    }
     try:
         temporary.mkdir(parents=True)
-        write_durably(temporary / "state.pt", content)
+        sha256, size = write_hashed(temporary / "state.pt", lambda file: torch.save(dict(state), file))
+        manifest = {
+            "format": FORMAT,
+            "step": state["step"],
+            "images_seen": state["images_seen"],
+            "files": {"state.pt": {"sha256": sha256, "bytes": size}},
+            **facts,
+        }
         write_durably(temporary / "manifest.json", json.dumps(manifest, indent=2).encode())
         fsync_folder(temporary)
         guard()

@@ -18,6 +18,8 @@ from gan_dist.runs.checkpoint import save
 from gan_dist.utils.errors import GanDistError, first_line
 from gan_dist.utils.tensors import assert_ranks_agree, state_digest, to_host
 
+WAIT_S = 1.0
+
 
 class Checkpointer:
     """Saves states, one at a time, each in a thread whose outcome a later call collects.
@@ -46,6 +48,9 @@ class Checkpointer:
         self.directory = directory
         self.saved_step = saved_step
         """The newest step that was given to be saved; -1 before the first."""
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called every second of a wait for a save. It may raise: where the device hangs, the copy to be saved never
+        comes."""
         self._world, self._synchronised = world, synchronised
         self._keep, self._keep_epochs = keep, keep_epochs
         self._every_steps, self._every_s = every_steps, 60 * every_minutes
@@ -170,7 +175,9 @@ class Checkpointer:
 
     def _join(self) -> None:
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(timeout=WAIT_S)
+                self.while_waiting()
             self._thread = None
 
 

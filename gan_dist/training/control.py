@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from gan_dist.distributed.failures import DeviceHangs
 from gan_dist.training.update import STATS
-from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.stop import StopRequest
 
 WORD_LAG = 4
 """Steps a GPU may run ahead of the control word that the host reads (a CPU has nothing to run ahead)."""
+POLL_S = 5e-5
+"""Between looks at the device: a loop without a pause would keep the other threads from Python's lock."""
 STOP_FILE_EVERY_S = 1.0
 MAX_SKIPPED_IN_A_ROW = 20
 _STOP, _SAVE, _SKIPPED = (STATS.index(f"control/{name}") for name in ("stop", "save", "skipped"))
@@ -45,6 +47,10 @@ class StopWatcher:
         (self.run_dir / "stop").unlink(missing_ok=True)
 
 
+Word = tuple[int, list[float]]
+"""A step, and its statistics as the host has read them."""
+
+
 class ControlRing:
     """Each step's reduced statistics as the host may read them without waiting for the current step.
 
@@ -56,46 +62,81 @@ class ControlRing:
         self.lag = WORD_LAG if device.type == "cuda" else 0
         self._pinned = device.type == "cuda"
         self._timeout_s = timeout_s
-        self._ring: deque[tuple[torch.Tensor, Any]] = deque()
-        self._free: list[torch.Tensor] = []
+        self._ring: deque[tuple[int, torch.Tensor, Any]] = deque()
+        self._since = time.monotonic()
+        """When the oldest step in the ring was the next to be done."""
 
-    def push(self, stats: torch.Tensor) -> list[float] | None:
-        """Returns the statistics of `lag` steps ago (None in the first steps) after queueing the current step's.
+    def push(self, step: int, stats: torch.Tensor) -> list[Word]:
+        """Returns the word of `lag` steps ago, or none in the first steps, after queueing that of `step`.
 
-        Raises GanDistError when the device does not finish that earlier step within the time limit.
+        `stats` are STATS and whatever else is to be read with them. Raises DeviceHangs when the device does not finish
+        that earlier step within the time limit.
         """
-        host = self._free.pop() if self._free else torch.empty(stats.shape, dtype=stats.dtype, pin_memory=self._pinned)
+        if not self._ring:
+            self._since = time.monotonic()
+        # torch keeps pinned memory that is free for the next that asks.
+        host = torch.empty(stats.shape, dtype=stats.dtype, pin_memory=self._pinned)
         host.copy_(stats, non_blocking=True)
-        event: Any = None
-        if self._pinned:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._ring.append((host, event))
-        return self._read() if len(self._ring) > self.lag else None
+        self._ring.append((step, host, self._record()))
+        return [self._read()] if len(self._ring) > self.lag else []
 
-    def drain(self) -> list[list[float]]:
+    def drain(self) -> list[Word]:
         """Returns the words still in the ring, oldest first, once the device has written them."""
         return [self._read() for _ in range(len(self._ring))]
 
-    def _read(self) -> list[float]:
-        host, event = self._ring.popleft()
-        if event is not None:
-            limit = time.monotonic() + self._timeout_s
-            while not event.query():
-                if time.monotonic() > limit:
-                    raise GanDistError(f"the device did not finish a step within dist.timeout_s={self._timeout_s:g} s")
-                time.sleep(0)
-        self._free.append(host)
-        return list(host.tolist())
+    def settle(self) -> None:
+        """Returns when the device has finished every step so far: a call that waits for it will then not hang.
+
+        Raises DeviceHangs when it does not within the time limit.
+        """
+        for _, _, event in self._ring:
+            self._wait(event)
+
+    def check(self) -> None:
+        """Raises DeviceHangs when the device has worked on the oldest step for longer than the time limit."""
+        if self._ring and (event := self._ring[0][2]) is not None and not event.query():
+            if time.monotonic() > self._since + self._timeout_s:
+                raise self._hangs()
+        else:
+            self._since = time.monotonic()
+
+    def _read(self) -> Word:
+        step, host, event = self._ring.popleft()
+        self._wait(event)
+        self._since = time.monotonic()
+        return step, host.tolist()
+
+    def _record(self) -> Any:
+        """Returns an event that is over when the device has done all that was queued so far; None on a CPU."""
+        if not self._pinned:
+            return None
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _wait(self, event: Any) -> None:
+        limit = time.monotonic() + self._timeout_s
+        while event is not None and not event.query():
+            if time.monotonic() > limit:
+                raise self._hangs()
+            time.sleep(POLL_S)
+
+    def _hangs(self) -> DeviceHangs:
+        return DeviceHangs(f"the device did not finish a step within dist.timeout_s={self._timeout_s:g} s")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the ranks decided together with a step."""
+    """What the ranks decided together with a step, and the step's figures."""
 
-    stop: bool = False
-    save: bool = False
-    skipped: bool = False
+    step: int
+    stop: bool
+    save: bool
+    skipped: bool
+    skipped_so_far: int
+    """Updates skipped since this start, this step's included."""
+    values: list[float]
+    """The word: STATS, and whatever else was pushed with them."""
 
 
 class ControlReader:
@@ -105,12 +146,13 @@ class ControlReader:
         self.skipped = 0
         self.skipped_in_a_row = 0
 
-    def read(self, word: list[float]) -> Decision:
-        """Returns what the word of a step's statistics decides: one rank's request is enough."""
-        skipped = round(word[_SKIPPED])
+    def read(self, word: Word) -> Decision:
+        """Returns what the word of a step decides: one rank's request is enough."""
+        step, values = word
+        skipped = round(values[_SKIPPED])
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        return Decision(stop=word[_STOP] >= 1, save=word[_SAVE] >= 1, skipped=skipped > 0)
+        return Decision(step, values[_STOP] >= 1, values[_SAVE] >= 1, skipped > 0, self.skipped, values)
 
     @property
     def diverged(self) -> bool:

@@ -5,15 +5,18 @@ Shapes never change inside a run, so each runner prepares once, at its first ste
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from gan_dist.distributed.world import World
 from gan_dist.training.update import NO_REQUESTS, Precision, Requests, Update
 from gan_dist.utils.errors import GanDistError, UserError, first_line
 
@@ -34,6 +37,13 @@ class Runner(Protocol):
     def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         """Returns STATS as Update.step does; the vector is valid until the following call."""
 
+    def close(self, orderly: bool = True) -> None:
+        """Frees what the runner holds of the device; not `orderly` after an error, when the device may be broken.
+
+        To be called before the process group is destroyed: NCCL waits, without end, for every CUDA graph that recorded
+        one of its collectives.
+        """
+
 
 class Eager:
     """Calls the update as it is written."""
@@ -46,6 +56,9 @@ class Eager:
 
     def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         return self.update.step(reals, latents, requests)
+
+    def close(self, orderly: bool = True) -> None:
+        """Has nothing to free."""
 
 
 class Compiled:
@@ -72,6 +85,9 @@ class Compiled:
                 f"torch.compile could not compile the step ({first_line(error)}); set train.runner=eager"
             ) from error
 
+    def close(self, orderly: bool = True) -> None:
+        """Has nothing to free."""
+
 
 class Captured:
     """Records one step as a CUDA graph and replays it: one launch a step instead of some hundreds.
@@ -91,18 +107,7 @@ class Captured:
 
     def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
         if self.graph is None and self.name == "captured":
-            try:
-                self._capture(reals, latents)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if not self.may_fall_back:
-                    raise GanDistError(
-                        f"the step could not be captured ({first_line(error)}); set train.runner=eager"
-                    ) from error
-                self.name, self.graph = "eager", None
-                self.reason = f"the step could not be captured: {first_line(error)}"
-                logging.getLogger("gan_dist").warning("falling back to the eager runner: %s", self.reason)
+            self._capture_or_fall_back(reals, latents)
         if self.graph is None:
             return self.update.step(reals, latents, requests)
         for static, value in zip(self.inputs, (*reals, *latents), strict=True):
@@ -112,6 +117,34 @@ class Captured:
         self.graph.replay()
         return self.stats
 
+    def close(self, orderly: bool = True) -> None:
+        """Destroys the graph; when `orderly`, after its last replay has ended."""
+        if self.graph is not None:
+            with nullcontext() if orderly else suppress(RuntimeError):
+                if orderly:
+                    torch.cuda.synchronize(self.update.world.device)
+                self.graph.reset()
+        self.graph, self.inputs, self.stats = None, [], torch.empty(0)
+
+    def _capture_or_fall_back(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
+        """Captures, or becomes an eager runner where that may be and some rank could not capture."""
+        handled, failure = sys.exception(), None
+        try:
+            self._capture(reals, latents)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            failure = error
+        if not self.update.world.any(failure is not None):  # ranks that replay and ranks that do not would not meet
+            return
+        self.close(orderly=False)
+        reason = "another rank could not capture the step"
+        if failure is not None:
+            reason = f"the step could not be captured ({first_line(_root(failure, handled))})"
+        if not self.may_fall_back:
+            raise GanDistError(f"{reason}; set train.runner=eager") from failure
+        self.name, self.reason = "eager", reason
+
     def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
         """Warms up on a side stream, restores the state that the warm-up changed, and records."""
         self.inputs = [value.clone() for value in (*reals, *latents)]
@@ -120,16 +153,25 @@ class Captured:
         kept = self.update.snapshot()
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                self.update.step(reals, latents, self.requests)
-        torch.cuda.current_stream().wait_stream(side)
-        self.update.load_state_dict(kept)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_STEPS):
+                    self.update.step(reals, latents, self.requests)
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
+            self.update.load_state_dict(kept)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the prefetch thread and NCCL's watchdog may call CUDA while this thread records.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.stats = self.update.step(reals, latents, self.requests)
+
+
+def _root(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Returns what `error` began with: torch's own for a failed capture hides it. `handled` was there before."""
+    while (earlier := error.__cause__ or error.__context__) is not None and earlier is not handled:
+        error = earlier
+    return error
 
 
 def make_runner(name: str, update: Update) -> Runner:
@@ -141,6 +183,8 @@ def make_runner(name: str, update: Update) -> Runner:
     if name not in ("auto", *RUNNERS):
         raise UserError(f"train.runner: expected auto, {', '.join(RUNNERS)}, found {name!r}")
     if name == "auto":
+        if device.type == "cuda" and not _records(update.world):
+            return Eager(update, "a CUDA graph cannot record gloo's collectives")
         if device.type == "cuda":
             reason = "one launch a step; at small batches a GPU would wait for Python"
             return Captured(update, reason, may_fall_back=True)
@@ -151,6 +195,11 @@ def make_runner(name: str, update: Update) -> Runner:
                 f"train.runner=captured records a CUDA graph, but this rank drives {device.type}; "
                 "use eager, compiled or auto"
             )
+        if not _records(update.world):
+            raise UserError(
+                "train.runner=captured records a CUDA graph, which cannot record gloo's collectives; "
+                "set dist.backend=nccl, or use eager or auto"
+            )
         return Captured(update, "set by train.runner")
     if name == "compiled":
         if device.type == "cpu" and not compiler():
@@ -159,6 +208,11 @@ def make_runner(name: str, update: Update) -> Runner:
             )
         return Compiled(update, "set by train.runner")
     return Eager(update, "set by train.runner")
+
+
+def _records(world: World) -> bool:
+    """Returns whether a CUDA graph can record the world's collectives."""
+    return world.group is None or "cuda:nccl" in dist.get_backend_config(world.group)
 
 
 def compiler() -> str | None:

@@ -22,7 +22,7 @@ from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
 from gan_dist.data.remote.fetch import redacted
 from gan_dist.data.stream import Stream, choose_placement, stage
-from gan_dist.distributed.failures import naming_lost_ranks
+from gan_dist.distributed.failures import device_may_hang, naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.distributed.preflight import preflight
 from gan_dist.distributed.world import World, join
@@ -38,7 +38,7 @@ from gan_dist.training.evaluator import Evaluator
 from gan_dist.training.optim import EMA
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
 from gan_dist.training.statistics import StepStatistics
-from gan_dist.training.torch_settings import torch_settings
+from gan_dist.training.torch_settings import resolve_deterministic, torch_settings
 from gan_dist.training.update import Precision, Update
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
@@ -141,7 +141,9 @@ def open_run(
         try:
             with ExitStack() as opened:
                 opened.enter_context(naming_lost_ranks(world, directory))
-                opened.enter_context(torch_settings(world.device, config.train.deterministic))
+                precision, _ = resolve_precision(config.train.precision, world.device)
+                deterministic = resolve_deterministic(config.train.deterministic, world.device)
+                opened.enter_context(torch_settings(world.device, deterministic, precision))
                 dataset, placement = open_for_training(config, world, stop, verbosity)
                 opened.enter_context(dataset)
 
@@ -222,6 +224,7 @@ def build_run(
         "device": world.device.type,
         "precision": precision,
         "runner": runner.name,
+        "deterministic": resolve_deterministic(config.train.deterministic, world.device),
         "threads": torch.get_num_threads(),
         "ranks": world.size,
     }
@@ -231,6 +234,7 @@ def build_run(
     world.from_first(lambda: write_start(directory, to_yaml(config), facts))
 
     with ExitStack() as closing:
+        closing.push(lambda kind, error, trace: runner.close(orderly=error is None))
         # What it logs, what it saves, what it learns from: opened in this order, closed in reverse.
         telemetry = Telemetry(
             directory,
@@ -311,7 +315,13 @@ def build_run(
             images_seen=images_seen,
         )
         _announce(run, total_steps, config.train.epochs, f"precision {precision}: {why_precision}", notes)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            if device_may_hang(world, error):
+                closing.pop_all()  # all but this would wait for the device
+                telemetry.close()
+            raise
 
 
 def _announce(run: Run, total_steps: int, epochs: float, precision: str, notes: Sequence[str]) -> None:

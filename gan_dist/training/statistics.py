@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,16 +14,20 @@ from gan_dist.training.update import STATS, Update
 
 
 class StepStatistics:
-    """Makes the tags of each log. Rates count from the last one; the first ones from `start`."""
+    """Makes the tags of each log. Rates count from the last one; the first ones from `start`.
+
+    Nothing here waits for the device: `note` queues what a log needs of it, `compute` gets what came of that later.
+    """
 
     def __init__(self, update: Update, num_samples: int) -> None:
         self._players = {"generator": update.g, "discriminator": update.d}
         self._num_samples = num_samples
         self._stall: float | None = None
+        self._noted: dict[int, _Mark] = {}
 
     def start(self, step: int, images_seen: int, wait_seconds: float) -> None:
         """Starts an interval; `wait_seconds` is how long the device has waited for data so far."""
-        self._mark = (time.monotonic(), step, images_seen, wait_seconds)
+        self._last = _Mark(time.monotonic(), step, images_seen, wait_seconds)
 
     def note_stall(self, seconds: float) -> None:
         """Notes how long a checkpoint has just kept the training path."""
@@ -29,35 +35,48 @@ class StepStatistics:
 
     def exclude(self, seconds: float) -> None:
         """Leaves `seconds` out of the rates: they are of training, not of an evaluation in between."""
-        then, step, images, wait_seconds = self._mark
-        self._mark = (then + seconds, step, images, wait_seconds)
+        self._last = replace(self._last, time=self._last.time + seconds)
 
-    def compute(
-        self, step: int, images_seen: int, wait_seconds: float, stats: Tensor, skipped: int
-    ) -> dict[str, float]:
-        """Returns {tag: value} of this step; `stats` are STATS as the step returned them, on the device.
+    def note(self, step: int, images_seen: int, wait_seconds: float, stats: Tensor) -> Tensor:
+        """Returns what `compute` is to be given of this `step`, one vector on the device: its STATS, and more.
 
-        Reading them waits for the device: this is the one place that does, and only when a log is due.
+        The rates will be those of this moment.
         """
-        read = dict(zip(STATS, stats.tolist(), strict=True))
-        now, (then, since, images, wait_seconds_then) = time.monotonic(), self._mark
-        seconds = max(now - then, 1e-9)
-        self.start(step, images_seen, wait_seconds)
-        values = {tag: value for tag, value in read.items() if not tag.startswith("control/")}
+        self._noted[step] = _Mark(time.monotonic(), step, images_seen, wait_seconds)
+        ratios = [update_ratio(player.optimizer) for player in self._players.values()]
+        return torch.cat([stats, torch.stack(ratios).to(stats)])
+
+    def compute(self, step: int, read: Sequence[float], skipped: int) -> tuple[int, dict[str, float]] | None:
+        """Returns (images seen, {tag: value}) of a step that was noted, else None; `read` is what `note` returned."""
+        if (mark := self._noted.pop(step, None)) is None:
+            return None
+        last, self._last = self._last, mark
+        seconds = max(mark.time - last.time, 1e-9)
+        values = {tag: value for tag, value in zip(STATS, read, strict=False) if not tag.startswith("control/")}
         values["value/jsd_lower_bound"] = (values["value/minimax"] + math.log(4)) / 2
-        values["throughput/images_per_second"] = (images_seen - images) / seconds
-        values["throughput/data_wait_fraction"] = min(1.0, (wait_seconds - wait_seconds_then) / seconds)
-        values["throughput/step_seconds"] = seconds / max(1, step - since)
-        for name, player in self._players.items():
+        values["throughput/images_per_second"] = (mark.images_seen - last.images_seen) / seconds
+        values["throughput/data_wait_fraction"] = min(1.0, (mark.wait_seconds - last.wait_seconds) / seconds)
+        values["throughput/step_seconds"] = seconds / max(1, step - last.step)
+        for (name, player), ratio in zip(self._players.items(), read[len(STATS) :], strict=True):
             values[f"learning_rate/{name}"] = float(player.optimizer.param_groups[0]["lr"])
-            values[f"update_ratio/{name}"] = update_ratio(player.optimizer).item()
+            values[f"update_ratio/{name}"] = ratio
         values["updates/skipped"] = skipped
-        values["progress/epoch"] = images_seen / self._num_samples
+        values["progress/epoch"] = mark.images_seen / self._num_samples
         if self._stall is not None:
             values["checkpoint/stall_seconds"], self._stall = self._stall, None
-        if stats.device.type == "cuda":
+        if self._players["generator"].parameters[0].is_cuda:
             values["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return values
+        return mark.images_seen, values
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where a run stood at a moment: the end of an interval, and the beginning of the next."""
+
+    time: float
+    step: int
+    images_seen: int
+    wait_seconds: float
 
 
 def update_ratio(optimizer: torch.optim.Adam) -> Tensor:
@@ -66,20 +85,25 @@ def update_ratio(optimizer: torch.optim.Adam) -> Tensor:
     Computed from Adam's moments (Kingma and Ba 2015, algorithm 1), so nothing need be kept from before the step,
     however that was executed. 0 before the first step. About 1e-3 is healthy; 1e-1 tears the network up.
     """
-    updates, weights = [], []
+    updates: list[Tensor] = []
+    weights: list[Tensor] = []
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if not state:
-                continue
-            step = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clamp(min=1)
-            mean = state["exp_avg"] / (1 - beta1**step)
-            root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
-            updates.append(torch.linalg.vector_norm(group["lr"] * mean / root))
-            weights.append(torch.linalg.vector_norm(parameter.detach()))
+        moved = [parameter for parameter in group["params"] if optimizer.state.get(parameter)]
+        if not moved:
+            continue
+        states = [optimizer.state[parameter] for parameter in moved]
+        # They were all updated together: the first one's count is everyone's.
+        step = torch.as_tensor(states[0]["step"], dtype=torch.float32, device=moved[0].device).clamp(min=1)
+        bias1, bias2 = ((1 - beta**step).to(moved[0].dtype) for beta in (beta1, beta2))
+        roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
+        torch._foreach_div_(roots, bias2.sqrt())
+        torch._foreach_add_(roots, group["eps"])
+        quotients = torch._foreach_div([state["exp_avg"] for state in states], roots)
+        updates.append(torch.stack(torch._foreach_norm(quotients)) * (group["lr"] / bias1))
+        weights += torch._foreach_norm([parameter.detach() for parameter in moved])
     if not updates:
         return torch.zeros(())
-    norms = [torch.linalg.vector_norm(torch.stack(each)) for each in (updates, weights)]
+    norms = [torch.linalg.vector_norm(each) for each in (torch.cat(updates), torch.stack(weights))]
     ratio: Tensor = norms[0] / norms[1].clamp(min=1e-12)
     return ratio.float()

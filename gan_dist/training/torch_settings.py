@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
+
+from gan_dist.utils.tensors import float32_products
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # mallopt(3)
 _NEVER = -1
@@ -16,13 +19,23 @@ _USUAL_MMAPS, _USUAL_TRIM, _USUAL_MMAP = 65536, 64 * 2**20, 32 * 2**20
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
+def resolve_deterministic(asked: bool | Literal["auto"], device: torch.device) -> bool:
+    """Returns what train.deterministic means on `device`: a CPU's kernels are deterministic without being asked."""
+    return device.type == "cuda" if asked == "auto" else asked
+
+
 @contextmanager
-def torch_settings(device: torch.device, deterministic: bool = False) -> Iterator[None]:
+def torch_settings(device: torch.device, deterministic: bool = False, precision: str | None = None) -> Iterator[None]:
     """Applies the process-wide settings that steps on `device` want, and puts them back at the end.
 
-    With `deterministic`, steps give the same bits on a GPU as well.
+    With `deterministic`, steps give the same bits on a GPU as well. `precision` is the run's (bf16, tf32, ...):
+    a GPU's float32 is full unless it is tf32; None leaves it as it is.
     """
-    with _deterministic_kernels(deterministic), _keep_freed_memory(device.type == "cpu"):
+    with ExitStack() as settings:
+        settings.enter_context(_deterministic_kernels(deterministic))
+        settings.enter_context(_keep_freed_memory(device.type == "cpu"))
+        if precision is not None and device.type == "cuda":
+            settings.enter_context(float32_products("tf32" if precision == "tf32" else "ieee"))
         yield
 
 
@@ -35,12 +48,17 @@ def _deterministic_kernels(wanted: bool) -> Iterator[None]:
     workspace = os.environ.get(_CUBLAS)
     os.environ.setdefault(_CUBLAS, ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # By default it also fills each new tensor with NaN, to show who reads what nobody wrote: a write more of each.
+    deterministic: Any = torch.utils.deterministic
+    fills = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False
     # An operation that has no deterministic kernel warns, and does not end the run.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = fills
         if workspace is None:
             del os.environ[_CUBLAS]
 

@@ -15,7 +15,7 @@ from gan_dist.data.dataset import gather
 from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.report.report import make_report
 from gan_dist.runs.naming import choose_run_dir
-from gan_dist.training.control import ControlReader, ControlRing, Decision
+from gan_dist.training.control import ControlReader, ControlRing, Decision, Word
 from gan_dist.training.setup import Run, open_run
 from gan_dist.training.update import draw_flips, draw_latents
 from gan_dist.utils.errors import GanDistError
@@ -124,6 +124,8 @@ def _loop(run: Run) -> str | None:
         return _stop_reason(run)
     run.statistics.start(run.step, run.images_seen, run.stream.wait_seconds)
     run.checkpointer.start_clock()
+    run.stream.while_waiting = run.checkpointer.while_waiting = ring.check
+    runner = run.runner.name
     while run.step < run.end:
         # Draw: this rank's slice of the next images and latents.
         reals, latents = _draw_batches(run)
@@ -131,38 +133,49 @@ def _loop(run: Run) -> str | None:
         # Step: D's updates and G's; what this rank asks for goes along.
         requests = (float(_wants_stop(run)), float(run.is_first and run.checkpointer.clock_is_due()))
         stats = run.runner.step(reals, latents, requests)
+        if run.runner.name != runner:
+            runner = run.runner.name
+            run.telemetry.warn(f"falling back to the {runner} runner: {run.runner.reason}", run.step + 1)
         epoch_ended = run.advance()
         if run.ema is not None:
             run.ema.update(run.images_seen)
 
-        # Hear what all ranks decided; on a GPU, some steps ago.
-        word = ring.push(stats)
-        decision = _read_decision(run, reader, word, run.step - ring.lag) if word is not None else Decision()
+        # Note what a log of this step needs of this moment, and of the device.
+        logs = run.step % run.scalars_every == 0 or run.step == run.end
+        due = run.evaluator.is_due(run.step, run.end)
+        if run.is_first and (logs or due):
+            stats = run.statistics.note(run.step, run.images_seen, run.stream.wait_seconds, stats)
+
+        # Hear what all ranks decided; on a GPU, some steps ago, unless this step waits for the device anyway.
+        heard = _hear(run, reader, ring.push(run.step, stats))
+        stops, saves = any(each.stop for each in heard), any(each.save for each in heard)
+        if stops or due or run.step == run.end or run.checkpointer.is_due(run.step, epoch_ended, saves):
+            heard += _hear(run, reader, ring.drain())
+            stops, saves = any(each.stop for each in heard), any(each.save for each in heard)
         run.telemetry.progress(run.step)
 
         # Evaluate.
         results: Mapping[str, float] = {}
-        if run.evaluator.is_due(run.step, run.end) and not decision.stop:
+        if due and not stops:
             results = run.evaluator.evaluate(run.step, run.telemetry, lambda: _wants_stop(run))
-            run.statistics.exclude(results["evaluate/seconds"])
 
-        # Log.
-        if run.step % run.scalars_every == 0 or run.step == run.end or results:
-            _log(run, stats, reader.skipped, results)
+        # Log what was heard.
+        if run.is_first:
+            _log(run, heard, results)
+        run.statistics.exclude(results.get("evaluate/seconds", 0.0))
 
         # Sample.
         if run.step % run.samples_every == 0:
+            if run.is_first:
+                ring.settle()  # what follows waits for the device
             _draw_samples(run)
 
         # Stop (which saves), or save.
-        if decision.stop:
+        if stops:
             return _stop_reason(run)
         is_best = run.evaluator.best(run.step) is not None
-        if run.checkpointer.is_due(run.step, epoch_ended, decision.save or is_best):
+        if run.checkpointer.is_due(run.step, epoch_ended, saves or is_best):
             _save(run, kept=run.checkpointer.is_permanent(epoch_ended))
-    left = ring.drain()
-    for step, word in enumerate(left, start=run.step - len(left) + 1):
-        _read_decision(run, reader, word, step)
     return None
 
 
@@ -182,17 +195,20 @@ def _draw_batches(run: Run) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return reals, latents
 
 
-def _read_decision(run: Run, reader: ControlReader, word: list[float], step: int) -> Decision:
-    """Returns what the ranks decided with `step`. Raises GanDistError when the weights have diverged."""
-    decision = reader.read(word)
-    if decision.skipped:
-        run.telemetry.warn(f"step {step}: an update was skipped, its gradients were not finite", run.step)
-    if reader.diverged:
-        raise GanDistError(
-            f"the last {reader.skipped_in_a_row} steps up to {step} had non-finite gradients and were skipped; "
-            f"the last checkpoint is of step {run.checkpointer.saved_step}; lower optim.g_lr and optim.d_lr"
-        )
-    return decision
+def _hear(run: Run, reader: ControlReader, words: Sequence[Word]) -> list[Decision]:
+    """Returns what the ranks decided with each step in `words`. Raises GanDistError when the weights have diverged."""
+    decisions = []
+    for word in words:
+        decisions.append(decision := reader.read(word))
+        if decision.skipped:
+            run.telemetry.warn(f"step {decision.step}: an update was skipped, its gradients were not finite", run.step)
+        if reader.diverged:
+            raise GanDistError(
+                f"the last {reader.skipped_in_a_row} steps up to {decision.step} had non-finite gradients and were "
+                f"skipped; the last checkpoint is of step {run.checkpointer.saved_step}; "
+                "lower optim.g_lr and optim.d_lr"
+            )
+    return decisions
 
 
 def _wants_stop(run: Run) -> bool:
@@ -217,18 +233,22 @@ def _await_first_batch(run: Run) -> bool:
     return True
 
 
-def _log(run: Run, stats: torch.Tensor, skipped: int, results: Mapping[str, float]) -> None:
-    """Writes the step's scalars, an evaluation's `results`, and what became of the last checkpoint; on rank 0 alone."""
-    if not run.is_first:
-        return
-    values = run.statistics.compute(run.step, run.images_seen, run.stream.wait_seconds, stats, skipped)
-    run.telemetry.scalars(run.step, run.images_seen, {**values, **results})
-    if failure := run.checkpointer.failure():
-        going_on = "; training goes on"
-        if isinstance(failure, GanDistError):  # it will not pass: the run is another trainer's, or cannot be saved
-            run.stop.ask(str(failure))
-            going_on = ""
-        run.telemetry.warn(f"a checkpoint could not be saved: {failure}{going_on}", run.step)
+def _log(run: Run, heard: Sequence[Decision], results: Mapping[str, float]) -> None:
+    """Writes the scalars of the steps that were noted, with the newest step's evaluation `results`, and what became of
+    the last checkpoint; on rank 0 alone."""
+    for decision in heard:
+        more = results if decision.step == run.step else {}
+        noted = run.statistics.compute(decision.step, decision.values, decision.skipped_so_far)
+        if noted is None or not (more or decision.step % run.scalars_every == 0 or decision.step == run.end):
+            continue  # an evaluation was due, but a stop came first
+        images_seen, values = noted
+        run.telemetry.scalars(decision.step, images_seen, {**values, **more})
+        if failure := run.checkpointer.failure():
+            going_on = "; training goes on"
+            if isinstance(failure, GanDistError):  # it will not pass: the run is another's, or cannot be saved
+                run.stop.ask(str(failure))
+                going_on = ""
+            run.telemetry.warn(f"a checkpoint could not be saved: {failure}{going_on}", run.step)
 
 
 def _draw_samples(run: Run) -> None:

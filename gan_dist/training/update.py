@@ -73,9 +73,6 @@ class Update:
         self.real_target = real_target
         self.generator_target = generator_target
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
-        if world.device.type == "cuda":
-            cudnn: Any = torch.backends.cudnn
-            cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         for network in (generator, discriminator):
             network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
             synchronise(network, world if sync_batchnorm else World(device=world.device))
@@ -219,7 +216,8 @@ def draw_latents(
     """Returns rows [lo, hi) of the N(0, 1) latents [global_batch, latent_dim] that stand at `position`.
 
     Every rank draws the whole batch and keeps its share, so the world size does not enter. Another `purpose` is another
-    stream (0 trains; others are free for fixed latents and the like).
+    stream (0 trains; others are free for fixed latents and the like). The numbers are a device's own: a CPU and a GPU
+    draw others, and so may two kinds of GPU where a batch has more numbers than one of them has threads.
     """
     stream = _draws(seed, position, purpose, device)
     return torch.randn(global_batch, latent_dim, generator=stream, device=device, dtype=dtype)[lo:hi]

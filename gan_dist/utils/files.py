@@ -9,6 +9,8 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Callable
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,45 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_hashed(path: Path, write: Callable[[Any], object]) -> tuple[str, int]:
+    """Writes to `path` what `write` writes to the binary file that it is given, durably; returns (sha256, bytes).
+
+    Beside io.BytesIO this copies nothing and lets go of Python's lock while it hashes and writes.
+    Raises OSError when the disk refuses, whatever `write` makes of that.
+    """
+    with path.open("wb", buffering=0) as stream:
+        file = _HashingFile(stream)
+        write(file)
+        if file.failure is not None:
+            raise file.failure
+        os.fsync(stream.fileno())
+    return file.digest.hexdigest(), file.bytes
+
+
+class _HashingFile:
+    """Writes through to `stream` and hashes. Failures are kept: C++ that writes here would make others of them."""
+
+    def __init__(self, stream: RawIOBase) -> None:
+        self.stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
+        self.failure: OSError | None = None
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Returns the size of `content` in bytes."""
+        view = memoryview(content).cast("B")
+        self.digest.update(view)
+        self.bytes += len(view)
+        try:
+            done = 0
+            while done < len(view) and self.failure is None:  # Linux writes 2 GiB a call at most
+                done += self.stream.write(view[done:]) or 0
+        except OSError as error:
+            self.failure = error
+        return len(view)
+
+    def flush(self) -> None:
+        """Does nothing: nothing is held back."""
 
 
 def write_atomically(path: Path, content: bytes, *, make_folder: bool = False) -> None:

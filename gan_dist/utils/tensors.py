@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,24 @@ from torch import Tensor
 from gan_dist.utils.errors import GanDistError
 
 RUNNING = ("running_mean", "running_var")
+
+
+@contextmanager
+def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Within it a GPU's float32 convolutions and matrix products are full float32 (ieee) or rounded to TF32.
+
+    For the process, and put back at the end: torch's default is TF32 for the first and full for the second.
+    """
+    cudnn: Any = torch.backends.cudnn
+    kinds: tuple[Any, Any] = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = precision
+        yield
+    finally:
+        for kind, value in zip(kinds, before, strict=True):
+            kind.fp32_precision = value
 
 
 def copy_state(state: Any, into: Any = None) -> Any:

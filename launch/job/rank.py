@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError
+from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError, exit_at_once
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.stop import StopRequest
 from launch.job.addresses import Task, agree_on_master, read_task
@@ -105,8 +105,9 @@ class TrainJob:
                     reason = STOP.reason or "a signal to another rank"
                     write_atomically(attempt / "stopped", f"requeue {reason}, while data were fetched\n".encode())
                 else:
-                    kind = "lost" if type(error).__name__ == "RankLost" else "error"
+                    kind = "lost" if type(error).__name__ in ("RankLost", "DeviceHangs") else "error"
                     write_failure(attempt, task, error.exit_status, kind, str(error))
+            exit_at_once(error)
             return 0 if stopped else error.exit_status
         except Exception as error:
             traceback.print_exc()

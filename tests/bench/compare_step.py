@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gan_dist.bench.step import build, machine_limits, work
+from gan_dist.bench.step import build, machine_limits, share_of, work
 from gan_dist.distributed.world import World
 from gan_dist.training.runner import make_runner, resolve_precision
 from gan_dist.training.torch_settings import torch_settings
+from gan_dist.utils.tensors import float32_products
 
 
 def tutorial_step(batch: int, device: torch.device) -> Callable[[], object]:
@@ -129,7 +130,10 @@ def compare(batch: int, device: torch.device, runners: list[str], precision: str
     chosen, why = resolve_precision(precision, device)
     shape = {"resolution": 64, "latent_dim": 100, "channels": 64}
     gflop, _ = work(*build(World(device=device), batch, chosen, shape))
-    limits = machine_limits(device, chosen)
+    # Ours; the tutorial's is what torch does by itself.
+    arithmetic: Any = partial(float32_products, "tf32" if chosen == "tf32" else "ieee")
+    with arithmetic():
+        limits = machine_limits(device, chosen)
     with torch_settings(device), elsewhere(batch, device) as peer:
         steps: dict[str, Callable[[], float]] = {"tutorial": peer}
         in_this_process = {"tutorial_settled": tutorial_step(batch, device)}
@@ -138,7 +142,8 @@ def compare(batch: int, device: torch.device, runners: list[str], precision: str
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for index in range(rounds + 2):
             for name, step in steps.items():
-                found = step()
+                with arithmetic() if name in runners else nullcontext():
+                    found = step()
                 if index >= 2:
                     seconds[name].append(found)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
@@ -154,7 +159,7 @@ def compare(batch: int, device: torch.device, runners: list[str], precision: str
         "times_the_tutorial": {n: round(medians["tutorial"] / m, 2) for n, m in medians.items() if n != "tutorial"},
         # What a step without anything but its multiplications at the measured matmul rate would be.
         "ceiling_times_the_tutorial": round(medians["tutorial"] * limits["matmul_gflop_per_second"] / gflop, 2),
-        "matmul_share": {n: round(gflop / m / limits["matmul_gflop_per_second"], 2) for n, m in medians.items()},
+        "matmul_share": {n: share_of(gflop / m, limits["matmul_gflop_per_second"]) for n, m in medians.items()},
         "load_average": os.getloadavg()[0],
     }
 

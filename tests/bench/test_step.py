@@ -11,6 +11,7 @@ import torch.distributed as dist
 from gan_dist.bench import step as bench
 from gan_dist.bench.step import bench_step
 from gan_dist.distributed.world import World
+from gan_dist.training.runner import Eager
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.games import CPU, batches, game
 from tests.helpers.ranks import run_ranks
@@ -18,6 +19,7 @@ from tests.helpers.ranks import run_ranks
 SMALL: dict[str, Any] = {"resolution": 32, "latent_dim": 8, "channels": 4, "seconds": 0.05, "precision": "fp32"}
 
 
+HONEST_LIMITS = bench.machine_limits
 LIMITS = {"matmul_gflop_per_second": 100.0, "copy_gb_per_second": 10.0}
 
 
@@ -72,6 +74,41 @@ def test_out_of_memory_is_one_line_with_the_largest_batch_that_fits(monkeypatch:
     found = bench_step(World(), batches=(4, 8), **SMALL)
     assert found["batch"] == 4
     assert found["sweep"][1]["out_of_memory"]
+
+
+def test_a_runner_that_fails_is_a_row_of_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Eager):
+        def step(self, *words: Any) -> torch.Tensor:
+            raise GanDistError("the step could not be captured")
+
+    honest: Any = bench.__dict__["make_runner"]
+    monkeypatch.setattr(
+        bench, "make_runner", lambda name, update: Failing(update, "") if name == "auto" else honest(name, update)
+    )
+    lines: list[str] = []
+    found = bench_step(World(), batches=(4,), runners=("auto", "eager"), log=lines.append, **SMALL)
+    assert found["runner"] == "eager" and "could not be captured" in found["sweep"][0]["error"]
+    assert "batch 4, auto: the step could not be captured" in lines
+    with pytest.raises(GanDistError, match="could not be captured"):
+        bench_step(World(), batches=(4,), **SMALL)
+
+
+def test_a_limit_that_the_step_exceeds_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    low = {"matmul_gflop_per_second": 1e-6, "copy_gb_per_second": 1e6}
+    monkeypatch.setattr(bench, "machine_limits", lambda device, precision: low)
+    lines: list[str] = []
+    found = bench_step(World(), batches=(4,), log=lines.append, **SMALL)
+    assert found["matmul_share"] is None and found["copy_share"] < 1
+    assert "more than the matmul rate that was measured, which is no limit then, 0% of the copy rate" in lines[0]
+
+
+def test_limits_are_the_best_of_the_steps_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_product_rate", lambda device, dtype, side: side / 1024)
+    monkeypatch.setattr(bench, "_convolution_rates", lambda device, dtype, batch, channels, side: (channels, 7.0))
+    monkeypatch.setattr(bench, "_best", lambda device, function: 1.0)
+    assert HONEST_LIMITS(CPU, "fp32")["matmul_gflop_per_second"] == 256
+    monkeypatch.undo()
+    assert min(bench._convolution_rates(CPU, torch.float32, 2, 4, 8)) > 0
 
 
 def test_bad_requests_are_refused() -> None:

@@ -48,6 +48,7 @@ def test_yaml_written_reads_back_equal(tmp_path: Path) -> None:
         ("train.global_batch=abc", "train.global_batch: expected integer, found 'abc'"),
         ("train.global_batch=0", "train.global_batch: expected greater than or equal to 1, found 0"),
         ("data.x_flip=1", "data.x_flip: expected boolean, found 1"),
+        ("train.deterministic=1", "train.deterministic: expected boolean or 'auto', found 1"),
         ("model.resolution=48", "model.resolution: expected a power of two from 32 to 256, found 48"),
         ("loss.name=wasserstein", "loss.name: expected 'minimax' or 'non_saturating', found 'wasserstein'"),
         (

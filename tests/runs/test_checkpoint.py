@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 
 from gan_dist.runs import checkpoint
 from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.files import write_hashed
 
 
 def state(step: int) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("refused", ["write_durably", "fsync_folder"])
+@pytest.mark.parametrize("refused", ["write_hashed", "write_durably", "fsync_folder"])
 def test_a_disk_that_refuses_leaves_the_older_one_and_no_litter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
@@ -150,6 +154,29 @@ def test_a_disk_that_refuses_leaves_the_older_one_and_no_litter(
     found = checkpoint.load_newest(tmp_path)
     assert found is not None and found.step == 1
     assert names(tmp_path) == ["latest", "step-00000001"]
+
+
+def test_a_save_writes_torchs_own_file_and_copies_nothing_in_python(tmp_path: Path) -> None:
+    # A copy that Python makes, and torch's writing into one, hold up every other thread: the training's, for one.
+    large = {**state(1), "generator": {"w": torch.randn(2**22), "b": torch.randn(3, 5)}}
+    buffer = io.BytesIO()
+    torch.save(large, buffer)
+    tracemalloc.start()
+    try:
+        path = checkpoint.save(tmp_path, large, {}, keep=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (path / "state.pt").read_bytes() == buffer.getvalue()
+    assert peak < 2**20 < len(buffer.getvalue())
+    assert torch.equal(checkpoint.load(path).state["generator"]["w"], large["generator"]["w"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
+def test_a_full_disk_is_one_whoever_writes_to_it() -> None:
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_hashed(Path("/dev/full"), lambda file: torch.save({"w": torch.zeros(2**16)}, file))
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_leftovers_of_a_killed_save_are_invisible_and_go(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gan_dist.training import checkpointer as checkpointing
 from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import GanDistError
-from gan_dist.utils.files import write_durably
+from gan_dist.utils.files import write_hashed
 from gan_dist.utils.stop import StopRequest
 from gan_dist.utils.tensors import copy_state
 from tests.helpers.ranks import run_ranks
@@ -153,14 +153,14 @@ def test_on_a_gpu_what_is_saved_is_the_step_that_was_copied(tmp_path: Path) -> N
 def test_training_goes_on_without_a_disk_and_says_so(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, write = tmp_path / "run", write_durably
+    run, write = tmp_path / "run", write_hashed
 
-    def refuse(path: Path, content: Any) -> None:
-        if path.name == "state.pt" and f"step-{3:08d}" in str(path):
+    def refuse(path: Path, content: Any) -> tuple[str, int]:
+        if f"step-{3:08d}" in str(path):
             raise OSError(number, "refused by the test")
-        write(path, content)
+        return write(path, content)
 
-    monkeypatch.setattr(checkpoint, "write_durably", refuse)
+    monkeypatch.setattr(checkpoint, "write_hashed", refuse)
     words = ["checkpoint.every_steps=1", "log.scalars_every=1"]
     assert train(small(dataset), words, run_dir=run, max_steps=5).step == 5
     assert "WARNING: a checkpoint could not be saved" in capsys.readouterr().out
@@ -173,16 +173,14 @@ def test_training_goes_on_without_a_disk_and_says_so(
 def test_a_stop_whose_checkpoint_fails_is_a_failure(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, stop, write = tmp_path / "run", StopRequest(), write_durably
+    run, stop = tmp_path / "run", StopRequest()
     train(small(dataset), run_dir=run, max_steps=3, console=False)
 
-    def refuse(path: Path, content: Any) -> None:
-        if path.name == "state.pt":
-            stop.ask("a test")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, content)
+    def refuse(path: Path, content: Any) -> tuple[str, int]:
+        stop.ask("a test")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_durably", refuse)
+    monkeypatch.setattr(checkpoint, "write_hashed", refuse)
     with pytest.raises(GanDistError, match=r"could not be saved in .*No space left on device; earlier ones are"):
         train(small(dataset), ["checkpoint.every_steps=2"], run_dir=run, max_steps=500, stop=stop, console=False)
     assert find(run).step == 3

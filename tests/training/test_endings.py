@@ -1,0 +1,196 @@
+"""How a run on GPUs ends: what it recorded is freed before the ranks part, and a device that hangs holds nothing up."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gan_dist.data.stream import Stream
+from gan_dist.distributed.failures import DeviceHangs
+from gan_dist.distributed.world import World
+from gan_dist.training import checkpointer as checkpointing
+from gan_dist.training import setup
+from gan_dist.training.checkpointer import Checkpointer
+from gan_dist.training.control import ControlRing
+from gan_dist.training.runner import Captured, Eager
+from gan_dist.training.trainer import train
+from tests.helpers.fake_cuda import FakeGraph, play_cuda
+from tests.helpers.games import CPU, batches, game
+from tests.helpers.processes import Ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import config_file, small
+
+
+def test_a_captured_runner_waits_for_its_last_replay_and_frees_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, update = play_cuda(monkeypatch), game()
+    for orderly in (True, False):
+        runner: Any = Captured(update, "a test")
+        runner.step(*batches(update, 0))
+        graph: FakeGraph = runner.graph
+        waits.clear()
+        runner.close(orderly)
+        assert graph.calls == ["replay", "reset"] and runner.graph is None and not runner.inputs
+        assert waits == (["synchronize"] if orderly else [])
+
+
+def test_a_broken_device_that_refuses_the_reset_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(graph: FakeGraph) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    play_cuda(monkeypatch)
+    monkeypatch.setattr(FakeGraph, "reset", refuse)
+    runner, update = Captured(game(), "a test"), game()
+    runner.step(*batches(update, 0))
+    runner.close(orderly=False)
+    assert runner.graph is None
+
+
+def train_and_note_the_end(rank: int, dataset: str, out: str) -> None:
+    """Trains as one of two ranks, once to the end and once into an error; notes what is called in which order."""
+    calls: list[str] = []
+    destroy, fail_at = dist.destroy_process_group, 99
+
+    class Recorded(Eager):
+        def step(self, *words: Any) -> torch.Tensor:
+            if self.update.g.optimizer.state[self.update.g.parameters[0]]["step"] >= fail_at:
+                raise ValueError("a test")
+            return super().step(*words)
+
+        def close(self, orderly: bool = True) -> None:
+            calls.append(f"close, orderly={orderly}")
+
+    def note(*words: Any) -> None:
+        calls.append("destroy")
+        destroy(*words)
+
+    setup.make_runner = lambda name, update: Recorded(update, "a test")  # type: ignore[attr-defined]
+    dist.destroy_process_group = note  # type: ignore[assignment]
+    train(small(Path(dataset)), run_dir=f"{out}/run", max_steps=2, console=False)
+    assert calls == ["close, orderly=True", "destroy"]
+    calls.clear()
+    fail_at = 3
+    with pytest.raises(ValueError, match="a test"):
+        train(small(Path(dataset)), run_dir=f"{out}/run", max_steps=9, console=False)
+    assert calls == ["close, orderly=False", "destroy"]
+    Path(out, str(rank)).touch()
+
+
+def test_the_runner_is_closed_before_the_process_group_is_destroyed(dataset: Path, tmp_path: Path) -> None:
+    run_ranks(2, train_and_note_the_end, str(dataset), str(tmp_path))
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+
+HANGS = """
+import sys, threading, time
+import torch.distributed as dist
+from gan_dist.data.stream import Stream
+from gan_dist.training import control
+from gan_dist.training.checkpointer import Checkpointer
+from gan_dist.training.runner import Eager
+
+class Ring(control.ControlRing):
+    def __init__(self, *words):
+        super().__init__(*words)
+        self.lag = 2
+
+    def _record(self):
+        return Never()
+
+class Never:
+    def query(self):
+        return False
+
+def forever(*words, **named):
+    threading.Event().wait()
+
+from gan_dist.telemetry.telemetry import Telemetry
+from gan_dist.training import trainer
+trainer.ControlRing = Ring
+close = Telemetry.close
+Telemetry.close = lambda self: (close(self), print("metrics written", flush=True))
+Stream.close = Eager.close = dist.destroy_process_group = forever
+failure = Checkpointer.failure
+Checkpointer.failure = lambda self, wait=False: forever() if self.saved_step > 0 and wait else failure(self, wait=wait)
+threading.Thread(target=forever).start()  # a thread that writes a checkpoint, as Python waits for it at its end
+from MODULE import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["gan_dist.cli.main", "launch.job.rank"])
+def test_a_device_that_hangs_ends_the_process_with_its_words_written(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setenv("GAN_DIST_ATTEMPT", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a test")
+    code, config = HANGS.replace("MODULE", module), config_file(dataset, tmp_path)
+    ranks = Ranks(1, config, tmp_path / "run", "dist.timeout_s=1", code=code)
+    assert ranks.wait() == [1], ranks.log(0)
+    words = "the device did not finish a step within dist.timeout_s=1 s"
+    assert ranks.log(0).splitlines()[-2:] == ["metrics written", f"gan-dist: {words}"]
+    if module == "launch.job.rank":
+        assert (tmp_path / "failed-0").read_text().split("\t")[1:] == [
+            "1",
+            "lost",
+            "0",
+            os.uname().nodename,
+            words + "\n",
+        ]
+
+
+def test_a_rank_whose_device_hangs_says_so_and_leaves_at_once(dataset: Path, tmp_path: Path) -> None:
+    code, config, run = HANGS.replace("MODULE", "gan_dist.cli.main"), config_file(dataset, tmp_path), tmp_path / "run"
+    ranks = Ranks(2, config, run, "dist.timeout_s=3", code=code)
+    assert ranks.wait() == [1, 1], ranks.log(0) + ranks.log(1)
+    last = ranks.log(1).splitlines()[-1]
+    assert "was lost" in last and "the device did not finish a step within dist.timeout_s=3 s" in last
+    assert "trainer.py" in (run / "hang" / "rank-1.txt").read_text()
+
+
+def test_who_waits_for_samples_behind_a_device_that_hangs_hears_of_it(dataset: Path) -> None:
+    stream = Stream.__new__(Stream)
+    stream._full = queue.SimpleQueue()
+    ring = ControlRing(CPU, timeout_s=0.05)
+    ring.lag = 4
+    ring.push(1, torch.zeros(3))
+    ring.check()  # a step that is done is no hang, however long the samples take
+    ring._record = lambda: SimpleNamespace(query=lambda: False)  # type: ignore[method-assign]
+    ring.drain()
+    ring.push(2, torch.zeros(3))
+    ring.check()  # nor is one that has only begun
+    stream.while_waiting = ring.check
+    with pytest.raises(DeviceHangs):
+        stream._await_block()
+    with pytest.raises(DeviceHangs):
+        ring.settle()
+
+
+def test_who_waits_for_a_save_behind_a_device_that_hangs_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(checkpointing, "WAIT_S", 0.01)
+    monkeypatch.setattr(checkpointing, "to_host", lambda state: gate.wait() and state)  # a copy that never comes
+    checkpointer = Checkpointer(tmp_path, World(), keep=1)
+    checkpointer.save({"step": 1, "images_seen": 8})
+
+    def hangs() -> None:
+        raise DeviceHangs("a test")
+
+    checkpointer.while_waiting = hangs
+    try:
+        for wait in (checkpointer.previous_state, checkpointer.wait, lambda: checkpointer.save({"step": 2})):
+            with pytest.raises(DeviceHangs):
+                wait()
+    finally:
+        gate.set()
+    checkpointer.while_waiting = lambda: None
+    checkpointer.wait()
