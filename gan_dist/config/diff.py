@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from gan_dist.config.schema import Config, DataConfig
+
 Rule = Literal["free", "noted", "upward", "never"]
 
 CHANGE_RULES: dict[str, Rule] = {
@@ -28,6 +30,11 @@ sections) that are not listed would make another run and are refused. The number
 
 FIXED_FROM = ("model.",)
 """What a new run that starts from another's checkpoint (`--from`) must share with it: the shapes."""
+
+
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration, flat, with the default of each key that was not there yet when it was stored."""
+    return {**flatten(Config(data=DataConfig(shards="")).to_dict()), **flatten(stored)}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -59,7 +66,7 @@ def continuation(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[
     The run stored with the configuration `stored` may continue with `wanted` when the first list is empty.
     """
     refused, notes = [], []
-    for key, (old, new) in changes(stored, wanted).items():
+    for key, (old, new) in changes(with_defaults(stored), wanted).items():
         rule = change_rule(key)
         if rule == "never" or (rule == "upward" and old is not None and new < old):
             refused.append(f"{key} was {old}, now {new}")

@@ -26,8 +26,12 @@ from gan_dist.config.base import (
 from gan_dist.utils.files import expand_source
 
 RESOLUTIONS = (32, 64, 128, 256)
-LossName = Literal["minimax", "non_saturating"]
+LossName = Literal["minimax", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"]
 """The losses, which model/losses.py computes."""
+Upsample = Literal["transposed", "nearest"]
+DNorm = Literal["batch", "none", "spectral"]
+Init = Literal["dcgan", "he"]
+"""Choices of the networks, which model/networks.py builds."""
 
 Target = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -60,8 +64,16 @@ class ModelConfig(Section):
     """Width of the discriminator's first layer; later layers double it down to 4x4 pixels."""
     leaky_slope: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Slope of LeakyReLU below zero."""
+    upsample: Upsample = "transposed"
+    """How G doubles its side. transposed: 4x4 transposed convolutions. nearest: nearest neighbours and a 3x3
+    convolution, which leave no checkerboard (Odena et al. 2016)."""
+    d_norm: DNorm = "batch"
+    """What D's hidden layers are normalised by. none and spectral (Miyato et al. 2018) give its layers biases."""
+    init: Init = "dcgan"
+    """dcgan: weights start as N(0, init_std^2), batch-norm weights as N(1, init_std^2). he: weights start as
+    N(0, gain^2 / fan-in), batch-norm weights as 1 (He et al. 2015). Biases start as 0."""
     init_std: PositiveFloat = 0.02
-    """Weights start as N(0, init_std), batch-norm weights as N(1, init_std), biases as 0."""
+    """The deviation of model.init=dcgan."""
 
     @model_validator(mode="after")
     def _resolution_is_built_for(self) -> ModelConfig:
@@ -72,18 +84,25 @@ class ModelConfig(Section):
 
 class LossConfig(Section):
     name: LossName = "non_saturating"
-    """minimax: G minimises E log(1 - D(G(z))). non_saturating: G maximises E log D(G(z)). (Goodfellow 2014, eq. 1)"""
+    """The game; logits are D's output. minimax: G minimises E log(1 - D(G(z))); non_saturating: it maximises
+    E log D(G(z)) (Goodfellow 2014, eq. 1). least_squares (Mao 2017), hinge (Lim and Ye 2017), wasserstein (Arjovsky
+    2017). relativistic: D tells which of a pair is the real one (Jolicoeur-Martineau 2018)."""
     real_target: Target = 1.0
-    """D's target on real images; below 1 is one-sided label smoothing."""
+    """D's target on real images (minimax, non_saturating, least_squares); below 1 is one-sided label smoothing."""
     generator_target: Target | None = None
-    """G's target on its own images (non_saturating only); null means 1."""
+    """G's target on its own images (non_saturating, least_squares); null means 1."""
 
     @model_validator(mode="after")
-    def _minimax_has_no_target(self) -> LossConfig:
-        if self.name == "minimax" and self.generator_target is not None:
+    def _targets_fit_the_loss(self) -> LossConfig:
+        if self.generator_target is not None and self.name not in ("non_saturating", "least_squares"):
             raise ValueError(
-                "loss.generator_target: minimax takes no generator target (G minimises log(1 - D(G(z)))), "
-                f"found {self.generator_target}; set it to null, or loss.name=non_saturating"
+                f"loss.generator_target: {self.name} takes no generator target, found {self.generator_target}; "
+                "set it to null, or loss.name=non_saturating"
+            )
+        if self.real_target != 1 and self.name in ("hinge", "wasserstein", "relativistic"):
+            raise ValueError(
+                f"loss.real_target: {self.name} takes no target, found {self.real_target}; "
+                "set it to 1, or loss.name=non_saturating"
             )
         return self
 

@@ -216,7 +216,8 @@ def _accuracies(
 ) -> dict[str, Any]:
     """Returns the accuracy of a checkpoint's discriminator on its training images and on held-out ones."""
     model = loaded.state["config"]["model"]
-    judge = Discriminator(model["resolution"], model["d_channels"], model["leaky_slope"])
+    norm = model.get("d_norm", "batch")  # runs from before this key had batch norm
+    judge = Discriminator(model["resolution"], model["d_channels"], model["leaky_slope"], norm)
     judge.load_state_dict(loaded.state["discriminator"])
     judge.to(device=world.device).eval()
     training = {"accuracy_training": accuracy(judge, own, samples, seed)} if own else {}

@@ -27,16 +27,24 @@ def from_latents(latents: Tensor, weight: Tensor) -> Tensor:
     return (latents @ _rows(weight)).view(len(latents), KERNEL, KERNEL, -1).permute(0, 3, 1, 2)
 
 
-def to_logits(maps: Tensor, weight: Tensor) -> Tensor:
-    """Returns numbers [B]: conv2d of `maps` [B, C, 4, 4] with one filter as large as they. weight: [1, C, 4, 4]."""
-    return maps.permute(0, 2, 3, 1).flatten(1) @ _rows(weight)[0]
+def to_logits(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns numbers [B]: conv2d of `maps` [B, C, 4, 4] with one filter as large as they.
+
+    weight: [1, C, 4, 4]; bias: [1] or None.
+    """
+    logits = maps.permute(0, 2, 3, 1).flatten(1) @ _rows(weight)[0]
+    return logits if bias is None else logits + bias
 
 
-def conv_down(maps: Tensor, weight: Tensor) -> Tensor:
-    """Returns maps [B, D, S / 2, S / 2] for `maps` [B, C, S, S]: conv2d, stride 2, padding 1. weight: [D, C, 4, 4]."""
+def conv_down(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns maps [B, D, S / 2, S / 2] for `maps` [B, C, S, S]: conv2d, stride 2, padding 1.
+
+    weight: [D, C, 4, 4]; bias: [D] or None.
+    """
     if maps.device.type == "cpu" and maps.shape[-1] <= SMALL:
-        return _apply(maps, weight, False)
-    return F.conv2d(maps, weight, None, STRIDE, PADDING)
+        out = _apply(maps, weight, False)
+        return out if bias is None else out + bias.to(out.dtype)[:, None, None]
+    return F.conv2d(maps, weight, bias, STRIDE, PADDING)
 
 
 def conv_up(maps: Tensor, weight: Tensor) -> Tensor:
@@ -47,6 +55,16 @@ def conv_up(maps: Tensor, weight: Tensor) -> Tensor:
     if maps.device.type == "cpu" and STRIDE * maps.shape[-1] <= SMALL:
         return _apply(maps, weight, True)
     return F.conv_transpose2d(maps, weight, None, STRIDE, PADDING)
+
+
+def fold(weight: Tensor) -> Tensor:
+    """Returns the weight [C, D, 4, 4] with which `conv_up` equals nearest-neighbour doubling, then a 3x3 convolution.
+
+    weight: that convolution's, [C, D, 3, 3] (C in, D out); its padding is 1. Taps that meet the same pixel of the
+    smaller map add up, A w A^T, so the doubled map is never made, which saves 5/9 of the arithmetic.
+    """
+    a = weight.new_tensor(((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0)))
+    return a @ weight @ a.T
 
 
 def _apply(maps: Tensor, weight: Tensor, transposed: bool) -> Tensor:

@@ -1,11 +1,10 @@
-"""The minimax game and its relatives, on logits (Goodfellow et al. 2014, eq. 1).
+"""The minimax game and its relatives, on logits (Goodfellow et al. 2014, eq. 1; other sources at their names below).
 
 With D(x) = sigmoid(logit): log D = logsigmoid(logit) and log(1 - D) = logsigmoid(-logit), exact where a probability
 would have rounded to 0 or 1. Every function returns a *sum* over the local batch: the caller divides by the global
 batch, so that ranks with unequal shares add up to the same mean.
 
-A new loss is a name in config/schema.py's LossName and a branch in `generator_loss` here. One that changes D's loss as
-well gives `discriminator_loss` a parameter `name`, which `discriminator_pass` in training/update.py passes on.
+A new loss is a name in config/schema.py's LossName, and a branch in `discriminator_loss` and in `generator_loss`.
 """
 
 from __future__ import annotations
@@ -28,24 +27,58 @@ def cross_entropy(logits: Tensor, target: float) -> Tensor:
     return -(target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits)).sum()
 
 
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, real_target: float = 1.0) -> Tensor:
-    """Returns the summed loss that D minimises; `real_target` below 1 is one-sided label smoothing."""
-    return cross_entropy(real_logits, real_target) + cross_entropy(fake_logits, 0.0)
+def discriminator_loss(
+    real_logits: Tensor, fake_logits: Tensor, name: LossName = "non_saturating", real_target: float = 1.0
+) -> Tensor:
+    """Returns the summed loss that D minimises, for r = `real_logits` and f = `fake_logits`, [B] each.
 
-
-def generator_loss(fake_logits: Tensor, name: LossName, target: float | None = None) -> Tensor:
-    """Returns the summed loss that G minimises.
-
-    minimax: sum log(1 - D(G(z))), the game as written, which saturates where D wins. non_saturating: cross entropy of
-    D(G(z)) against `target` (1 when None). Raises UserError for another name and for minimax with a target.
+    minimax and non_saturating: cross entropy of r against `real_target` (below 1 is one-sided label smoothing) and of f
+    against 0. least_squares: (r - real_target)^2 / 2 + f^2 / 2 (Mao et al. 2017, eq. 9). hinge: max(0, 1 - r) +
+    max(0, 1 + f) (Lim and Ye 2017). wasserstein: f - r (Arjovsky et al. 2017, eq. 2). relativistic:
+    -log sigmoid(r - f), real and fake paired by place in the batch (Jolicoeur-Martineau 2018, section 4.1).
     """
-    if name == "minimax" and target is None:
+    if name in ("minimax", "non_saturating"):
+        return cross_entropy(real_logits, real_target) + cross_entropy(fake_logits, 0.0)
+    if name == "least_squares":
+        return ((real_logits - real_target).square().sum() + fake_logits.square().sum()) / 2
+    if name == "hinge":
+        return F.relu(1 - real_logits).sum() + F.relu(1 + fake_logits).sum()
+    if name == "wasserstein":
+        return fake_logits.sum() - real_logits.sum()
+    if name == "relativistic":
+        return cross_entropy(real_logits - fake_logits, 1.0)
+    raise _unknown(name)
+
+
+def generator_loss(
+    fake_logits: Tensor, name: LossName, target: float | None = None, real_logits: Tensor | None = None
+) -> Tensor:
+    """Returns the summed loss that G minimises, for f = `fake_logits`; sources as in `discriminator_loss`.
+
+    minimax: log(1 - sigmoid(f)), the game as written, which saturates where D wins. non_saturating: cross entropy of f
+    against `target` (1 when None). least_squares: (f - target)^2 / 2. hinge and wasserstein: -f. relativistic:
+    -log sigmoid(f - r), which alone needs r = `real_logits`. Raises UserError for another name, and for a target
+    where the loss has none.
+    """
+    if target is not None and name not in ("non_saturating", "least_squares"):
+        raise UserError(f"{name} takes no generator target, found {target}; leave it out, or choose non_saturating")
+    aim = 1.0 if target is None else target
+    if name == "minimax":
         return F.logsigmoid(-fake_logits).sum()
     if name == "non_saturating":
-        return cross_entropy(fake_logits, 1.0 if target is None else target)
-    if name == "minimax":
-        raise UserError(f"minimax takes no generator target, found {target}; leave it out, or choose non_saturating")
-    raise UserError(f"loss.name: expected one of {', '.join(get_args(LossName))}, found {name!r}")
+        return cross_entropy(fake_logits, aim)
+    if name == "least_squares":
+        return (fake_logits - aim).square().sum() / 2
+    if name in ("hinge", "wasserstein"):
+        return -fake_logits.sum()
+    if name == "relativistic":
+        assert real_logits is not None, "pairs need the real images' logits"
+        return cross_entropy(fake_logits - real_logits, 1.0)
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> UserError:
+    return UserError(f"loss.name: expected one of {', '.join(get_args(LossName))}, found {name!r}")
 
 
 def minimax_value(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

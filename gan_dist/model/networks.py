@@ -1,23 +1,30 @@
 """Generator and discriminator of DCGAN (Radford et al. 2016), for square images of 32 to 256 pixels.
 
 Strided and fractionally strided convolutions, no pooling, no dense layer; batch norm everywhere but at G's output and
-D's input. A doubling of the resolution adds a layer to each network at its small end, so the widest is resolution / 8
-times the narrowest, as 512 to 64 channels at 64 pixels. Layers are named as in the thesis' own code: convt1, bn1, ...
+D's input, or what the keys of `model` put in its place. A doubling of the resolution adds a layer to each network at
+its small end, so the widest is resolution / 8 times the narrowest, as 512 to 64 channels at 64 pixels. Layers are named
+as in the thesis' own code: convt1, bn1, ...
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
+from gan_dist.config.schema import DNorm, Init, Upsample
 from gan_dist.model.batchnorm import BatchNorm
-from gan_dist.model.convolution import conv_down, conv_up, from_latents, to_logits
+from gan_dist.model.convolution import conv_down, conv_up, fold, from_latents, to_logits
 from gan_dist.utils.errors import UserError
 
 RESOLUTIONS = (32, 64, 128, 256)
 IMAGE_CHANNELS = 3
+SPECTRAL_STEPS = 15
+"""Power iterations before the first step, as torch's own; each pass in train mode adds one."""
 
 
 def _widths(resolution: int, narrowest: int) -> list[int]:
@@ -33,62 +40,111 @@ def _widths(resolution: int, narrowest: int) -> list[int]:
 class Generator(nn.Module):
     """Latents to images: one 4x4 projection, then layers that each double the side."""
 
-    def __init__(self, resolution: int = 64, latent_dim: int = 100, channels: int = 64) -> None:
+    def __init__(
+        self, resolution: int = 64, latent_dim: int = 100, channels: int = 64, upsample: Upsample = "transposed"
+    ) -> None:
         super().__init__()
         self.resolution = resolution
         self.latent_dim = latent_dim
+        self.upsample = upsample
         widths = _widths(resolution, channels)
         self.depth = len(widths) + 1
         self.convt1 = nn.ConvTranspose2d(latent_dim, widths[0], 4, 1, 0, bias=False)
         for i, (wide, narrow) in enumerate(zip(widths, [*widths[1:], IMAGE_CHANNELS], strict=True), start=1):
             self.add_module(f"bn{i}", BatchNorm(wide))
-            self.add_module(f"convt{i + 1}", nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False))
+            side = 3 if upsample == "nearest" else 4
+            self.add_module(f"convt{i + 1}", nn.ConvTranspose2d(wide, narrow, side, 2, 1, bias=False))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Returns images [B, 3, S, S] in [-1, 1] for `latents` [B, latent_dim]."""
         x = from_latents(latents, self.convt1.weight)
         for i in range(1, self.depth):
             x = torch.relu_(getattr(self, f"bn{i}")(x))
-            x = conv_up(x, getattr(self, f"convt{i + 1}").weight)
+            weight = getattr(self, f"convt{i + 1}").weight
+            x = conv_up(x, fold(weight) if self.upsample == "nearest" else weight)
         return torch.tanh(x)
 
 
 class Discriminator(nn.Module):
     """Images to logits: layers that each halve the side, down to 4x4, then one number."""
 
-    def __init__(self, resolution: int = 64, channels: int = 64, leaky_slope: float = 0.2) -> None:
+    def __init__(
+        self, resolution: int = 64, channels: int = 64, leaky_slope: float = 0.2, norm: DNorm = "batch"
+    ) -> None:
         super().__init__()
         self.resolution = resolution
         self.leaky_slope = leaky_slope
+        self.norm = norm
         widths = _widths(resolution, channels)[::-1]
         self.depth = len(widths) + 1
-        self.conv1 = nn.Conv2d(IMAGE_CHANNELS, widths[0], 4, 2, 1, bias=False)
+        biased = norm != "batch"  # batch norm would take any bias before it away
+        self.conv1 = nn.Conv2d(IMAGE_CHANNELS, widths[0], 4, 2, 1, bias=biased)
         for i, (narrow, wide) in enumerate(itertools.pairwise(widths), start=2):
-            self.add_module(f"conv{i}", nn.Conv2d(narrow, wide, 4, 2, 1, bias=False))
-            self.add_module(f"bn{i}", BatchNorm(wide))
-        self.add_module(f"conv{self.depth}", nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=False))
+            self.add_module(f"conv{i}", nn.Conv2d(narrow, wide, 4, 2, 1, bias=biased))
+            if norm == "batch":
+                self.add_module(f"bn{i}", BatchNorm(wide))
+        self.add_module(f"conv{self.depth}", nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=biased))
+        if norm == "spectral":
+            for layer in self.children():
+                spectral_norm(layer)  # its vectors are random, until `initialise` starts them from the seed's numbers
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
         """Returns logits [B], never probabilities, for `images` [B, 3, S, S] in [-1, 1].
 
-        In train mode the batch is normalised in `groups` equal parts, each by its own statistics.
+        In train mode batch norm normalises the batch in `groups` equal parts, each by its own statistics, and spectral
+        norm takes one step of its power iteration a pass.
         """
-        x = nn.functional.leaky_relu_(conv_down(images, self.conv1.weight), self.leaky_slope)
+        layers = [getattr(self, f"conv{i}") for i in range(1, self.depth + 1)]
+        with torch.autocast(images.device.type, enabled=False):  # spectral norm's products stay in full precision
+            weights = [(layer.weight, layer.bias) for layer in layers]
+        x = nn.functional.leaky_relu_(conv_down(images, *weights[0]), self.leaky_slope)
         for i in range(2, self.depth):
-            x = getattr(self, f"bn{i}")(conv_down(x, getattr(self, f"conv{i}").weight), groups)
+            x = conv_down(x, *weights[i - 1])
+            if self.norm == "batch":
+                x = getattr(self, f"bn{i}")(x, groups)
             x = nn.functional.leaky_relu_(x, self.leaky_slope)
-        return to_logits(x, getattr(self, f"conv{self.depth}").weight)
+        return to_logits(x, *weights[-1])
 
 
-def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    """Draws convolution weights from N(0, std) and batch-norm weights from N(1, std); sets biases to 0.
+def initialise(module: nn.Module, std: float, generator: torch.Generator, init: Init = "dcgan") -> None:
+    """Draws weights as `model.init` says; biases become 0.
 
-    Numbers are drawn on the CPU in float32, whatever the module's device and dtype, so one seed means one network.
+    dcgan: convolutions N(0, std^2), batch norm N(1, std^2). he: convolutions N(0, gain^2 / n), n being how many numbers
+    a pixel of the result sums up and gain^2 = 2 / (1 + slope^2), or 1 where no rectifier follows (He et al. 2015, eq.
+    15); batch norm 1. Numbers are drawn on the CPU in float32, whatever the module's device and dtype: one seed means
+    one network.
     """
+    layers = [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d)]
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
-                part.weight.copy_(torch.randn(part.weight.shape, generator=generator).mul_(std))
+                deviation = std
+                if init == "he":
+                    slope = getattr(module, "leaky_slope", 0.0)
+                    deviation = _he_deviation(part, 1.0 if part is layers[-1] else 2 / (1 + slope**2))
+                spectral: Any = getattr(part, "parametrizations", None)
+                weight = spectral.weight.original if spectral else part.weight
+                weight.copy_(torch.randn(weight.shape, generator=generator).mul_(deviation))
+                if part.bias is not None:
+                    part.bias.zero_()
+                if spectral:
+                    _start_power_iteration(spectral.weight[0], weight.flatten(1), generator)
             elif isinstance(part, BatchNorm):
-                part.weight.copy_(torch.randn(part.weight.shape, generator=generator).mul_(std).add_(1))
+                noise = torch.randn(part.weight.shape, generator=generator)
+                part.weight.copy_(noise.mul_(std).add_(1) if init == "dcgan" else torch.ones_like(part.weight))
                 part.bias.zero_()
+
+
+def _he_deviation(layer: nn.Conv2d | nn.ConvTranspose2d, squared_gain: float) -> float:
+    taps = math.prod(layer.kernel_size)
+    if isinstance(layer, nn.ConvTranspose2d) and layer.kernel_size == (4, 4):
+        taps //= math.prod(layer.stride)  # of a transposed convolution's taps, each pixel meets every stride-th
+    return math.sqrt(squared_gain / (layer.in_channels * taps))
+
+
+def _start_power_iteration(norm: Any, matrix: Tensor, generator: torch.Generator) -> None:
+    """Brings spectral norm's vectors near the first singular ones of `matrix`, from numbers of `generator`."""
+    norm._u.copy_(torch.randn(norm._u.shape, generator=generator))
+    for _ in range(SPECTRAL_STEPS):
+        norm._v.copy_(nn.functional.normalize(norm._u @ matrix, dim=0))
+        norm._u.copy_(nn.functional.normalize(matrix @ norm._v, dim=0))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gan_dist.config.diff import FIXED_FROM, changes, continuation, flatten
+from gan_dist.config.diff import FIXED_FROM, changes, continuation, flatten, with_defaults
 from gan_dist.runs.checkpoint import Loaded, find, load_newest
 from gan_dist.runs.naming import run_and_step
 from gan_dist.utils.errors import UserError
@@ -87,8 +87,8 @@ def _parent_name(parent: Loaded | None) -> str | None:
 def find_parent(from_run: str, config: Mapping[str, Any]) -> Loaded:
     """Returns the checkpoint that `RUN[@STEP]` names, whose networks must have the shapes that `config` asks for."""
     parent = find(*run_and_step(from_run))
-    for key, (old, new) in changes(parent.state["config"], config).items():
-        if key.startswith(FIXED_FROM) and key != "model.init_std":
+    for key, (old, new) in changes(with_defaults(parent.state["config"]), config).items():
+        if key.startswith(FIXED_FROM) and key not in ("model.init", "model.init_std"):
             raise UserError(
                 f"--from {from_run}: {key} is {old} there and {new} here; the networks' shapes must be equal"
             )

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gan_dist.model.convolution import fold
 from gan_dist.model.networks import RESOLUTIONS, Generator
 from gan_dist.utils.errors import UserError, first_line
 from gan_dist.utils.files import expand, write_atomically
@@ -70,6 +71,8 @@ def export_generator(generator: Generator, out: str | Path, facts: Mapping[str, 
 
 def _plain(value: Tensor) -> Tensor:
     copied = value.detach().to("cpu", copy=True).contiguous()
+    if copied.shape[2:] == (3, 3):  # model.upsample=nearest, written as the transposed convolution that it equals
+        copied = fold(copied).contiguous()
     return copied.float() if copied.is_floating_point() else copied
 
 

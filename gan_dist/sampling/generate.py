@@ -52,7 +52,8 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
 def build_generator(state: Mapping[str, Any], device: torch.device | str = "cpu") -> Generator:
     """Returns the generator of a checkpoint's `state` in eval mode: the averaged one where there is one."""
     model = state["config"]["model"]
-    generator = Generator(model["resolution"], model["latent_dim"], model["g_channels"])
+    upsample = model.get("upsample", "transposed")  # which runs from before this key had
+    generator = Generator(model["resolution"], model["latent_dim"], model["g_channels"], upsample)
     generator.load_state_dict(state.get("generator_ema") or state["generator"])
     generator.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     return generator.to(device).eval()

@@ -403,7 +403,7 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
     model, source = config.model, torch.Generator().manual_seed(config.seed)
     generator, discriminator = build_generator(config), build_discriminator(config)
     for network in (generator, discriminator):
-        initialise(network, model.init_std, source)
+        initialise(network, model.init_std, source, model.init)
     return Update(
         generator,
         discriminator,
@@ -423,12 +423,14 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
 
 def build_generator(config: Config) -> Generator:
     """Returns a generator of the configuration's shape."""
-    return Generator(config.model.resolution, config.model.latent_dim, config.model.g_channels)
+    model = config.model
+    return Generator(model.resolution, model.latent_dim, model.g_channels, model.upsample)
 
 
 def build_discriminator(config: Config) -> Discriminator:
     """Returns a discriminator of the configuration's shape."""
-    return Discriminator(config.model.resolution, config.model.d_channels, config.model.leaky_slope)
+    model = config.model
+    return Discriminator(model.resolution, model.d_channels, model.leaky_slope, model.d_norm)
 
 
 def build_ema(config: Config, update: Update, start: Start) -> EMA | None:

@@ -107,7 +107,7 @@ class Update:
             skipped += d_bad
         d_kept = d.buffers.snapshot()
         with frozen(d.network):
-            g_loss, g_extras = self.generator_pass(fake)
+            g_loss, g_extras = self.generator_pass(fake, real)
             if not isinstance(requests, Tensor):  # filled by kernels: a copy from the host would wait for the device
                 requests = torch.cat([g_extras.new_full((1,), value) for value in requests])
             g_norm, g_bad, g_sums = g.update(g_loss, torch.cat([g_extras, requests.to(self.dtype)]))
@@ -132,17 +132,23 @@ class Update:
         with self._autocast():
             logits = self.d.network(torch.cat([to_signed(real, fake.dtype), fake]), groups=2)
         real_logits, fake_logits = logits.to(self.dtype).chunk(2)
-        loss = discriminator_loss(real_logits, fake_logits, self.real_target) / self.global_batch
+        loss = discriminator_loss(real_logits, fake_logits, self.loss, self.real_target) / self.global_batch
         with torch.no_grad():
             sums = [real_logits.sigmoid().sum(), fake_logits.sigmoid().sum(), minimax_value(real_logits, fake_logits)]
             extras = torch.stack([loss.detach(), *(value / self.global_batch for value in sums)])
         return loss, extras
 
-    def generator_pass(self, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns G's loss and [loss, D(G(z))], through the discriminator as it stands."""
+    def generator_pass(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns G's loss and [loss, D(G(z))], through the discriminator as it stands.
+
+        The uint8 `real` images count only where the loss compares pairs.
+        """
+        paired = self.loss == "relativistic"
+        images = torch.cat([to_signed(real, fake.dtype), fake]) if paired else fake
         with self._autocast():
-            logits = self.d.network(fake).to(self.dtype)
-        loss = generator_loss(logits, self.loss, self.generator_target) / self.global_batch
+            logits = self.d.network(images, groups=2 if paired else 1).to(self.dtype)
+        real_logits, logits = logits.chunk(2) if paired else (None, logits)
+        loss = generator_loss(logits, self.loss, self.generator_target, real_logits) / self.global_batch
         with torch.no_grad():
             extras = torch.stack([loss.detach(), logits.sigmoid().sum() / self.global_batch])
         return loss, extras

@@ -51,13 +51,13 @@ def test_the_work_of_the_papers_shapes_is_counted_and_the_generators_step_makes_
 
     small = game()
     lean, _ = bench.work(small, *batches(small, 0))
-    small.generator_pass = lambda fake, honest=small.generator_pass: _thawed(small, honest, fake)  # type: ignore[method-assign, misc]
+    small.generator_pass = lambda fake, real, honest=small.generator_pass: _thawed(small, honest, fake, real)  # type: ignore[method-assign, misc]
     assert bench.work(small, *batches(small, 1))[0] > lean  # the count sees D's weight gradients where there are any
 
 
-def _thawed(update: Any, honest: Any, fake: torch.Tensor) -> Any:
+def _thawed(update: Any, honest: Any, *passed: torch.Tensor) -> Any:
     update.d.network.requires_grad_(True)
-    return honest(fake)
+    return honest(*passed)
 
 
 def test_out_of_memory_is_one_line_with_the_largest_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ def test_yaml_written_reads_back_equal(tmp_path: Path) -> None:
         ("data.x_flip=1", "data.x_flip: expected boolean, found 1"),
         ("train.deterministic=1", "train.deterministic: expected boolean or 'auto', found 1"),
         ("model.resolution=48", "model.resolution: expected a power of two from 32 to 256, found 48"),
-        ("loss.name=wasserstein", "loss.name: expected 'minimax' or 'non_saturating', found 'wasserstein'"),
+        ("loss.name=hing", "'wasserstein' or 'relativistic', found 'hing'"),
+        ("model.d_norm=layer", "model.d_norm: expected 'batch', 'none' or 'spectral', found 'layer'"),
         (
             "data.placement=windowed",
             "data.window_shards: placement windowed needs a window of 1 shard or more, found 0",

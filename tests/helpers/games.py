@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gan_dist.config.schema import DNorm, Init, Upsample
 from gan_dist.distributed.world import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.training.update import Update, draw_latents
@@ -15,20 +16,22 @@ RESOLUTION, LATENT_DIM, CHANNELS = 32, 8, 4
 CPU = torch.device("cpu")
 
 
-def networks(seed: int = 0, std: float = 0.1) -> tuple[Generator, Discriminator]:
+def networks(
+    seed: int = 0, std: float = 0.1, *, upsample: Upsample = "transposed", d_norm: DNorm = "batch", init: Init = "dcgan"
+) -> tuple[Generator, Discriminator]:
     """Returns small networks; a wide initialisation keeps gradients well away from zero."""
     stream = torch.Generator().manual_seed(seed)
-    generator = Generator(RESOLUTION, LATENT_DIM, CHANNELS)
-    discriminator = Discriminator(RESOLUTION, CHANNELS, 0.2)
-    initialise(generator, std, stream)
-    initialise(discriminator, std, stream)
+    generator = Generator(RESOLUTION, LATENT_DIM, CHANNELS, upsample)
+    discriminator = Discriminator(RESOLUTION, CHANNELS, 0.2, d_norm)
+    initialise(generator, std, stream, init)
+    initialise(discriminator, std, stream, init)
     return generator, discriminator
 
 
-def game(world: World | None = None, **settings: Any) -> Update:
-    """Returns an Update in float64 unless told otherwise."""
+def game(world: World | None = None, model: dict[str, Any] | None = None, **settings: Any) -> Update:
+    """Returns an Update in float64, of networks as `model` describes them, unless told otherwise."""
     settings = {"global_batch": 6, "precision": "fp64", "g_lr": 1e-3, "d_lr": 1e-3, **settings}
-    return Update(*networks(), world=world or World(), **settings)
+    return Update(*networks(**(model or {})), world=world or World(), **settings)
 
 
 def batches(update: Update, step: int) -> tuple[list[Tensor], list[Tensor]]:

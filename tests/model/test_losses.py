@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gan_dist.config.schema import LossName
 from gan_dist.model.losses import cross_entropy, discriminator_loss, generator_loss, minimax_value
 from gan_dist.utils.errors import UserError
 
@@ -34,7 +37,7 @@ def test_real_and_generator_targets_are_separate() -> None:
     real, fake = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     bce = nn.BCELoss(reduction="sum")
     expected = bce(real.sigmoid(), torch.full_like(real, 0.9)) + bce(fake.sigmoid(), torch.zeros_like(fake))
-    torch.testing.assert_close(discriminator_loss(real, fake, 0.9), expected)
+    torch.testing.assert_close(discriminator_loss(real, fake, real_target=0.9), expected)
     torch.testing.assert_close(
         generator_loss(fake, "non_saturating", 0.7), bce(fake.sigmoid(), torch.full_like(fake, 0.7))
     )
@@ -46,8 +49,29 @@ def test_a_losing_generator_saturates_in_minimax_only() -> None:
     assert torch.autograd.grad(generator_loss(logits, "non_saturating"), logits)[0].abs() > 0.99
 
 
+def test_the_other_losses_are_their_papers() -> None:
+    r, f = torch.randn(2, 9, dtype=torch.float64) * 2
+    one = torch.ones_like(r)
+    papers = {
+        "least_squares": (0.5 * (nn.MSELoss(reduction="sum")(r, one) + (f * f).sum()), 0.5 * ((f - 1) ** 2).sum()),
+        "hinge": (-(torch.minimum(r - 1, 0 * r) + torch.minimum(-f - 1, 0 * f)).sum(), -f.sum()),
+        "wasserstein": (-(r - f).sum(), -f.sum()),
+        "relativistic": (-torch.log(torch.sigmoid(r - f)).sum(), -torch.log(torch.sigmoid(f - r)).sum()),
+    }
+    assert {*papers, "minimax", "non_saturating"} == set(get_args(LossName))
+    name: Any
+    for name, (of_d, of_g) in papers.items():
+        torch.testing.assert_close(discriminator_loss(r, f, name), of_d)
+        torch.testing.assert_close(generator_loss(f, name, real_logits=r), of_g)
+    torch.testing.assert_close(discriminator_loss(r, f, "least_squares", 0.9), (((r - 0.9) ** 2 + f * f) / 2).sum())
+    torch.testing.assert_close(generator_loss(f, "least_squares", 0.8), ((f - 0.8) ** 2 / 2).sum())
+
+
 def test_bad_names_and_targets_are_refused() -> None:
-    with pytest.raises(UserError, match=r"minimax takes no generator target, found 0\.9"):
-        generator_loss(torch.zeros(1), "minimax", 0.9)
-    with pytest.raises(UserError, match="expected one of minimax, non_saturating, found 'hinge'"):
-        generator_loss(torch.zeros(1), "hinge")  # type: ignore[arg-type]
+    for name in ("minimax", "hinge"):
+        with pytest.raises(UserError, match=rf"{name} takes no generator target, found 0\.9"):
+            generator_loss(torch.zeros(1), name, 0.9)
+    with pytest.raises(UserError, match="found 'hing'"):
+        generator_loss(torch.zeros(1), "hing")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="found 'hing'"):
+        discriminator_loss(torch.zeros(1), torch.zeros(1), "hing")  # type: ignore[arg-type]

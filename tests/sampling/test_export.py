@@ -12,15 +12,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from gan_dist.config.schema import Upsample
 from gan_dist.model.networks import Generator
 from gan_dist.sampling.export import export_generator, load_weights
 from gan_dist.sampling.generate import generate
 from gan_dist.utils.errors import UserError
 
 
-def learned(resolution: int = 32) -> Generator:
+def learned(resolution: int = 32, upsample: Upsample = "transposed") -> Generator:
     """Returns a generator whose every number, running statistics included, differs from where it began."""
-    generator = Generator(resolution, 8, 4)
+    generator = Generator(resolution, 8, 4, upsample)
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in generator.state_dict().items():
@@ -170,3 +171,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         load_weights(tmp_path / "none.pt")
     with pytest.raises(UserError, match=r"ending in \.safetensors"):
         export_generator(learned(), tmp_path / "g.bin", {})
+
+
+def test_what_doubles_by_nearest_neighbours_is_exported_as_plain_transposed_convolutions(tmp_path: Path) -> None:
+    generator = learned(upsample="nearest")
+    export_generator(generator, tmp_path / "g.safetensors", {})
+    loaded = load_weights(tmp_path / "g.safetensors")
+    assert loaded.upsample == "transposed" and loaded.get_parameter("convt2.weight").shape[2:] == (4, 4)
+    latents = torch.randn(5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(latents), generator(latents), rtol=1e-4, atol=1e-5)

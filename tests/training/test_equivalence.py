@@ -28,6 +28,15 @@ CASES: dict[str, dict[str, Any]] = {
     for d_steps in (1, 2)
     for batch in (12, 7)  # 12 divides evenly by 2, 3 and 4; 7 by none
 }
+CASES |= {
+    "relativistic-d2-batch7": {"loss": "relativistic", "d_steps": 2, "global_batch": 7},
+    "hinge-spectral-nearest": {
+        "loss": "hinge",
+        "global_batch": 7,
+        "model": {"d_norm": "spectral", "upsample": "nearest", "init": "he"},
+    },
+    "least-squares-no-norm": {"loss": "least_squares", "global_batch": 7, "model": {"d_norm": "none"}},
+}
 CONTROLS = ("local batch norm", "D's reduction skipped", "mean losses on unequal slices", "the same latents everywhere")
 CONTROL_CASE = "non_saturating-d1-batch7"
 

@@ -154,8 +154,8 @@ def test_an_update_skipped_in_the_last_steps_is_told(
     monkeypatch.setattr(trainer, "ControlRing", LateRing)
     generator_pass, calls = Update.generator_pass, iter(range(1, 99))
 
-    def broken(self: Update, fake: Tensor) -> tuple[Tensor, Tensor]:
-        loss, extras = generator_pass(self, fake)
+    def broken(self: Update, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        loss, extras = generator_pass(self, fake, real)
         return (loss * float("nan"), extras) if next(calls) == 6 else (loss, extras)
 
     monkeypatch.setattr(Update, "generator_pass", broken)

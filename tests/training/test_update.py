@@ -206,9 +206,9 @@ def test_the_generators_step_gives_the_discriminator_no_gradient() -> None:
     needed: list[bool] = []
     honest = update.generator_pass
 
-    def watched(fake: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         needed.extend(parameter.requires_grad for parameter in update.d.parameters)
-        return honest(fake)
+        return honest(fake, real)
 
     update.generator_pass = watched  # type: ignore[method-assign]
     update.step(*batches(update, 1))
