@@ -112,10 +112,31 @@ class OptimConfig(Section):
     """Adam's learning rate for the generator. Never scaled by batch or world size."""
     d_lr: PositiveFloat = 2e-4
     """Adam's learning rate for the discriminator."""
+    warmup_images: NonNegative = 0
+    """Images over which both rates rise from 0; 0 starts with the whole rates."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How both rates fall, from the start to decay_images; after that they stay at decay_to."""
+    decay_images: NonNegative = 0
+    """Images seen at which the fall ends. Not a share of the run: more epochs do not change what has been."""
+    decay_to: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the rates that is left then."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.5, 0.999)
     """Adam's decay rates for the first and second moments."""
+    g_betas: Annotated[tuple[Beta, Beta] | None, Field(strict=False)] = None
+    """The generator's own; null means betas."""
+    d_betas: Annotated[tuple[Beta, Beta] | None, Field(strict=False)] = None
+    """The discriminator's own; null means betas."""
     d_steps: Positive = 1
     """Discriminator updates for each generator update (Goodfellow 2014, algorithm 1's k)."""
+
+    @model_validator(mode="after")
+    def _a_fall_has_an_end(self) -> OptimConfig:
+        if (self.decay == "none") != (self.decay_images == 0):
+            raise ValueError(
+                f"optim.decay_images: expected 1 or more with optim.decay=linear or cosine, and 0 with none, found "
+                f"{self.decay_images} with {self.decay}"
+            )
+        return self
 
 
 class TrainConfig(Section):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,37 @@ EMA_RAMP = 0.05
 forgets the first, meaningless weights."""
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """The share of the learning rates that holds at a position: a rise over `warmup_images`, times a fall until
+    `decay_images`, linear or cosine (Loshchilov and Hutter 2017, eq. 5), to `decay_to`."""
+
+    warmup_images: int = 0
+    decay: Literal["none", "linear", "cosine"] = "none"
+    decay_images: int = 0
+    decay_to: float = 0.0
+
+    def __call__(self, images_seen: int) -> float:
+        """Returns the share, in [0, 1], for a step that begins when D has seen so many images.
+
+        The warm-up counts from the next image on, so that no step has a rate of 0.
+        """
+        share = min(1.0, (images_seen + 1) / self.warmup_images) if self.warmup_images else 1.0
+        if self.decay == "none":
+            return share
+        way = min(1.0, images_seen / self.decay_images)
+        fallen = 1 - way if self.decay == "linear" else (1 + math.cos(math.pi * way)) / 2
+        return share * (self.decay_to + (1 - self.decay_to) * fallen)
+
+    @property
+    def constant(self) -> bool:
+        """Whether the rates never move."""
+        return self.warmup_images == 0 and self.decay == "none"
+
+
+CONSTANT = Schedule()
+
+
 class Player:
     """A network in training: `update` all-reduces the gradients of a local loss and applies Adam."""
 
@@ -24,6 +57,7 @@ class Player:
     ) -> None:
         self.network = network
         self.world = world
+        self.full_lr = self.lr = lr
         self.parameters = list(network.parameters())
         self.buffers = Buffers(network)
         self.gradients = FlatGradients(self.parameters, num_extras)
@@ -41,6 +75,17 @@ class Player:
         with torch.no_grad():
             for tensor in (*self.parameters, *network.buffers()):
                 world.broadcast(tensor)
+
+    def set_lr(self, share: float) -> None:
+        """Sets Adam's rate to `share` of the full one, without waiting for the device; a CUDA graph sees it too."""
+        self.lr = share * self.full_lr
+        (group,) = self.optimizer.param_groups
+        if self.world.device.type != "cuda":
+            group["lr"] = self.lr
+        elif isinstance(group["lr"], Tensor):
+            group["lr"].fill_(self.lr)
+        else:
+            group["lr"] = torch.full((), self.lr, device=self.world.device)
 
     def update(self, loss: Tensor, extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (gradient norm, skipped, extras summed over the ranks), having updated the network or skipped it.

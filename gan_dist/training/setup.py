@@ -35,7 +35,7 @@ from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.control import StopWatcher
 from gan_dist.training.evaluator import Evaluator
-from gan_dist.training.optim import EMA
+from gan_dist.training.optim import EMA, Schedule
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
 from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.torch_settings import resolve_deterministic, torch_settings
@@ -400,7 +400,7 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
 
     Weights are drawn from `config.seed` on the CPU, so that they are alike on every device.
     """
-    model, source = config.model, torch.Generator().manual_seed(config.seed)
+    model, optim, source = config.model, config.optim, torch.Generator().manual_seed(config.seed)
     generator, discriminator = build_generator(config), build_discriminator(config)
     for network in (generator, discriminator):
         initialise(network, model.init_std, source, model.init)
@@ -412,10 +412,12 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
         loss=config.loss.name,
         real_target=config.loss.real_target,
         generator_target=config.loss.generator_target,
-        g_lr=config.optim.g_lr,
-        d_lr=config.optim.d_lr,
-        betas=config.optim.betas,
-        d_steps=config.optim.d_steps,
+        g_lr=optim.g_lr,
+        d_lr=optim.d_lr,
+        g_betas=optim.g_betas or optim.betas,
+        d_betas=optim.d_betas or optim.betas,
+        schedule=Schedule(optim.warmup_images, optim.decay, optim.decay_images, optim.decay_to),
+        d_steps=optim.d_steps,
         precision=precision,
         sync_batchnorm=config.train.sync_batchnorm,
     )

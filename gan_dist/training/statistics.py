@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class StepStatistics:
 
         The rates will be those of this moment.
         """
-        self._noted[step] = _Mark(time.monotonic(), step, images_seen, wait_seconds)
+        rates = {f"learning_rate/{name}": player.lr for name, player in self._players.items()}
+        self._noted[step] = _Mark(time.monotonic(), step, images_seen, wait_seconds, rates)
         ratios = [update_ratio(player.optimizer) for player in self._players.values()]
         return torch.cat([stats, torch.stack(ratios).to(stats)])
 
@@ -57,8 +58,8 @@ class StepStatistics:
         values["throughput/images_per_second"] = (mark.images_seen - last.images_seen) / seconds
         values["throughput/data_wait_fraction"] = min(1.0, (mark.wait_seconds - last.wait_seconds) / seconds)
         values["throughput/step_seconds"] = seconds / max(1, step - last.step)
-        for (name, player), ratio in zip(self._players.items(), read[len(STATS) :], strict=True):
-            values[f"learning_rate/{name}"] = float(player.optimizer.param_groups[0]["lr"])
+        values |= mark.rates
+        for name, ratio in zip(self._players, read[len(STATS) :], strict=True):
             values[f"update_ratio/{name}"] = ratio
         values["updates/skipped"] = skipped
         values["progress/epoch"] = mark.images_seen / self._num_samples
@@ -77,6 +78,8 @@ class _Mark:
     step: int
     images_seen: int
     wait_seconds: float
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """The learning rates of that step, by tag."""
 
 
 def update_ratio(optimizer: torch.optim.Adam) -> Tensor:

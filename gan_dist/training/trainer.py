@@ -131,6 +131,7 @@ def _loop(run: Run) -> str | None:
         reals, latents = _draw_batches(run)
 
         # Step: D's updates and G's; what this rank asks for goes along.
+        run.update.begin(run.images_seen)
         requests = (float(_wants_stop(run)), float(run.is_first and run.checkpointer.clock_is_due()))
         stats = run.runner.step(reals, latents, requests)
         if run.runner.name != runner:

@@ -17,7 +17,7 @@ from gan_dist.config.schema import LossName
 from gan_dist.distributed.world import World
 from gan_dist.model.batchnorm import synchronise
 from gan_dist.model.losses import discriminator_loss, generator_loss, minimax_value
-from gan_dist.training.optim import Player, frozen
+from gan_dist.training.optim import CONSTANT, Player, Schedule, frozen
 from gan_dist.utils.tensors import copy_state, to_host
 
 Precision = Literal["bf16", "tf32", "fp32", "fp64"]
@@ -58,7 +58,9 @@ class Update:
         generator_target: float | None = None,
         g_lr: float = 2e-4,
         d_lr: float = 2e-4,
-        betas: tuple[float, float] = (0.5, 0.999),
+        g_betas: tuple[float, float] = (0.5, 0.999),
+        d_betas: tuple[float, float] = (0.5, 0.999),
+        schedule: Schedule = CONSTANT,
         d_steps: int = 1,
         precision: Precision = "fp32",
         sync_batchnorm: bool = True,
@@ -72,13 +74,20 @@ class Update:
         self.loss = loss
         self.real_target = real_target
         self.generator_target = generator_target
+        self.schedule = schedule
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         for network in (generator, discriminator):
             network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
             synchronise(network, world if sync_batchnorm else World(device=world.device))
         # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
-        self.g = Player(generator, world, lr=g_lr, betas=betas, num_extras=4)
-        self.d = Player(discriminator, world, lr=d_lr, betas=betas, num_extras=4)
+        self.g = Player(generator, world, lr=g_lr, betas=g_betas, num_extras=4)
+        self.d = Player(discriminator, world, lr=d_lr, betas=d_betas, num_extras=4)
+
+    def begin(self, images_seen: int) -> None:
+        """Sets what a step at this position takes from the host: the learning rates. To be called before each step."""
+        if not self.schedule.constant:
+            for player in (self.g, self.d):
+                player.set_lr(self.schedule(images_seen))
 
     def step(
         self,

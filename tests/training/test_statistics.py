@@ -54,7 +54,7 @@ def test_what_a_log_needs_is_queued_without_waiting_for_the_device() -> None:
             for weight in weights:
                 moments = {name: torch.empty_like(weight) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[weight] = {"step": torch.empty((), device="cuda"), **moments}
-            players.append(SimpleNamespace(optimizer=optimizer, parameters=weights))
+            players.append(SimpleNamespace(optimizer=optimizer, parameters=weights, lr=2e-4))
         update: Any = SimpleNamespace(g=players[0], d=players[1])
         noted = StepStatistics(update, 10).note(1, 8, 0.0, torch.empty(len(STATS), device="cuda"))
         assert noted.device.type == "cuda" and noted.shape == (len(STATS) + 2,)
