@@ -127,9 +127,14 @@ def test_auto_is_deterministic_on_a_gpu_and_changes_nothing_on_a_cpu() -> None:
     assert [resolve_deterministic(asked, CPU) for asked in ("auto", True, False)] == [False, True, False]
 
 
-def test_a_restart_that_resolves_otherwise_says_so(dataset: Path, tmp_path: Path) -> None:
+def test_a_restart_that_resolves_otherwise_says_so(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    trainer.train(small(dataset), run_dir=run, max_steps=1, console=False)
+    trainer.train(small(dataset), run_dir=tmp_path / "other", overrides=["train.deterministic=true"], max_steps=1)
+    assert "; deterministic kernels; samples in memory" in capsys.readouterr().out
+    trainer.train(small(dataset), run_dir=run, max_steps=1)
+    assert "kernels" not in capsys.readouterr().out
     environment = json.loads((run / "environment.json").read_text())
     assert environment["resolved"]["deterministic"] is False
     environment["resolved"]["deterministic"] = True  # as on a GPU
