@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -358,6 +359,8 @@ def _wait(device: torch.device) -> None:
 
 def _release(device: torch.device) -> None:
     """Frees what the last measurement left, and starts counting peak memory anew."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()  # it compiles a function for 8 shapes, and then no more
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

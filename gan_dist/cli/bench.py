@@ -101,7 +101,7 @@ def bench_loader(
 @bench.command("step")
 def bench_step(
     batch: Annotated[list[int] | None, typer.Option(help="Global batch; repeat for more.")] = None,
-    runner: Annotated[list[str] | None, typer.Option(help="eager, compiled, captured, auto; repeat for more.")] = None,
+    runner: Annotated[list[str] | None, typer.Option(help="A train.runner; repeat for more. [default: auto]")] = None,
     precision: Annotated[str, typer.Option(help="auto, bf16, tf32, fp32 or fp64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,

@@ -148,8 +148,9 @@ class TrainConfig(Section):
     """Real images in one D update, over all ranks together."""
     precision: Literal["auto", "bf16", "tf32", "fp32", "fp64"] = "auto"
     """auto: bf16 autocast where the device has it natively, else fp32. Weights and statistics stay fp32."""
-    runner: Literal["auto", "eager", "compiled", "captured"] = "auto"
-    """How the step is executed; auto takes the fastest that device and torch allow."""
+    runner: Literal["auto", "eager", "compiled", "captured", "captured_compiled"] = "auto"
+    """How the step is executed: as written; its passes compiled; recorded as a CUDA graph; or that of compiled passes.
+    auto: captured on a GPU, with NCCL where there are ranks, else eager. The console says why."""
     sync_batchnorm: bool = True
     """Normalise over the global batch. false normalises each rank's slice alone: another game, for experiments."""
     ema_half_life_images: NonNegative = 0

@@ -1,4 +1,4 @@
-"""How the update runs: eagerly, compiled, or captured as a CUDA graph. The algorithm is update.py's, and only there.
+"""How the update runs: eagerly, compiled, captured as a CUDA graph, or both. The algorithm is update.py's alone.
 
 Shapes never change inside a run, so each runner prepares once, at its first step.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, get_args
 
 import torch
@@ -20,7 +20,7 @@ from gan_dist.distributed.world import World
 from gan_dist.training.update import NO_REQUESTS, Precision, Requests, Update
 from gan_dist.utils.errors import GanDistError, UserError, first_line
 
-RUNNERS = ("eager", "compiled", "captured")
+RUNNERS = ("eager", "compiled", "captured", "captured_compiled")
 PASSES = ("generate", "discriminator_pass", "generator_pass")
 WARM_UP_STEPS = 3
 """Steps before a capture: cuDNN chooses its algorithms and the allocator finds its blocks (torch's manual)."""
@@ -30,7 +30,7 @@ class Runner(Protocol):
     """Something that steps."""
 
     name: str
-    """eager, compiled or captured: what `auto` came to."""
+    """One of RUNNERS: what `auto` came to."""
     reason: str
     """Why, in one clause, for the console."""
 
@@ -93,12 +93,12 @@ class Captured:
     """Records one step as a CUDA graph and replays it: one launch a step instead of some hundreds.
 
     The graph has the addresses of everything: inputs are copied into buffers of its own, state moves in place only.
+    With `compiled` it records the passes as Compiled makes them.
     """
 
-    name = "captured"
-
-    def __init__(self, update: Update, reason: str, may_fall_back: bool = False) -> None:
-        self.update = update
+    def __init__(self, update: Update, reason: str, may_fall_back: bool = False, *, compiled: bool = False) -> None:
+        self.name = "captured_compiled" if compiled else "captured"
+        self.update = Compiled(update, reason).update if compiled else update
         self.reason = reason
         self.may_fall_back = may_fall_back
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -106,7 +106,7 @@ class Captured:
         self.stats = torch.empty(0)
 
     def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
-        if self.graph is None and self.name == "captured":
+        if self.graph is None and self.name != "eager":
             self._capture_or_fall_back(reals, latents)
         if self.graph is None:
             return self.update.step(reals, latents, requests)
@@ -142,7 +142,8 @@ class Captured:
         if failure is not None:
             reason = f"the step could not be captured ({first_line(_root(failure, handled))})"
         if not self.may_fall_back:
-            raise GanDistError(f"{reason}; set train.runner=eager") from failure
+            other = "captured" if self.name == "captured_compiled" else "eager"
+            raise GanDistError(f"{reason}; set train.runner={other}") from failure
         self.name, self.reason = "eager", reason
 
     def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
@@ -153,18 +154,31 @@ class Captured:
         kept = self.update.snapshot()
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP_STEPS):
-                    self.update.step(reals, latents, self.requests)
-        finally:
-            torch.cuda.current_stream().wait_stream(side)
-            self.update.load_state_dict(kept)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the prefetch thread and NCCL's watchdog may call CUDA while this thread records.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.stats = self.update.step(reals, latents, self.requests)
+        with _convolutions_by_trial():
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UP_STEPS):
+                        self.update.step(reals, latents, self.requests)
+            finally:
+                torch.cuda.current_stream().wait_stream(side)
+                self.update.load_state_dict(kept)
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            # thread_local: the prefetch thread and NCCL's watchdog may call CUDA while this thread records.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.stats = self.update.step(reals, latents, self.requests)
+
+
+@contextmanager
+def _convolutions_by_trial() -> Iterator[None]:
+    """Within it cuDNN takes the kernels that it finds fastest, unless the run is to repeat its bits: then these would
+    hang on what else the GPU did in that moment."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _root(error: BaseException, handled: BaseException | None) -> BaseException:
@@ -175,8 +189,9 @@ def _root(error: BaseException, handled: BaseException | None) -> BaseException:
 
 
 def make_runner(name: str, update: Update) -> Runner:
-    """Returns the runner `name`, or for `auto` the fastest that the update's device and this torch allow, saying why.
+    """Returns the runner `name`, or what `auto` means, saying why.
 
+    auto: captured on a GPU whose collectives a CUDA graph can record, else eager.
     Raises UserError for a runner that the device cannot do.
     """
     device = update.world.device
@@ -186,21 +201,21 @@ def make_runner(name: str, update: Update) -> Runner:
         if device.type == "cuda" and not _records(update.world):
             return Eager(update, "a CUDA graph cannot record gloo's collectives")
         if device.type == "cuda":
-            reason = "one launch a step; at small batches a GPU would wait for Python"
+            reason = "one launch a step; whether captured_compiled is faster has not been measured"
             return Captured(update, reason, may_fall_back=True)
         return Eager(update, "on a CPU the convolutions bound the step, and compiling costs a minute at the start")
-    if name == "captured":
+    if name in ("captured", "captured_compiled"):
         if device.type != "cuda":
             raise UserError(
-                f"train.runner=captured records a CUDA graph, but this rank drives {device.type}; "
+                f"train.runner={name} records a CUDA graph, but this rank drives {device.type}; "
                 "use eager, compiled or auto"
             )
         if not _records(update.world):
             raise UserError(
-                "train.runner=captured records a CUDA graph, which cannot record gloo's collectives; "
+                f"train.runner={name} records a CUDA graph, which cannot record gloo's collectives; "
                 "set dist.backend=nccl, or use eager or auto"
             )
-        return Captured(update, "set by train.runner")
+        return Captured(update, "set by train.runner", compiled=name == "captured_compiled")
     if name == "compiled":
         if device.type == "cpu" and not compiler():
             raise UserError(

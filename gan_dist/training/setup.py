@@ -327,13 +327,16 @@ def build_run(
 def _announce(run: Run, total_steps: int, epochs: float, precision: str, notes: Sequence[str]) -> None:
     """Says on the console, and in the run's history, what starts here and from where."""
     verb, world = "continues" if run.step else "starts", run.world
+    kernels = "deterministic kernels; " if run.facts["resolved"]["deterministic"] else ""
+    if world.device.type == "cuda" and not kernels:
+        kernels = "kernels that need not repeat their bits; "
     for line in (
         f"{run.directory.name} {verb} at step {run.step} of {run.end}: {run.dataset.num_samples} images, "
         f"batch {run.global_batch} over {world.size} rank(s) on {world.device.type}",
         f"{epochs:g} epochs at batch {run.global_batch} are {total_steps:,} updates of G, "
         f"{total_steps * run.d_steps:,} of D; learning rates are as set, whatever the batch",
         precision,
-        f"runner {run.runner.name}: {run.runner.reason}; samples in {run.stream.placement}",
+        f"runner {run.runner.name}: {run.runner.reason}; {kernels}samples in {run.stream.placement}",
         *(f"note: {note}" for note in notes),
     ):
         run.telemetry.log(line)

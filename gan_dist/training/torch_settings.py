@@ -16,7 +16,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # mallopt(3)
 _NEVER = -1
 _USUAL_MMAPS, _USUAL_TRIM, _USUAL_MMAP = 65536, 64 * 2**20, 32 * 2**20
 """glibc's defaults; for its two thresholds, which tune themselves, the largest values they reach."""
-_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"}
+"""What libraries must find in the environment to repeat their bits, unless somebody has chosen otherwise. cuBLAS reads
+its line at its first product; NCCL, whose sums in the switch have no fixed order, at the first collective. torch would
+set that one too, but when a process group is made: before a run's settings are known."""
 
 
 def resolve_deterministic(asked: bool | Literal["auto"], device: torch.device) -> bool:
@@ -44,9 +47,8 @@ def _deterministic_kernels(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    # cuBLAS reads this when it is first used; torch refuses its products without it.
-    workspace = os.environ.get(_CUBLAS)
-    os.environ.setdefault(_CUBLAS, ":4096:8")
+    ours = {name: value for name, value in _REPEATABLE.items() if name not in os.environ}
+    os.environ.update(ours)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     # By default it also fills each new tensor with NaN, to show who reads what nobody wrote: a write more of each.
     deterministic: Any = torch.utils.deterministic
@@ -59,8 +61,8 @@ def _deterministic_kernels(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         deterministic.fill_uninitialized_memory = fills
-        if workspace is None:
-            del os.environ[_CUBLAS]
+        for name in ours:
+            del os.environ[name]
 
 
 @contextmanager

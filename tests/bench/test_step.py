@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 
 from gan_dist.bench import step as bench
@@ -109,6 +110,13 @@ def test_limits_are_the_best_of_the_steps_own_kernels(monkeypatch: pytest.Monkey
     assert HONEST_LIMITS(CPU, "fp32")["matmul_gflop_per_second"] == 256
     monkeypatch.undo()
     assert min(bench._convolution_rates(CPU, torch.float32, 2, 4, 8)) > 0
+
+
+def test_each_row_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    resets: list[int] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    bench_step(World(), batches=(4, 6), runners=("eager",), **SMALL)
+    assert len(resets) == 2
 
 
 def test_bad_requests_are_refused() -> None:

@@ -172,11 +172,29 @@ def test_a_save_writes_torchs_own_file_and_copies_nothing_in_python(tmp_path: Pa
     assert torch.equal(checkpoint.load(path).state["generator"]["w"], large["generator"]["w"])
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
-def test_a_full_disk_is_one_whoever_writes_to_it() -> None:
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        write_hashed(Path("/dev/full"), lambda file: torch.save({"w": torch.zeros(2**16)}, file))
-    assert caught.value.errno == errno.ENOSPC
+class SmallDisk(io.FileIO):
+    """A file on a disk with `room` for so many bytes."""
+
+    room = 0
+
+    def write(self, content: Any) -> int:
+        if self.tell() + len(content) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(content)
+
+
+def test_a_full_disk_is_one_wherever_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write() -> tuple[str, int]:
+        return write_hashed(tmp_path / "state", lambda file: torch.save({"w": torch.zeros(500), "b": 1}, file))
+
+    _, size = write()
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: SmallDisk(path, mode))
+    for SmallDisk.room in range(0, size, 97):
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            write()
+        assert caught.value.errno == errno.ENOSPC
+    SmallDisk.room = size
+    assert write()[1] == size
 
 
 def test_leftovers_of_a_killed_save_are_invisible_and_go(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def train_by_the_clock(rank: int, dataset: str, run: str) -> None:
     dist.init_process_group("gloo")
     clock, ticks = time.monotonic, itertools.count()
     time.monotonic = lambda: clock() + 0.1 * next(ticks)  # on the fastest machine many a minute passes
-    words = ["checkpoint.every_steps=0", "checkpoint.every_minutes=0.01", "checkpoint.keep=100"]
+    words = ["checkpoint.every_steps=0", "checkpoint.every_minutes=0.01", "checkpoint.keep=1000"]
     train(small(Path(dataset)), words, run_dir=run, max_steps=150, console=False)
     dist.barrier()
     dist.destroy_process_group()

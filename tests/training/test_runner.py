@@ -18,7 +18,9 @@ import torch.distributed as dist
 from gan_dist.distributed.world import World, join
 from gan_dist.training import runner as runners
 from gan_dist.training import setup
+from gan_dist.training.control import ControlRing
 from gan_dist.training.runner import Captured, Compiled, make_runner, native_bf16, resolve_precision
+from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.torch_settings import torch_settings
 from gan_dist.training.trainer import train
 from gan_dist.training.update import Update
@@ -151,6 +153,48 @@ def test_a_capture_that_fails_leaves_the_state_alone_and_says_why(
         Captured(update, "a test").step(*batches(update, 0))
 
 
+def test_captured_compiled_records_the_compiled_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(function: Any, **options: Any) -> Any:
+        def call(*words: Any) -> Any:
+            called.append(function.__name__)
+            return function(*words)
+
+        return call
+
+    called: list[str] = []
+    monkeypatch.setattr(torch, "compile", compiled)
+    play_cuda(monkeypatch)
+    update, eager = game(), game()
+    runner = Captured(update, "a test", compiled=True)
+    assert runner.name == "captured_compiled"
+    runner.step(*batches(update, 0))
+    assert called == list(runners.PASSES) * (runners.WARM_UP_STEPS + 1)
+    eager.step(*batches(eager, 0))  # what is recorded is done once, by this stand-in for a graph
+    assert all(torch.equal(value, tensors(eager)[name]) for name, value in tensors(update).items())
+    _flaky(update, 1)
+    with pytest.raises(GanDistError, match=r"set train\.runner=captured$"):
+        Captured(update, "a test", compiled=True).step(*batches(update, 0))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_convolutions_are_chosen_by_trial_unless_bits_must_repeat(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    play_cuda(monkeypatch)
+    update, trials = game(), []
+    step = update.step
+
+    def watched(*words: Any) -> torch.Tensor:
+        trials.append(torch.backends.cudnn.benchmark)
+        return step(*words)
+
+    update.step = watched  # type: ignore[method-assign, assignment]
+    with torch_settings(torch.device("cuda"), deterministic):
+        Captured(update, "a test").step(*batches(update, 0))
+    assert trials == [not deterministic] * (runners.WARM_UP_STEPS + 1)
+    assert not torch.backends.cudnn.benchmark
+
+
 def _fall_back_together(rank: int) -> None:
     """Captures on two ranks, of which one cannot: both go on eagerly."""
     with join("cpu") as world, pytest.MonkeyPatch.context() as patch:
@@ -208,9 +252,10 @@ def test_gloos_collectives_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_the_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"train\.runner=captured records a CUDA graph, but this rank drives cpu"):
-        make_runner("captured", game())
-    with pytest.raises(UserError, match="expected auto, eager, compiled, captured, found 'fast'"):
+    for name in ("captured", "captured_compiled"):
+        with pytest.raises(UserError, match=rf"train\.runner={name} records a CUDA graph, but this rank drives cpu"):
+            make_runner(name, game())
+    with pytest.raises(UserError, match="expected auto, eager, compiled, captured, captured_compiled, found 'fast'"):
         make_runner("fast", game())
     monkeypatch.setattr(runners, "compiler", lambda: None)
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
@@ -301,10 +346,33 @@ def test_a_hundred_steps_wait_for_the_device_never(name: str) -> None:
     inputs = batches(update, 0)
     for _ in range(3):
         runner.step(*inputs)
+    ring, statistics = ControlRing(update.world.device, 60), StepStatistics(update, 100)
+    statistics.start(0, 0, 0.0)
+    ring.push(0, statistics.note(0, 0, 0.0, runner.step(*inputs)))
     torch.cuda.synchronize()
+    heard = ring.drain()
     with waiting_is_an_error():
-        for _ in range(100):
-            runner.step(*inputs)
+        for step in range(1, 101):
+            stats = runner.step(*inputs)
+            heard += ring.push(step, statistics.note(step, step, 0.0, stats) if step % 10 == 0 else stats)
+    heard += ring.drain()
+    assert [step for step, _ in heard] == list(range(101))
+    logged = [values for step, words in heard if (values := statistics.compute(step, words, 0)) is not None]
+    assert len(logged) == 11 and all(0 < values["update_ratio/generator"] < 1 for _, values in logged)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_captured_compiled_equals_eager() -> None:
+    world = World(device=torch.device("cuda", 0))
+    eager, other = game(world), game(world)
+    runner = make_runner("captured_compiled", other)
+    for step in range(STEPS):
+        eager.step(*batches(eager, step))
+        runner.step(*batches(other, step))
+    on_cpu = [{name: value.cpu() for name, value in tensors(update).items()} for update in (other, eager)]
+    assert worst(*on_cpu) < 1e-10
 
 
 @pytest.mark.gpu

@@ -72,18 +72,21 @@ def test_memory_is_kept_for_the_next_step_and_given_back_at_the_end() -> None:
 
 def test_deterministic_asks_torch_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("NCCL_ALGO", "Ring")  # a person's choice
     fills: Any = torch.utils.deterministic
     assert fills.fill_uninitialized_memory
     with torch_settings(CPU, deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()  # told of, and no end
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] and os.environ["NCCL_ALGO"] == "Ring"
         assert not fills.fill_uninitialized_memory  # it would write each new tensor once more
     assert fills.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    monkeypatch.delenv("NCCL_ALGO")
     with pytest.raises(ZeroDivisionError), torch_settings(CPU, deterministic=True):
+        assert os.environ["NCCL_ALGO"] == "^NVLS"  # whose sums have no order
         raise ZeroDivisionError
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled() and "NCCL_ALGO" not in os.environ
 
 
 @pytest.mark.parametrize(("precision", "products"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")])
@@ -124,9 +127,14 @@ def test_auto_is_deterministic_on_a_gpu_and_changes_nothing_on_a_cpu() -> None:
     assert [resolve_deterministic(asked, CPU) for asked in ("auto", True, False)] == [False, True, False]
 
 
-def test_a_restart_that_resolves_otherwise_says_so(dataset: Path, tmp_path: Path) -> None:
+def test_a_restart_that_resolves_otherwise_says_so(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    trainer.train(small(dataset), run_dir=run, max_steps=1, console=False)
+    trainer.train(small(dataset), run_dir=tmp_path / "other", overrides=["train.deterministic=true"], max_steps=1)
+    assert "; deterministic kernels; samples in memory" in capsys.readouterr().out
+    trainer.train(small(dataset), run_dir=run, max_steps=1)
+    assert "kernels" not in capsys.readouterr().out
     environment = json.loads((run / "environment.json").read_text())
     assert environment["resolved"]["deterministic"] is False
     environment["resolved"]["deterministic"] = True  # as on a GPU
