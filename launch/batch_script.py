@@ -27,25 +27,33 @@ class Batch:
     """Number of elements of a job array, which are numbered from 0."""
     home: Path | None = None
     """The working directory, where it is not the run's: paths in `body` may be relative to it."""
+    output: Path | None = None
+    """The dataset that a preparation writes: its shards are the progress of the job."""
     after: str | None = None
     """Ids of jobs, joined by colons: start when all have succeeded, and be cancelled when one cannot."""
 
 
 def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | None = None) -> str:
     """Returns the whole script; `slurm` replaces the cluster file's options for a job that needs less than training."""
-    lines = ["#!/bin/bash", *(f"#SBATCH --{line}" for line in header(batch, slurm or cluster.slurm)), ""]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in cluster.job.env.items()]
-    lines += cluster.job.setup
-    code = shlex.quote(str(batch.code))
-    lines += [
-        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
-        f"export GAN_DIST_MAX_REQUEUES={cluster.job.max_requeues} GAN_DIST_MAX_CRASHES={cluster.job.max_crashes}",
-        "",
-        f"source {code}/slurm/lib.sh",
-        f"gan_dist_begin {shlex.quote(str(batch.run))} {shlex.quote(str(batch.submission))}",
-        *batch.body,
-    ]
-    return "\n".join(lines) + "\n"
+    job, code = cluster.job, shlex.quote(str(batch.code))
+    places = [batch.run, batch.submission, *([batch.output] if batch.output else [])]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH --{line}" for line in header(batch, slurm or cluster.slurm)),
+            "",
+            f"export GAN_DIST_MAX_REQUEUES={job.max_requeues} GAN_DIST_MAX_STARTS={job.max_starts}",
+            f"source {code}/slurm/lib.sh",
+            f"gan_dist_begin {shlex.join(map(str, places))}",
+            "",
+            *(f"export {key}={shlex.quote(value)}" for key, value in job.env.items()),
+            *(["gan_dist_setup", *job.setup, "gan_dist_ready"] if job.setup else []),
+            f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "",
+            *batch.body,
+            "",
+        ]
+    )
 
 
 def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
@@ -88,7 +96,7 @@ def interpreter(cluster: ClusterOptions, python: str) -> list[str]:
 def rank_lines(words: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
     """Returns the lines that start one rank a task: `words` start Python, `more` are its arguments."""
     return (
-        f"gan_dist_preflight {shlex.quote(words[0])}",
+        f"gan_dist_preflight {shlex.join(words)}",
         f"gan_dist_srun {shlex.join([*words, '-u', *more])}",
         "gan_dist_finish $?",
     )

@@ -57,13 +57,13 @@ def trial_script(home: Path, folder: Path, config: Path, cluster: ClusterOptions
     each = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
     train = ["train", str(config), "--run-dir", str(home / "trial"), "--max-steps", str(STEPS)]
     body = (
-        f"gan_dist_preflight {shlex.quote(words[0])}",
+        f"gan_dist_preflight {shlex.join(words)}",
         f'echo "$SLURM_JOB_NODELIST" >{shlex.quote(str(folder / "nodes"))}',
         f"srun {each} --kill-on-bad-exit=0 --mpi=none --output={shlex.quote(logs)} {examine}",
         f"gan_dist_srun {shlex.join([*words, '-u', '-m', 'launch.job.rank', *train])}",
         "gan_dist_finish $?",
     )
-    quick = cluster.model_copy(update={"job": cluster.job.model_copy(update={"max_crashes": 0, "max_requeues": 0})})
+    quick = cluster.model_copy(update={"job": cluster.job.model_copy(update={"max_requeues": 0})})
     return batch_script(Batch("gan-dist-doctor", home, folder, folder / "code", body), quick)
 
 

@@ -114,9 +114,17 @@ class JobOptions(Section):
     runs: str | None = None
     """The directory of all runs, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
     max_requeues: NonNegative = 100
-    """How often a submission may be requeued after it has saved and stopped."""
-    max_crashes: NonNegative = 3
-    """How often a submission may be restarted after a crash or a lost host."""
+    """How often a submission may be requeued in all."""
+    max_starts_without_progress: Positive = 3
+    """After so many starts in a row without a newer checkpoint (a preparation: a further shard), whatever ended them,
+    a submission is not requeued any more. A newer checkpoint begins the count anew."""
+    max_crashes: NonNegative | None = None
+    """An older name of the same bound, counted in restarts: 3 allows 4 starts in a row without a newer checkpoint."""
+
+    @property
+    def max_starts(self) -> int:
+        """Starts in a row that may end without a newer checkpoint, by whichever name the bound was given."""
+        return self.max_starts_without_progress if self.max_crashes is None else self.max_crashes + 1
 
     @field_validator("env")
     @classmethod

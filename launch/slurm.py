@@ -14,16 +14,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from gan_dist.utils.errors import GanDistError, UserError
+from launch.job.environment import of_other_jobs
 
 SBATCH_S = 120
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-RANK_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("GAN_DIST_ATTEMPT", "GAN_DIST_LAUNCH_ID"),
-)
-JOB_PREFIXES = ("SLURM_", "SUBMITIT_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
-"""Prefixes of the variables that a job exports; a job that is submitted from within it must not inherit them."""
-NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS")
 RESERVED = {"ARRAY_INX", "ERROR", "EXPORT", "GET_USER_ENV", "WAIT"}
 """SBATCH_ variables that are never passed on: saving, requeueing and status would break."""
 VARIABLE_NAMES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "switches": "REQ_SWITCH"}
@@ -155,11 +149,7 @@ def submission_environment(env: Mapping[str, str], script: str) -> dict[str, str
     }
     hidden = named.union(RESERVED, *(group for group in ALTERNATIVES if named & group))
     return {
-        key: value
-        for key, value in env.items()
-        if key not in RANK_VARIABLES
-        and (key in NOT_OF_A_JOB or not key.startswith(JOB_PREFIXES))
-        and key.removeprefix("SBATCH_") not in hidden
+        key: value for key, value in env.items() if not of_other_jobs(key) and key.removeprefix("SBATCH_") not in hidden
     }
 
 

@@ -156,7 +156,8 @@ def command_lines(cluster: ClusterOptions, commands: Sequence[Sequence[str]]) ->
     words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch.job.command"]
     for number, command in enumerate(commands):
         words += ["--then"] * (number > 0) + list(command)
-    return (f"gan_dist_srun --ntasks=1 {shlex.join(words)}", "gan_dist_finish $?")
+    preflight = f"gan_dist_preflight {shlex.join(interpreter(cluster, sys.executable))}"
+    return (preflight, f"gan_dist_srun --ntasks=1 {shlex.join(words)}", "gan_dist_finish $?")
 
 
 def submit_commands(
@@ -166,6 +167,7 @@ def submit_commands(
     cluster: ClusterOptions,
     *,
     array: int | None = None,
+    output: Path | None = None,
     after: str | None = None,
 ) -> Submission:
     """Returns the submission of gan-dist commands as one CPU job, or as a job array of `array` elements."""
@@ -173,7 +175,8 @@ def submit_commands(
     with new_submission(run, cluster.job.runs) as folder:
         lines = command_lines(cluster, commands)
         name = f"{run.name}-{kind}"
-        batch = Batch(name, run, folder, folder / "code", lines, array=array, home=Path.cwd(), after=after)
+        code = folder / "code"
+        batch = Batch(name, run, folder, code, lines, array=array, home=Path.cwd(), output=output, after=after)
         text = batch_script(batch, cluster, on_cpus(cluster.slurm))
         return enqueue(run, folder, kind, text, [word for command in commands for word in command], array or 1, after)
 
@@ -184,7 +187,7 @@ def prepare_array(words: Sequence[str], out: Path, tasks: int, cluster: ClusterO
         raise UserError(f"--tasks: expected 1 or more, found {tasks}")
     beside = out.with_name(f"{out.name}.launch")
     refuse_busy(beside)
-    return beside, submit_commands(beside, "prepare", [["prepare", *words, str(out)]], cluster, array=tasks)
+    return beside, submit_commands(beside, "prepare", [["prepare", *words, str(out)]], cluster, array=tasks, output=out)
 
 
 def submit_pipeline(
@@ -202,11 +205,13 @@ def submit_pipeline(
     SLURM cancels a job that can no longer start. When one cannot be submitted, the earlier ones are cancelled. Raises
     UserError when the run has a job already.
     """
-    out = str(expand_directory(check_config(config, overrides, cluster, run).data.shards))
+    out = expand_directory(check_config(config, overrides, cluster, run).data.shards)
     refuse_busy(run)
     made: list[Submission] = []
     try:
-        made.append(submit_commands(run, "prepare", [["prepare", *sources, out]], cluster, array=tasks))
+        made.append(
+            submit_commands(run, "prepare", [["prepare", *sources, str(out)]], cluster, array=tasks, output=out)
+        )
         made.append(
             submit_training(config, overrides, cluster, run, max_steps=max_steps, after=made[-1].job, alone=False)
         )

@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError, exit_at_once
+from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, GanDistError, UserError, exit_at_once
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.stop import StopRequest
 from launch.job.addresses import Task, agree_on_master, read_task
 
 ATTEMPT = "GAN_DIST_ATTEMPT"
 """Environment variable: the directory of this start of the job, where ranks write how they ended."""
+RUNNING = "running"
+"""A file of the attempt: a rank has begun, so that what fails now is no fault of the interpreter or the container."""
 LOG = "GAN_DIST_LOG"
 """Environment variable: the path of the logs of torchrun's ranks, up to the host. srun logs its own tasks itself."""
 MASTER_TIMEOUT_S = 300.0
@@ -81,6 +83,7 @@ class TrainJob:
     def __call__(self) -> None:
         """Trains as one rank of the job. Raises SystemExit with the status for srun when it fails."""
         handle_signals()
+        note_begun()
         logging.getLogger("submitit").setLevel(logging.WARNING)  # it reports a stop as a success
         status = self.run()
         if status:
@@ -111,16 +114,26 @@ class TrainJob:
             return 0 if stopped else error.exit_status
         except Exception as error:
             traceback.print_exc()
-            write_failure(attempt, task, EXIT_FAILED, "error", f"{type(error).__name__}: {error}")
-            return EXIT_FAILED
+            # What cannot be imported now cannot be imported in the next start either.
+            status = EXIT_USAGE if isinstance(error, ImportError | SyntaxError) else EXIT_FAILED
+            write_failure(attempt, task, status, "error", f"{type(error).__name__}: {error}")
+            return status
         finally:
             ignore_signals()
         if int(os.environ.get("RANK") or 0) == 0:
-            self._report(attempt, outcome)
+            self._write_outcome(attempt, outcome)
+            if outcome.stopped is None:
+                self.report()
         return 0
 
+    def report(self) -> None:
+        """Makes the run's page, once the run counts as done and the other ranks have left: however long it takes."""
+        from gan_dist.training.trainer import report
+
+        report(Path(self.run_dir))
+
     def train(self) -> Any:
-        """Returns the trainer's Outcome."""
+        """Returns the trainer's Outcome; the report is left to `report`."""
         from gan_dist.training.trainer import train
 
         how = "submit" if "SLURM_JOB_ID" in os.environ else "local"
@@ -131,10 +144,11 @@ class TrainJob:
             from_run=self.from_run,
             max_steps=self.max_steps,
             stop=STOP,
+            report_at_end=False,
             command=["python", "-m", "launch", how, self.config, *self.overrides],
         )
 
-    def _report(self, attempt: Path, outcome: Any) -> None:
+    def _write_outcome(self, attempt: Path, outcome: Any) -> None:
         if outcome.stopped is None:
             write_atomically(attempt / "done", f"{outcome.step}\n".encode())
             print(f"done: step {outcome.step} of {outcome.total_steps}", flush=True)
@@ -143,6 +157,16 @@ class TrainJob:
         what = "end" if str(Path(self.run_dir) / "stop") in outcome.stopped else "requeue"
         write_atomically(attempt / "stopped", f"{what} {outcome.stopped}\n".encode())
         print(f"stopped by {outcome.stopped}: step {outcome.step} of {outcome.total_steps} is saved", flush=True)
+
+
+def note_begun() -> None:
+    """Notes that the first rank, task or agent of this start runs."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        attempt = Path(os.environ[ATTEMPT])
+        try:
+            (attempt / RUNNING).touch()
+        except OSError as error:
+            print(f"gan-dist: cannot write {attempt}: {error}", file=sys.stderr, flush=True)
 
 
 def write_failure(attempt: Path, task: Task | None, status: int, kind: str, reason: str) -> None:
@@ -204,6 +228,7 @@ def main() -> None:
         print(f"gan-dist: {error}", file=sys.stderr, flush=True)
         write_failure(Path(os.environ[ATTEMPT]), None, error.exit_status, "error", str(error))
         sys.exit(error.exit_status)
+    note_begun()
     sys.exit(job.run())
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError
 from launch.job.addresses import Task, agree_on_master, read_task
-from launch.job.rank import ATTEMPT, MASTER_TIMEOUT_S, write_failure
+from launch.job.rank import ATTEMPT, MASTER_TIMEOUT_S, note_begun, write_failure
 from launch.snapshot import CHECKOUT
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -100,6 +100,7 @@ def main() -> None:
     ranks, *words = sys.argv[1:]
     attempt = Path(os.environ[ATTEMPT])
     task: Task | None = None
+    note_begun()
     try:
         task = read_task(os.environ)  # one task a node: its rank is the node's
         variables, reserved = agree_on_master(task, attempt, os.environ, MASTER_TIMEOUT_S)
