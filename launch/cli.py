@@ -203,11 +203,12 @@ def status_command(
     cluster: ClusterFile = None,
 ) -> None:
     """Show the state of runs. Queue, step, images per second, time left, restarts, and why the last start ended."""
-    from launch.status import all_runs, status_lines
+    from launch.status import all_runs, look, status_lines
 
-    chosen = [_find(run, cluster) for run in runs or []]
-    for run in chosen or all_runs(load_cluster(cluster).job.runs):
-        print("\n".join(status_lines(run)))
+    chosen = [_find(run, cluster) for run in runs or []] or all_runs(load_cluster(cluster).job.runs)
+    queue = look(chosen)
+    for run in chosen:
+        print("\n".join(status_lines(run, queue)))
 
 
 @app.command()
@@ -263,41 +264,65 @@ def tensorboard(
 def stop(run: Run, cluster: ClusterFile = None) -> None:
     """Ask a run to save and end. It is not requeued; jobs that wait or do not train are cancelled."""
     from launch import slurm
-    from launch.submit import submissions
+    from launch.submit import has_ended, jobs_of, submissions
 
     directory = _find(run, cluster)
-    kinds = {each.job: each.kind for each in submissions(directory)}
+    jobs = dict(zip(jobs_of(directory), (each.kind for each in submissions(directory)), strict=True))
     deadline = time.monotonic() + 40
-    while queued := slurm.queue(list(kinds)):
-        if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in queued):
+    while (view := slurm.look(list(jobs))).lines:
+        if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in view.lines):
             break
         time.sleep(1)  # between two starts: soon the job is pending again, or gone
-    if not queued:
+    hidden = [job for job in view.hidden if not has_ended(directory, job.id)]
+    if not view.lines and not hidden:
         raise UserError(f"{directory} has no job in the queue; nothing to stop")
-    states = {line.job.partition("_")[0]: line.state for line in queued}
-    for job in sorted(states, key=int, reverse=True):  # dependent jobs first, or SLURM would cancel them
-        if kinds[job] != "train":  # only training reads the stop file
-            slurm.run("scancel", job)
-            print(f"job {job} ({kinds[job]}) is cancelled; finished work is kept")
-        elif states[job] == "PENDING":
-            slurm.run("scancel", "--state=PENDING", job)
-            print(f"job {job} was pending and is cancelled; the last checkpoint is kept")
+    status = f"see: python -m launch status {shlex.quote(str(directory))}"
+    for job, kind in sorted(jobs.items(), key=lambda each: int(each[0].id), reverse=True):  # dependent jobs first
+        states = {line.state for line in view.of(job)}
+        if job in hidden:
+            owner = f"job {job.id} ({kind}) of {job.user} cannot be seen from here (PrivateData)"
+            if kind == "train":
+                _touch(directory / "stop")
+                print(f"{owner}; if it runs, it saves and ends now: {status}")
+            else:
+                print(f"{owner}; ask {job.user} to stop it")
+        elif not states:
+            continue
+        elif kind != "train":  # only training reads the stop file
+            slurm.run("scancel", job.id)
+            print(f"job {job.id} ({kind}) is cancelled; finished work is kept")
+        elif states == {"PENDING"}:
+            slurm.run("scancel", "--state=PENDING", job.id)
+            print(f"job {job.id} was pending and is cancelled; the last checkpoint is kept")
         else:
-            (directory / "stop").touch()
-            print(f"job {job} is asked to save and end; see: python -m launch status {shlex.quote(str(directory))}")
+            _touch(directory / "stop")
+            when = ", once it is resumed" if "SUSPENDED" in states else ""
+            print(f"job {job.id} is asked to save and end{when}; {status}")
+
+
+def _touch(file: Path) -> None:
+    try:
+        file.touch()
+    except OSError as error:
+        raise UserError(f"cannot ask the run to stop: {file}: {error.strerror}; ask its owner") from None
 
 
 @app.command()
 def cancel(run: Run, cluster: ClusterFile = None) -> None:
     """Cancel the jobs of a run. They save if the cluster's KillWait is long enough, and are not requeued."""
     from launch import slurm
-    from launch.submit import submissions
+    from launch.submit import has_ended, jobs_of
 
     directory = _find(run, cluster)
-    queued = slurm.queue([each.job for each in submissions(directory)])
-    if not queued:
+    view = slurm.look(jobs_of(directory))
+    if hidden := [job for job in view.hidden if not has_ended(directory, job.id)]:
+        raise UserError(
+            f"{directory} has job {hidden[0].id} of {hidden[0].user}, which cannot be seen from here (PrivateData) and "
+            f"is not yours to cancel; python -m launch stop {shlex.quote(str(directory))} asks it to save and end"
+        )
+    if not view.lines:
         raise UserError(f"{directory} has no job in the queue; nothing to cancel")
-    for job in sorted({line.job.partition("_")[0] for line in queued}):
+    for job in sorted({line.job.partition("_")[0] for line in view.lines}, key=int):
         slurm.run("scancel", job)
         print(f"job {job} is cancelled")
 

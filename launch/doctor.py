@@ -76,19 +76,19 @@ def run_trial(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[s
         GanDistError: the trial failed, a node reported nothing, or the job took longer than `limit_s` seconds.
     """
     slurm.require("sbatch", "srun", "scontrol")
-    ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
+    ranks = cluster.slurm.ranks
     with new_submission(home) as folder:
-        gpus = bool(cluster.slurm.gpus_per_node or cluster.slurm.gres)
+        gpus = bool(cluster.slurm.gpus)
         text = trial_script(home, folder, write_trial(folder, ranks, gpus), cluster)
         write_atomically(folder / "submission.sh", text.encode())
         job = slurm.submit(text)
     try:
-        yield f"job {job} asks for {cluster.slurm.nodes} node(s), {ranks} rank(s); waiting for it"
+        yield f"job {job.id} asks for {cluster.slurm.nodes} node(s), {ranks} rank(s); waiting for it"
         yield from _wait_for_end(job, limit_s)
     except (KeyboardInterrupt, GeneratorExit):
         _abandon(job, home)
         raise
-    history = folder / "attempts" / job / "history"
+    history = folder / "attempts" / job.id / "history"
     last = history.read_text().splitlines()[-1].split("\t") if history.exists() else []
     lines, silent = _node_lines(home, folder)
     yield from lines
@@ -103,14 +103,14 @@ def run_trial(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[s
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _wait_for_end(job: str, limit_s: float) -> Iterator[str]:
+def _wait_for_end(job: slurm.Job, limit_s: float) -> Iterator[str]:
     """Yields the job's states until it ends. Cancels it and raises GanDistError after `limit_s` seconds."""
     deadline, shown = time.monotonic() + limit_s, ""
     while queued := slurm.queue([job]):
         if time.monotonic() > deadline:
-            slurm.run("scancel", job)
+            slurm.run("scancel", job.id)
             raise GanDistError(
-                f"job {job} was not done within {limit_s / 60:g} min and is cancelled; it was {queued[0]}"
+                f"job {job.id} was not done within {limit_s / 60:g} min and is cancelled; it was {queued[0]}"
             )
         if str(queued[0].state) != shown:
             shown = queued[0].state
@@ -118,10 +118,10 @@ def _wait_for_end(job: str, limit_s: float) -> Iterator[str]:
         time.sleep(1)
 
 
-def _abandon(job: str, home: Path) -> None:
+def _abandon(job: slurm.Job, home: Path) -> None:
     """Cancels the job, waits for its end and removes its directory."""
-    print(f"job {job} is cancelled", file=sys.stderr, flush=True)
-    slurm.run("scancel", job)
+    print(f"job {job.id} is cancelled", file=sys.stderr, flush=True)
+    slurm.run("scancel", job.id)
     deadline = time.monotonic() + CANCEL_S
     while slurm.queue([job]) and time.monotonic() < deadline:
         time.sleep(0.5)

@@ -16,6 +16,9 @@ from gan_dist.utils.files import expand, expand_variables, present
 
 FIXED = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
 """Options of sbatch that saving and requeueing depend on; `slurm.extra` may not set them."""
+COUNTS = ("gpus", "gpus-per-task", "ntasks", "ntasks-per-node", "ntasks-per-gpu")
+"""Options of sbatch that decide how many ranks there are, or ask for GPUs in a way that does not say it."""
+TYPED_GPUS = r"[\w.-]+:\d+(,[\w.-]+:\d+)*"
 Seconds = Annotated[int, Field(ge=10)]
 
 
@@ -34,16 +37,16 @@ class SlurmOptions(Section):
     """Quality of service."""
     constraint: str | None = None
     """Features that the nodes must have."""
-    nodes: Positive = 1
-    """Number of nodes."""
-    gpus_per_node: NonNegative = 0
-    """GPUs on each node; 0 trains on CPUs."""
+    nodes: int | str = 1
+    """Number of nodes, or a range (2-4): the run takes as many as it gets."""
+    gpus_per_node: int | str | None = 0
+    """GPUs on each node, or type and number (a100:4); 0 trains on CPUs, null leaves it to the cluster."""
     gres: str | None = None
     """Generic resources on each node, for clusters that count GPUs this way (gpu:a100:4)."""
     tasks_per_node: Positive | None = None
     """Ranks on each node; null means one for each GPU, or one without GPUs."""
-    cpus_per_task: Positive = 4
-    """Processors of each rank."""
+    cpus_per_task: Positive | None = 4
+    """Processors of each rank; null leaves it to the cluster."""
     mem: str | None = None
     """Memory on each node, as SLURM writes it (64G; 0 means all of it)."""
     time: str | int = 60
@@ -60,6 +63,27 @@ class SlurmOptions(Section):
             raise ValueError(f"slurm.time: expected minutes or [days-]hours:minutes:seconds, found {value!r}")
         return value
 
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _nodes_are_a_number_or_a_range(cls, value: object) -> object:
+        if type(value) is int and value < 1:
+            raise ValueError(f"slurm.nodes: expected greater than or equal to 1, found {value}")
+        found = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", str(value))
+        if type(value) is not int and (found is None or int(found[1]) > int(found[2])):
+            raise ValueError(f"slurm.nodes: expected integer, or a range such as 2-4, found {value!r}")
+        return value
+
+    @field_validator("gpus_per_node", mode="before")
+    @classmethod
+    def _gpus_have_a_number(cls, value: object) -> object:
+        if type(value) is int and value < 0:
+            raise ValueError(f"slurm.gpus_per_node: expected greater than or equal to 0, found {value}")
+        if type(value) is not int and value is not None and not re.fullmatch(TYPED_GPUS, str(value)):
+            raise ValueError(
+                f"slurm.gpus_per_node: expected integer, or a type with its number (a100:4), found {value!r}"
+            )
+        return value
+
     @model_validator(mode="after")
     def _facts_agree(self) -> SlurmOptions:
         if self.signal_lead_s >= self.seconds:
@@ -72,6 +96,8 @@ class SlurmOptions(Section):
         for key in self.extra:
             if key.lstrip("-") in FIXED:
                 raise ValueError(f"slurm.extra: {key} is reserved for saving and requeueing; leave it out")
+            if key.lstrip("-") in COUNTS and not (self.tasks_per_node or self.gpus):
+                raise ValueError(f"slurm.extra: {key} leaves open how many ranks there are; set slurm.tasks_per_node")
         return self
 
     @property
@@ -88,10 +114,37 @@ class SlurmOptions(Section):
         return int(days or 0) * 86400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
 
     @property
+    def gpus(self) -> int:
+        """GPUs on each node, whatever key asks for them; 0 where none does."""
+        extra = {key.lstrip("-"): value for key, value in self.extra.items()}
+        typed = [self.gpus_per_node, extra.get("gpus-per-node")]
+        listed = [f"gpu:{entry}" for value in typed for entry in str(value or "").split(",") if entry]
+        return sum(map(gpus_in, [*listed, self.gres or "", str(extra.get("gres", ""))]))
+
+    @property
     def ranks_per_node(self) -> int:
         """Ranks on each node, resolved."""
-        in_gres = re.search(r"gpu(?::\w+)?:(\d+)", self.gres or "")
-        return self.tasks_per_node or self.gpus_per_node or (int(in_gres[1]) if in_gres else 1)
+        return self.tasks_per_node or self.gpus or 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the whole job; the most of them where the number of nodes is a range."""
+        return int(str(self.nodes).rpartition("-")[2]) * self.ranks_per_node
+
+    @property
+    def planned(self) -> int | None:
+        """Ranks that SLURM has to start, or None where the number of nodes is a range."""
+        return self.ranks if isinstance(self.nodes, int) else None
+
+
+def gpus_in(gres: str) -> int:
+    """Returns the number of GPUs in a list of generic resources: gpu:4, gpu:a100-sxm4-80gb:2,gpu:v100=2, gpu:1g.5gb."""
+    count = 0
+    for entry in gres.split(","):
+        name, *rest = re.split("[:=]", re.sub(r"^gres[:/]|\(.*", "", entry.strip()))
+        if name == "gpu":  # name[[:type]:number]
+            count += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return count
 
 
 class JobOptions(Section):

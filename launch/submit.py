@@ -29,10 +29,16 @@ from launch.batch_script import Batch, batch_script, interpreter, rank_lines
 from launch.job.rank import TrainJob
 from launch.options import ClusterOptions, SlurmOptions
 
+FINAL = ("done", "failed", "stopped", "cancelled")
+"""Outcomes in a job's history after which it is not requeued."""
+
 
 @dataclass(frozen=True)
 class Submission:
-    """One submitted job, stored as RUN/launch/ID/job.json, where `status` finds it."""
+    """One submitted job, stored as RUN/launch/ID/job.json, where `status` finds it.
+
+    The last five fields say which job of that id it is; earlier versions did not record them.
+    """
 
     id: str
     kind: str
@@ -42,6 +48,11 @@ class Submission:
     words: tuple[str, ...]
     ranks: int
     after: str | None = None
+    cluster: str | None = None
+    name: str | None = None
+    directory: str | None = None
+    submitted: str | None = None
+    user: str | None = None
 
 
 class Executor(submitit.SlurmExecutor):
@@ -76,7 +87,7 @@ def check_config(config: str, overrides: Sequence[str], cluster: ClusterOptions,
     """Returns the validated configuration. Raises UserError for what ranks would refuse after hours in the queue."""
     settings = load_config(config, overrides)
     refuse_patterns(run)
-    ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
+    ranks = cluster.slurm.ranks
     check_ranks(ranks, settings.train.global_batch)
     refuse_changes(run, settings)
     return settings
@@ -135,8 +146,8 @@ def submit_training(
     with new_submission(run, cluster.job.runs) as folder:
         (run / "stop").unlink(missing_ok=True)  # one that came too late for an earlier job
         write_atomically(folder / "config.yaml", to_yaml(settings).encode())
-        ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
-        job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, parent)
+        ranks = cluster.slurm.ranks
+        job = TrainJob(str(folder / "config.yaml"), (), str(run), cluster.slurm.planned, max_steps, parent)
         text = training_batch(run, folder, cluster, run.name, after)
         executor = Executor(folder, lambda: enqueue(run, folder, "train", text, [config, *overrides], ranks, after))
         executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
@@ -228,9 +239,16 @@ def submit_pipeline(
 
 def refuse_busy(run: Path) -> None:
     """Raises UserError when a job of the run is in the queue: two would write the same files."""
-    if busy := slurm.queue([each.job for each in submissions(run)]):
+    view = slurm.look(jobs_of(run))
+    if busy := view.lines:
         ending = f"python -m launch stop {shlex.quote(str(run))}"
         raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: {ending}")
+    for job in view.hidden:
+        if not has_ended(run, job.id):
+            raise UserError(
+                f"{run} has job {job.id} of {job.user}, which SLURM shows to its owner only (PrivateData): ask "
+                f"{job.user} whether it has ended, or start a run of your own with --name and --from"
+            )
 
 
 @contextmanager
@@ -277,12 +295,40 @@ def enqueue(
     write_atomically(folder / "submission.sh", text.encode())
     made: list[Submission] = []
 
-    def record(job: str) -> None:
-        made.append(Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after))
-        write_atomically(folder / "job.json", (json.dumps(asdict(made[0]), indent=2) + "\n").encode())
+    def record(job: slurm.Job) -> None:
+        fields = (folder.name, kind, job.id, time.time(), commit, tuple(words), ranks, after)
+        made.append(Submission(*fields, job.cluster, job.name, job.directory, job.submitted, job.user))
+        write_atomically(folder / "job.json", (json.dumps(asdict(made[-1]), indent=2) + "\n").encode())
 
-    slurm.submit(text, record)
-    return made[0]
+    slurm.submit(text, record, [each.job for each in submissions(run)])
+    return made[-1]
+
+
+def jobs_of(run: Path) -> list[slurm.Job]:
+    """Returns the jobs of a run as SLURM is to be asked for them, oldest first."""
+    jobs = []
+    for each in submissions(run):
+        folder = run / "launch" / each.id
+        user = each.user or slurm.user_name((folder / "job.json").stat().st_uid)
+        began = (folder / "attempts").is_dir()
+        identity = (each.job, each.cluster, each.name, each.directory, each.submitted, user)
+        jobs.append(slurm.Job(*identity, time=each.time, began=began))
+    return jobs
+
+
+def has_ended(run: Path, job: str) -> bool:
+    """Returns whether a job has written down that it ended, for all of its elements that began."""
+    histories = [
+        folder / "history" for each in submissions(run) if each.job == job for folder in attempts_of_job(run, each.id)
+    ]
+    last = [file.read_text(errors="replace").splitlines()[-1:] for file in histories if file.exists()]
+    ended = [line[0].split("\t")[1:2] for line in last if line]
+    return bool(histories) and len(ended) == len(histories) and all(cell and cell[0] in FINAL for cell in ended)
+
+
+def attempts_of_job(run: Path, submission: str) -> list[Path]:
+    """Returns the directories of a submission's job, or of the elements of its array."""
+    return [folder for folder in (run / "launch" / submission / "attempts").glob("*") if folder.is_dir()]
 
 
 def submissions(run: Path) -> list[Submission]:

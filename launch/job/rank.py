@@ -136,6 +136,8 @@ class TrainJob:
         """Returns the trainer's Outcome; the report is left to `report`."""
         from gan_dist.training.trainer import train
 
+        if line := self.idle_processors():
+            print(line, flush=True)
         how = "submit" if "SLURM_JOB_ID" in os.environ else "local"
         return train(
             self.config,
@@ -146,6 +148,22 @@ class TrainJob:
             stop=STOP,
             report_at_end=False,
             command=["python", "-m", "launch", how, self.config, *self.overrides],
+        )
+
+    def idle_processors(self) -> str:
+        """Returns a line about the processors that this rank has and does not use, for rank 0 on a CPU."""
+        import torch
+
+        from gan_dist.config.schema import load_config
+
+        have, use = os.environ.get("SLURM_CPUS_PER_TASK", "1"), os.environ.get("OMP_NUM_THREADS", "1")
+        settings = load_config(self.config, self.overrides).train
+        on_gpu = torch.cuda.is_available() and settings.device != "cpu"
+        if os.environ.get("RANK", "0") != "0" or on_gpu or settings.threads or use != "1" or have in ("", "1"):
+            return ""
+        return (
+            f"note: torch uses 1 of the {have} processors of each rank (slurm.cpus_per_task), as under torchrun; more "
+            f"threads give other bits: job.env={{OMP_NUM_THREADS: '{have}'}} or train.threads={have}"
         )
 
     def _write_outcome(self, attempt: Path, outcome: Any) -> None:
