@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Batch:
 def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | None = None) -> str:
     """Returns the whole script; `slurm` replaces the cluster file's options for a job that needs less than training."""
     job, code = cluster.job, shlex.quote(str(batch.code))
+    srun = (slurm or cluster.slurm).srun
     places = [batch.run, batch.submission, *([batch.output] if batch.output else [])]
     return "\n".join(
         [
@@ -45,6 +46,7 @@ def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | No
             f"export GAN_DIST_MAX_REQUEUES={job.max_requeues} GAN_DIST_MAX_STARTS={job.max_starts}",
             f"source {code}/slurm/lib.sh",
             f"gan_dist_begin {shlex.join(map(str, places))}",
+            *([f"gan_dist_srun_options=({shlex.join(long_options(srun))})"] if srun else []),
             "",
             *(f"export {key}={shlex.quote(value)}" for key, value in job.env.items()),
             *(["gan_dist_setup", *job.setup, "gan_dist_ready"] if job.setup else []),
@@ -86,6 +88,12 @@ def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
     }
     options = {key: value for key, value in (requested | required).items() if value is not None and value is not False}
     return [key if value is True else f"{key}={shlex.quote(str(value))}" for key, value in options.items()]
+
+
+def long_options(options: Mapping[str, str | int | bool]) -> list[str]:
+    """Returns options by their long names as words of a command; one that is false is left out."""
+    given = [(key.lstrip("-"), value) for key, value in options.items() if value is not False]
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given]
 
 
 def interpreter(cluster: ClusterOptions, python: str) -> list[str]:

@@ -41,6 +41,7 @@ FromRun = Annotated[
     str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start from another run's checkpoint.")
 ]
 Tasks = Annotated[int, typer.Option(min=1, help="Number of elements of the job array.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -78,7 +79,7 @@ def doctor(
     options, rest = _options(cluster, words)
     if rest:
         raise UserError(f"expected slurm. and job. keys only, found {rest[0]}")
-    home = choose_run_dir("doctor", f"doctor-{new_id()}", None, options.job.runs)
+    home = runs_home(options.job.runs) / f".doctor-{new_id()}"  # hidden: it is no run
     for line in run_trial(home, options, 60 * limit_minutes):
         print(line, flush=True)
 
@@ -91,10 +92,11 @@ def prepare(
     ],
     cluster: ClusterFile = None,
     tasks: Tasks = 8,
+    dry_run: DryRun = False,
 ) -> None:
     """Prepare a dataset with a job array. Finished shards are kept when an element fails."""
     from gan_dist.utils.files import expand_directory
-    from launch.submit import prepare_array
+    from launch.submit import commands_batch, logs_beside, new_id, prepare_array
 
     options, given = _options(cluster, [*words, *context.args])
     plain = [number for number, word in enumerate(given) if not word.startswith("-")]
@@ -105,6 +107,11 @@ def prepare(
     if end < 2:
         raise UserError("expected SOURCE... OUT before the options of gan-dist prepare")
     out, rest = expand_directory(given[end - 1]), given[end:]
+    if dry_run:
+        beside, command = logs_beside(out), ["prepare", *given[: end - 1], *rest, str(out)]
+        folder = beside / "launch" / new_id()
+        print(commands_batch(beside, folder, "prepare", [command], options, array=tasks, output=out), end="")
+        return
     home, made = prepare_array([*given[: end - 1], *rest], out, tasks, options)
     print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {shlex.quote(str(home))}")
 
@@ -118,7 +125,7 @@ def submit(
     run_dir: RunDir = None,
     max_steps: MaxSteps = None,
     from_run: FromRun = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Submit a training job that starts or continues a run.
 
@@ -155,9 +162,10 @@ def pipeline(
     name: Name = None,
     run_dir: RunDir = None,
     max_steps: MaxSteps = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Submit prepare, train and report as three jobs. Each waits for the success of the one before."""
-    from launch.submit import submit_pipeline
+    from launch.submit import pipeline_scripts, submit_pipeline
 
     if not source:
         raise UserError("--source: expected one source or more, found none")
@@ -167,6 +175,9 @@ def pipeline(
         prepare_words = [*source, *shlex.split(preparing)]
     except ValueError as error:
         raise UserError(f"--prepare: expected options as for a shell, found {preparing!r}: {error}") from None
+    if dry_run:
+        print("\n".join(pipeline_scripts(config, overrides, prepare_words, tasks, options, run)), end="")
+        return
     for made in submit_pipeline(config, overrides, prepare_words, tasks, options, run, max_steps=max_steps):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
     print(f"  python -m launch status {shlex.quote(str(run))}")
@@ -209,6 +220,24 @@ def status_command(
     queue = look(chosen)
     for run in chosen:
         print("\n".join(status_lines(run, queue)))
+
+
+@app.command(name="ls")
+def list_command(
+    cluster: ClusterFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """List all runs with state, step, images per second, best distance, node, and why a run waits or ended."""
+    import json
+    from dataclasses import asdict
+
+    from launch import listing
+
+    rows = listing.list_runs(load_cluster(cluster).job.runs)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print("\n".join(listing.table_lines(rows)))
 
 
 @app.command()

@@ -150,14 +150,14 @@ def _node_lines(home: Path, folder: Path) -> tuple[list[str], int]:
 
 
 def _summary(report: dict[str, Any]) -> tuple[str, str]:
-    """Returns (ok or problem, the node's doctor's report: one line, and one more for each problem)."""
-    findings = report["findings"]
-    bad = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in findings if f["state"] == "problem"]
-    warnings = sum(f["state"] == "warning" for f in findings)
-    bad += [f"{warnings} warning(s); run gan-dist doctor there to see them"] * (warnings > 0)
+    """Returns (ok, warning or problem, the node's doctor's report: one line, and one more for each finding)."""
+    told = [finding for finding in report["findings"] if finding["state"] in ("problem", "warning")]
+    told.sort(key=lambda finding: finding["state"])
+    lines = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in told]
+    lines = [f"warning: {line}" if f["state"] == "warning" else line for line, f in zip(lines, told, strict=True)]
     interfaces = [f"{name} {address}" for name, address in report["interfaces"].items() if name != "lo"]
-    lines = [", ".join([report["torch"], report["device"], *interfaces]), *bad]
-    return "problem" if bad else "ok", "\n".join(lines)
+    state = told[0]["state"] if told else "ok"
+    return state, "\n".join([", ".join([report["torch"], report["device"], *interfaces]), *lines])
 
 
 def main() -> None:

@@ -11,7 +11,16 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from gan_dist.config.base import NonNegative, Positive, Section, read_yaml, validate, with_overrides
+from gan_dist.config.base import (
+    NonNegative,
+    Positive,
+    Section,
+    parse_overrides,
+    read_yaml,
+    validate,
+    with_overrides,
+)
+from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand, expand_variables, present
 
 FIXED = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
@@ -54,7 +63,11 @@ class SlurmOptions(Section):
     signal_lead_s: Seconds = 120
     """Seconds before the time limit at which the run is asked to save and end, to be requeued."""
     extra: dict[str, str | int | bool] = Field(default={})
-    """Other options of sbatch by their long names (exclude: node7, exclusive: true)."""
+    """Other options of sbatch by their long names (exclude: node7, exclusive: true).
+
+    One of them on the command line: slurm.extra.exclude=node7."""
+    srun: dict[str, str | int | bool] = Field(default={})
+    """Options of srun for the ranks, by their long names (cpu-bind: cores, container-image: image.sqsh)."""
 
     @field_validator("time", mode="before")
     @classmethod
@@ -196,11 +209,59 @@ class JobOptions(Section):
         return value
 
 
+class StageOptions(Section):
+    """What a stage other than training requests: one process on one node, without GPUs."""
+
+    slurm: dict[str, Any] = Field(default={})
+    """Keys of `slurm` for this stage. Others are training's, but for GPUs, memory and exclusive nodes."""
+
+
 class ClusterOptions(Section):
     """The contents of a cluster file."""
 
     slurm: SlurmOptions = SlurmOptions()
     job: JobOptions = JobOptions()
+    prepare: StageOptions = StageOptions()
+    report: StageOptions = StageOptions()
+
+    def stage(self, kind: str) -> SlurmOptions:
+        """Returns what a job of this kind (train, prepare, report) requests. Raises UserError naming a wrong key."""
+        if kind not in STAGES:
+            return self.slurm
+        given = getattr(self, kind).slurm
+        values = {**self.slurm.model_dump(), **ONE_PROCESS, **given}
+        if isinstance(given.get("extra", {}), dict):
+            small = {key: value for key, value in self.slurm.extra.items() if not re.search(LARGE, key)}
+            values["extra"] = {**small, **given.get("extra", {})}
+        try:
+            return validate(ClusterOptions, {"slurm": values}, f"{kind}.slurm").slurm
+        except UserError as error:
+            line = str(error).removeprefix(f"{kind}.slurm: ")
+            raise UserError(re.sub(r"\bslurm\.", f"{kind}.slurm.", line)) from None
+
+
+STAGES = ("prepare", "report")
+ONE_PROCESS = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None, "mem": None}
+"""What a job of one process does not inherit from training."""
+LARGE = "gpu|gres|tres|mem|exclusive|ntasks|nodelist|switches"
+"""Matches the options of sbatch that ask for more than one processor on any node."""
+
+
+SINGLE = re.compile(r"(slurm\.(?:extra|srun)|(?:prepare|report)\.slurm(?:\.extra|\.srun)?)\.([\w-]+)=(.*)", re.DOTALL)
+"""Matches a word that sets one option of a group: slurm.extra.exclude=node7, prepare.slurm.time=30."""
+
+
+def _with_single_options(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Returns `values` with the words applied that SINGLE matches."""
+    for found in filter(None, map(SINGLE.fullmatch, words)):
+        path, last, text, at = found[1].split("."), found[2], found[3], values
+        for name in path:
+            if not isinstance(at.get(name) or {}, dict):
+                raise UserError(f"{found[1]}: expected keys with values, found {at[name]!r}")
+            at[name] = {**(at.get(name) or {})}
+            at = at[name]
+        at[last] = parse_overrides([f"{'.'.join(path)}={text}"])[".".join(path)]
+    return values
 
 
 def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -219,8 +280,11 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
     Raises UserError with one line naming the key, its nearest valid name, or expected and found.
     """
     values: dict[str, Any] = read_yaml(expand(path), "configs/clusters/slurm.yaml") if path else {}
-    values = with_overrides(ClusterOptions, values, overrides)
-    options = validate(ClusterOptions, values, str(path) if path else "cluster options", overrides)
+    others = [word for word in overrides if not SINGLE.fullmatch(word)]
+    values = _with_single_options(with_overrides(ClusterOptions, values, others), overrides)
+    options = validate(ClusterOptions, values, str(path) if path else "cluster options", others)
+    for kind in STAGES:
+        options.stage(kind)
     return options.model_copy(update={"job": _located(options.job)})
 
 

@@ -171,6 +171,27 @@ def command_lines(cluster: ClusterOptions, commands: Sequence[Sequence[str]]) ->
     return (preflight, f"gan_dist_srun --ntasks=1 {shlex.join(words)}", "gan_dist_finish $?")
 
 
+def commands_batch(
+    run: Path,
+    submission: Path,
+    kind: str,
+    commands: Sequence[Sequence[str]],
+    cluster: ClusterOptions,
+    *,
+    array: int | None = None,
+    output: Path | None = None,
+    after: str | None = None,
+) -> str:
+    """Returns the batch script of gan-dist commands as one CPU job, or as a job array of `array` elements.
+
+    `output` is the dataset that they write, if they prepare one.
+    """
+    lines, code = command_lines(cluster, commands), submission / "code"
+    name = f"{run.name}-{kind}"
+    batch = Batch(name, run, submission, code, lines, array=array, home=Path.cwd(), output=output, after=after)
+    return batch_script(batch, cluster, cluster.stage(kind))
+
+
 def submit_commands(
     run: Path,
     kind: str,
@@ -181,14 +202,10 @@ def submit_commands(
     output: Path | None = None,
     after: str | None = None,
 ) -> Submission:
-    """Returns the submission of gan-dist commands as one CPU job, or as a job array of `array` elements."""
+    """Returns the submission of what commands_batch describes."""
     slurm.require("sbatch", "srun", "scontrol")
     with new_submission(run, cluster.job.runs) as folder:
-        lines = command_lines(cluster, commands)
-        name = f"{run.name}-{kind}"
-        code = folder / "code"
-        batch = Batch(name, run, folder, code, lines, array=array, home=Path.cwd(), output=output, after=after)
-        text = batch_script(batch, cluster, on_cpus(cluster.slurm))
+        text = commands_batch(run, folder, kind, commands, cluster, array=array, output=output, after=after)
         return enqueue(run, folder, kind, text, [word for command in commands for word in command], array or 1, after)
 
 
@@ -196,9 +213,33 @@ def prepare_array(words: Sequence[str], out: Path, tasks: int, cluster: ClusterO
     """Returns (DATASET.launch with the logs, the submission) of a preparation as a job array."""
     if tasks < 1:
         raise UserError(f"--tasks: expected 1 or more, found {tasks}")
-    beside = out.with_name(f"{out.name}.launch")
+    beside = logs_beside(out)
     refuse_busy(beside)
-    return beside, submit_commands(beside, "prepare", [["prepare", *words, str(out)]], cluster, array=tasks, output=out)
+    commands = [["prepare", *words, str(out)]]
+    return beside, submit_commands(beside, "prepare", commands, cluster, array=tasks, output=out)
+
+
+def logs_beside(out: Path) -> Path:
+    """Returns the directory of the jobs that prepare the dataset `out`."""
+    return out.with_name(f"{out.name}.launch")
+
+
+def report_commands(run: Path) -> list[list[str]]:
+    """Returns the commands of a pipeline's last stage."""
+    return [["sample", str(run), "--out", str(run / "grid.png")], ["report", str(run)]]
+
+
+def pipeline_scripts(
+    config: str, overrides: Sequence[str], sources: Sequence[str], tasks: int, cluster: ClusterOptions, run: Path
+) -> list[str]:
+    """Returns the batch scripts of a pipeline as they would be submitted, but for the ids of jobs."""
+    out = expand_directory(check_config(config, overrides, cluster, run).data.shards)
+    folder, prepare = run / "launch" / new_id(), [["prepare", *sources, str(out)]]
+    return [
+        commands_batch(run, folder, "prepare", prepare, cluster, array=tasks, output=out),
+        training_batch(run, folder, cluster, run.name, "ID_OF_PREPARE"),
+        commands_batch(run, folder, "report", report_commands(run), cluster, after="ID_OF_TRAIN"),
+    ]
 
 
 def submit_pipeline(
@@ -226,9 +267,7 @@ def submit_pipeline(
         made.append(
             submit_training(config, overrides, cluster, run, max_steps=max_steps, after=made[-1].job, alone=False)
         )
-        grid = ["sample", str(run), "--out", str(run / "grid.png")]
-        commands = [grid, ["report", str(run)]]
-        made.append(submit_commands(run, "report", commands, cluster, after=made[-1].job))
+        made.append(submit_commands(run, "report", report_commands(run), cluster, after=made[-1].job))
     except BaseException:  # Ctrl-C included
         for each in made:
             with suppress(GanDistError):

@@ -16,14 +16,12 @@ from pathlib import Path
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.batch_script import Batch, batch_script, interpreter
-from launch.options import ClusterOptions, SlurmOptions
+from launch.options import LARGE, ClusterOptions, SlurmOptions
 from launch.submit import enqueue, jobs_of, new_submission, on_cpus
 
 START_S = 120
 INTRODUCTION = "On your laptop, one of:"
 WARNING = "TensorBoard asks for no password"
-LARGE = "gpu|gres|tres|mem|exclusive|ntasks|nodelist|switches"
-"""Matches the options of sbatch that ask for more than one processor on any node."""
 
 
 def free_port() -> int:

@@ -73,13 +73,16 @@ def read_facts(attempt: Path, job: str) -> Tuple[Facts, List[Start]]:
     status = int(known.get("status") or 0)
     fault, words = cause(attempt, known.get("log", ""), status)
     began, suspended = _time(_field(job, "StartTime")), _time(_field(job, "SuspendTime"))
+    stopped, by_hand = _words(attempt / "stopped"), Path(known.get("run", "")) / "stop"
+    if stopped is not None and stopped.startswith("requeue") and by_hand.exists():  # asked for, and not yet seen
+        stopped = f"end the file {by_hand}"
     facts = Facts(
         restart=int(known.get("restart") or 0),
         status=status,
         progress=progress,
         mark=mark,
         done=_words(attempt / "done"),
-        stopped=_words(attempt / "stopped"),
+        stopped=stopped,
         cause=words,
         fault=fault,
         state=_field(job, "JobState"),

@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch.status import FINAL
+from launch.submit import FINAL
 from tests.cluster.boot import Cluster, wait_until
 from tests.helpers.training import small
 
@@ -68,10 +69,19 @@ def slowly(folder: Path) -> str:
 
 
 def launch(
-    cluster: Cluster, *words: str, check: bool = True, cwd: Path = ROOT, **env: str
+    cluster: Cluster,
+    *words: str,
+    check: bool = True,
+    cwd: Path = ROOT,
+    user: int | None = None,
+    settings: Mapping[str, str] | None = None,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Returns what `python -m launch WORDS` printed on the cluster's login node."""
-    env = {**cluster.environment(), "OMP_NUM_THREADS": "1", **env}
+    """Returns what `python -m launch WORDS` printed on the cluster's login node, by default as root.
+
+    `settings` are a person's, as `env` is.
+    """
+    env = {**cluster.environment(), "OMP_NUM_THREADS": "1", **(settings or {}), **env}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [sys.executable, "-m", "launch", *words],
@@ -81,9 +91,28 @@ def launch(
         timeout=120,
         check=False,
         cwd=cwd,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def sbatch(cluster: Cluster, *words: str, **env: str) -> str:
+    """Returns the id of a job submitted by plain sbatch, with this environment's python on PATH."""
+    path = f"{Path(sys.executable).parent}:{cluster.environment()['PATH']}"
+    done = subprocess.run(
+        ["sbatch", "--parsable", *words],
+        env={**cluster.environment(), "PATH": path, "GAN_DIST_CODE": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def small_config(dataset: Path, directory: Path, **sections: dict[str, Any]) -> str:

@@ -175,7 +175,7 @@ def test_stop_saves_and_ends_and_the_next_submission_goes_on(linuxproc: Cluster,
     )
     launch(linuxproc, "stop", str(run.path))
     assert "stop" in run.wait_for("stopped", limit_s=40)[3]
-    linuxproc.wait_for_job(run.job, "FAILED")  # with status 75: what waits for a finished run must not start
+    linuxproc.wait_for_job(run.job, "CANCELLED")  # no failure, and what waits for a finished run must not start
     step = run.events("stop")[0]["step"]
     time.sleep(1.1)  # submissions are named by the second
     again = Run.submit(linuxproc, config, run.path, "--max-steps", str(step + 5), nodes=1)

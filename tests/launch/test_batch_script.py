@@ -105,6 +105,9 @@ def test_times_mean_what_slurm_means(time: str | int, seconds: int) -> None:
     [
         (["slurm.partion=gpu"], "unknown key slurm.partion; did you mean slurm.partition?"),
         (["slurm.nodes=many"], "slurm.nodes: expected integer, or a range such as 2-4, found 'many'"),
+        (["prepare.slurm.tim=3"], "unknown key prepare.slurm.tim; did you mean prepare.slurm.time?"),
+        (["report.slurm.time=x"], "report.slurm.time: expected minutes or [days-]hours:minutes:seconds, found 'x'"),
+        (["slurm.extra.signal=3"], "slurm.extra: signal is reserved for saving and requeueing; leave it out"),
         (["slurm.nodes=4-2"], "slurm.nodes: expected integer, or a range such as 2-4, found '4-2'"),
         (
             ["slurm.gpus_per_node=a100"],
@@ -201,6 +204,37 @@ def test_the_cluster_file_that_comes_with_the_checkout_says_the_defaults_it_name
     options = load_cluster(ROOT / "configs/clusters/slurm.yaml")
     assert options.slurm.ranks_per_node == 4 and options.job == load_cluster(None).job
     assert load_cluster(None, ["slurm.gres=gpu:a100:3"]).slurm.ranks_per_node == 3
+
+
+def test_a_stage_inherits_neither_gpus_nor_memory_nor_whole_nodes_and_has_keys_of_its_own() -> None:
+    training = ["slurm.mem=200G", "slurm.gpus_per_node=4", "slurm.extra={exclusive: true, exclude: n7, qos: art}"]
+    words = [*training, "report.slurm.partition=cpu", "prepare.slurm={time: 30, extra: {exclude: false}}"]
+    options = load_cluster(None, [*words, "slurm.srun.cpu-bind=cores", "slurm.extra.nice=7"])
+    batch = Batch("r", Path("/r"), Path("/s"), Path("/c"), ())
+    train, prepare, report = (batch_script(batch, options, options.stage(k)) for k in ("train", "prepare", "report"))
+    assert {"#SBATCH --mem=200G", "#SBATCH --exclusive", "#SBATCH --nice=7"} <= set(train.splitlines())
+    for text in (prepare, report):
+        assert not re.search("--mem|--exclusive|gpus", text) and "--nice=7\n" in text and "--qos=art\n" in text
+        assert "\ngan_dist_srun_options=(--cpu-bind=cores)\n" in text
+    assert "--time=30\n" in prepare and "--exclude" not in prepare and "--partition" not in prepare
+    assert "--time=60\n" in report and "--exclude=n7\n" in report and "--partition=cpu\n" in report
+
+
+@pytest.mark.parametrize("words", [["prepare", "a.zip", "SET"], ["pipeline", "CONFIG", "--source", "a.zip"]])
+def test_every_kind_of_job_can_be_printed(words: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "art.yaml"
+    config.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
+    places = {"SET": str(tmp_path / "set"), "CONFIG": str(config)}
+    command = [sys.executable, "-m", "launch", *(places.get(word, word) for word in words), "--dry-run", "--tasks", "3"]
+    where = ["--run-dir", str(tmp_path / "run")] if words[0] == "pipeline" else []
+    done = subprocess.run([*command, *where], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    assert done.stdout.count("#!/bin/bash\n") == (3 if where else 1)
+    assert (
+        "#SBATCH --array=0-2\n" in done.stdout
+        and f"-m launch.job.command prepare a.zip {tmp_path}/set\n" in done.stdout
+    )
+    assert ("--dependency=afterok:ID_OF_TRAIN\n" in done.stdout) == bool(where)
+    assert {path.name for path in tmp_path.iterdir()} == {"art.yaml"}
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,8 @@ def test_starts_that_leave_no_word_are_counted_by_the_next_one(play: Play) -> No
         process.kill()
         process.wait()
     assert start(play, 3, "touch $PLAY/began") == 1 and not (play.at / "began").exists()
-    ((number, what, _, why),) = play.history()
-    assert (number, what) == ("3", "failed") and why.startswith("no newer checkpoint in 3 starts, and the last of them")
+    ((last, what, _, why),) = play.history()
+    assert (last, what) == ("3", "failed") and why.startswith("no newer checkpoint in 3 starts, and the last of them")
 
 
 def test_nothing_starts_where_it_cannot_be_written_down(play: Play) -> None:

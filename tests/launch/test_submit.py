@@ -284,7 +284,7 @@ def test_what_slurm_shows_to_owners_only_is_not_taken_for_nothing(
     submit_training(config, [], load_cluster(None), run)
     fake.program("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     monkeypatch.setattr(slurm, "user_name", lambda uid=None: "bob")
-    monkeypatch.setattr(slurm.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
     owner = submissions(run)[0].user
     assert f"cannot be seen: SLURM shows jobs to their owners only (PrivateData); ask {owner}" in "\n".join(
         status_lines(run)

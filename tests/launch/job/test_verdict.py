@@ -82,7 +82,9 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("row", "facts", "history", "expected"), TABLE)
-def test_every_row_of_the_table(row: int, facts: Facts, history: list[Start], expected: tuple[str, ...]) -> None:
+def test_every_row_of_the_table(
+    row: int, facts: Facts, history: list[Start], expected: tuple[str, str, str, int]
+) -> None:
     decision, outcome, words, status = verdict.verdict(facts, history)
     assert (decision, outcome, status) == (expected[0], expected[1], expected[3]) and words.startswith(expected[2])
     # The row of the docstring says the same.
@@ -215,6 +217,8 @@ def test_facts_are_what_the_controller_and_the_files_say(tmp_path: Path) -> None
     assert not facts.preempted and not facts.suspended  # an earlier start was
     facts, _ = finish.read_facts(at, LINE + "StartTime=2026-11-25T18:00:00 SuspendTime=2026-11-25T18:00:09 S=0")
     assert facts.suspended
+    (tmp_path / "stop").touch()  # a person asked for an end while the cluster stopped the start
+    assert finish.read_facts(at, LINE)[0].stopped == f"end the file {tmp_path / 'stop'}"
     (tmp_path / "shard-00000.tar").touch()
     assert finish.read_progress(tmp_path, str(tmp_path)) == (1, "1 shards")
 
@@ -224,13 +228,13 @@ def test_a_controller_that_is_down_is_asked_again_and_one_that_refuses_is_believ
 ) -> None:
     at, asked = attempt(tmp_path, facts=f"job=7\nrestart=0\nrun={tmp_path}\noutput=\n"), [""]
     waits: list[float] = []
-    monkeypatch.setattr(finish.time, "sleep", waits.append)
+    monkeypatch.setattr("time.sleep", waits.append)
 
     def call(words: list[str], **more: object) -> int:
         asked.append(words[1])
         return int(asked.count("requeue") < 7 if words[1] == "requeue" else down)
 
-    monkeypatch.setattr(finish.subprocess, "call", call)
+    monkeypatch.setattr("subprocess.call", call)
     down = True
     assert finish.requeue(at) and asked.count("requeue") == 7 and waits == [1, 2, 3, 4, 5, 6]
     down, asked[:] = False, []
