@@ -44,6 +44,7 @@ def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | No
             *(f"#SBATCH --{line}" for line in header(batch, slurm or cluster.slurm)),
             "",
             f"export GAN_DIST_MAX_REQUEUES={job.max_requeues} GAN_DIST_MAX_STARTS={job.max_starts}",
+            *([f"export GAN_DIST_NOTIFY={shlex.quote(job.notify)}"] if job.notify else []),
             f"source {code}/slurm/lib.sh",
             f"gan_dist_begin {shlex.join(map(str, places))}",
             *([f"gan_dist_srun_options=({shlex.join(long_options(srun))})"] if srun else []),

@@ -126,12 +126,17 @@ def submit(
     max_steps: MaxSteps = None,
     from_run: FromRun = None,
     dry_run: DryRun = False,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Queue it even if the dataset is not seen from here, or the like.")
+    ] = False,
 ) -> None:
     """Submit a training job that starts or continues a run.
 
     The job runs a snapshot of code and configuration with the Python of this environment. It saves before its time
-    limit and is requeued until the run is done.
+    limit and is requeued until the run is done. Dataset, interpreter, shape and disk are checked before it is queued.
     """
+    from launch import slurm
+    from launch.checks import check_all
     from launch.snapshot import CHECKOUT, code_of
     from launch.submit import check_config, new_id, resolve_parent, submit_training, training_batch
 
@@ -143,6 +148,11 @@ def submit(
         code_of(CHECKOUT, [run, runs_home(options.job.runs)])
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
+    settings = check_config(config, overrides, options, run)
+    resolve_parent(from_run, options)
+    slurm.require("sbatch", "srun", "scontrol")
+    if not unchecked:
+        check_all(settings, options, run)
     made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run)
     print(f"job {made.job}: {made.ranks} rank(s), code {made.commit or 'without a commit'}, run {run}")
     print(f"  python -m launch status {shlex.quote(str(run))}")
@@ -165,7 +175,10 @@ def pipeline(
     dry_run: DryRun = False,
 ) -> None:
     """Submit prepare, train and report as three jobs. Each waits for the success of the one before."""
-    from launch.submit import pipeline_scripts, submit_pipeline
+    from gan_dist.utils.files import expand_directory
+    from launch import slurm
+    from launch.checks import check_disk, check_interpreter, check_partition
+    from launch.submit import check_config, pipeline_scripts, submit_pipeline
 
     if not source:
         raise UserError("--source: expected one source or more, found none")
@@ -178,6 +191,12 @@ def pipeline(
     if dry_run:
         print("\n".join(pipeline_scripts(config, overrides, prepare_words, tasks, options, run)), end="")
         return
+    settings = check_config(config, overrides, options, run)
+    expand_directory(settings.data.shards)  # it is prepared first, and so no address
+    slurm.require("sbatch", "srun", "scontrol")
+    check_interpreter(options)
+    check_partition(options.slurm)
+    check_disk(settings, run)
     for made in submit_pipeline(config, overrides, prepare_words, tasks, options, run, max_steps=max_steps):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
     print(f"  python -m launch status {shlex.quote(str(run))}")

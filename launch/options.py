@@ -179,6 +179,11 @@ class JobOptions(Section):
     with blanks stays as it is, and so does a path within a word (-B ./data:/data)."""
     runs: str | None = None
     """The directory of all runs, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
+    notify: str | None = None
+    """Shell command that the batch script runs once a job has ended for good: done, failed, stopped or cancelled.
+
+    It finds GAN_DIST_RUN, GAN_DIST_OUTCOME and GAN_DIST_REASON in its environment, and has a minute. SLURM's own mail,
+    slurm.extra.mail-user and mail-type, knows of every requeue too."""
     max_requeues: NonNegative = 100
     """How often a submission may be requeued in all."""
     max_starts_without_progress: Positive = 3

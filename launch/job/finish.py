@@ -33,7 +33,8 @@ from launch.job.verdict import (
 )
 
 REFUSALS = 3
-KILL_WAIT_S, MARGIN_S = 30, 5
+KILL_WAIT_S, MARGIN_S, NOTIFY_S = 30, 5, 60
+FINAL = ("done", "failed", "stopped", "cancelled")
 PATIENCE = 20
 """How often a controller that does not answer is asked again, a second later each time: minutes in all."""
 KILLED = "Killed|Aborted|Segmentation fault|Bus error|Illegal instruction|Out Of Memory"
@@ -235,6 +236,17 @@ def record(attempts: Path, restart: int, mark: str, ending: Verdict, fault: str)
     print("gan_dist: %s at %s: %s" % (ending.outcome, mark, said), flush=True)
 
 
+def notify(command: str, run: str, ending: Verdict) -> None:
+    """Runs the user's command about a job that has ended for good; whatever becomes of it, it changes nothing."""
+    words = {"GAN_DIST_RUN": run, "GAN_DIST_OUTCOME": ending.outcome, "GAN_DIST_REASON": ending.words}
+    try:
+        status = subprocess.call(["bash", "-c", command], env=dict(os.environ, **words), timeout=NOTIFY_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        status = str(error)  # type: ignore[assignment]
+    if status:
+        print("gan_dist: job.notify failed: %s" % status, flush=True)
+
+
 def requeue(attempt: Path) -> bool:
     """Returns whether SLURM will requeue the job. One that is down is asked again; one that refuses, three times."""
     known, refused = read_known(attempt), 0
@@ -294,6 +306,8 @@ def main() -> None:
         sys.exit(not (must_end(attempt, int(sys.argv[3])) if when == "term" else requeue(attempt)))
     ending = begin(attempt) if when == "begin" else finish(attempt)
     (attempt / "verdict").write_text("%s %d\n" % (ending.decision, ending.status))
+    if ending.outcome in FINAL and os.environ.get("GAN_DIST_NOTIFY"):
+        notify(os.environ["GAN_DIST_NOTIFY"], read_known(attempt).get("run", ""), ending)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,12 @@ def slowly(folder: Path) -> str:
     return hook(folder, "gan_dist.training.update", step, FIRST_START)
 
 
+def as_user(user: int) -> list[str]:
+    """Returns the words that run a command as another user, who may read everything: this Python may be root's own."""
+    who = (f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    return ["setpriv", *who, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", "--"]
+
+
 def launch(
     cluster: Cluster,
     *words: str,
@@ -84,16 +90,13 @@ def launch(
     env = {**cluster.environment(), "OMP_NUM_THREADS": "1", **(settings or {}), **env}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
-        [sys.executable, "-m", "launch", *words],
+        [*(as_user(user) if user else []), sys.executable, "-m", "launch", *words],
         env=env,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
         cwd=cwd,
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
     )
     assert not check or done.returncode == 0, done.stderr
     return done

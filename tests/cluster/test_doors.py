@@ -48,6 +48,7 @@ def test_plain_sbatch_within_another_job_is_as_from_outside(other: Cluster, conf
     outer = ["salloc", "-N1", "-n1", "--time=5", "--mem-per-cpu=100M", "srun", "-n1", "-c1", *inner]
     done = subprocess.run(outer, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     run = Run(other, tmp_path / "run", done.stdout.split()[-1])
+    run.wait_for_step(5)
     assert run.wait_for("done")[3] == "5", run.story()
     facts = json.loads((run.path / "environment.json").read_text())
     assert (facts["cpus"], facts["world_size"]) == (2, 1)
@@ -150,10 +151,6 @@ def test_jobs_that_slurm_hides_from_a_colleague_are_not_taken_for_none(
     """PrivateData=jobs, and a run that a group shares: root's here, and nobody looks at it from its own account."""
     mine = shared / "config.yaml"
     mine.write_text(re.sub(r"shards: .*", f"shards: {shared / 'set'}", Path(config).read_text()))
-    try:
-        launch(other, "--help", user=NOBODY, HOME=str(shared))
-    except AssertionError as error:
-        pytest.skip(f"another user cannot run this checkout: {error}")
     run = Run.submit(other, str(mine), shared / "run", nodes=1)
     run.wait_for_step(10)
 

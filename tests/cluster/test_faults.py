@@ -121,7 +121,7 @@ def test_what_fails_at_ever_new_steps_goes_on_until_it_may_not_be_requeued(
 
 
 def test_what_no_retry_mends_is_not_retried(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
-    run = Run.submit(linuxproc, config, tmp_path / "run", f"data.shards={tmp_path / 'nowhere'}")
+    run = Run.submit(linuxproc, config, tmp_path / "run", f"data.shards={tmp_path / 'nowhere'}", "--unchecked")
     assert "nowhere" in run.wait_for("failed")[3] and len(run.history()) == 1
     assert linuxproc.wait_for_job(run.job, "FAILED")["ExitCode"] == "2:0"
 

@@ -233,6 +233,14 @@ def test_a_setup_that_fails_is_named_and_started_once(play: Play, setup: str, wh
     assert what == "failed" and re.fullmatch(why, words.strip() + (" " if why.endswith(" ") else "")), words
 
 
+def test_the_end_is_told_once_and_no_requeue_is(play: Play) -> None:
+    play.env["GAN_DIST_NOTIFY"] = 'echo "$GAN_DIST_RUN|$GAN_DIST_OUTCOME|$GAN_DIST_REASON" >>"$PLAY/told"; exit 3'
+    assert start(play, 0, STOPPED) == -signal.SIGTERM and not (play.at / "told").exists()
+    assert start(play, 1, f"{checkpoint(play, 5)}; echo 9 >$GAN_DIST_ATTEMPT/done") == 0
+    assert (play.at / "told").read_text() == f"{play.at}/run|done|9\n"
+    assert "gan_dist: job.notify failed: 3" in (play.at / "log").read_text()
+
+
 def test_what_an_outer_job_left_behind_reaches_no_rank(play: Play) -> None:
     play.program("scontrol", SCONTROL.replace('"JobId=7 $JOB"', '"JobId=7 JobName=x UserId=u $JOB"'))
     play.env["JOB"] = "JobState=RUNNING Restarts=0 NumTasks=2 CPUs/Task=3 NtasksPerN:B:S:C=1:0:*:* TRES=cpu=6"

@@ -369,7 +369,7 @@ def test_paths_that_slurm_would_read_as_patterns_are_refused(fake: Slurm, config
 def test_printed_commands_can_be_pasted(
     fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    submit_command(config, run_dir=str(tmp_path / "my run"))
+    submit_command(config, run_dir=str(tmp_path / "my run"), unchecked=True)
     result = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[1:]]
     run = str(tmp_path / "my run")
     assert result == [["python", "-m", "launch", "status", run], ["python", "-m", "launch", "logs", "-f", run]]
@@ -379,7 +379,7 @@ def test_printed_commands_can_be_pasted(
     stop(run)
     assert capsys.readouterr().out.endswith(f"launch status '{run}'\n")
     with pytest.raises(UserError, match=f"or end it: python -m launch stop '{run}'"):
-        submit_command(config, run_dir=run)
+        submit_command(config, run_dir=run, unchecked=True)
 
 
 def test_runs_in_the_checkout_are_no_code(fake: Slurm, config: str, tmp_path: Path) -> None:
