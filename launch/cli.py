@@ -337,10 +337,10 @@ def stop(run: Run, cluster: ClusterFile = None) -> None:
         elif not states:
             continue
         elif kind != "train":  # only training reads the stop file
-            slurm.run("scancel", job.id)
+            slurm.cancel(job)
             print(f"job {job.id} ({kind}) is cancelled; finished work is kept")
         elif states == {"PENDING"}:
-            slurm.run("scancel", "--state=PENDING", job.id)
+            slurm.cancel(job, "--state=PENDING")
             print(f"job {job.id} was pending and is cancelled; the last checkpoint is kept")
         else:
             _touch(directory / "stop")
@@ -362,7 +362,8 @@ def cancel(run: Run, cluster: ClusterFile = None) -> None:
     from launch.submit import has_ended, jobs_of
 
     directory = _find(run, cluster)
-    view = slurm.look(jobs_of(directory))
+    jobs = jobs_of(directory)
+    view = slurm.look(jobs)
     if hidden := [job for job in view.hidden if not has_ended(directory, job.id)]:
         raise UserError(
             f"{directory} has job {hidden[0].id} of {hidden[0].user}, which cannot be seen from here (PrivateData) and "
@@ -370,9 +371,9 @@ def cancel(run: Run, cluster: ClusterFile = None) -> None:
         )
     if not view.lines:
         raise UserError(f"{directory} has no job in the queue; nothing to cancel")
-    for job in sorted({line.job.partition("_")[0] for line in view.lines}, key=int):
-        slurm.run("scancel", job)
-        print(f"job {job} is cancelled")
+    for job in sorted((job for job in jobs if view.of(job)), key=lambda job: int(job.id)):
+        slurm.cancel(job)
+        print(f"job {job.id} is cancelled")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ ALTERNATIVES = (
 """Options that exclude each other, or mean the same."""
 
 
-FILTERS = re.compile("(SQUEUE|SACCT|SCONTROL|SCANCEL|SINFO)_.*|SLURM_(TIME_FORMAT|BITSTR_LEN)")
+FILTERS = re.compile("(SQUEUE|SACCT|SCONTROL|SCANCEL|SINFO)_.*|SLURM_(TIME_FORMAT|BITSTR_LEN|CLUSTERS)")
 """Variables by which a person changes what SLURM's commands show, and how; our calls do without them."""
 CELLS = ("%i", "%T", "%L", "%N", "%R", "%S", "%V", "%j", "%Z")
 LATE = "timed out|unable to contact|zero bytes|connection (refused|reset)|communication|no route|transport endpoint"
@@ -191,7 +191,7 @@ def submit(script: str, record: Callable[[Job], object] = str, known: Collection
     except BaseException:
         if job.id:
             with suppress(GanDistError):
-                run("scancel", job.id)
+                cancel(job)
         raise
     return job
 
@@ -219,7 +219,7 @@ def _sbatch(script: str) -> str:
         return printed
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     message = "; ".join(lines) or f"status {done.returncode}, without an id or a message"
-    if done.returncode == 0 or re.search(LATE, message, re.IGNORECASE):
+    if done.returncode <= 0 or re.search(LATE, message, re.IGNORECASE):
         raise Unheard(f"sbatch does not know whether the job is queued: {message}; the queue does not have it")
     raise UserError(f"sbatch refused the job: {message}")
 
@@ -294,22 +294,55 @@ def look(jobs: Sequence[Job]) -> View:
     """
     if not jobs or shutil.which("squeue") is None:
         return View()
-    here = cluster_name()
-    elsewhere = frozenset(job for job in jobs if job.cluster and here and job.cluster != here)
-    asked = [job for job in jobs if job not in elsewhere]
-    answer = ""
-    try:
-        if asked:
-            ids = dict.fromkeys(job.id for job in asked)
-            answer = run("squeue", "-h", "-r", "-a", "-o", SEPARATOR.join(CELLS), "-j", ",".join(ids))
-    except GanDistError as error:
-        if "Invalid job id" not in str(error):  # the controller has forgotten all of them, or shows none of them
-            raise
-    lines = [_read_line(text, asked) for text in answer.splitlines() if text.count(SEPARATOR) >= 5]
+    asked, elsewhere, lines = [], set[Job](), list[Queued]()
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(_far(job), []).append(job)
+    for cluster, theirs in groups.items():
+        if cluster and "slurmdbd" not in config("AccountingStorageType"):  # which is what clusters know one another by
+            elsewhere.update(theirs)
+            continue
+        ids = ",".join(dict.fromkeys(job.id for job in theirs))
+        words = (
+            "squeue",
+            *(("-M", cluster) if cluster else ()),
+            "-h",
+            "-r",
+            "-a",
+            "-o",
+            SEPARATOR.join(CELLS),
+            "-j",
+            ids,
+        )
+        try:
+            answer = run(*words)
+        except GanDistError as error:
+            if cluster:
+                elsewhere.update(theirs)
+                continue
+            if "Invalid job id" not in str(error):  # the controller has forgotten all of them, or shows none of them
+                raise
+            answer = ""
+        asked += theirs
+        lines += [_read_line(text, theirs) for text in answer.splitlines() if text.count(SEPARATOR) >= 5]
     mine = tuple(line for line in lines if any(line.is_of(job) for job in asked))
     unseen = (job for job in asked if job.user not in (None, user_name()) and not any(line.is_of(job) for line in mine))
     hidden = frozenset(unseen)
-    return View(mine, elsewhere, hidden if hidden and os.geteuid() and "jobs" in config("PrivateData") else frozenset())
+    if not hidden or os.geteuid() == 0 or "jobs" not in config("PrivateData"):
+        hidden = frozenset()
+    return View(mine, frozenset(elsewhere), hidden)
+
+
+def _far(job: Job) -> str:
+    """Returns the cluster to name (-M) when asking about a job; nothing for this machine's own."""
+    here = cluster_name()
+    return job.cluster if job.cluster and here and job.cluster != here else ""
+
+
+def cancel(job: Job, *options: str) -> None:
+    """Cancels a job, on whichever cluster it is. Raises GanDistError with scancel's message when it refuses."""
+    far = _far(job)
+    run("scancel", *(("-M", far) if far else ()), *options, job.id)
 
 
 def _read_line(text: str, asked: Sequence[Job]) -> Queued:
@@ -344,7 +377,7 @@ def config(key: str) -> str:
 
 def cluster_name() -> str | None:
     """Returns the name of the cluster that SLURM's commands talk to here, or None where nobody says it."""
-    return os.environ.get("SLURM_CLUSTERS") or config("ClusterName") or None
+    return config("ClusterName") or None
 
 
 def final_state(job: Job) -> str:

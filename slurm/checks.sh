@@ -14,16 +14,23 @@ gan_dist_setup() {
 
 gan_dist_setup_failed() { # STATUS COMMAND
   if [[ -z $setting_up ]]; then return; fi
-  gan_dist_ready
+  gan_dist_leave_setup
   gan_dist_refuse "job.setup: $2: status $1: $(grep . "$attempt/setup.err" | tail -n 1)"
 }
 
-gan_dist_ready() {
+gan_dist_leave_setup() {
   setting_up=""
   trap - ERR EXIT
   set +eufC # undo the options of job.setup
   exec 2>&3 3>&-
   cat "$attempt/setup.err" >&2
+}
+
+gan_dist_ready() {
+  local said # some modules fail and end with status 0
+  gan_dist_leave_setup
+  said=$(grep -m 1 -E 'ModuleCmd_[^ ]*ERROR|Lmod has detected the following error|Module ERROR' "$attempt/setup.err")
+  if [[ -n $said ]]; then gan_dist_refuse "job.setup: $said"; fi
 }
 
 # Names the nodes that cannot take part, before the other nodes wait for them.

@@ -27,6 +27,11 @@ STEP = re.compile(
 
 Without SLURM_MEM_PER_* a step has the memory of its job.
 """
+SHAPE = re.compile(
+    "SLURM_(HINT|DISTRIBUTION|DIST_.*|THREADS_PER_CORE|GPU_BIND|GPU_FREQ|GRES_FLAGS|OVERCOMMIT|PROFILE|NETWORK|ACCTG_FREQ"
+    "|CPU_FREQ_REQ|SPREAD_JOB|USE_MIN_NODES|NTASKS_PER_(CORE|SOCKET|GPU|TRES)|CORE_SPEC|THREAD_SPEC|BCAST|RESV_PORTS)"
+)
+"""Options that sbatch passes on to srun, if they are the job's own; from within a step they are the step's."""
 OF_JOB = {
     "SLURM_RESTART_COUNT": "Restarts",
     "SLURM_NTASKS": "NumTasks",
@@ -52,6 +57,8 @@ def corrections(env: Mapping[str, str], job: str) -> Dict[str, Optional[str]]:
     `job` is the controller's line about the job; without one, only what is certain is dropped.
     """
     changed = {name: None for name in env if WORLD.fullmatch(name) or STEP.fullmatch(name)}  # type: Dict[str, Optional[str]]
+    if any(name in env for name in ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_SRUN_COMM_PORT")):
+        changed.update((name, None) for name in env if SHAPE.fullmatch(name))
     job = re.sub(r" JobName=.*? UserId=", " UserId=", job)
     fields = dict(re.findall(r"(\S+?)=(\S*)", job))
     if not fields:

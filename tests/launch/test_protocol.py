@@ -224,6 +224,11 @@ def test_a_refusal_to_requeue_is_one(play: Play) -> None:
         ("set -e\nmodule load cuda/99", "job.setup: module load cuda/99: status 127: .*module: command not found"),
         ("set -u\necho $NOWHERE", "job.setup: the script ended there: status 127: .*NOWHERE: unbound variable"),
         ("module() { echo no cuda/99 >&2; return 1; }\nmodule load cuda/99", "job.setup: .*: status 1: no cuda/99"),
+        (
+            "echo 'ModuleCmd_Load.c(213):ERROR:105: Unable to locate cuda/99' >&2",
+            "job.setup: ModuleCmd_.* locate cuda/99",
+        ),
+        ("source /no/where.sh", "job.setup: source /no/where.sh: status 1: .*: No such file or directory"),
         ("exit 5", "job.setup: the script ended there: status 5: "),
     ],
 )

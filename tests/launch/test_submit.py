@@ -306,6 +306,22 @@ def test_what_slurm_shows_to_owners_only_is_not_taken_for_nothing(
     assert "without a recorded outcome" in "\n".join(status_lines(run))
 
 
+def test_a_job_that_was_sent_to_another_cluster_is_asked_for_there_if_clusters_know_one_another(
+    fake: Slurm, config: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    fake.program(
+        "scontrol", CLUSTER.replace("jobs,usage", "none\\nAccountingStorageType = accounting_storage/slurmdbd")
+    )
+    fake.program("sbatch", "echo '71;beta'")
+    submit_training(config, [], load_cluster(None), run, alone=False)
+    assert (submissions(run)[0].job, submissions(run)[0].cluster) == ("71", "beta")
+    fake.program("squeue", "[[ $2 == beta ]] && echo 'CLUSTER: beta' && echo '71|RUNNING|1:00|n1|(None)|N/A'")
+    assert "RUNNING on n1" in "\n".join(status_lines(run))
+    cancel(str(run))
+    assert fake.calls("scancel") == ["-M beta 71"] and fake.calls("squeue")[-1].startswith("-M beta -h -r -a")
+
+
 def test_one_call_of_squeue_asks_for_all_runs_and_no_filter_of_a_person_reaches_it(
     fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

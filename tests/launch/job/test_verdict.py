@@ -268,6 +268,7 @@ def test_a_variable_is_dropped_or_corrected_by_what_the_controller_says() -> Non
     assert element == {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2", "SLURM_GPUS_PER_TASK": None}
     plain = environment.corrections(env, "JobId=8 JobName=gpu ArrayTaskId=2 UserId=u(0) JobState=RUNNING TRES=cpu=4")
     assert plain == dict.fromkeys(name for name in env if name.startswith(("SLURM_ARRAY", "SLURM_GPU")))
-    assert environment.corrections(env, "") == {}
+    assert environment.corrections(env, "") == {}  # sbatch's own --hint, for all that is known
+    assert environment.corrections({**env, "SLURM_STEP_ID": "0"}, "") == {"SLURM_STEP_ID": None, "SLURM_HINT": None}
     assert environment.of_other_jobs("SLURM_CPU_BIND") and environment.of_other_jobs("PET_NNODES")
     assert not environment.of_other_jobs("SLURM_CONF") and not environment.of_other_jobs("RANKED")
