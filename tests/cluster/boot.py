@@ -226,7 +226,8 @@ class Cluster:
         # Whole or not at all: a daemon that is still reading for the last change dies of half a file.
         write_atomically(self.directory / "slurm.conf", slurm_conf(self.layout).encode())
         write_atomically(self.directory / "cgroup.conf", cgroup_conf(self.layout).encode())
-        write_atomically(self.directory / "gres.conf", gres_conf(self.layout).encode())
+        if self.layout.gres:
+            write_atomically(self.directory / "gres.conf", gres_conf(self.layout).encode())
         write_atomically(self.directory / "hosts", hosts_file(self.layout).encode())
         if settings:
             self.run("scontrol", "reconfigure")

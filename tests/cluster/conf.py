@@ -33,7 +33,7 @@ class Layout:
     """none, or affinity: whether tasks are bound to their processors."""
     gres: str = ""
     """What each host has beside processors (gpu:a100-sxm4-80gb:2); names for SLURM, not devices."""
-    private_data: str = "none"
+    private_data: str = ""
     """What users see of themselves only (jobs)."""
     lost_after_s: int = 10
     """Seconds without an answer after which a host counts as down."""
@@ -59,7 +59,7 @@ def slurm_conf(layout: Layout) -> str:
     ]
     lines = [
         f"ClusterName={layout.name}",
-        f"PrivateData={layout.private_data}",
+        *([f"PrivateData={layout.private_data}"] if layout.private_data else []),
         *(["GresTypes=gpu"] if layout.gres else []),
         f"SlurmctldHost=head({layout.head})",
         f"SlurmctldPort={layout.port}",
