@@ -23,8 +23,8 @@ class Batch:
     """The checkout or snapshot whose slurm/lib.sh and packages are used."""
     body: tuple[str, ...]
     """Shell lines after the set-up."""
-    array: int | None = None
-    """Number of elements of a job array, which are numbered from 0."""
+    array: int | str | None = None
+    """Number of elements of a job array, which are numbered from 0; or their numbers, as sbatch takes them."""
     home: Path | None = None
     """The working directory, where it is not the run's: paths in `body` may be relative to it."""
     output: Path | None = None
@@ -83,7 +83,7 @@ def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
         "open-mode": "append",
         "requeue": True,
         "signal": f"USR2@{slurm.signal_lead_s}",
-        "array": f"0-{batch.array - 1}" if batch.array else None,
+        "array": f"0-{batch.array - 1}" if batch.array and isinstance(batch.array, int) else batch.array or None,
         "dependency": f"afterok:{batch.after}" if batch.after else None,
         "kill-on-invalid-dep": "yes" if batch.after else None,
     }

@@ -126,6 +126,9 @@ def submit(
     max_steps: MaxSteps = None,
     from_run: FromRun = None,
     dry_run: DryRun = False,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="LIST", help="A run for each seed (0-4, or 3,7), as one job array.")
+    ] = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Queue it even if the dataset is not seen from here, or the like.")
     ] = False,
@@ -142,6 +145,21 @@ def submit(
 
     options, overrides = _options(cluster, words)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
+    if seeds is not None:
+        from launch.seeds import read_seeds, seed_batch, submit_seeds
+
+        numbers = read_seeds(seeds)
+        if dry_run:
+            check_config(config, overrides, options, run)
+            print(seed_batch(run, new_id(), numbers, options), end="")
+            return
+        settings = check_config(config, overrides, options, run)
+        slurm.require("sbatch", "srun", "scontrol")
+        if not unchecked:
+            check_all(settings, options, run)
+        for of_seed, made in submit_seeds(config, overrides, options, run, numbers, max_steps, from_run):
+            print(f"job {made.job}: run {of_seed}")
+        return
     if dry_run:
         check_config(config, overrides, options, run)
         resolve_parent(from_run, options)
@@ -325,7 +343,7 @@ def stop(run: Run, cluster: ClusterFile = None) -> None:
     if not view.lines and not hidden:
         raise UserError(f"{directory} has no job in the queue; nothing to stop")
     status = f"see: python -m launch status {shlex.quote(str(directory))}"
-    for job, kind in sorted(jobs.items(), key=lambda each: int(each[0].id), reverse=True):  # dependent jobs first
+    for job, kind in sorted(jobs.items(), key=lambda each: each[0].order, reverse=True):  # dependent jobs first
         states = {line.state for line in view.of(job)}
         if job in hidden:
             owner = f"job {job.id} ({kind}) of {job.user} cannot be seen from here (PrivateData)"
@@ -371,7 +389,7 @@ def cancel(run: Run, cluster: ClusterFile = None) -> None:
         )
     if not view.lines:
         raise UserError(f"{directory} has no job in the queue; nothing to cancel")
-    for job in sorted((job for job in jobs if view.of(job)), key=lambda job: int(job.id)):
+    for job in sorted((job for job in jobs if view.of(job)), key=lambda job: job.order):
         slurm.cancel(job)
         print(f"job {job.id} is cancelled")
 

@@ -54,9 +54,13 @@ CLOCKS_S = 120
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it was submitted. What is None was not recorded, by an earlier version or for want of an answer."""
+    """A job, or an element of an array (17_3), as it was submitted.
+
+    What is None was not recorded, by an earlier version or for want of an answer.
+    """
 
     id: str
+    """Its number; ARRAY_ELEMENT for an element that is a run of its own."""
     cluster: str | None = None
     name: str | None = None
     directory: str | None = None
@@ -68,6 +72,11 @@ class Job:
     """When it was recorded, by the clock of the machine that submitted."""
     began: bool = False
     """Whether it has ever run, so that it may have been requeued."""
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Sorts jobs by age."""
+        return tuple(map(int, self.id.split("_")))
 
     def is_at(self, name: str, directory: str, submitted: str) -> bool:
         """Returns whether the job of this id that SLURM tells of is this one, and not another's."""
@@ -100,7 +109,7 @@ class Queued:
 
     def is_of(self, job: Job) -> bool:
         """Returns whether this line is about `job`, or about an element of its array."""
-        if self.job.partition("_")[0] != job.id:
+        if job.id not in (self.job, self.job.partition("_")[0]):
             return False
         return not self.name or job.is_at(self.name, self.directory, self.submitted)
 
@@ -348,7 +357,7 @@ def cancel(job: Job, *options: str) -> None:
 def _read_line(text: str, asked: Sequence[Job]) -> Queued:
     cells = [cell.strip() for cell in text.split(SEPARATOR, 7)]
     rest = cells[7] if len(cells) > 7 else ""  # name and directory, both of which may hold the separator
-    known = [(f"{job.name}", f"{job.directory}") for job in asked if job.id == cells[0].partition("_")[0]]
+    known = [(f"{job.name}", f"{job.directory}") for job in asked if job.id in (cells[0], cells[0].partition("_")[0])]
     named = next((names for names in known if SEPARATOR.join(names) == rest), tuple(rest.split(SEPARATOR, 1)))
     return Queued(*cells[:7], *named)
 

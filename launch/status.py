@@ -157,7 +157,7 @@ def _began(run: Path, each: Submission) -> bool:
     """Returns whether a job's batch script has written anything that this machine can see."""
     logs = (run / "logs").glob("*-batch.log")
     return (run / "launch" / each.id / "attempts").is_dir() or any(
-        re.split("[-_]", log.name)[0] == each.job for log in logs
+        log.name.startswith((f"{each.job}-", f"{each.job}_")) for log in logs
     )
 
 

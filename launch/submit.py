@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -291,20 +292,24 @@ def refuse_busy(run: Path) -> None:
 
 
 @contextmanager
-def new_submission(run: Path, runs: str | None = None) -> Iterator[Path]:
+def new_submission(run: Path, runs: str | None = None, like: Path | None = None) -> Iterator[Path]:
     """Yields the directory of a new submission with the snapshot in it; removes it when the submission fails.
 
-    `runs` is job.runs, of which the snapshot copies nothing.
+    `runs` is job.runs, of which the snapshot copies nothing. `like` is another run's part of the same submission: it
+    gives the name, and the code as links to the same files.
     """
     refuse_patterns(run)
-    folder = run / "launch" / new_id()
+    folder = run / "launch" / (like.name if like else new_id())
     try:
         folder.mkdir(parents=True)
         (run / "logs").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the run directory {run}: {error.strerror}") from None
     try:
-        snapshot.take(snapshot.CHECKOUT, folder / "code", [run, runs_home(runs)])
+        if like:
+            shutil.copytree(like / "code", folder / "code", copy_function=os.link, symlinks=True)
+        else:
+            snapshot.take(snapshot.CHECKOUT, folder / "code", [run, runs_home(runs)])
         yield folder
     except BaseException as error:
         for made in submissions(run):  # interrupted just after it was queued
