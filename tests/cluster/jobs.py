@@ -218,3 +218,11 @@ class Run:
 def leftovers(cluster: Cluster) -> list[str]:
     """Returns the processes that jobs have left on the hosts."""
     return [words for host in cluster.hosts.values() if host.process for words in host.processes().values()]
+
+
+def wait_for_empty_hosts(*clusters: Cluster, limit_s: float = 60) -> None:
+    """Returns once jobs have left no process on any host. Raises TimeoutError with those that are left."""
+    try:
+        wait_until(lambda: not any(map(leftovers, clusters)), limit_s, "empty hosts")
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}: {[leftovers(cluster) for cluster in clusters]}") from None

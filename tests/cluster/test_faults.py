@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import STEPS, Run, hook, launch, leftovers, slowly
+from tests.cluster.jobs import STEPS, Run, hook, launch, leftovers, slowly, wait_for_empty_hosts
 from tests.helpers.training import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -61,7 +61,7 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
         assert [line[1] for line in killed.history()] in (["lost", "done"], ["crashed", "done"])
         assert killed.restarts() == 1 and "rank 1 on node2 was lost" in killed.status()
         silent.mend()  # it comes back with whatever still runs there, which writes nothing any more
-        wait_until(lambda: not leftovers(linuxproc) + leftovers(other), 60, "empty hosts")
+        wait_for_empty_hosts(linuxproc, other)
         assert [line[1] for line in cut_off.history() if line[1] != "lost"] == ["done"]
     assert_identical(cut_off.path, whole)
 
