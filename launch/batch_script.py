@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | No
             "",
             f"export GAN_DIST_MAX_REQUEUES={job.max_requeues} GAN_DIST_MAX_STARTS={job.max_starts}",
             *([f"export GAN_DIST_NOTIFY={shlex.quote(job.notify)}"] if job.notify else []),
+            # Where a node has no Python of its own, that of the ranks decides what becomes of the job.
+            *([] if job.container else [f"export GAN_DIST_PYTHON={shlex.quote(job.python or sys.executable)}"]),
             f"source {code}/slurm/lib.sh",
             f"gan_dist_begin {shlex.join(map(str, places))}",
             *([f"gan_dist_srun_options=({shlex.join(long_options(srun))})"] if srun else []),

@@ -15,8 +15,10 @@ gan_dist_code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=slurm/checks.sh
 for name in checks plain; do source "$gan_dist_code/slurm/$name.sh"; done
 
+host_libraries=${LD_LIBRARY_PATH:-} host_path=$PATH # before job.setup
 gan_dist_step() { # NAME ARGUMENTS...: runs a Python step of launch/job; a signal for the job is no reason for it to die
-  (trap '' TERM USR2 && exec "$host_python" -ISB "$gan_dist_code/launch/job/$1.py" "${@:2}")
+  (trap '' TERM USR2 && LD_LIBRARY_PATH=$host_libraries PATH=$PATH:$host_path exec "$host_python" -ISB \
+    "$gan_dist_code/launch/job/$1.py" "${@:2}")
 }
 
 set +eufC # undo the options of the caller: here a command may fail

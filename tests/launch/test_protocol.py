@@ -217,6 +217,17 @@ def test_a_refusal_to_requeue_is_one(play: Play) -> None:
     assert play.history()[-1][3] == "SLURM refused to requeue the job; submit it again"
 
 
+def test_a_setup_that_hides_slurm_and_python_does_not_hide_them_from_the_verdict(play: Play) -> None:
+    only = play.at / "bin" / "only"
+    only.mkdir(parents=True)
+    for name in ("srun", "bash", "sed", "tee", "rm", "cat", "sleep"):
+        (only / name).symlink_to(shutil.which(name, path=f"{play.at}/bin:{os.environ['PATH']}") or "")
+    assert (
+        play.run("exit 3", before=f"export PYTHONHOME=/nowhere LD_LIBRARY_PATH=/nowhere PATH={only}") == -signal.SIGTERM
+    )
+    assert play.history()[0][1] == "crashed" and play.asked("requeue") == 1
+
+
 @pytest.mark.parametrize(
     ("setup", "why"),
     [
