@@ -57,8 +57,8 @@ gan_dist_begin() {
 gan_dist_srun() {
   export GAN_DIST_LOG=$run/logs/$job-$restart
   # SLURM 22.05 and later do not pass --cpus-per-task on to srun. Without --kill-on-bad-exit the other ranks would run on
-  # when one has died, until a collective times out. --wait leaves rank 0 time for its report when the others have left.
-  srun --unbuffered --kill-on-bad-exit=1 --wait=1800 --mpi=none "${gan_dist_srun_options[@]}" \
+  # when one has died, until a collective times out. Without --wait srun would wait for ranks of a host that is cut off.
+  srun --unbuffered --kill-on-bad-exit=1 --wait=60 --mpi=none "${gan_dist_srun_options[@]}" \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     --output="${GAN_DIST_LOG//%/%%}-%N-${task_log:-%t}.log" "$@" 2> >(tee -a "$attempt/srun.err" >&2) &
   pid=$!

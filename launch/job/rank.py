@@ -30,6 +30,8 @@ ATTEMPT = "GAN_DIST_ATTEMPT"
 """Environment variable: the directory of this start of the job, where ranks write how they ended."""
 RUNNING = "running"
 """A file of the attempt: a rank has begun, so that what fails now is no fault of the interpreter or the container."""
+REPORTED, REPORT_S = "reported", 1800
+"""A file of the attempt: rank 0 has made its report; and how long the others wait for it."""
 LOG = "GAN_DIST_LOG"
 """Environment variable: the path of the logs of torchrun's ranks, up to the host. srun logs its own tasks itself."""
 MASTER_TIMEOUT_S = 300.0
@@ -120,17 +122,21 @@ class TrainJob:
             return status
         finally:
             ignore_signals()
-        if int(os.environ.get("RANK") or 0) == 0:
+        is_first = int(os.environ.get("RANK") or 0) == 0
+        if is_first:
             self._write_outcome(attempt, outcome)
-            if outcome.stopped is None:
-                self.report()
+        if outcome.stopped is None:
+            self.report(attempt) if is_first else await_report(attempt)
         return 0
 
-    def report(self) -> None:
-        """Makes the run's page, once the run counts as done and the other ranks have left: however long it takes."""
+    def report(self, attempt: Path) -> None:
+        """Makes the run's page, however long it takes: the run counts as done, and the group of ranks has ended."""
         from gan_dist.training.trainer import report
 
-        report(Path(self.run_dir))
+        try:
+            report(Path(self.run_dir))
+        finally:
+            (attempt / REPORTED).touch()
 
     def train(self) -> Any:
         """Returns the trainer's Outcome; the report is left to `report`."""
@@ -175,6 +181,13 @@ class TrainJob:
         what = "end" if str(Path(self.run_dir) / "stop") in outcome.stopped else "requeue"
         write_atomically(attempt / "stopped", f"{what} {outcome.stopped}\n".encode())
         print(f"stopped by {outcome.stopped}: step {outcome.step} of {outcome.total_steps} is saved", flush=True)
+
+
+def await_report(attempt: Path) -> None:
+    """Waits until rank 0 has made the report: srun would end it a minute after the first rank has left (--wait)."""
+    deadline = time.monotonic() + REPORT_S
+    while not (attempt / REPORTED).exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def note_begun() -> None:

@@ -38,10 +38,10 @@ def test_starts_that_never_get_to_a_step_end_and_say_what_to_raise(
 
 
 def test_a_report_that_takes_long_fails_no_finished_run(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
-    """Longer than ranks wait for one another's farewell. The run counts as done before; its report is made still."""
+    """Longer than ranks wait for one another, and srun for a rank. The run counts as done before, and has its page."""
     slow = """
         make = module.make_report
-        module.make_report = lambda *words, **more: (time.sleep(40), make(*words, **more))[1]
+        module.make_report = lambda *words, **more: (time.sleep(70), make(*words, **more))[1]
     """
     words = ("--max-steps", "5", hook(tmp_path / "hook", "gan_dist.training.trainer", slow))
     run = Run.submit(linuxproc, config, tmp_path / "run", *words)

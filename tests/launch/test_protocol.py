@@ -110,7 +110,7 @@ def test_srun_ends_all_ranks_with_one_and_gives_each_its_processors(play: Play) 
     play.env["SLURM_EXPORT_ENV"] = "NONE"  # what sbatch --export=NONE leaves behind
     assert play.run('echo 20 >"$GAN_DIST_ATTEMPT/done"') == 0
     words = (play.at / "srun").read_text().split()
-    assert {"--kill-on-bad-exit=1", "--wait=1800", "--cpus-per-task=3", "--unbuffered"} <= set(words), words
+    assert {"--kill-on-bad-exit=1", "--wait=60", "--cpus-per-task=3", "--unbuffered"} <= set(words), words
     log = f"--output={play.at}/run/logs/7-0-%N-%t.log"
     assert log in words and play.history() == [["0", "done", "-", "20"]]
     assert "SLURM_EXPORT_ENV=ALL" in (play.at / "environment").read_text().splitlines()

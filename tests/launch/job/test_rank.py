@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,15 @@ def test_what_cannot_be_imported_is_not_tried_again(tmp_path: Path, monkeypatch:
     assert status == 2 and words["failed-0"].split("\t")[1:3] == ["2", "error"]
     status, words = words_of(ValueError("no"), tmp_path, monkeypatch)  # type: ignore[arg-type]
     assert status == 1 and words["failed-0"].endswith("\tValueError: no\n")
+
+
+def test_other_ranks_stay_until_the_report_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or srun would end rank 0 a minute after they have left; and not for ever, in case there is none."""
+    began = time.monotonic()
+    timer = threading.Timer(0.5, (tmp_path / rank.REPORTED).touch)
+    timer.start()
+    rank.await_report(tmp_path)
+    timer.join()
+    assert 0.4 < time.monotonic() - began < 20
+    monkeypatch.setattr(rank, "REPORT_S", 0.1)
+    rank.await_report(tmp_path / "nowhere")
