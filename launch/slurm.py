@@ -48,7 +48,7 @@ FILTERS = re.compile("(SQUEUE|SACCT|SCONTROL|SCANCEL|SINFO)_.*|SLURM_(TIME_FORMA
 CELLS = ("%i", "%T", "%L", "%N", "%R", "%S", "%V", "%j", "%Z")
 LATE = "timed out|unable to contact|zero bytes|connection (refused|reset)|communication|no route|transport endpoint"
 """Matches what sbatch prints when it does not know whether the controller has taken the job."""
-CLOCKS_S = 120
+CLOCKS_S = 600
 """Seconds by which the clocks of the controller and of this machine may differ."""
 
 
@@ -193,7 +193,9 @@ def submit(script: str, record: Callable[[Job], object] = str, known: Collection
             except Unheard as error:
                 job = _queued_unheard(job, known, error)
             record(job)  # at once; then with the time that SLURM has for it
-            shown = [] if job.submitted else queue([job])
+            shown: list[Queued] = []
+            with suppress(GanDistError):  # then it is known by what is recorded already
+                shown = [] if job.submitted else queue([job])
             if shown and shown[0].submitted:
                 job = replace(job, submitted=shown[0].submitted)
                 record(job)

@@ -229,6 +229,14 @@ def test_a_job_that_was_queued_although_sbatch_did_not_hear_of_it_is_found(
     assert len(submissions(run)) == 2
 
 
+def test_a_queue_that_does_not_answer_just_after_sbatch_takes_no_job_back(
+    fake: Slurm, config: str, tmp_path: Path
+) -> None:
+    fake.program("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    made = submit_training(config, [], load_cluster(None), tmp_path / "run", alone=False)
+    assert (made.job, made.submitted) == ("71", None) and not fake.calls("scancel")
+
+
 CLUSTER = "[[ $2 == config ]] && printf 'ClusterName = alpha\\nPrivateData = jobs,usage\\n'"
 
 
