@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,29 +24,42 @@ class Batch:
     """The checkout or snapshot whose slurm/lib.sh and packages are used."""
     body: tuple[str, ...]
     """Shell lines after the set-up."""
-    array: int | None = None
-    """Number of elements of a job array, which are numbered from 0."""
+    array: int | str | None = None
+    """Number of elements of a job array, which are numbered from 0; or their numbers, as sbatch takes them."""
     home: Path | None = None
     """The working directory, where it is not the run's: paths in `body` may be relative to it."""
+    output: Path | None = None
+    """The dataset that a preparation writes: its shards are the progress of the job."""
     after: str | None = None
     """Ids of jobs, joined by colons: start when all have succeeded, and be cancelled when one cannot."""
 
 
 def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | None = None) -> str:
     """Returns the whole script; `slurm` replaces the cluster file's options for a job that needs less than training."""
-    lines = ["#!/bin/bash", *(f"#SBATCH --{line}" for line in header(batch, slurm or cluster.slurm)), ""]
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in cluster.job.env.items()]
-    lines += cluster.job.setup
-    code = shlex.quote(str(batch.code))
-    lines += [
-        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
-        f"export GAN_DIST_MAX_REQUEUES={cluster.job.max_requeues} GAN_DIST_MAX_CRASHES={cluster.job.max_crashes}",
-        "",
-        f"source {code}/slurm/lib.sh",
-        f"gan_dist_begin {shlex.quote(str(batch.run))} {shlex.quote(str(batch.submission))}",
-        *batch.body,
-    ]
-    return "\n".join(lines) + "\n"
+    job, code = cluster.job, shlex.quote(str(batch.code))
+    srun = (slurm or cluster.slurm).srun
+    places = [batch.run, batch.submission, *([batch.output] if batch.output else [])]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH --{line}" for line in header(batch, slurm or cluster.slurm)),
+            "",
+            f"export GAN_DIST_MAX_REQUEUES={job.max_requeues} GAN_DIST_MAX_STARTS={job.max_starts}",
+            *([f"export GAN_DIST_NOTIFY={shlex.quote(job.notify)}"] if job.notify else []),
+            # Where a node has no Python of its own, that of the ranks decides what becomes of the job.
+            *([] if job.container else [f"export GAN_DIST_PYTHON={shlex.quote(job.python or sys.executable)}"]),
+            f"source {code}/slurm/lib.sh",
+            f"gan_dist_begin {shlex.join(map(str, places))}",
+            *([f"gan_dist_srun_options=({shlex.join(long_options(srun))})"] if srun else []),
+            "",
+            *(f"export {key}={shlex.quote(value)}" for key, value in job.env.items()),
+            *(["gan_dist_setup", *job.setup, "gan_dist_ready"] if job.setup else []),
+            f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "",
+            *batch.body,
+            "",
+        ]
+    )
 
 
 def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
@@ -72,12 +86,18 @@ def header(batch: Batch, slurm: SlurmOptions) -> list[str]:
         "open-mode": "append",
         "requeue": True,
         "signal": f"USR2@{slurm.signal_lead_s}",
-        "array": f"0-{batch.array - 1}" if batch.array else None,
+        "array": f"0-{batch.array - 1}" if batch.array and isinstance(batch.array, int) else batch.array or None,
         "dependency": f"afterok:{batch.after}" if batch.after else None,
         "kill-on-invalid-dep": "yes" if batch.after else None,
     }
     options = {key: value for key, value in (requested | required).items() if value is not None and value is not False}
     return [key if value is True else f"{key}={shlex.quote(str(value))}" for key, value in options.items()]
+
+
+def long_options(options: Mapping[str, str | int | bool]) -> list[str]:
+    """Returns options by their long names as words of a command; one that is false is left out."""
+    given = [(key.lstrip("-"), value) for key, value in options.items() if value is not False]
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given]
 
 
 def interpreter(cluster: ClusterOptions, python: str) -> list[str]:
@@ -88,7 +108,7 @@ def interpreter(cluster: ClusterOptions, python: str) -> list[str]:
 def rank_lines(words: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
     """Returns the lines that start one rank a task: `words` start Python, `more` are its arguments."""
     return (
-        f"gan_dist_preflight {shlex.quote(words[0])}",
+        f"gan_dist_preflight {shlex.join(words)}",
         f"gan_dist_srun {shlex.join([*words, '-u', *more])}",
         "gan_dist_finish $?",
     )

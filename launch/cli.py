@@ -41,6 +41,7 @@ FromRun = Annotated[
     str | None, typer.Option("--from", metavar="RUN[@STEP]", help="Start from another run's checkpoint.")
 ]
 Tasks = Annotated[int, typer.Option(min=1, help="Number of elements of the job array.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -78,7 +79,7 @@ def doctor(
     options, rest = _options(cluster, words)
     if rest:
         raise UserError(f"expected slurm. and job. keys only, found {rest[0]}")
-    home = choose_run_dir("doctor", f"doctor-{new_id()}", None, options.job.runs)
+    home = runs_home(options.job.runs) / f".doctor-{new_id()}"  # hidden: it is no run
     for line in run_trial(home, options, 60 * limit_minutes):
         print(line, flush=True)
 
@@ -91,10 +92,11 @@ def prepare(
     ],
     cluster: ClusterFile = None,
     tasks: Tasks = 8,
+    dry_run: DryRun = False,
 ) -> None:
     """Prepare a dataset with a job array. Finished shards are kept when an element fails."""
     from gan_dist.utils.files import expand_directory
-    from launch.submit import prepare_array
+    from launch.submit import commands_batch, logs_beside, new_id, prepare_array
 
     options, given = _options(cluster, [*words, *context.args])
     plain = [number for number, word in enumerate(given) if not word.startswith("-")]
@@ -105,6 +107,11 @@ def prepare(
     if end < 2:
         raise UserError("expected SOURCE... OUT before the options of gan-dist prepare")
     out, rest = expand_directory(given[end - 1]), given[end:]
+    if dry_run:
+        beside, command = logs_beside(out), ["prepare", *given[: end - 1], *rest, str(out)]
+        folder = beside / "launch" / new_id()
+        print(commands_batch(beside, folder, "prepare", [command], options, array=tasks, output=out), end="")
+        return
     home, made = prepare_array([*given[: end - 1], *rest], out, tasks, options)
     print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {shlex.quote(str(home))}")
 
@@ -118,24 +125,52 @@ def submit(
     run_dir: RunDir = None,
     max_steps: MaxSteps = None,
     from_run: FromRun = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")] = False,
+    dry_run: DryRun = False,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="LIST", help="A run for each seed (0-4, or 3,7), as one job array.")
+    ] = None,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Queue it even if the dataset is not seen from here, or the like.")
+    ] = False,
 ) -> None:
     """Submit a training job that starts or continues a run.
 
     The job runs a snapshot of code and configuration with the Python of this environment. It saves before its time
-    limit and is requeued until the run is done.
+    limit and is requeued until the run is done. Dataset, interpreter, shape and disk are checked before it is queued.
     """
+    from launch import slurm
+    from launch.checks import check_all
     from launch.snapshot import CHECKOUT, code_of
     from launch.submit import check_config, new_id, resolve_parent, submit_training, training_batch
 
     options, overrides = _options(cluster, words)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
+    if seeds is not None:
+        from launch.seeds import read_seeds, seed_batch, submit_seeds
+
+        numbers = read_seeds(seeds)
+        if dry_run:
+            check_config(config, overrides, options, run)
+            print(seed_batch(run, new_id(), numbers, options), end="")
+            return
+        settings = check_config(config, overrides, options, run)
+        slurm.require("sbatch", "srun", "scontrol")
+        if not unchecked:
+            check_all(settings, options, run)
+        for of_seed, made in submit_seeds(config, overrides, options, run, numbers, max_steps, from_run):
+            print(f"job {made.job}: run {of_seed}")
+        return
     if dry_run:
         check_config(config, overrides, options, run)
         resolve_parent(from_run, options)
         code_of(CHECKOUT, [run, runs_home(options.job.runs)])
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
+    settings = check_config(config, overrides, options, run)
+    resolve_parent(from_run, options)
+    slurm.require("sbatch", "srun", "scontrol")
+    if not unchecked:
+        check_all(settings, options, run)
     made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run)
     print(f"job {made.job}: {made.ranks} rank(s), code {made.commit or 'without a commit'}, run {run}")
     print(f"  python -m launch status {shlex.quote(str(run))}")
@@ -155,9 +190,13 @@ def pipeline(
     name: Name = None,
     run_dir: RunDir = None,
     max_steps: MaxSteps = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Submit prepare, train and report as three jobs. Each waits for the success of the one before."""
-    from launch.submit import submit_pipeline
+    from gan_dist.utils.files import expand_directory
+    from launch import slurm
+    from launch.checks import check_disk, check_interpreter, check_partition
+    from launch.submit import check_config, pipeline_scripts, submit_pipeline
 
     if not source:
         raise UserError("--source: expected one source or more, found none")
@@ -167,6 +206,15 @@ def pipeline(
         prepare_words = [*source, *shlex.split(preparing)]
     except ValueError as error:
         raise UserError(f"--prepare: expected options as for a shell, found {preparing!r}: {error}") from None
+    if dry_run:
+        print("\n".join(pipeline_scripts(config, overrides, prepare_words, tasks, options, run)), end="")
+        return
+    settings = check_config(config, overrides, options, run)
+    expand_directory(settings.data.shards)  # it is prepared first, and so no address
+    slurm.require("sbatch", "srun", "scontrol")
+    check_interpreter(options)
+    check_partition(options.slurm)
+    check_disk(settings, run)
     for made in submit_pipeline(config, overrides, prepare_words, tasks, options, run, max_steps=max_steps):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
     print(f"  python -m launch status {shlex.quote(str(run))}")
@@ -203,11 +251,30 @@ def status_command(
     cluster: ClusterFile = None,
 ) -> None:
     """Show the state of runs. Queue, step, images per second, time left, restarts, and why the last start ended."""
-    from launch.status import all_runs, status_lines
+    from launch.status import all_runs, look, status_lines
 
-    chosen = [_find(run, cluster) for run in runs or []]
-    for run in chosen or all_runs(load_cluster(cluster).job.runs):
-        print("\n".join(status_lines(run)))
+    chosen = [_find(run, cluster) for run in runs or []] or all_runs(load_cluster(cluster).job.runs)
+    queue = look(chosen)
+    for run in chosen:
+        print("\n".join(status_lines(run, queue)))
+
+
+@app.command(name="ls")
+def list_command(
+    cluster: ClusterFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """List all runs with state, step, images per second, best distance, node, and why a run waits or ended."""
+    import json
+    from dataclasses import asdict
+
+    from launch import listing
+
+    rows = listing.list_runs(load_cluster(cluster).job.runs)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print("\n".join(listing.table_lines(rows)))
 
 
 @app.command()
@@ -263,43 +330,68 @@ def tensorboard(
 def stop(run: Run, cluster: ClusterFile = None) -> None:
     """Ask a run to save and end. It is not requeued; jobs that wait or do not train are cancelled."""
     from launch import slurm
-    from launch.submit import submissions
+    from launch.submit import has_ended, jobs_of, submissions
 
     directory = _find(run, cluster)
-    kinds = {each.job: each.kind for each in submissions(directory)}
+    jobs = dict(zip(jobs_of(directory), (each.kind for each in submissions(directory)), strict=True))
     deadline = time.monotonic() + 40
-    while queued := slurm.queue(list(kinds)):
-        if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in queued):
+    while (view := slurm.look(list(jobs))).lines:
+        if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in view.lines):
             break
         time.sleep(1)  # between two starts: soon the job is pending again, or gone
-    if not queued:
+    hidden = [job for job in view.hidden if not has_ended(directory, job.id)]
+    if not view.lines and not hidden:
         raise UserError(f"{directory} has no job in the queue; nothing to stop")
-    states = {line.job.partition("_")[0]: line.state for line in queued}
-    for job in sorted(states, key=int, reverse=True):  # dependent jobs first, or SLURM would cancel them
-        if kinds[job] != "train":  # only training reads the stop file
-            slurm.run("scancel", job)
-            print(f"job {job} ({kinds[job]}) is cancelled; finished work is kept")
-        elif states[job] == "PENDING":
-            slurm.run("scancel", "--state=PENDING", job)
-            print(f"job {job} was pending and is cancelled; the last checkpoint is kept")
+    status = f"see: python -m launch status {shlex.quote(str(directory))}"
+    for job, kind in sorted(jobs.items(), key=lambda each: each[0].order, reverse=True):  # dependent jobs first
+        states = {line.state for line in view.of(job)}
+        if job in hidden:
+            owner = f"job {job.id} ({kind}) of {job.user} cannot be seen from here (PrivateData)"
+            if kind == "train":
+                _touch(directory / "stop")
+                print(f"{owner}; if it runs, it saves and ends now: {status}")
+            else:
+                print(f"{owner}; ask {job.user} to stop it")
+        elif not states:
+            continue
+        elif kind != "train":  # only training reads the stop file
+            slurm.cancel(job)
+            print(f"job {job.id} ({kind}) is cancelled; finished work is kept")
+        elif states == {"PENDING"}:
+            slurm.cancel(job, "--state=PENDING")
+            print(f"job {job.id} was pending and is cancelled; the last checkpoint is kept")
         else:
-            (directory / "stop").touch()
-            print(f"job {job} is asked to save and end; see: python -m launch status {shlex.quote(str(directory))}")
+            _touch(directory / "stop")
+            when = ", once it is resumed" if "SUSPENDED" in states else ""
+            print(f"job {job.id} is asked to save and end{when}; {status}")
+
+
+def _touch(file: Path) -> None:
+    try:
+        file.touch()
+    except OSError as error:
+        raise UserError(f"cannot ask the run to stop: {file}: {error.strerror}; ask its owner") from None
 
 
 @app.command()
 def cancel(run: Run, cluster: ClusterFile = None) -> None:
     """Cancel the jobs of a run. They save if the cluster's KillWait is long enough, and are not requeued."""
     from launch import slurm
-    from launch.submit import submissions
+    from launch.submit import has_ended, jobs_of
 
     directory = _find(run, cluster)
-    queued = slurm.queue([each.job for each in submissions(directory)])
-    if not queued:
+    jobs = jobs_of(directory)
+    view = slurm.look(jobs)
+    if hidden := [job for job in view.hidden if not has_ended(directory, job.id)]:
+        raise UserError(
+            f"{directory} has job {hidden[0].id} of {hidden[0].user}, which cannot be seen from here (PrivateData) and "
+            f"is not yours to cancel; python -m launch stop {shlex.quote(str(directory))} asks it to save and end"
+        )
+    if not view.lines:
         raise UserError(f"{directory} has no job in the queue; nothing to cancel")
-    for job in sorted({line.job.partition("_")[0] for line in queued}):
-        slurm.run("scancel", job)
-        print(f"job {job} is cancelled")
+    for job in sorted((job for job in jobs if view.of(job)), key=lambda job: job.order):
+        slurm.cancel(job)
+        print(f"job {job.id} is cancelled")
 
 
 if __name__ == "__main__":

@@ -57,13 +57,13 @@ def trial_script(home: Path, folder: Path, config: Path, cluster: ClusterOptions
     each = '--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
     train = ["train", str(config), "--run-dir", str(home / "trial"), "--max-steps", str(STEPS)]
     body = (
-        f"gan_dist_preflight {shlex.quote(words[0])}",
+        f"gan_dist_preflight {shlex.join(words)}",
         f'echo "$SLURM_JOB_NODELIST" >{shlex.quote(str(folder / "nodes"))}',
         f"srun {each} --kill-on-bad-exit=0 --mpi=none --output={shlex.quote(logs)} {examine}",
         f"gan_dist_srun {shlex.join([*words, '-u', '-m', 'launch.job.rank', *train])}",
         "gan_dist_finish $?",
     )
-    quick = cluster.model_copy(update={"job": cluster.job.model_copy(update={"max_crashes": 0, "max_requeues": 0})})
+    quick = cluster.model_copy(update={"job": cluster.job.model_copy(update={"max_requeues": 0})})
     return batch_script(Batch("gan-dist-doctor", home, folder, folder / "code", body), quick)
 
 
@@ -76,19 +76,19 @@ def run_trial(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[s
         GanDistError: the trial failed, a node reported nothing, or the job took longer than `limit_s` seconds.
     """
     slurm.require("sbatch", "srun", "scontrol")
-    ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
+    ranks = cluster.slurm.ranks
     with new_submission(home) as folder:
-        gpus = bool(cluster.slurm.gpus_per_node or cluster.slurm.gres)
+        gpus = bool(cluster.slurm.gpus)
         text = trial_script(home, folder, write_trial(folder, ranks, gpus), cluster)
         write_atomically(folder / "submission.sh", text.encode())
         job = slurm.submit(text)
     try:
-        yield f"job {job} asks for {cluster.slurm.nodes} node(s), {ranks} rank(s); waiting for it"
+        yield f"job {job.id} asks for {cluster.slurm.nodes} node(s), {ranks} rank(s); waiting for it"
         yield from _wait_for_end(job, limit_s)
     except (KeyboardInterrupt, GeneratorExit):
         _abandon(job, home)
         raise
-    history = folder / "attempts" / job / "history"
+    history = folder / "attempts" / job.id / "history"
     last = history.read_text().splitlines()[-1].split("\t") if history.exists() else []
     lines, silent = _node_lines(home, folder)
     yield from lines
@@ -103,14 +103,14 @@ def run_trial(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[s
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _wait_for_end(job: str, limit_s: float) -> Iterator[str]:
+def _wait_for_end(job: slurm.Job, limit_s: float) -> Iterator[str]:
     """Yields the job's states until it ends. Cancels it and raises GanDistError after `limit_s` seconds."""
     deadline, shown = time.monotonic() + limit_s, ""
     while queued := slurm.queue([job]):
         if time.monotonic() > deadline:
-            slurm.run("scancel", job)
+            slurm.run("scancel", job.id)
             raise GanDistError(
-                f"job {job} was not done within {limit_s / 60:g} min and is cancelled; it was {queued[0]}"
+                f"job {job.id} was not done within {limit_s / 60:g} min and is cancelled; it was {queued[0]}"
             )
         if str(queued[0].state) != shown:
             shown = queued[0].state
@@ -118,10 +118,10 @@ def _wait_for_end(job: str, limit_s: float) -> Iterator[str]:
         time.sleep(1)
 
 
-def _abandon(job: str, home: Path) -> None:
+def _abandon(job: slurm.Job, home: Path) -> None:
     """Cancels the job, waits for its end and removes its directory."""
-    print(f"job {job} is cancelled", file=sys.stderr, flush=True)
-    slurm.run("scancel", job)
+    print(f"job {job.id} is cancelled", file=sys.stderr, flush=True)
+    slurm.run("scancel", job.id)
     deadline = time.monotonic() + CANCEL_S
     while slurm.queue([job]) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -150,14 +150,14 @@ def _node_lines(home: Path, folder: Path) -> tuple[list[str], int]:
 
 
 def _summary(report: dict[str, Any]) -> tuple[str, str]:
-    """Returns (ok or problem, the node's doctor's report: one line, and one more for each problem)."""
-    findings = report["findings"]
-    bad = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in findings if f["state"] == "problem"]
-    warnings = sum(f["state"] == "warning" for f in findings)
-    bad += [f"{warnings} warning(s); run gan-dist doctor there to see them"] * (warnings > 0)
+    """Returns (ok, warning or problem, the node's doctor's report: one line, and one more for each finding)."""
+    told = [finding for finding in report["findings"] if finding["state"] in ("problem", "warning")]
+    told.sort(key=lambda finding: finding["state"])
+    lines = [f"{f['topic']}: {f['found']}; {f['advice']}".rstrip("; ") for f in told]
+    lines = [f"warning: {line}" if f["state"] == "warning" else line for line, f in zip(lines, told, strict=True)]
     interfaces = [f"{name} {address}" for name, address in report["interfaces"].items() if name != "lo"]
-    lines = [", ".join([report["torch"], report["device"], *interfaces]), *bad]
-    return "problem" if bad else "ok", "\n".join(lines)
+    state = told[0]["state"] if told else "ok"
+    return state, "\n".join([", ".join([report["torch"], report["device"], *interfaces]), *lines])
 
 
 def main() -> None:

@@ -11,11 +11,23 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from gan_dist.config.base import NonNegative, Positive, Section, read_yaml, validate, with_overrides
+from gan_dist.config.base import (
+    NonNegative,
+    Positive,
+    Section,
+    parse_overrides,
+    read_yaml,
+    validate,
+    with_overrides,
+)
+from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand, expand_variables, present
 
 FIXED = ("array", "dependency", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "chdir")
 """Options of sbatch that saving and requeueing depend on; `slurm.extra` may not set them."""
+COUNTS = ("gpus", "gpus-per-task", "ntasks", "ntasks-per-node", "ntasks-per-gpu")
+"""Options of sbatch that decide how many ranks there are, or ask for GPUs in a way that does not say it."""
+TYPED_GPUS = r"[\w.-]+:\d+(,[\w.-]+:\d+)*"
 Seconds = Annotated[int, Field(ge=10)]
 
 
@@ -34,16 +46,16 @@ class SlurmOptions(Section):
     """Quality of service."""
     constraint: str | None = None
     """Features that the nodes must have."""
-    nodes: Positive = 1
-    """Number of nodes."""
-    gpus_per_node: NonNegative = 0
-    """GPUs on each node; 0 trains on CPUs."""
+    nodes: int | str = 1
+    """Number of nodes, or a range (2-4): the run takes as many as it gets."""
+    gpus_per_node: int | str | None = 0
+    """GPUs on each node, or type and number (a100:4); 0 trains on CPUs, null leaves it to the cluster."""
     gres: str | None = None
     """Generic resources on each node, for clusters that count GPUs this way (gpu:a100:4)."""
     tasks_per_node: Positive | None = None
     """Ranks on each node; null means one for each GPU, or one without GPUs."""
-    cpus_per_task: Positive = 4
-    """Processors of each rank."""
+    cpus_per_task: Positive | None = 4
+    """Processors of each rank; null leaves it to the cluster."""
     mem: str | None = None
     """Memory on each node, as SLURM writes it (64G; 0 means all of it)."""
     time: str | int = 60
@@ -51,13 +63,38 @@ class SlurmOptions(Section):
     signal_lead_s: Seconds = 120
     """Seconds before the time limit at which the run is asked to save and end, to be requeued."""
     extra: dict[str, str | int | bool] = Field(default={})
-    """Other options of sbatch by their long names (exclude: node7, exclusive: true)."""
+    """Other options of sbatch by their long names (exclude: node7, exclusive: true).
+
+    One of them on the command line: slurm.extra.exclude=node7."""
+    srun: dict[str, str | int | bool] = Field(default={})
+    """Options of srun for the ranks, by their long names (cpu-bind: cores, container-image: image.sqsh)."""
 
     @field_validator("time", mode="before")
     @classmethod
     def _time_is_a_time(cls, value: object) -> object:
         if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", str(value)):
             raise ValueError(f"slurm.time: expected minutes or [days-]hours:minutes:seconds, found {value!r}")
+        return value
+
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _nodes_are_a_number_or_a_range(cls, value: object) -> object:
+        if type(value) is int and value < 1:
+            raise ValueError(f"slurm.nodes: expected greater than or equal to 1, found {value}")
+        found = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", str(value))
+        if type(value) is not int and (found is None or int(found[1]) > int(found[2])):
+            raise ValueError(f"slurm.nodes: expected integer, or a range such as 2-4, found {value!r}")
+        return value
+
+    @field_validator("gpus_per_node", mode="before")
+    @classmethod
+    def _gpus_have_a_number(cls, value: object) -> object:
+        if type(value) is int and value < 0:
+            raise ValueError(f"slurm.gpus_per_node: expected greater than or equal to 0, found {value}")
+        if type(value) is not int and value is not None and not re.fullmatch(TYPED_GPUS, str(value)):
+            raise ValueError(
+                f"slurm.gpus_per_node: expected integer, or a type with its number (a100:4), found {value!r}"
+            )
         return value
 
     @model_validator(mode="after")
@@ -72,6 +109,8 @@ class SlurmOptions(Section):
         for key in self.extra:
             if key.lstrip("-") in FIXED:
                 raise ValueError(f"slurm.extra: {key} is reserved for saving and requeueing; leave it out")
+            if key.lstrip("-") in COUNTS and not (self.tasks_per_node or self.gpus):
+                raise ValueError(f"slurm.extra: {key} leaves open how many ranks there are; set slurm.tasks_per_node")
         return self
 
     @property
@@ -88,10 +127,37 @@ class SlurmOptions(Section):
         return int(days or 0) * 86400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
 
     @property
+    def gpus(self) -> int:
+        """GPUs on each node, whatever key asks for them; 0 where none does."""
+        extra = {key.lstrip("-"): value for key, value in self.extra.items()}
+        typed = [self.gpus_per_node, extra.get("gpus-per-node")]
+        listed = [f"gpu:{entry}" for value in typed for entry in str(value or "").split(",") if entry]
+        return sum(map(gpus_in, [*listed, self.gres or "", str(extra.get("gres", ""))]))
+
+    @property
     def ranks_per_node(self) -> int:
         """Ranks on each node, resolved."""
-        in_gres = re.search(r"gpu(?::\w+)?:(\d+)", self.gres or "")
-        return self.tasks_per_node or self.gpus_per_node or (int(in_gres[1]) if in_gres else 1)
+        return self.tasks_per_node or self.gpus or 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the whole job; the most of them where the number of nodes is a range."""
+        return int(str(self.nodes).rpartition("-")[2]) * self.ranks_per_node
+
+    @property
+    def planned(self) -> int | None:
+        """Ranks that SLURM has to start, or None where the number of nodes is a range."""
+        return self.ranks if isinstance(self.nodes, int) else None
+
+
+def gpus_in(gres: str) -> int:
+    """Returns the number of GPUs in a list of generic resources: gpu:4, gpu:a100-sxm4-80gb:2,gpu:v100=2, gpu:1g.5gb."""
+    count = 0
+    for entry in gres.split(","):
+        name, *rest = re.split("[:=]", re.sub(r"^gres[:/]|\(.*", "", entry.strip()))
+        if name == "gpu":  # name[[:type]:number]
+            count += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return count
 
 
 class JobOptions(Section):
@@ -113,10 +179,23 @@ class JobOptions(Section):
     with blanks stays as it is, and so does a path within a word (-B ./data:/data)."""
     runs: str | None = None
     """The directory of all runs, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
+    notify: str | None = None
+    """Shell command that the batch script runs once a job has ended for good: done, failed, stopped or cancelled.
+
+    It finds GAN_DIST_RUN, GAN_DIST_OUTCOME and GAN_DIST_REASON in its environment, and has a minute. SLURM's own mail,
+    slurm.extra.mail-user and mail-type, knows of every requeue too."""
     max_requeues: NonNegative = 100
-    """How often a submission may be requeued after it has saved and stopped."""
-    max_crashes: NonNegative = 3
-    """How often a submission may be restarted after a crash or a lost host."""
+    """How often a submission may be requeued in all."""
+    max_starts_without_progress: Positive = 3
+    """After so many starts in a row without a newer checkpoint (a preparation: a further shard), whatever ended them,
+    a submission is not requeued any more. A newer checkpoint begins the count anew."""
+    max_crashes: NonNegative | None = None
+    """An older name of the same bound, counted in restarts: 3 allows 4 starts in a row without a newer checkpoint."""
+
+    @property
+    def max_starts(self) -> int:
+        """Starts in a row that may end without a newer checkpoint, by whichever name the bound was given."""
+        return self.max_starts_without_progress if self.max_crashes is None else self.max_crashes + 1
 
     @field_validator("env")
     @classmethod
@@ -135,11 +214,59 @@ class JobOptions(Section):
         return value
 
 
+class StageOptions(Section):
+    """What a stage other than training requests: one process on one node, without GPUs."""
+
+    slurm: dict[str, Any] = Field(default={})
+    """Keys of `slurm` for this stage. Others are training's, but for GPUs, memory and exclusive nodes."""
+
+
 class ClusterOptions(Section):
     """The contents of a cluster file."""
 
     slurm: SlurmOptions = SlurmOptions()
     job: JobOptions = JobOptions()
+    prepare: StageOptions = StageOptions()
+    report: StageOptions = StageOptions()
+
+    def stage(self, kind: str) -> SlurmOptions:
+        """Returns what a job of this kind (train, prepare, report) requests. Raises UserError naming a wrong key."""
+        if kind not in STAGES:
+            return self.slurm
+        given = getattr(self, kind).slurm
+        values = {**self.slurm.model_dump(), **ONE_PROCESS, **given}
+        if isinstance(given.get("extra", {}), dict):
+            small = {key: value for key, value in self.slurm.extra.items() if not re.search(LARGE, key)}
+            values["extra"] = {**small, **given.get("extra", {})}
+        try:
+            return validate(ClusterOptions, {"slurm": values}, f"{kind}.slurm").slurm
+        except UserError as error:
+            line = str(error).removeprefix(f"{kind}.slurm: ")
+            raise UserError(re.sub(r"\bslurm\.", f"{kind}.slurm.", line)) from None
+
+
+STAGES = ("prepare", "report")
+ONE_PROCESS = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None, "mem": None}
+"""What a job of one process does not inherit from training."""
+LARGE = "gpu|gres|tres|mem|exclusive|ntasks|nodelist|switches"
+"""Matches the options of sbatch that ask for more than one processor on any node."""
+
+
+SINGLE = re.compile(r"(slurm\.(?:extra|srun)|(?:prepare|report)\.slurm(?:\.extra|\.srun)?)\.([\w-]+)=(.*)", re.DOTALL)
+"""Matches a word that sets one option of a group: slurm.extra.exclude=node7, prepare.slurm.time=30."""
+
+
+def _with_single_options(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Returns `values` with the words applied that SINGLE matches."""
+    for found in filter(None, map(SINGLE.fullmatch, words)):
+        path, last, text, at = found[1].split("."), found[2], found[3], values
+        for name in path:
+            if not isinstance(at.get(name) or {}, dict):
+                raise UserError(f"{found[1]}: expected keys with values, found {at[name]!r}")
+            at[name] = {**(at.get(name) or {})}
+            at = at[name]
+        at[last] = parse_overrides([f"{'.'.join(path)}={text}"])[".".join(path)]
+    return values
 
 
 def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -158,8 +285,11 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
     Raises UserError with one line naming the key, its nearest valid name, or expected and found.
     """
     values: dict[str, Any] = read_yaml(expand(path), "configs/clusters/slurm.yaml") if path else {}
-    values = with_overrides(ClusterOptions, values, overrides)
-    options = validate(ClusterOptions, values, str(path) if path else "cluster options", overrides)
+    others = [word for word in overrides if not SINGLE.fullmatch(word)]
+    values = _with_single_options(with_overrides(ClusterOptions, values, others), overrides)
+    options = validate(ClusterOptions, values, str(path) if path else "cluster options", others)
+    for kind in STAGES:
+        options.stage(kind)
     return options.model_copy(update={"job": _located(options.job)})
 
 

@@ -1,29 +1,35 @@
-"""Calls of SLURM's own commands, and what their answers mean. None of them needs accounting."""
+"""Calls of SLURM's own commands, and what their answers mean. None of them needs accounting.
+
+A job is known by more than its id, which other clusters on the same file system and later jobs have as well: by the
+cluster's name, its own name, its working directory and the time at which SLURM took it.
+"""
 
 from __future__ import annotations
 
 import os
+import pwd
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache
 
 from gan_dist.utils.errors import GanDistError, UserError
+from launch.job.environment import of_other_jobs
 
 SBATCH_S = 120
+UNHEARD_S = (0.5, 1, 2, 4, 8)
+"""Seconds between looks into the queue for a job of which sbatch has not heard."""
+SEPARATOR = "|"
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-RANK_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("GAN_DIST_ATTEMPT", "GAN_DIST_LAUNCH_ID"),
-)
-JOB_PREFIXES = ("SLURM_", "SUBMITIT_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
-"""Prefixes of the variables that a job exports; a job that is submitted from within it must not inherit them."""
-NOT_OF_A_JOB = ("SLURM_CONF", "SLURM_CLUSTERS")
 RESERVED = {"ARRAY_INX", "ERROR", "EXPORT", "GET_USER_ENV", "WAIT"}
 """SBATCH_ variables that are never passed on: saving, requeueing and status would break."""
 VARIABLE_NAMES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "switches": "REQ_SWITCH"}
@@ -37,6 +43,56 @@ ALTERNATIVES = (
 """Options that exclude each other, or mean the same."""
 
 
+FILTERS = re.compile("(SQUEUE|SACCT|SCONTROL|SCANCEL|SINFO)_.*|SLURM_(TIME_FORMAT|BITSTR_LEN|CLUSTERS)")
+"""Variables by which a person changes what SLURM's commands show, and how; our calls do without them."""
+CELLS = ("%i", "%T", "%L", "%N", "%R", "%S", "%V", "%j", "%Z")
+LATE = "timed out|unable to contact|zero bytes|connection (refused|reset)|communication|no route|transport endpoint"
+"""Matches what sbatch prints when it does not know whether the controller has taken the job."""
+CLOCKS_S = 600
+"""Seconds by which the clocks of the controller and of this machine may differ."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or an element of an array (17_3), as it was submitted.
+
+    What is None was not recorded, by an earlier version or for want of an answer.
+    """
+
+    id: str
+    """Its number; ARRAY_ELEMENT for an element that is a run of its own."""
+    cluster: str | None = None
+    name: str | None = None
+    directory: str | None = None
+    """Its working directory."""
+    submitted: str | None = None
+    """When SLURM took it, by its own clock; a requeued job has the time at which it was requeued."""
+    user: str | None = None
+    time: float | None = None
+    """When it was recorded, by the clock of the machine that submitted."""
+    began: bool = False
+    """Whether it has ever run, so that it may have been requeued."""
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Sorts jobs by age."""
+        return tuple(map(int, self.id.split("_")))
+
+    def is_at(self, name: str, directory: str, submitted: str) -> bool:
+        """Returns whether the job of this id that SLURM tells of is this one, and not another's."""
+        if (self.name or name) != name or (self.directory or directory) != directory:
+            return False
+        try:
+            told = datetime.fromisoformat(submitted)
+        except ValueError:
+            return True
+        if self.submitted:
+            mine = datetime.fromisoformat(self.submitted)
+            return told == mine or (self.began and told > mine)
+        late = told.timestamp() - self.time if self.time else 0.0
+        return abs(late) <= CLOCKS_S or (self.began and late > 0)
+
+
 @dataclass(frozen=True)
 class Queued:
     """One line of squeue."""
@@ -47,6 +103,15 @@ class Queued:
     nodes: str
     reason: str
     starts: str
+    submitted: str = ""
+    name: str = ""
+    directory: str = ""
+
+    def is_of(self, job: Job) -> bool:
+        """Returns whether this line is about `job`, or about an element of its array."""
+        if job.id not in (self.job, self.job.partition("_")[0]):
+            return False
+        return not self.name or job.is_at(self.name, self.directory, self.submitted)
 
     def __str__(self) -> str:
         where = f" on {self.nodes}" if self.nodes else ""
@@ -55,6 +120,30 @@ class Queued:
         left = f", {self.time_left} left" if self.state == "RUNNING" else ""
         starts = f", starts {self.starts}" if self.state == "PENDING" and self.starts not in ("", "N/A") else ""
         return f"{self.state}{where}{reason}{left}{starts}"
+
+
+@dataclass(frozen=True)
+class View:
+    """What SLURM shows of some jobs."""
+
+    lines: tuple[Queued, ...] = ()
+    elsewhere: frozenset[Job] = frozenset()
+    """Jobs of other clusters, which this machine does not ask."""
+    hidden: frozenset[Job] = frozenset()
+    """Jobs of others, of which SLURM says nothing because it shows jobs to their owners only (PrivateData)."""
+
+    def of(self, job: Job) -> list[Queued]:
+        """Returns the lines of one job: one for each element of an array."""
+        return [line for line in self.lines if line.is_of(job)]
+
+
+def user_name(uid: int | None = None) -> str:
+    """Returns the name of a user, by default of this process's, whatever the environment says."""
+    uid = os.geteuid() if uid is None else uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def require(*programs: str) -> None:
@@ -70,8 +159,10 @@ def require(*programs: str) -> None:
 def run(*words: str, limit_s: float = 60) -> str:
     """Returns what a command printed. Raises GanDistError with its error message when it fails."""
     require(words[0])
+    env = {key: value for key, value in os.environ.items() if not FILTERS.fullmatch(key)}
+    env["SLURM_TIME_FORMAT"] = "standard"
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, check=False, env=env)
     except subprocess.TimeoutExpired:
         raise GanDistError(f"{words[0]} did not answer within {limit_s:g} s; is the SLURM controller up?") from None
     if done.returncode:
@@ -79,27 +170,45 @@ def run(*words: str, limit_s: float = 60) -> str:
     return done.stdout
 
 
-def submit(script: str, record: Callable[[str], object] = str) -> str:
-    """Returns the id of the job that sbatch made of `script`, after `record(id)` has written it down.
+class Unheard(GanDistError):
+    """sbatch does not know whether the controller has taken the job."""
 
-    When `record` fails, or Ctrl-C was pressed meanwhile, the job is cancelled: nobody would know of it. Raises
-    UserError with sbatch's own message when it refuses, and GanDistError when it does not answer.
+
+def submit(script: str, record: Callable[[Job], object] = str, known: Collection[str] = ()) -> Job:
+    """Returns the job that sbatch made of `script`, after `record(job)` has written it down.
+
+    When `record` fails, or Ctrl-C was pressed meanwhile, the job is cancelled: nobody would know of it. `known` are ids
+    of earlier jobs, for an sbatch that does not learn the id of its own. Raises UserError with sbatch's own message
+    when it refuses, and GanDistError when it does not answer and the queue has no such job.
     """
     require("sbatch")
-    job = ""
+    options = dict(re.findall(r"(?m)^#SBATCH --(job-name|chdir)=(.*)", script))
+    words = {key: (shlex.split(value) or [""])[0] for key, value in options.items()}
+    job = Job("", cluster_name(), words.get("job-name"), words.get("chdir"), None, user_name(), time.time())
     try:
         with _delayed_interrupts():
-            job = _sbatch(script)
-            record(job)
+            try:
+                number, _, cluster = _sbatch(script).partition(";")
+                job = replace(job, id=number, cluster=cluster or job.cluster)
+            except Unheard as error:
+                job = _queued_unheard(job, known, error)
+            record(job)  # at once; then with the time that SLURM has for it
+            shown: list[Queued] = []
+            with suppress(GanDistError):  # then it is known by what is recorded already
+                shown = [] if job.submitted else queue([job])
+            if shown and shown[0].submitted:
+                job = replace(job, submitted=shown[0].submitted)
+                record(job)
     except BaseException:
-        if job:
+        if job.id:
             with suppress(GanDistError):
-                run("scancel", job)
+                cancel(job)
         raise
     return job
 
 
 def _sbatch(script: str) -> str:
+    """Returns what sbatch prints: the id of the job, or `id;cluster`."""
     try:
         done = subprocess.run(
             ["sbatch", "--parsable"],
@@ -112,14 +221,44 @@ def _sbatch(script: str) -> str:
             start_new_session=True,  # Ctrl-C at the terminal must not reach sbatch
         )
     except subprocess.TimeoutExpired:
-        raise GanDistError(
+        raise Unheard(
             f"sbatch did not answer within {SBATCH_S} s; is the SLURM controller up? If `squeue --me` shows the job "
             "later, cancel it: its files are gone"
         ) from None
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"sbatch refused the job: {'; '.join(lines)}")
-    return done.stdout.strip().split(";")[0]
+    printed = done.stdout.strip()
+    if done.returncode == 0 and printed.partition(";")[0].isdigit():
+        return printed
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    message = "; ".join(lines) or f"status {done.returncode}, without an id or a message"
+    if done.returncode <= 0 or re.search(LATE, message, re.IGNORECASE):
+        raise Unheard(f"sbatch does not know whether the job is queued: {message}; the queue does not have it")
+    raise UserError(f"sbatch refused the job: {message}")
+
+
+def _queued_unheard(job: Job, known: Collection[str], error: Unheard) -> Job:
+    """Returns the job that the controller has taken although sbatch did not hear of it: by name, directory and time.
+
+    Raises `error` when the queue has none that is not `known`.
+    """
+    for wait_s in UNHEARD_S:
+        time.sleep(wait_s)
+        with suppress(GanDistError):
+            answer = run("squeue", "-h", "-a", "-u", job.user or "", "-o", SEPARATOR.join(("%F", "%V", "%j", "%Z")))
+            rows = [line.split(SEPARATOR, 2) for line in answer.splitlines() if line.count(SEPARATOR) >= 3]
+            mine = {
+                number: submitted
+                for number, submitted, named in rows
+                if number not in known
+                and named == f"{job.name}{SEPARATOR}{job.directory}"
+                and job.is_at(job.name or "", job.directory or "", submitted)
+            }
+            if mine:
+                number = max(mine, key=int)
+                print(
+                    f"note: {str(error).partition(';')[0]}; the queue has it as {number}", file=sys.stderr, flush=True
+                )
+                return replace(job, id=number, submitted=mine[number])
+    raise error
 
 
 @contextmanager
@@ -155,40 +294,121 @@ def submission_environment(env: Mapping[str, str], script: str) -> dict[str, str
     }
     hidden = named.union(RESERVED, *(group for group in ALTERNATIVES if named & group))
     return {
-        key: value
-        for key, value in env.items()
-        if key not in RANK_VARIABLES
-        and (key in NOT_OF_A_JOB or not key.startswith(JOB_PREFIXES))
-        and key.removeprefix("SBATCH_") not in hidden
+        key: value for key, value in env.items() if not of_other_jobs(key) and key.removeprefix("SBATCH_") not in hidden
     }
 
 
-def queue(jobs: Sequence[str]) -> list[Queued]:
-    """Returns the lines of squeue for these jobs, without those that have ended; none where there is no squeue.
+def look(jobs: Sequence[Job]) -> View:
+    """Returns what SLURM shows of these jobs, by one call of squeue; nothing of those that have ended.
 
     Raises GanDistError when squeue fails: that does not mean that the jobs have ended.
     """
     if not jobs or shutil.which("squeue") is None:
-        return []
+        return View()
+    asked, elsewhere, lines = [], set[Job](), list[Queued]()
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(_far(job), []).append(job)
+    for cluster, theirs in groups.items():
+        if cluster and "slurmdbd" not in config("AccountingStorageType"):  # which is what clusters know one another by
+            elsewhere.update(theirs)
+            continue
+        ids = ",".join(dict.fromkeys(job.id for job in theirs))
+        words = (
+            "squeue",
+            *(("-M", cluster) if cluster else ()),
+            "-h",
+            "-r",
+            "-a",
+            "-o",
+            SEPARATOR.join(CELLS),
+            "-j",
+            ids,
+        )
+        try:
+            answer = run(*words)
+        except GanDistError as error:
+            if cluster:
+                elsewhere.update(theirs)
+                continue
+            if "Invalid job id" not in str(error):  # the controller has forgotten all of them, or shows none of them
+                raise
+            answer = ""
+        asked += theirs
+        lines += [_read_line(text, theirs) for text in answer.splitlines() if text.count(SEPARATOR) >= 5]
+    mine = tuple(line for line in lines if any(line.is_of(job) for job in asked))
+    unseen = (job for job in asked if job.user not in (None, user_name()) and not any(line.is_of(job) for line in mine))
+    hidden = frozenset(unseen)
+    if not hidden or os.geteuid() == 0 or "jobs" not in config("PrivateData"):
+        hidden = frozenset()
+    return View(mine, frozenset(elsewhere), hidden)
+
+
+def _far(job: Job) -> str:
+    """Returns the cluster to name (-M) when asking about a job; nothing for this machine's own."""
+    here = cluster_name()
+    return job.cluster if job.cluster and here and job.cluster != here else ""
+
+
+def cancel(job: Job, *options: str) -> None:
+    """Cancels a job, on whichever cluster it is. Raises GanDistError with scancel's message when it refuses."""
+    far = _far(job)
+    run("scancel", *(("-M", far) if far else ()), *options, job.id)
+
+
+def _read_line(text: str, asked: Sequence[Job]) -> Queued:
+    cells = [cell.strip() for cell in text.split(SEPARATOR, 7)]
+    rest = cells[7] if len(cells) > 7 else ""  # name and directory, both of which may hold the separator
+    known = [(f"{job.name}", f"{job.directory}") for job in asked if job.id in (cells[0], cells[0].partition("_")[0])]
+    named = next((names for names in known if SEPARATOR.join(names) == rest), tuple(rest.split(SEPARATOR, 1)))
+    return Queued(*cells[:7], *named)
+
+
+def queue(jobs: Sequence[Job]) -> list[Queued]:
+    """Returns the lines of squeue for these jobs, without those that have ended; none where there is no squeue.
+
+    Raises GanDistError when squeue fails: that does not mean that the jobs have ended.
+    """
+    return list(look(jobs).lines)
+
+
+@cache
+def _config() -> str:
     try:
-        answer = run("squeue", "-h", "-r", "-o", "%i|%T|%L|%N|%R|%S", "-j", ",".join(jobs))
-    except GanDistError as error:
-        if "Invalid job id" in str(error):  # the controller has forgotten all of them
-            return []
-        raise
-    rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 5]
-    return [Queued(*(cell.strip() for cell in row)) for row in rows]
+        return run("scontrol", "show", "config")
+    except GanDistError:
+        return ""
 
 
-def final_state(job: str) -> str:
+def config(key: str) -> str:
+    """Returns a setting of this machine's cluster, in lower case; nothing where the controller does not say."""
+    found = re.search(rf"(?m)^{key} *= *(.*)$", _config())
+    return found[1].strip().lower() if found else ""
+
+
+def cluster_name() -> str | None:
+    """Returns the name of the cluster that SLURM's commands talk to here, or None where nobody says it."""
+    return config("ClusterName") or None
+
+
+def final_state(job: Job) -> str:
     """Returns the state in which a job ended (COMPLETED, TIMEOUT, ...), or "" when SLURM no longer knows it.
 
     The controller remembers a job for some minutes; sacct, where it has a database, for longer.
     """
-    for words in (("scontrol", "show", "job", "-o", job), ("sacct", "-nPX", "-o", "State", "-j", job)):
-        with suppress(GanDistError):  # not installed, or the job is unknown
-            answer = run(*words)
-            states = re.findall(r"\bJobState=(\S+)", answer) if words[0] == "scontrol" else answer.split("\n")
-            if states and states[0].strip():
-                return states[0].strip()
+    if job.cluster and (here := cluster_name()) and job.cluster != here:
+        return ""
+    with suppress(GanDistError):  # not installed, or the job is unknown
+        answer = run("scontrol", "show", "job", "-o", job.id)
+        fields = [re.search(rf"\b{name}=(.*?)(?: \w+=|$)", answer) for name in ("JobName", "WorkDir", "SubmitTime")]
+        state = re.search(r"\bJobState=(\S+)", answer)
+        name, directory, submitted = (found[1] if found else "" for found in fields)
+        if state and (not name or job.is_at(name, directory, submitted)):
+            return state[1]
+    with suppress(GanDistError):
+        answer = run("sacct", "-nPX", "-o", "State,Submit,JobName,WorkDir", "-j", job.id)
+        for line in answer.splitlines():
+            state_of, submitted, name, directory = (*line.split("|", 3), "", "", "")[:4]
+            if state_of.strip() and (not name or job.is_at(name, directory, submitted)):
+                return state_of.strip()
     return ""

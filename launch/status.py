@@ -11,9 +11,8 @@ from pathlib import Path
 from gan_dist.runs.naming import run_path, runs_home
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
-from launch.submit import Submission, submissions
+from launch.submit import FINAL, Submission, jobs_of, submissions
 
-FINAL = ("done", "failed", "stopped", "cancelled")
 LAUNCH_FAILED = ("FAILED", "NODE_FAIL", "BOOT_FAIL")
 """SLURM's states of a job whose batch script could not start; other jobs with these states have left files."""
 
@@ -58,24 +57,39 @@ def attempts_of(run: Path, submission: Submission) -> list[Attempt]:
     return attempts
 
 
-def status_lines(run: Path) -> list[str]:
-    """Returns the status of a run as lines: its progress, its jobs, their restarts, and why the last start ended."""
-    made = submissions(run)
-    unknown = None
+@dataclass(frozen=True)
+class Queue:
+    """What SLURM shows of the jobs of some runs, or why it shows nothing."""
+
+    view: slurm.View
+    unknown: str | None = None
+
+
+def look(runs: Sequence[Path]) -> Queue:
+    """Returns what SLURM shows of all jobs of these runs, by one call of squeue."""
     try:
-        queued = slurm.queue([each.job for each in made])
+        return Queue(slurm.look([job for run in runs for job in jobs_of(run)]))
     except GanDistError as error:
-        queued, unknown = [], f"not known: {error}"
-    live = unknown is not None or any(line.state == "RUNNING" for line in queued)
-    lines = [f"{run.name} at {run}", f"  {_progress(run, live)}"]
-    for each in made:
-        lines += [f"  {line}" for line in _submission_lines(run, each, queued, made, unknown)]
+        return Queue(slurm.View(), f"not known: {error}")
+
+
+def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
+    """Returns the status of a run as lines: its progress, its jobs, their restarts, and why the last start ended."""
+    queue = queue or look([run])
+    made, jobs = submissions(run), jobs_of(run)
+    states = {line.state for job in jobs for line in queue.view.of(job)}
+    if queue.unknown or (not states and queue.view.hidden.intersection(jobs)):
+        states = {"RUNNING"}  # for all that is known
+    lines = [f"{run.name} at {run}", f"  {_progress(run, states)}"]
+    for each, job in zip(made, jobs, strict=True):
+        lines += [f"  {line}" for line in _submission_lines(run, each, job, made, queue)]
     if not made:
         lines.append("  no job of this run was submitted from here")
     return lines
 
 
-def _progress(run: Path, running: bool) -> str:
+def _progress(run: Path, states: set[str]) -> str:
+    """Returns how far a run is; `states` are those of its jobs in the queue."""
     from gan_dist.runs.record import read_run
     from gan_dist.telemetry.console import status_line
 
@@ -84,34 +98,42 @@ def _progress(run: Path, running: bool) -> str:
         age = time.time() - read_run(run).touched
     except GanDistError:
         return "not begun"
-    if not running and line.startswith("running "):
-        line = re.sub(r" left=\S+", "", line.replace("running", "interrupted", 1))
+    if "RUNNING" in states and line.startswith(
+        "stopped "
+    ):  # what the last start left; this one has not said a word yet
+        line = line.replace("stopped", "starting", 1)
+    if "RUNNING" not in states and line.startswith("running "):
+        now = "suspended" if "SUSPENDED" in states else "interrupted"
+        line = re.sub(r" left=\S+", "", line.replace("running", now, 1))
     return f"{line}, updated {max(age, 0):,.0f} s ago"
 
 
 def _submission_lines(
-    run: Path, each: Submission, queued: Sequence[slurm.Queued], made: Sequence[Submission], unknown: str | None
+    run: Path, each: Submission, job: slurm.Job, made: Sequence[Submission], queue: Queue
 ) -> Iterator[str]:
-    mine = [line for line in queued if line.job.partition("_")[0] == each.job]
-    attempts = attempts_of(run, each)
-    title = f"job {each.job} ({each.kind}, {each.ranks} rank(s))"
-    if len(mine) == 1:
-        yield f"{title}: {mine[0]}"
-    elif mine:
-        states = [line.state for line in mine]
+    attempts, lines = attempts_of(run, each), queue.view.of(job)
+    title = f"job {each.job} ({each.kind}, {each.ranks} {'element' if each.kind == 'prepare' else 'rank'}(s))"
+    if len(lines) == 1:
+        yield f"{title}: {lines[0]}"
+    elif lines:
+        states = [line.state for line in lines]
         yield f"{title}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     elif attempts and attempts[-1].outcome in FINAL:
         worst = next((attempt for attempt in attempts if attempt.outcome == "failed"), attempts[-1])
         yield f"{title}: {worst.outcome}: {worst.reason}"
+    elif job in queue.view.hidden:
+        yield f"{title}: cannot be seen: SLURM shows jobs to their owners only (PrivateData); ask {job.user}"
+    elif job in queue.view.elsewhere:
+        yield f"{title}: not known here: a job of cluster {job.cluster}, and this is {slurm.cluster_name()}"
     else:
-        yield f"{title}: {unknown or _last_known(run, each, made)}"
+        yield f"{title}: {queue.unknown or _last_known(run, each, job, made)}"
     restarted = [attempt for attempt in attempts if attempt.outcome in ("requeued", "crashed", "lost")]
     if restarted:
         last = restarted[-1]
         yield f"  {len(restarted)} restart(s); the last one: {last.outcome} at {last.checkpoint}: {last.reason}"
 
 
-def _last_known(run: Path, each: Submission, made: Sequence[Submission]) -> str:
+def _last_known(run: Path, each: Submission, job: slurm.Job, made: Sequence[Submission]) -> str:
     """Returns what is known of a job that is not queued and recorded no end."""
     before = (each.after or "").split(":")
     for other in made:
@@ -120,7 +142,7 @@ def _last_known(run: Path, each: Submission, made: Sequence[Submission]) -> str:
             failed = next((attempt for attempt in attempts if attempt.outcome in ("failed", "cancelled")), None)
             if failed:
                 return f"cancelled, because {other.kind} (job {other.job}) {failed.outcome}: {failed.reason}"
-    state = slurm.final_state(each.job)
+    state = slurm.final_state(job)
     if state.startswith("CANCELLED") and each.after:
         return f"CANCELLED, because what it waited for ({each.after}) did not end well"
     if state.startswith(LAUNCH_FAILED) and not _began(run, each):
@@ -135,7 +157,7 @@ def _began(run: Path, each: Submission) -> bool:
     """Returns whether a job's batch script has written anything that this machine can see."""
     logs = (run / "logs").glob("*-batch.log")
     return (run / "launch" / each.id / "attempts").is_dir() or any(
-        re.split("[-_]", log.name)[0] == each.job for log in logs
+        log.name.startswith((f"{each.job}-", f"{each.job}_")) for log in logs
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,10 +30,16 @@ from launch.batch_script import Batch, batch_script, interpreter, rank_lines
 from launch.job.rank import TrainJob
 from launch.options import ClusterOptions, SlurmOptions
 
+FINAL = ("done", "failed", "stopped", "cancelled")
+"""Outcomes in a job's history after which it is not requeued."""
+
 
 @dataclass(frozen=True)
 class Submission:
-    """One submitted job, stored as RUN/launch/ID/job.json, where `status` finds it."""
+    """One submitted job, stored as RUN/launch/ID/job.json, where `status` finds it.
+
+    The last five fields say which job of that id it is; earlier versions did not record them.
+    """
 
     id: str
     kind: str
@@ -42,6 +49,11 @@ class Submission:
     words: tuple[str, ...]
     ranks: int
     after: str | None = None
+    cluster: str | None = None
+    name: str | None = None
+    directory: str | None = None
+    submitted: str | None = None
+    user: str | None = None
 
 
 class Executor(submitit.SlurmExecutor):
@@ -76,7 +88,7 @@ def check_config(config: str, overrides: Sequence[str], cluster: ClusterOptions,
     """Returns the validated configuration. Raises UserError for what ranks would refuse after hours in the queue."""
     settings = load_config(config, overrides)
     refuse_patterns(run)
-    ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
+    ranks = cluster.slurm.ranks
     check_ranks(ranks, settings.train.global_batch)
     refuse_changes(run, settings)
     return settings
@@ -135,8 +147,8 @@ def submit_training(
     with new_submission(run, cluster.job.runs) as folder:
         (run / "stop").unlink(missing_ok=True)  # one that came too late for an earlier job
         write_atomically(folder / "config.yaml", to_yaml(settings).encode())
-        ranks = cluster.slurm.nodes * cluster.slurm.ranks_per_node
-        job = TrainJob(str(folder / "config.yaml"), (), str(run), ranks, max_steps, parent)
+        ranks = cluster.slurm.ranks
+        job = TrainJob(str(folder / "config.yaml"), (), str(run), cluster.slurm.planned, max_steps, parent)
         text = training_batch(run, folder, cluster, run.name, after)
         executor = Executor(folder, lambda: enqueue(run, folder, "train", text, [config, *overrides], ranks, after))
         executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
@@ -156,7 +168,29 @@ def command_lines(cluster: ClusterOptions, commands: Sequence[Sequence[str]]) ->
     words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch.job.command"]
     for number, command in enumerate(commands):
         words += ["--then"] * (number > 0) + list(command)
-    return (f"gan_dist_srun --ntasks=1 {shlex.join(words)}", "gan_dist_finish $?")
+    preflight = f"gan_dist_preflight {shlex.join(interpreter(cluster, sys.executable))}"
+    return (preflight, f"gan_dist_srun --ntasks=1 {shlex.join(words)}", "gan_dist_finish $?")
+
+
+def commands_batch(
+    run: Path,
+    submission: Path,
+    kind: str,
+    commands: Sequence[Sequence[str]],
+    cluster: ClusterOptions,
+    *,
+    array: int | None = None,
+    output: Path | None = None,
+    after: str | None = None,
+) -> str:
+    """Returns the batch script of gan-dist commands as one CPU job, or as a job array of `array` elements.
+
+    `output` is the dataset that they write, if they prepare one.
+    """
+    lines, code = command_lines(cluster, commands), submission / "code"
+    name = f"{run.name}-{kind}"
+    batch = Batch(name, run, submission, code, lines, array=array, home=Path.cwd(), output=output, after=after)
+    return batch_script(batch, cluster, cluster.stage(kind))
 
 
 def submit_commands(
@@ -166,15 +200,13 @@ def submit_commands(
     cluster: ClusterOptions,
     *,
     array: int | None = None,
+    output: Path | None = None,
     after: str | None = None,
 ) -> Submission:
-    """Returns the submission of gan-dist commands as one CPU job, or as a job array of `array` elements."""
+    """Returns the submission of what commands_batch describes."""
     slurm.require("sbatch", "srun", "scontrol")
     with new_submission(run, cluster.job.runs) as folder:
-        lines = command_lines(cluster, commands)
-        name = f"{run.name}-{kind}"
-        batch = Batch(name, run, folder, folder / "code", lines, array=array, home=Path.cwd(), after=after)
-        text = batch_script(batch, cluster, on_cpus(cluster.slurm))
+        text = commands_batch(run, folder, kind, commands, cluster, array=array, output=output, after=after)
         return enqueue(run, folder, kind, text, [word for command in commands for word in command], array or 1, after)
 
 
@@ -182,9 +214,33 @@ def prepare_array(words: Sequence[str], out: Path, tasks: int, cluster: ClusterO
     """Returns (DATASET.launch with the logs, the submission) of a preparation as a job array."""
     if tasks < 1:
         raise UserError(f"--tasks: expected 1 or more, found {tasks}")
-    beside = out.with_name(f"{out.name}.launch")
+    beside = logs_beside(out)
     refuse_busy(beside)
-    return beside, submit_commands(beside, "prepare", [["prepare", *words, str(out)]], cluster, array=tasks)
+    commands = [["prepare", *words, str(out)]]
+    return beside, submit_commands(beside, "prepare", commands, cluster, array=tasks, output=out)
+
+
+def logs_beside(out: Path) -> Path:
+    """Returns the directory of the jobs that prepare the dataset `out`."""
+    return out.with_name(f"{out.name}.launch")
+
+
+def report_commands(run: Path) -> list[list[str]]:
+    """Returns the commands of a pipeline's last stage."""
+    return [["sample", str(run), "--out", str(run / "grid.png")], ["report", str(run)]]
+
+
+def pipeline_scripts(
+    config: str, overrides: Sequence[str], sources: Sequence[str], tasks: int, cluster: ClusterOptions, run: Path
+) -> list[str]:
+    """Returns the batch scripts of a pipeline as they would be submitted, but for the ids of jobs."""
+    out = expand_directory(check_config(config, overrides, cluster, run).data.shards)
+    folder, prepare = run / "launch" / new_id(), [["prepare", *sources, str(out)]]
+    return [
+        commands_batch(run, folder, "prepare", prepare, cluster, array=tasks, output=out),
+        training_batch(run, folder, cluster, run.name, "ID_OF_PREPARE"),
+        commands_batch(run, folder, "report", report_commands(run), cluster, after="ID_OF_TRAIN"),
+    ]
 
 
 def submit_pipeline(
@@ -202,17 +258,17 @@ def submit_pipeline(
     SLURM cancels a job that can no longer start. When one cannot be submitted, the earlier ones are cancelled. Raises
     UserError when the run has a job already.
     """
-    out = str(expand_directory(check_config(config, overrides, cluster, run).data.shards))
+    out = expand_directory(check_config(config, overrides, cluster, run).data.shards)
     refuse_busy(run)
     made: list[Submission] = []
     try:
-        made.append(submit_commands(run, "prepare", [["prepare", *sources, out]], cluster, array=tasks))
+        made.append(
+            submit_commands(run, "prepare", [["prepare", *sources, str(out)]], cluster, array=tasks, output=out)
+        )
         made.append(
             submit_training(config, overrides, cluster, run, max_steps=max_steps, after=made[-1].job, alone=False)
         )
-        grid = ["sample", str(run), "--out", str(run / "grid.png")]
-        commands = [grid, ["report", str(run)]]
-        made.append(submit_commands(run, "report", commands, cluster, after=made[-1].job))
+        made.append(submit_commands(run, "report", report_commands(run), cluster, after=made[-1].job))
     except BaseException:  # Ctrl-C included
         for each in made:
             with suppress(GanDistError):
@@ -223,26 +279,37 @@ def submit_pipeline(
 
 def refuse_busy(run: Path) -> None:
     """Raises UserError when a job of the run is in the queue: two would write the same files."""
-    if busy := slurm.queue([each.job for each in submissions(run)]):
+    view = slurm.look(jobs_of(run))
+    if busy := view.lines:
         ending = f"python -m launch stop {shlex.quote(str(run))}"
         raise UserError(f"{run} has job {busy[0].job} already ({busy[0]}); wait for it, or end it: {ending}")
+    for job in view.hidden:
+        if not has_ended(run, job.id):
+            raise UserError(
+                f"{run} has job {job.id} of {job.user}, which SLURM shows to its owner only (PrivateData): ask "
+                f"{job.user} whether it has ended, or start a run of your own with --name and --from"
+            )
 
 
 @contextmanager
-def new_submission(run: Path, runs: str | None = None) -> Iterator[Path]:
+def new_submission(run: Path, runs: str | None = None, like: Path | None = None) -> Iterator[Path]:
     """Yields the directory of a new submission with the snapshot in it; removes it when the submission fails.
 
-    `runs` is job.runs, of which the snapshot copies nothing.
+    `runs` is job.runs, of which the snapshot copies nothing. `like` is another run's part of the same submission: it
+    gives the name, and the code as links to the same files.
     """
     refuse_patterns(run)
-    folder = run / "launch" / new_id()
+    folder = run / "launch" / (like.name if like else new_id())
     try:
         folder.mkdir(parents=True)
         (run / "logs").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the run directory {run}: {error.strerror}") from None
     try:
-        snapshot.take(snapshot.CHECKOUT, folder / "code", [run, runs_home(runs)])
+        if like:
+            shutil.copytree(like / "code", folder / "code", copy_function=os.link, symlinks=True)
+        else:
+            snapshot.take(snapshot.CHECKOUT, folder / "code", [run, runs_home(runs)])
         yield folder
     except BaseException as error:
         for made in submissions(run):  # interrupted just after it was queued
@@ -272,12 +339,40 @@ def enqueue(
     write_atomically(folder / "submission.sh", text.encode())
     made: list[Submission] = []
 
-    def record(job: str) -> None:
-        made.append(Submission(folder.name, kind, job, time.time(), commit, tuple(words), ranks, after))
-        write_atomically(folder / "job.json", (json.dumps(asdict(made[0]), indent=2) + "\n").encode())
+    def record(job: slurm.Job) -> None:
+        fields = (folder.name, kind, job.id, time.time(), commit, tuple(words), ranks, after)
+        made.append(Submission(*fields, job.cluster, job.name, job.directory, job.submitted, job.user))
+        write_atomically(folder / "job.json", (json.dumps(asdict(made[-1]), indent=2) + "\n").encode())
 
-    slurm.submit(text, record)
-    return made[0]
+    slurm.submit(text, record, [each.job for each in submissions(run)])
+    return made[-1]
+
+
+def jobs_of(run: Path) -> list[slurm.Job]:
+    """Returns the jobs of a run as SLURM is to be asked for them, oldest first."""
+    jobs = []
+    for each in submissions(run):
+        folder = run / "launch" / each.id
+        user = each.user or slurm.user_name((folder / "job.json").stat().st_uid)
+        began = (folder / "attempts").is_dir()
+        identity = (each.job, each.cluster, each.name, each.directory, each.submitted, user)
+        jobs.append(slurm.Job(*identity, time=each.time, began=began))
+    return jobs
+
+
+def has_ended(run: Path, job: str) -> bool:
+    """Returns whether a job has written down that it ended, for all of its elements that began."""
+    histories = [
+        folder / "history" for each in submissions(run) if each.job == job for folder in attempts_of_job(run, each.id)
+    ]
+    last = [file.read_text(errors="replace").splitlines()[-1:] for file in histories if file.exists()]
+    ended = [line[0].split("\t")[1:2] for line in last if line]
+    return bool(histories) and len(ended) == len(histories) and all(cell and cell[0] in FINAL for cell in ended)
+
+
+def attempts_of_job(run: Path, submission: str) -> list[Path]:
+    """Returns the directories of a submission's job, or of the elements of its array."""
+    return [folder for folder in (run / "launch" / submission / "attempts").glob("*") if folder.is_dir()]
 
 
 def submissions(run: Path) -> list[Submission]:

@@ -16,14 +16,12 @@ from pathlib import Path
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.batch_script import Batch, batch_script, interpreter
-from launch.options import ClusterOptions, SlurmOptions
-from launch.submit import enqueue, new_submission, on_cpus
+from launch.options import LARGE, ClusterOptions, SlurmOptions
+from launch.submit import enqueue, jobs_of, new_submission, on_cpus
 
 START_S = 120
 INTRODUCTION = "On your laptop, one of:"
 WARNING = "TensorBoard asks for no password"
-LARGE = "gpu|gres|tres|mem|exclusive|ntasks|nodelist|switches"
-"""Matches the options of sbatch that ask for more than one processor on any node."""
 
 
 def free_port() -> int:
@@ -99,14 +97,17 @@ def submit_tensorboard(
         batch = Batch("tensorboard", home, folder, folder / "code", body)
         text = batch_script(batch, cluster, one_processor(cluster.slurm, explicit))
         job = enqueue(home, folder, "tensorboard", text, [str(runs)], 1).job
+        (asked,) = [each for each in jobs_of(home) if each.id == job][-1:]
     log = home / "logs" / f"{job}-batch.log"
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        queued = slurm.queue([job])
+        queued = slurm.queue([asked])
         printed = log.read_text(errors="replace").splitlines() if log.exists() else []
         if not queued:
             last = next((line for line in reversed(printed) if line.strip()), "it printed nothing")
-            raise GanDistError(f"job {job} has ended ({slurm.final_state(job) or 'state unknown'}): {last}; see {log}")
+            raise GanDistError(
+                f"job {job} has ended ({slurm.final_state(asked) or 'state unknown'}): {last}; see {log}"
+            )
         starts = [number for number, line in enumerate(printed) if line == INTRODUCTION]
         ends = [number for number, line in enumerate(printed) if line.startswith(WARNING)]
         if starts and ends:

@@ -149,6 +149,22 @@ def _environment_int(name: str) -> int:
     return int(text)
 
 
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""What parallel launchers that make no world tell each process of their number."""
+
+
+def refuse_worlds_of_one() -> None:
+    """Raises UserError where a launcher started several of these processes, and nothing makes one world of them."""
+    for name, launcher in LAUNCHERS.items():
+        count = os.environ.get(name, "")
+        if "WORLD_SIZE" not in os.environ and count.isdigit() and int(count) > 1:
+            raise UserError(
+                f"{launcher} started {count} processes, but without WORLD_SIZE each of them would train alone; on "
+                "SLURM, train with `python -m launch submit` or slurm/train.sbatch, elsewhere with torchrun (or set "
+                "WORLD_SIZE=1 if they are runs of their own)"
+            )
+
+
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """Returns the device a rank drives: its own GPU, or the CPU.
 
@@ -176,9 +192,12 @@ def join(
     """Joins the ranks of the environment and leaves them on the way out; alone where there is no WORLD_SIZE above 1.
 
     A process group that the caller has already made (a notebook, a test) is used and left standing.
-    Raises UserError for an environment that is half set and for a rank without a device.
+    Raises UserError for an environment that is half set, for worlds of one that were meant to be one world, and for a
+    rank without a device.
     """
     size = int(os.environ.get("WORLD_SIZE") or 1)
+    if not dist.is_initialized():
+        refuse_worlds_of_one()
     if size == 1 and not dist.is_initialized():
         local_rank = int(os.environ.get("LOCAL_RANK") or 0)
         chosen = choose_device(device, local_rank)

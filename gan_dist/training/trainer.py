@@ -48,6 +48,7 @@ def train(
     console: bool = True,
     verbosity: int = 0,
     command: Sequence[str] = (),
+    report_at_end: bool = True,
 ) -> Outcome:
     """Trains a run, or continues it, and returns what was done.
 
@@ -55,6 +56,7 @@ def train(
     `run_dir`, or under $GAN_DIST_RUNS as `name` (default: the file's stem). `max_steps` ends the whole run there.
     Another thread or a signal handler may end it early through `stop`. Under torchrun every rank calls this alike.
     `verbosity` -1 prints warnings only, 1 every tag; without `console` nothing is printed.
+    A finished run's page is made last, by rank 0, when the others have left; not with `report_at_end` False.
     Raises UserError for bad input, before anything is written, and GanDistError for other expected failures: either
     has a message of one line.
     """
@@ -66,6 +68,7 @@ def train(
         stop=stop,
         verbosity=verbosity if console else None,
         command=command,
+        report_at_end=report_at_end,
     )
 
 
@@ -78,6 +81,7 @@ def train_in(
     stop: StopRequest | None = None,
     verbosity: int | None = 0,
     command: Sequence[str] = (),
+    report_at_end: bool = True,
 ) -> Outcome:
     """Returns what `train` does, for a configuration that is loaded and a directory that is chosen.
 
@@ -85,7 +89,10 @@ def train_in(
     """
     stop = stop if stop is not None else StopRequest()
     with open_run(directory, config, from_run, max_steps, stop, verbosity, command) as run:
-        return play(run)
+        outcome, is_first = play(run), run.is_first
+    if report_at_end and is_first and outcome.stopped is None:
+        report(outcome.run_dir, console=verbosity is not None)
+    return outcome
 
 
 def play(run: Run) -> Outcome:
@@ -111,8 +118,6 @@ def play(run: Run) -> Outcome:
     run.telemetry.flush()
     if run.is_first and stopped:
         run.stop_watcher.remove_file()
-    elif run.is_first:
-        _report(run)
     rate = (run.step - first_step) * run.d_steps * run.global_batch / max(seconds, 1e-9)
     return Outcome(run.directory, run.step, run.end, run.images_seen, stopped, rate, seconds)
 
@@ -268,12 +273,16 @@ def _introduce(run: Run) -> None:
         run.gallery.introduce(run.step, run.dataset, reals, run.config_yaml, run.facts)
 
 
-def _report(run: Run) -> None:
-    """Makes report.html. A page that cannot be made is no reason to call a finished run failed."""
+def report(directory: Path, console: bool = True) -> None:
+    """Makes report.html. A page that cannot be made is no reason to call a finished run failed.
+
+    The group of ranks has ended before: a slow disk must not keep the others waiting.
+    """
     try:
-        make_report(run.directory, presets=presets())
+        make_report(directory, presets=presets())
     except (GanDistError, OSError) as error:
-        run.telemetry.warn(f"no report was made: {error}")
+        if console:
+            print(f"WARNING: no report was made: {error}", flush=True)
 
 
 def _save(run: Run, *, kept: bool = False, wait: bool = False) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gan_dist.utils.errors import EXIT_STOPPED, UserError
 from gan_dist.utils.files import write_atomically
-from launch.job.rank import ATTEMPT, write_failure
+from launch.job.rank import ATTEMPT, note_begun, write_failure
 
 
 def options_of_element(words: list[str], env: dict[str, str]) -> list[str]:
@@ -58,6 +58,7 @@ def run_command(words: list[str]) -> tuple[int, str]:
 def main() -> None:
     """Runs the commands, separated by `--then`, until one fails; exits with 0 when all are done or one has stopped."""
     attempt = Path(os.environ[ATTEMPT])
+    note_begun()
     commands: list[list[str]] = [[]]
     for word in sys.argv[1:]:
         if word == "--then":

@@ -21,13 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError, UserError, exit_at_once
+from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, GanDistError, UserError, exit_at_once
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.stop import StopRequest
 from launch.job.addresses import Task, agree_on_master, read_task
 
 ATTEMPT = "GAN_DIST_ATTEMPT"
 """Environment variable: the directory of this start of the job, where ranks write how they ended."""
+RUNNING = "running"
+"""A file of the attempt: a rank has begun, so that what fails now is no fault of the interpreter or the container."""
+REPORTED, REPORT_S = "reported", 1800
+"""A file of the attempt: rank 0 has made its report; and how long the others wait for it."""
 LOG = "GAN_DIST_LOG"
 """Environment variable: the path of the logs of torchrun's ranks, up to the host. srun logs its own tasks itself."""
 MASTER_TIMEOUT_S = 300.0
@@ -81,6 +85,7 @@ class TrainJob:
     def __call__(self) -> None:
         """Trains as one rank of the job. Raises SystemExit with the status for srun when it fails."""
         handle_signals()
+        note_begun()
         logging.getLogger("submitit").setLevel(logging.WARNING)  # it reports a stop as a success
         status = self.run()
         if status:
@@ -111,18 +116,34 @@ class TrainJob:
             return 0 if stopped else error.exit_status
         except Exception as error:
             traceback.print_exc()
-            write_failure(attempt, task, EXIT_FAILED, "error", f"{type(error).__name__}: {error}")
-            return EXIT_FAILED
+            # What cannot be imported now cannot be imported in the next start either.
+            status = EXIT_USAGE if isinstance(error, ImportError | SyntaxError) else EXIT_FAILED
+            write_failure(attempt, task, status, "error", f"{type(error).__name__}: {error}")
+            return status
         finally:
             ignore_signals()
-        if int(os.environ.get("RANK") or 0) == 0:
-            self._report(attempt, outcome)
+        is_first = int(os.environ.get("RANK") or 0) == 0
+        if is_first:
+            self._write_outcome(attempt, outcome)
+        if outcome.stopped is None:
+            self.report(attempt) if is_first else await_report(attempt)
         return 0
 
+    def report(self, attempt: Path) -> None:
+        """Makes the run's page, however long it takes: the run counts as done, and the group of ranks has ended."""
+        from gan_dist.training.trainer import report
+
+        try:
+            report(Path(self.run_dir))
+        finally:
+            (attempt / REPORTED).touch()
+
     def train(self) -> Any:
-        """Returns the trainer's Outcome."""
+        """Returns the trainer's Outcome; the report is left to `report`."""
         from gan_dist.training.trainer import train
 
+        if line := self.idle_processors():
+            print(line, flush=True)
         how = "submit" if "SLURM_JOB_ID" in os.environ else "local"
         return train(
             self.config,
@@ -131,10 +152,27 @@ class TrainJob:
             from_run=self.from_run,
             max_steps=self.max_steps,
             stop=STOP,
+            report_at_end=False,
             command=["python", "-m", "launch", how, self.config, *self.overrides],
         )
 
-    def _report(self, attempt: Path, outcome: Any) -> None:
+    def idle_processors(self) -> str:
+        """Returns a line about the processors that this rank has and does not use, for rank 0 on a CPU."""
+        import torch
+
+        from gan_dist.config.schema import load_config
+
+        have, use = os.environ.get("SLURM_CPUS_PER_TASK", "1"), os.environ.get("OMP_NUM_THREADS", "1")
+        settings = load_config(self.config, self.overrides).train
+        on_gpu = torch.cuda.is_available() and settings.device != "cpu"
+        if os.environ.get("RANK", "0") != "0" or on_gpu or settings.threads or use != "1" or have in ("", "1"):
+            return ""
+        return (
+            f"note: torch uses 1 of the {have} processors of each rank (slurm.cpus_per_task), as under torchrun; more "
+            f"threads give other bits: job.env={{OMP_NUM_THREADS: '{have}'}} or train.threads={have}"
+        )
+
+    def _write_outcome(self, attempt: Path, outcome: Any) -> None:
         if outcome.stopped is None:
             write_atomically(attempt / "done", f"{outcome.step}\n".encode())
             print(f"done: step {outcome.step} of {outcome.total_steps}", flush=True)
@@ -143,6 +181,23 @@ class TrainJob:
         what = "end" if str(Path(self.run_dir) / "stop") in outcome.stopped else "requeue"
         write_atomically(attempt / "stopped", f"{what} {outcome.stopped}\n".encode())
         print(f"stopped by {outcome.stopped}: step {outcome.step} of {outcome.total_steps} is saved", flush=True)
+
+
+def await_report(attempt: Path) -> None:
+    """Waits until rank 0 has made the report: srun would end it a minute after the first rank has left (--wait)."""
+    deadline = time.monotonic() + REPORT_S
+    while not (attempt / REPORTED).exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def note_begun() -> None:
+    """Notes that the first rank, task or agent of this start runs."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        attempt = Path(os.environ[ATTEMPT])
+        try:
+            (attempt / RUNNING).touch()
+        except OSError as error:
+            print(f"gan-dist: cannot write {attempt}: {error}", file=sys.stderr, flush=True)
 
 
 def write_failure(attempt: Path, task: Task | None, status: int, kind: str, reason: str) -> None:
@@ -204,6 +259,7 @@ def main() -> None:
         print(f"gan-dist: {error}", file=sys.stderr, flush=True)
         write_failure(Path(os.environ[ATTEMPT]), None, error.exit_status, "error", str(error))
         sys.exit(error.exit_status)
+    note_begun()
     sys.exit(job.run())
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError
 from launch.job.addresses import Task, agree_on_master, read_task
-from launch.job.rank import ATTEMPT, MASTER_TIMEOUT_S, write_failure
+from launch.job.environment import WORLD
+from launch.job.rank import ATTEMPT, MASTER_TIMEOUT_S, note_begun, write_failure
 from launch.snapshot import CHECKOUT
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -87,6 +88,8 @@ def train_here(config: str, overrides: Sequence[str], run: Path, ranks: int | No
         import torch
 
         ranks = max(1, torch.cuda.device_count())
+    for name in filter(WORLD.fullmatch, list(os.environ)):  # of an outer torchrun, or of the job that this shell is in
+        del os.environ[name]
     with tempfile.TemporaryDirectory(prefix="gan-dist-") as attempt:
         os.environ[ATTEMPT] = attempt
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -100,6 +103,7 @@ def main() -> None:
     ranks, *words = sys.argv[1:]
     attempt = Path(os.environ[ATTEMPT])
     task: Task | None = None
+    note_begun()
     try:
         task = read_task(os.environ)  # one task a node: its rank is the node's
         variables, reserved = agree_on_master(task, attempt, os.environ, MASTER_TIMEOUT_S)

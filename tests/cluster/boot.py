@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gan_dist.utils.files import write_atomically
-from tests.cluster.conf import Layout, cgroup_conf, hosts_file, slurm_conf
+from tests.cluster.conf import Layout, cgroup_conf, gres_conf, hosts_file, slurm_conf
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter", "setpriv")
 DIE_WITH_ME = ("setpriv", "--pdeathsig", "KILL")
@@ -226,6 +226,8 @@ class Cluster:
         # Whole or not at all: a daemon that is still reading for the last change dies of half a file.
         write_atomically(self.directory / "slurm.conf", slurm_conf(self.layout).encode())
         write_atomically(self.directory / "cgroup.conf", cgroup_conf(self.layout).encode())
+        if self.layout.gres:
+            write_atomically(self.directory / "gres.conf", gres_conf(self.layout).encode())
         write_atomically(self.directory / "hosts", hosts_file(self.layout).encode())
         if settings:
             self.run("scontrol", "reconfigure")

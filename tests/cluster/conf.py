@@ -27,6 +27,14 @@ class Layout:
     """Whether preemption first sends the signal a job asked for (preempt_send_user_signal) instead of CONT and TERM."""
     kill_wait_s: int = 12
     """Seconds between TERM and KILL when a job is cancelled or its time is over."""
+    name: str = "gan-dist-test"
+    """The cluster's own name."""
+    task_plugin: str = "none"
+    """none, or affinity: whether tasks are bound to their processors."""
+    gres: str = ""
+    """What each host has beside processors (gpu:a100-sxm4-80gb:2); names for SLURM, not devices."""
+    private_data: str = ""
+    """What users see of themselves only (jobs)."""
     lost_after_s: int = 10
     """Seconds without an answer after which a host counts as down."""
     grace_s: int = 25
@@ -46,11 +54,13 @@ def slurm_conf(layout: Layout) -> str:
     names = ",".join(layout.hosts)
     nodes = [
         f"NodeName={name} NodeAddr={address} CPUs={layout.cpus} Sockets=1 CoresPerSocket={layout.cpus} "
-        "ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN"
+        f"ThreadsPerCore=1 RealMemory=4000 {f'Gres={layout.gres} ' if layout.gres else ''}State=UNKNOWN"
         for name, address in layout.hosts.items()
     ]
     lines = [
-        "ClusterName=gan-dist-test",
+        f"ClusterName={layout.name}",
+        *([f"PrivateData={layout.private_data}"] if layout.private_data else []),
+        *(["GresTypes=gpu"] if layout.gres else []),
         f"SlurmctldHost=head({layout.head})",
         f"SlurmctldPort={layout.port}",
         "SlurmdPort=6818",
@@ -65,7 +75,7 @@ def slurm_conf(layout: Layout) -> str:
         f"SlurmdLogFile={at}/slurmd-%n.log",
         "SlurmdParameters=config_overrides",  # a host may claim more processors than this machine has
         f"ProctrackType=proctrack/{layout.proctrack}",
-        "TaskPlugin=task/none",
+        f"TaskPlugin=task/{layout.task_plugin}",
         "SwitchType=switch/none",
         "MpiDefault=none",
         "JobAcctGatherType=jobacct_gather/none",
@@ -96,6 +106,15 @@ def slurm_conf(layout: Layout) -> str:
         f"PartitionName=high Nodes={names} MaxTime=60 PriorityTier=9 PreemptMode=off State=UP",
     ]
     return "\n".join(lines) + "\n"
+
+
+def gres_conf(layout: Layout) -> str:
+    """Returns gres.conf: so many of a type, for each of which a device must be named that is there."""
+    devices = iter(("/dev/null", "/dev/zero", "/dev/full", "/dev/random"))
+    entries = [entry.rsplit(":", 2) for entry in layout.gres.split(",") if entry]
+    return "".join(
+        f"Name={name} Type={kind} File={next(devices)}\n" for name, kind, count in entries for _ in range(int(count))
+    )
 
 
 def cgroup_conf(layout: Layout) -> str:

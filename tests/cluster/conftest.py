@@ -45,6 +45,18 @@ def cgroup() -> Iterator[Cluster]:
     yield from _boot("cgroup")
 
 
+@pytest.fixture(scope="session")
+def other() -> Iterator[Cluster]:
+    """A cluster of another name and other habits: bound tasks, typed GPUs, jobs that only their owners see."""
+    if reason := missing():
+        pytest.skip(reason)
+    habits = {"name": "other", "task_plugin": "affinity", "gres": "gpu:a100-sxm4.80gb:2", "private_data": "jobs"}
+    with Cluster(2, "linuxproc", {**habits, "cpus": 2}) as cluster:
+        _booted.append(cluster)
+        yield cluster
+        _booted.remove(cluster)
+
+
 LIMIT = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10")
 LATE = """
 from gan_dist.training.update import Update

@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch.status import FINAL
+from launch.submit import FINAL
 from tests.cluster.boot import Cluster, wait_until
 from tests.helpers.training import small
 
@@ -67,14 +68,29 @@ def slowly(folder: Path) -> str:
     return hook(folder, "gan_dist.training.update", step, FIRST_START)
 
 
+def as_user(user: int) -> list[str]:
+    """Returns the words that run a command as another user, who may read everything: this Python may be root's own."""
+    who = (f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    return ["setpriv", *who, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", "--"]
+
+
 def launch(
-    cluster: Cluster, *words: str, check: bool = True, cwd: Path = ROOT, **env: str
+    cluster: Cluster,
+    *words: str,
+    check: bool = True,
+    cwd: Path = ROOT,
+    user: int | None = None,
+    settings: Mapping[str, str] | None = None,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Returns what `python -m launch WORDS` printed on the cluster's login node."""
-    env = {**cluster.environment(), "OMP_NUM_THREADS": "1", **env}
+    """Returns what `python -m launch WORDS` printed on the cluster's login node, by default as root.
+
+    `settings` are a person's, as `env` is.
+    """
+    env = {**cluster.environment(), "OMP_NUM_THREADS": "1", **(settings or {}), **env}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
-        [sys.executable, "-m", "launch", *words],
+        [*(as_user(user) if user else []), sys.executable, "-m", "launch", *words],
         env=env,
         capture_output=True,
         text=True,
@@ -84,6 +100,22 @@ def launch(
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def sbatch(cluster: Cluster, *words: str, **env: str) -> str:
+    """Returns the id of a job submitted by plain sbatch, with this environment's python on PATH."""
+    path = f"{Path(sys.executable).parent}:{cluster.environment()['PATH']}"
+    done = subprocess.run(
+        ["sbatch", "--parsable", *words],
+        env={**cluster.environment(), "PATH": path, "GAN_DIST_CODE": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def small_config(dataset: Path, directory: Path, **sections: dict[str, Any]) -> str:
@@ -186,3 +218,11 @@ class Run:
 def leftovers(cluster: Cluster) -> list[str]:
     """Returns the processes that jobs have left on the hosts."""
     return [words for host in cluster.hosts.values() if host.process for words in host.processes().values()]
+
+
+def wait_for_empty_hosts(*clusters: Cluster, limit_s: float = 60) -> None:
+    """Returns once jobs have left no process on any host. Raises TimeoutError with those that are left."""
+    try:
+        wait_until(lambda: not any(map(leftovers, clusters)), limit_s, "empty hosts")
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}: {[leftovers(cluster) for cluster in clusters]}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import STEPS, Run, hook, launch, leftovers, slowly
+from tests.cluster.jobs import STEPS, Run, hook, launch, leftovers, slowly, wait_for_empty_hosts
 from tests.helpers.training import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -61,7 +61,7 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
         assert [line[1] for line in killed.history()] in (["lost", "done"], ["crashed", "done"])
         assert killed.restarts() == 1 and "rank 1 on node2 was lost" in killed.status()
         silent.mend()  # it comes back with whatever still runs there, which writes nothing any more
-        wait_until(lambda: not leftovers(linuxproc) + leftovers(other), 60, "empty hosts")
+        wait_for_empty_hosts(linuxproc, other)
         assert [line[1] for line in cut_off.history() if line[1] != "lost"] == ["done"]
     assert_identical(cut_off.path, whole)
 
@@ -94,32 +94,34 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(
         assert_identical(run.path, whole)
 
 
-def test_a_rank_that_raises_twice_ends_the_run_with_its_message(
+def test_a_rank_that_raises_again_and_again_ends_the_run_with_its_message(
     linuxproc: Cluster, config: str, tmp_path: Path
 ) -> None:
-    words = (failing(tmp_path / "hook"), "checkpoint.every_steps=1000")
+    words = (failing(tmp_path / "hook"), "checkpoint.every_steps=1000", "job.max_starts_without_progress=2")
     run = Run.submit(linuxproc, config, tmp_path / "run", *words)
     end = run.wait_for("failed")
     cause = "rank 1 on node2: ValueError: the disk of this rank is on fire"
     assert [line[1] for line in run.history()] == ["crashed", "failed"]
-    assert end[3] == f"failed twice after the same checkpoint (step-00000000): {cause}"
+    assert end[3] == f"no newer checkpoint in 2 starts (still at step-00000000), the last one: {cause}"
     linuxproc.wait_for_job(run.job, "FAILED")
     assert cause in run.status() and "failed:" in run.status()
     wait_until(lambda: not leftovers(linuxproc), 30, "empty hosts")
 
 
-def test_a_crash_budget_ends_what_fails_at_ever_new_steps(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
-    words = (failing(tmp_path / "hook"), "job.max_crashes=1")
+def test_what_fails_at_ever_new_steps_goes_on_until_it_may_not_be_requeued(
+    linuxproc: Cluster, config: str, tmp_path: Path
+) -> None:
+    """Each start saves step 10 of its own: that begins the count of job.max_starts_without_progress anew."""
+    words = (failing(tmp_path / "hook"), "job.max_starts_without_progress=1", "job.max_requeues=2")
     run = Run.submit(linuxproc, config, tmp_path / "run", *words)
-    end = run.wait_for("failed")
-    assert end[3].startswith("2 crashes (job.max_crashes=1), the last one: rank 1 on node2: ValueError")
-    steps = [line[2] for line in run.history()]
-    assert len(set(steps)) == 2, steps
-    assert run.restarts() == 1
+    end = run.wait_for("failed", limit_s=150)
+    assert end[3].startswith("requeued 2 times (job.max_requeues), the last one: rank 1 on node2: ValueError")
+    assert len({line[2] for line in run.history()}) == 3, run.history()
+    assert run.restarts() == 2
 
 
 def test_what_no_retry_mends_is_not_retried(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
-    run = Run.submit(linuxproc, config, tmp_path / "run", f"data.shards={tmp_path / 'nowhere'}")
+    run = Run.submit(linuxproc, config, tmp_path / "run", f"data.shards={tmp_path / 'nowhere'}", "--unchecked")
     assert "nowhere" in run.wait_for("failed")[3] and len(run.history()) == 1
     assert linuxproc.wait_for_job(run.job, "FAILED")["ExitCode"] == "2:0"
 

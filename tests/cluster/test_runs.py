@@ -175,7 +175,7 @@ def test_stop_saves_and_ends_and_the_next_submission_goes_on(linuxproc: Cluster,
     )
     launch(linuxproc, "stop", str(run.path))
     assert "stop" in run.wait_for("stopped", limit_s=40)[3]
-    linuxproc.wait_for_job(run.job, "FAILED")  # with status 75: what waits for a finished run must not start
+    linuxproc.wait_for_job(run.job, "CANCELLED")  # no failure, and what waits for a finished run must not start
     step = run.events("stop")[0]["step"]
     time.sleep(1.1)  # submissions are named by the second
     again = Run.submit(linuxproc, config, run.path, "--max-steps", str(step + 5), nodes=1)
@@ -223,3 +223,20 @@ def test_code_edited_while_queued_changes_nothing(linuxproc: Cluster, config: st
     run = Run(linuxproc, tmp_path / "run", job)
     run.wait_for("done")
     assert "this is the code as it was submitted" in launch(linuxproc, "logs", str(run.path)).stdout
+
+
+def test_seeds_are_elements_of_one_array_and_each_is_requeued_alone(
+    linuxproc: Cluster, config: str, tmp_path: Path
+) -> None:
+    shape = ("slurm.nodes=1", "slurm.tasks_per_node=1", "slurm.cpus_per_task=1", "slurm.time=10", "--max-steps", "60")
+    output = launch(linuxproc, "submit", config, *shape, "--seeds", "1,2", "--run-dir", str(tmp_path / "art")).stdout
+    job = re.findall(r"job (\d+)_1: run ", output)[0]
+    runs = [Run(linuxproc, tmp_path / f"art-seed-{seed}", f"{job}_{seed}") for seed in (1, 2)]
+    runs[1].wait_for_step(10)
+    linuxproc.run("scancel", "--signal=USR2", runs[1].job)
+    for run in runs:
+        run.wait_for("done")
+    assert [[line[1] for line in run.history()] for run in runs] == [["done"], ["requeued", "done"]]
+    rows = json.loads(launch(linuxproc, "ls", "--json", GAN_DIST_RUNS=str(tmp_path)).stdout)
+    found = {(row["name"], row["state"], row["step"], row["job"]) for row in rows}
+    assert found == {(run.path.name, "done", 60, run.job) for run in runs}

@@ -17,28 +17,12 @@ import pytest
 import yaml
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import ROOT, START_S, Run, hook, launch, leftovers, slowly
+from tests.cluster.jobs import ROOT, START_S, Run, hook, launch, leftovers, sbatch, slowly
 from tests.helpers.training import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 ONE = ("slurm.cpus_per_task=1", "slurm.time=5")
-
-
-def sbatch(cluster: Cluster, *words: str, **env: str) -> str:
-    """Returns the id of a job submitted by plain sbatch, with this environment's python on PATH."""
-    path = f"{Path(sys.executable).parent}:{cluster.environment()['PATH']}"
-    done = subprocess.run(
-        ["sbatch", "--parsable", *words],
-        env={**cluster.environment(), "PATH": path, "GAN_DIST_CODE": str(ROOT), "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_one_element_killed_redoes_its_shards_only_and_training_follows(
@@ -92,7 +76,7 @@ def test_one_element_killed_redoes_its_shards_only_and_training_follows(
     done = ast.literal_eval((tmp_path / "done").read_text())
     assert done and done == {name: (shards / name).stat().st_mtime_ns for name in done}
     status = launch(linuxproc, "status", str(run)).stdout
-    assert "(prepare, 3 rank(s)): done" in status and "crashed" in status and "done step=4/4" in status, status
+    assert "(prepare, 3 element(s)): done" in status and "crashed" in status and "done step=4/4" in status, status
     history = next((run / "launch").glob(f"*/attempts/{jobs[0]}_2/history")).read_text()
     assert [line.split("\t")[1] for line in history.splitlines()] == ["crashed", "done"]
 

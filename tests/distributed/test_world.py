@@ -31,6 +31,23 @@ def test_an_environment_that_is_half_set_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_worlds_of_one_are_refused_unless_they_are_meant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "1")
+    with join("cpu") as world:
+        assert world.size == 1
+    monkeypatch.setenv(name, "4")
+    with (
+        pytest.raises(UserError, match=r"started 4 processes, but without WORLD_SIZE .* train with `python -m launch"),
+        join("cpu"),
+    ):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with join("cpu") as world:
+        assert world.size == 1
+
+
 def test_a_gpu_that_is_not_there_is_one_line() -> None:
     with pytest.raises(UserError, match=r"train\.device=cuda, but torch sees no CUDA device"), join(device="cuda"):
         pass

@@ -104,7 +104,19 @@ def test_times_mean_what_slurm_means(time: str | int, seconds: int) -> None:
     ("words", "line"),
     [
         (["slurm.partion=gpu"], "unknown key slurm.partion; did you mean slurm.partition?"),
-        (["slurm.nodes=many"], "slurm.nodes: expected integer, found 'many'"),
+        (["slurm.nodes=many"], "slurm.nodes: expected integer, or a range such as 2-4, found 'many'"),
+        (["prepare.slurm.tim=3"], "unknown key prepare.slurm.tim; did you mean prepare.slurm.time?"),
+        (["report.slurm.time=x"], "report.slurm.time: expected minutes or [days-]hours:minutes:seconds, found 'x'"),
+        (["slurm.extra.signal=3"], "slurm.extra: signal is reserved for saving and requeueing; leave it out"),
+        (["slurm.nodes=4-2"], "slurm.nodes: expected integer, or a range such as 2-4, found '4-2'"),
+        (
+            ["slurm.gpus_per_node=a100"],
+            "slurm.gpus_per_node: expected integer, or a type with its number (a100:4), found",
+        ),
+        (
+            ["slurm.extra={ntasks: 8}"],
+            "slurm.extra: ntasks leaves open how many ranks there are; set slurm.tasks_per_node",
+        ),
         (["slurm.nodes=0"], "slurm.nodes: expected greater than or equal to 1, found 0"),
         (["slurm.time=tomorrow"], "slurm.time: expected minutes or [days-]hours:minutes:seconds, found 'tomorrow'"),
         (["slurm.time=1", "slurm.signal_lead_s=60"], "slurm.signal_lead_s: 60 s is all of slurm.time (60 s); lower it"),
@@ -194,6 +206,74 @@ def test_the_cluster_file_that_comes_with_the_checkout_says_the_defaults_it_name
     assert load_cluster(None, ["slurm.gres=gpu:a100:3"]).slurm.ranks_per_node == 3
 
 
+def test_a_stage_inherits_neither_gpus_nor_memory_nor_whole_nodes_and_has_keys_of_its_own() -> None:
+    training = ["slurm.mem=200G", "slurm.gpus_per_node=4", "slurm.extra={exclusive: true, exclude: n7, qos: art}"]
+    words = [*training, "report.slurm.partition=cpu", "prepare.slurm={time: 30, extra: {exclude: false}}"]
+    options = load_cluster(None, [*words, "slurm.srun.cpu-bind=cores", "slurm.extra.nice=7"])
+    batch = Batch("r", Path("/r"), Path("/s"), Path("/c"), ())
+    train, prepare, report = (batch_script(batch, options, options.stage(k)) for k in ("train", "prepare", "report"))
+    assert {"#SBATCH --mem=200G", "#SBATCH --exclusive", "#SBATCH --nice=7"} <= set(train.splitlines())
+    for text in (prepare, report):
+        assert not re.search("--mem|--exclusive|gpus", text) and "--nice=7\n" in text and "--qos=art\n" in text
+        assert "\ngan_dist_srun_options=(--cpu-bind=cores)\n" in text
+    assert "--time=30\n" in prepare and "--exclude" not in prepare and "--partition" not in prepare
+    assert "--time=60\n" in report and "--exclude=n7\n" in report and "--partition=cpu\n" in report
+
+
+@pytest.mark.parametrize("words", [["prepare", "a.zip", "SET"], ["pipeline", "CONFIG", "--source", "a.zip"]])
+def test_every_kind_of_job_can_be_printed(words: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "art.yaml"
+    config.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))
+    places = {"SET": str(tmp_path / "set"), "CONFIG": str(config)}
+    command = [sys.executable, "-m", "launch", *(places.get(word, word) for word in words), "--dry-run", "--tasks", "3"]
+    where = ["--run-dir", str(tmp_path / "run")] if words[0] == "pipeline" else []
+    done = subprocess.run([*command, *where], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    assert done.stdout.count("#!/bin/bash\n") == (3 if where else 1)
+    assert (
+        "#SBATCH --array=0-2\n" in done.stdout
+        and f"-m launch.job.command prepare a.zip {tmp_path}/set\n" in done.stdout
+    )
+    assert ("--dependency=afterok:ID_OF_TRAIN\n" in done.stdout) == bool(where)
+    assert {path.name for path in tmp_path.iterdir()} == {"art.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        (["slurm.gres=gpu:a100-sxm4-80gb:4"], 4),
+        (["slurm.gres=gpu:1g.5gb:2"], 2),
+        (["slurm.gres=gpu:nvidia_a100_3g.20gb:2"], 2),
+        (["slurm.gres=gpu:a100:2,gpu:v100:2"], 4),
+        (["slurm.gres=gpu:a100=4"], 4),
+        (["slurm.gres=gpu:8(S:0-1)"], 8),
+        (["slurm.gres=gres/gpu:h100:3,tmpfs:10G"], 3),
+        (["slurm.gres=gpu"], 1),
+        (["slurm.gres=gpu:1g.10gb"], 1),
+        (["slurm.gres=shard:4"], 1),
+        (["slurm.gpus_per_node=4"], 4),
+        (["slurm.gpus_per_node=a100-sxm4.80:4,v100:1"], 5),
+        (["slurm.gpus_per_node=null"], 1),
+        (["slurm.extra={gpus-per-node: a100.80:4}"], 4),
+        (["slurm.extra={--gres: gpu:a100:2}"], 2),
+        (["slurm.gres=gpu:4", "slurm.tasks_per_node=3"], 3),
+        (["slurm.extra={gpus: 8}", "slurm.tasks_per_node=4"], 4),
+    ],
+)
+def test_there_is_a_rank_for_each_gpu_however_it_is_asked_for(words: list[str], ranks: int) -> None:
+    options = load_cluster(None, words)
+    assert options.slurm.ranks_per_node == ranks
+    text = batch_script(Batch("r", Path("/r"), Path("/s"), Path("/c"), ()), options)
+    assert f"#SBATCH --ntasks-per-node={ranks}\n" in text
+
+
+def test_what_is_left_to_the_cluster_is_not_asked_for() -> None:
+    words = ["slurm.cpus_per_task=null", "slurm.gpus_per_node=null", "slurm.nodes=2-4", "slurm.tasks_per_node=2"]
+    options = load_cluster(None, words)
+    text = batch_script(Batch("r", Path("/r"), Path("/s"), Path("/c"), ()), options)
+    assert "cpus-per-task" not in text and "gpus" not in text and "#SBATCH --nodes=2-4\n" in text
+    assert (options.slurm.ranks, options.slurm.planned) == (8, None)
+
+
 def git(root: Path, *words: str) -> None:
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
     subprocess.run(["git", "-C", str(root), *identity, *words], check=True, capture_output=True)
@@ -220,6 +300,27 @@ def test_a_snapshot_holds_what_is_there_and_nothing_that_git_ignores(tmp_path: P
     assert names == {"a/kept.py", "a/data/new.py", "new file.py", ".gitignore"}
     assert (copy / "a/kept.py").read_text() == "x = 2\n"
     assert snapshot.commit_of(root) == f"{commit}-dirty"
+
+
+def test_a_checkout_of_another_owner_is_read_as_its_owner_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "checkout"
+    root.mkdir()
+    for name, text in {".gitignore": "/*.zip\n", "code.py": "", "train.zip": "x"}.items():
+        (root / name).write_text(text)
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "first")
+    commit = snapshot.commit_of(root)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to try this as one user
+    refused = subprocess.run(["git", "-C", str(root), "status"], capture_output=True, text=True, check=False)
+    assert "dubious ownership" in refused.stderr
+    assert [str(name) for name in snapshot.files_of(root)] == [".gitignore", "code.py"]
+    assert commit and snapshot.commit_of(root) == commit and not capsys.readouterr().err
+    (root / ".git" / "HEAD").write_text("nonsense")
+    assert Path("train.zip") in snapshot.files_of(root)
+    assert ".gitignore and the commit are not known" in capsys.readouterr().err  # and not in silence
 
 
 def test_a_checkout_without_git_is_copied_without_environments_and_data(tmp_path: Path) -> None:

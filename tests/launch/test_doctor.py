@@ -31,7 +31,7 @@ def test_each_node_has_a_row_that_no_pipe_cuts(tmp_path: Path, monkeypatch: pyte
             "n1   ok       torch 2, CPU",
             f"n22  problem  torch 2, {device.strip()}",
             "              shm: [red] 1 MiB; ask for more",
-            "              1 warning(s); run gan-dist doctor there to see them",
+            "              warning: gpu: none",
             "n3   problem  no report: OSError: no libcuda",
             f"n4   problem  no report: nothing in {tmp_path / 'logs' / 'doctor-n4.log'}",
         ],
@@ -45,7 +45,7 @@ def test_a_doctor_that_is_interrupted_cancels_its_job_and_leaves_nothing(
     asked: list[tuple[str, ...]] = []
     line = slurm.Queued("7", "RUNNING", "5:00", "n1", "", "")
     monkeypatch.setattr(slurm, "require", lambda *programs: None)
-    monkeypatch.setattr(slurm, "submit", lambda text: "7")
+    monkeypatch.setattr(slurm, "submit", lambda text: slurm.Job("7"))
     monkeypatch.setattr(slurm, "queue", lambda jobs: [] if asked else [line])
     monkeypatch.setattr(slurm, "run", lambda *words: asked.append(words))
     monkeypatch.setattr(doctor, "write_trial", lambda folder, ranks, gpus: folder / "trial.yaml")

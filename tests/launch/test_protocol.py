@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -28,7 +29,8 @@ case $1 in
   ping) [[ -z $DOWN ]] ;;
   requeue)
     if [[ -s $PLAY/refusals ]]; then sed -i 1d "$PLAY/refusals"; echo "scontrol: error" >&2; exit 1; fi
-    kill -TERM $PPID ;;
+    read -r _ _ _ shell _ </proc/$PPID/stat # the step's parent is the batch script
+    kill -TERM $shell ;;
   show) [[ $2 == config ]] && echo "KillWait                = ${KILL_WAIT:-6} sec" || echo "JobId=7 $JOB" ;;
 esac
 """
@@ -42,6 +44,7 @@ class Play:
 
     at: Path
     env: dict[str, str] = field(default_factory=dict)
+    code: Path = ROOT
     groups: list[int] = field(default_factory=list)
     """Process groups of what was started."""
 
@@ -55,7 +58,8 @@ class Play:
     def start(self, body: str, before: str = "") -> subprocess.Popen[bytes]:
         """Returns the batch script's process; `before` is what the cluster file's job.setup would be."""
         run, submission = shlex.quote(str(self.at / "run")), shlex.quote(str(self.at / "run" / "launch" / "s"))
-        lines = (before, f"source {ROOT}/slurm/lib.sh", f"gan_dist_begin {run} {submission}", body)
+        setup = ("gan_dist_setup", before, "gan_dist_ready") if before else ()
+        lines = (f"source {self.code}/slurm/lib.sh", f"gan_dist_begin {run} {submission}", *setup, body)
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "GAN_DIST_"))}
         env = {
             "PATH": f"{self.at / 'bin'}:{os.environ['PATH']}",
@@ -125,79 +129,179 @@ def test_a_setup_that_is_strict_with_its_shell_changes_nothing(play: Play, shell
     assert play.history() == [["0", "crashed", "-", "srun ended with status 3", "lost"]] and play.asked("requeue") == 1
 
 
+def start(play: Play, restart: int, ranks: str) -> int:
+    """Returns the status of the job's start of this number."""
+    play.env |= {"SLURM_RESTART_COUNT": str(restart), "JOB": f"JobState=RUNNING Reason=None Restarts={restart}"}
+    return play.run(ranks)
+
+
+def checkpoint(play: Play, step: int) -> str:
+    """Returns the line by which ranks save a step."""
+    folder = play.at / "run" / "checkpoints"
+    return f"mkdir -p {folder}; echo step-{step:08d} >{folder}/latest"
+
+
+STOPPED = 'echo requeue SIGUSR2 >"$GAN_DIST_ATTEMPT/stopped"'
+
+
 def test_requeues_are_counted(play: Play) -> None:
-    stopped = 'echo requeue SIGUSR2 >"$GAN_DIST_ATTEMPT/stopped"'
-    play.env |= {"GAN_DIST_MAX_REQUEUES": "1", "JOB": "JobState=RUNNING Reason=None Restarts=1"}
-    for restart, status in (("0", -signal.SIGTERM), ("1", 75)):
-        play.env |= {"SLURM_RESTART_COUNT": restart, "JOB": f"JobState=RUNNING Reason=None Restarts={restart}"}
-        assert play.run(stopped) == status
+    play.env["GAN_DIST_MAX_REQUEUES"] = "1"
+    assert [start(play, number, STOPPED) for number in (0, 1)] == [-signal.SIGTERM, 75]
     assert [line[1:] for line in play.history()] == [
         ["requeued", "-", "SIGUSR2"],
         ["stopped", "-", "requeued 1 times (job.max_requeues); submit it again to go on"],
     ]
 
 
-def test_a_killed_rank_has_the_whole_budget_and_an_exception_one_more_try_after_the_same_checkpoint(play: Play) -> None:
-    for restart in range(4):
-        play.env |= {"SLURM_RESTART_COUNT": str(restart), "JOB": f"JobState=RUNNING Reason=None Restarts={restart}"}
-        assert play.run(SEGV) == (1 if restart == 3 else -signal.SIGTERM)
-    assert [line[1] for line in play.history()] == ["crashed"] * 3 + ["failed"]
-    assert play.history()[-1][3] == ("4 crashes (job.max_crashes=3), the last one: rank 1 on node2: Segmentation fault")
-    shutil.rmtree(play.at / "run")
-    for restart in range(2):
-        play.env |= {"SLURM_RESTART_COUNT": str(restart), "JOB": f"JobState=RUNNING Reason=None Restarts={restart}"}
-        word = f"1\\t1\\terror\\t0\\tnode1\\tno disk {restart}\\n"
-        assert play.run(f"printf '{word}' >$GAN_DIST_ATTEMPT/failed-0; exit 1") == (1 if restart else -signal.SIGTERM)
-    assert play.history()[-1][3] == "failed twice after the same checkpoint (-): rank 0 on node1: no disk 1"
+def test_starts_without_a_newer_checkpoint_end_the_run_and_progress_begins_the_count_anew(play: Play) -> None:
+    ranks = [SEGV, SEGV, f"{checkpoint(play, 5)}; {SEGV}", STOPPED, SEGV, SEGV]
+    assert [start(play, number, lines) for number, lines in enumerate(ranks)] == [-signal.SIGTERM] * 5 + [1]
+    assert [line[1] for line in play.history()] == ["crashed"] * 3 + ["requeued", "crashed", "failed"]
+    assert play.history()[-1][2:] == [
+        "step-00000005",
+        "no newer checkpoint in 3 starts (still at step-00000005), the last one: rank 1 on node2: Segmentation fault",
+    ]
+    began = (play.at / "run" / "launch" / "s" / "attempts" / "7" / "began").read_text().splitlines()
+    assert [line.split("\t")[:2] for line in began[1:4]] == [["1", "-"], ["2", "-"], ["3", "step-00000005"]]
 
 
-def test_a_controller_that_restarts_is_asked_to_requeue_again_and_a_refusal_is_one(play: Play) -> None:
+def test_starts_that_leave_no_word_are_counted_by_the_next_one(play: Play) -> None:
+    """A node that dies takes the batch script with it; SLURM requeues the job, a hundred times if need be."""
+    for number in range(3):
+        play.env |= {"SLURM_RESTART_COUNT": str(number), "JOB": f"JobState=RUNNING Reason=None Restarts={number}"}
+        process = play.start("touch $PLAY/up; exec doze 30")
+        while not (play.at / "up").exists():
+            time.sleep(0.02)
+        (play.at / "up").unlink()
+        process.kill()
+        process.wait()
+    assert start(play, 3, "touch $PLAY/began") == 1 and not (play.at / "began").exists()
+    ((last, what, _, why),) = play.history()
+    assert (last, what) == ("3", "failed") and why.startswith("no newer checkpoint in 3 starts, and the last of them")
+
+
+def test_nothing_starts_where_it_cannot_be_written_down(play: Play) -> None:
+    attempts = play.at / "run" / "launch" / "s" / "attempts"
+    attempts.mkdir(parents=True)
+    (attempts / "7").touch()
+    assert play.run("touch $PLAY/ran") == 1 and not (play.at / "ran").exists()
+    assert f"cannot write {attempts}/7" in (play.at / "log").read_text()
+    (attempts / "7").unlink()
+    (attempts / "7" / "history").mkdir(parents=True)  # so that the end cannot be written
+    assert play.run("exit 3") == 1 and (play.at / "scontrol").read_text().count("requeue") == 0
+
+
+@pytest.mark.parametrize("name", ["python3", "verdict"])
+def test_without_a_python_that_decides_nothing_is_requeued_and_the_log_says_so(play: Play, name: str) -> None:
+    code = play.at / "code"
+    shutil.copytree(ROOT / "launch" / "job", code / "launch" / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "slurm", code / "slurm")
+    lib = (code / "slurm" / "lib.sh").read_text()
+    if name == "python3":
+        (code / "slurm" / "lib.sh").write_text(lib.replace("/usr/bin/python3 /usr/libexec/platform-python", ""))
+        for program in ("python3", "python"):
+            play.program(program, "exit 127")
+    else:
+        (code / "launch" / "job" / "verdict.py").write_text("raise RuntimeError('half a file')")
+    play.code = code
+    assert play.run("exit 3") == 1
+    ((_, what, _, why),) = play.history()
+    assert what == "failed" and why.startswith("not requeued: no Python 3 on ") and "could decide" in why
+    assert "gan_dist: failed: not requeued" in (play.at / "log").read_text()
+    assert not (play.at / "scontrol").exists() or not play.asked("requeue")
+
+
+def test_a_refusal_to_requeue_is_one(play: Play) -> None:
     (play.at / "refusals").write_text("no\n" * 6)
-    play.env["DOWN"] = "yes"
-    assert play.run("exit 3") == -signal.SIGTERM and play.asked("requeue") == 7
-    (play.at / "refusals").write_text("no\n" * 6)
-    play.env["DOWN"] = ""
-    assert play.run("exit 3") == 1 and play.asked("requeue") == 7 + 3
+    assert play.run("exit 3") == 1 and play.asked("requeue") == 3
     assert play.history()[-1][3] == "SLURM refused to requeue the job; submit it again"
 
 
-CLOCK = """
-unset SECONDS; SECONDS=0 # a clock of the test's own, which goes on where the script sleeps
-sleep() { ((SECONDS += $1)); touch "$PLAY/second-$SECONDS"; doze 0.2; }
-"""
+def test_a_setup_that_hides_slurm_and_python_does_not_hide_them_from_the_verdict(play: Play) -> None:
+    only = play.at / "bin" / "only"
+    only.mkdir(parents=True)
+    for name in ("srun", "bash", "sed", "tee", "rm", "cat", "sleep"):
+        (only / name).symlink_to(shutil.which(name, path=f"{play.at}/bin:{os.environ['PATH']}") or "")
+    assert (
+        play.run("exit 3", before=f"export PYTHONHOME=/nowhere LD_LIBRARY_PATH=/nowhere PATH={only}") == -signal.SIGTERM
+    )
+    assert play.history()[0][1] == "crashed" and play.asked("requeue") == 1
 
 
-def ended(play: Play, ranks: str, again_at: int = 1) -> int:
+@pytest.mark.parametrize(
+    ("setup", "why"),
+    [
+        ("true\nmodule load cuda/99\ntrue", "job.setup: module load cuda/99: status 127: .*module: command not found"),
+        ("set -e\nmodule load cuda/99", "job.setup: module load cuda/99: status 127: .*module: command not found"),
+        ("set -u\necho $NOWHERE", "job.setup: the script ended there: status 127: .*NOWHERE: unbound variable"),
+        ("module() { echo no cuda/99 >&2; return 1; }\nmodule load cuda/99", "job.setup: .*: status 1: no cuda/99"),
+        (
+            "echo 'ModuleCmd_Load.c(213):ERROR:105: Unable to locate cuda/99' >&2",
+            "job.setup: ModuleCmd_.* locate cuda/99",
+        ),
+        ("source /no/where.sh", "job.setup: source /no/where.sh: status 1: .*: No such file or directory"),
+        ("exit 5", "job.setup: the script ended there: status 5: "),
+    ],
+)
+def test_a_setup_that_fails_is_named_and_started_once(play: Play, setup: str, why: str) -> None:
+    assert play.run("touch $PLAY/ran", before=setup) == 2 and not (play.at / "ran").exists()
+    ((_, what, _, words),) = play.history()
+    assert what == "failed" and re.fullmatch(why, words.strip() + (" " if why.endswith(" ") else "")), words
+
+
+def test_the_end_is_told_once_and_no_requeue_is(play: Play) -> None:
+    play.env["GAN_DIST_NOTIFY"] = 'echo "$GAN_DIST_RUN|$GAN_DIST_OUTCOME|$GAN_DIST_REASON" >>"$PLAY/told"; exit 3'
+    assert start(play, 0, STOPPED) == -signal.SIGTERM and not (play.at / "told").exists()
+    assert start(play, 1, f"{checkpoint(play, 5)}; echo 9 >$GAN_DIST_ATTEMPT/done") == 0
+    assert (play.at / "told").read_text() == f"{play.at}/run|done|9\n"
+    assert "gan_dist: job.notify failed: 3" in (play.at / "log").read_text()
+
+
+def test_what_an_outer_job_left_behind_reaches_no_rank(play: Play) -> None:
+    play.program("scontrol", SCONTROL.replace('"JobId=7 $JOB"', '"JobId=7 JobName=x UserId=u $JOB"'))
+    play.env["JOB"] = "JobState=RUNNING Restarts=0 NumTasks=2 CPUs/Task=3 NtasksPerN:B:S:C=1:0:*:* TRES=cpu=6"
+    stale = {"SLURM_CPU_BIND": "mask_cpu:0x1", "SLURM_MEM_PER_CPU": "100", "SLURM_STEP_ID": "3", "PMI_RANK": "1"}
+    stale |= {"SLURM_RESTART_COUNT": "5", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "2", "RANK": "3"}
+    stale |= {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "SLURM_GPUS_PER_NODE": "4", "PET_NNODES": "2"}
+    play.env |= {**stale, "SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "64", "SLURM_NTASKS_PER_NODE": "9"}
+    assert play.run('echo 20 >"$GAN_DIST_ATTEMPT/done"') == 0
+    found = dict(line.split("=", 1) for line in (play.at / "environment").read_text().splitlines() if "=" in line)
+    assert not stale.keys() & found.keys()
+    names = ("SLURM_CPUS_PER_TASK", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+    assert [found[name] for name in names] == ["3", "2", "1"]
+    assert play.history() == [["0", "done", "-", "20"]]  # and not of array 4
+
+
+def ended(play: Play, ranks: str) -> int:
     """Returns the status of a batch script that SLURM tells to end while its ranks run, and again a second later."""
-    ranks = shlex.quote(f"touch $PLAY/there; {ranks}")
-    process = play.start(f"gan_dist_srun bash -c {ranks}\ngan_dist_finish $?", CLOCK)
-    for sign in ("there", f"second-{again_at}"):
-        while not (play.at / sign).exists() and process.poll() is None:
-            time.sleep(0.02)
+    process = play.start(f"gan_dist_srun bash -c {shlex.quote(f'touch $PLAY/there; {ranks}')}\ngan_dist_finish $?")
+    while not (play.at / "there").exists() and process.poll() is None:
+        time.sleep(0.02)
+    for _ in range(2):
         process.send_signal(signal.SIGTERM)
-    return process.wait(250)
+        time.sleep(1)
+    return process.wait(60)
 
 
 def test_ranks_that_overrun_the_time_limit_are_not_waited_for(play: Play) -> None:
-    """Of SLURM's KillWait after the first TERM, whatever comes meanwhile, the script keeps four seconds for itself."""
-    play.env |= {"JOB": OVER, "KILL_WAIT": "9"}
-    assert ended(play, "exec doze 250", again_at=4) == -signal.SIGTERM
-    assert (play.at / "second-5").exists() and not (play.at / "second-6").exists()
+    """Of SLURM's KillWait after the first TERM, whatever comes meanwhile, the script keeps five seconds for itself."""
+    play.env |= {"JOB": OVER, "KILL_WAIT": "8"}
+    began = time.monotonic()
+    assert ended(play, "exec doze 250") == -signal.SIGTERM and 3 < time.monotonic() - began < 8
     why = "the time limit came before the ranks had saved; raise slurm.signal_lead_s"
     assert play.history() == [["0", "crashed", "-", why, "lost"]] and play.asked("requeue") == 1
 
 
 def test_ranks_that_save_just_after_the_time_limit_are_waited_for(play: Play) -> None:
     play.env |= {"JOB": OVER, "KILL_WAIT": "6000"}
-    assert ended(play, 'doze 1; echo requeue SIGUSR2 >"$GAN_DIST_ATTEMPT/stopped"') == -signal.SIGTERM
+    assert ended(play, f"doze 3; {STOPPED}") == -signal.SIGTERM
     assert play.history() == [["0", "requeued", "-", "SIGUSR2"]]
 
 
 def test_a_time_of_grace_is_the_ranks(play: Play) -> None:
     """A preemption with GraceTime sends TERM long before the end: there is more time than KillWait."""
-    ranks = 'until [[ -e $PLAY/second-2 ]]; do doze 0.1; done; doze 1; echo requeue TERM >"$GAN_DIST_ATTEMPT/stopped"'
-    assert ended(play, ranks) == -signal.SIGTERM
-    assert play.history() == [["0", "requeued", "-", "TERM"]]
+    assert ended(play, f"doze 4; {STOPPED}") == -signal.SIGTERM
+    assert play.history() == [["0", "requeued", "-", "SIGUSR2"]]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_status_shows_restarts_and_the_last_outcome(run: Path) -> None:
     )
     text = "\n".join(status_lines(run))
     assert "not begun" in text
-    assert "job 7 (prepare, 2 rank(s)): done: ended well" in text
+    assert "job 7 (prepare, 2 element(s)): done: ended well" in text
     assert "job 8 (train, 2 rank(s)): failed: it broke" in text
     assert "2 restart(s); the last one: crashed at step-00000020: rank 1 on b: Killed" in text
     assert [attempt.restart for attempt in attempts_of(run, submissions(run)[1])] == [0, 1, 2]
@@ -61,18 +61,18 @@ def test_status_shows_why_a_stage_could_not_run(run: Path) -> None:
     history(run, 1, "7_1", "0 | failed | - | no source at x.zip")
     text = "\n".join(status_lines(run))
     assert "job 8 (train, 2 rank(s)): cancelled, because prepare (job 7) failed: no source at x.zip" in text
-    assert "job 7 (prepare, 2 rank(s)): failed: no source at x.zip" in text
+    assert "job 7 (prepare, 2 element(s)): failed: no source at x.zip" in text
 
 
 def test_status_of_a_job_that_slurm_has_forgotten(run: Path) -> None:
-    assert "job 7 (prepare, 2 rank(s)): ended, without a recorded outcome; see" in "\n".join(status_lines(run))
+    assert "job 7 (prepare, 2 element(s)): ended, without a recorded outcome; see" in "\n".join(status_lines(run))
 
 
 def test_status_says_what_to_do_when_the_first_node_could_not_write(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "final_state", lambda job: "FAILED")
     (run / "logs" / "77-batch.log").touch()  # another job's
     line = f"FAILED before its script began: the first node could not write {run / 'logs'}; put runs on a file system"
-    assert f"job 7 (prepare, 2 rank(s)): {line} that all nodes share (job.runs)" in "\n".join(status_lines(run))
+    assert f"job 7 (prepare, 2 element(s)): {line} that all nodes share (job.runs)" in "\n".join(status_lines(run))
     (run / "logs" / "7_1-batch.log").touch()
     (run / "launch" / "20261122-000000-abcdef" / "attempts" / "8").mkdir(parents=True)
     text = "\n".join(status_lines(run))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import signal
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,10 @@ import yaml
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import write_atomically
 from launch import slurm, snapshot, submit
-from launch.cli import pipeline, stop, tensorboard
+from launch.cli import cancel, pipeline, status_command, stop, tensorboard
 from launch.cli import submit as submit_command
 from launch.options import load_cluster
-from launch.status import all_runs
+from launch.status import all_runs, status_lines
 from launch.submit import on_cpus, prepare_array, submissions, submit_pipeline, submit_training
 from launch.tensorboard import how_to_reach, one_processor, serve
 
@@ -64,6 +66,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
         made.program(name, "")
     made.program("sbatch", SBATCH)
     monkeypatch.setenv("PATH", f"{made.bin}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "UNHEARD_S", (0,))
+    slurm._config.cache_clear()
     return made
 
 
@@ -203,6 +207,145 @@ def test_a_submission_that_nohup_protects_is_made(fake: Slurm, config: str, tmp_
     assert not fake.calls("scancel") and (tmp_path / "run").exists()
 
 
+def test_a_job_that_was_queued_although_sbatch_did_not_hear_of_it_is_found(
+    fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By name, directory and time: an earlier job of the run, and others' jobs, are not it."""
+    run = tmp_path / "run"
+    submit_training(config, [], load_cluster(None), run)
+    fake.program(
+        "sbatch", "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv' >&2; exit 1"
+    )
+    now, old = (time.strftime("%FT%T", time.localtime(time.time() - ago)) for ago in (0, 9000))
+    rows = [f"71|{now}|run|{run}", f"80|{now}|other|{run}", f"81|{now}|run|/else", f"82|{old}|run|{run}"]
+    fake.program("squeue", "\n".join(f"[[ $* == *%F* ]] && echo '{row}'" for row in [*rows, f"79|{now}|run|{run}"]))
+    assert submit_training(config, [], load_cluster(None), run, alone=False).job == "79"
+    assert submissions(run)[-1].submitted == now and "the queue has it as 79" in capsys.readouterr().err
+    fake.program("squeue", "\n".join(f"[[ $* == *%F* ]] && echo '{row}'" for row in rows))
+    with pytest.raises(
+        GanDistError, match=r"whether the job is queued: .*Socket timed out.*; the queue does not have it"
+    ):
+        submit_training(config, [], load_cluster(None), run, alone=False)
+    assert len(submissions(run)) == 2
+
+
+def test_a_queue_that_does_not_answer_just_after_sbatch_takes_no_job_back(
+    fake: Slurm, config: str, tmp_path: Path
+) -> None:
+    fake.program("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    made = submit_training(config, [], load_cluster(None), tmp_path / "run", alone=False)
+    assert (made.job, made.submitted) == ("71", None) and not fake.calls("scancel")
+
+
+CLUSTER = "[[ $2 == config ]] && printf 'ClusterName = alpha\\nPrivateData = jobs,usage\\n'"
+
+
+@pytest.mark.parametrize(
+    ("row", "is_mine"),
+    [
+        ("71|RUNNING|1:00|n1|(None)|N/A|{now}|run|{run}", True),
+        ("71|RUNNING|1:00|n1|(None)|N/A|{now}|other|{run}", False),
+        ("71|RUNNING|1:00|n1|(None)|N/A|{now}|run|/elsewhere", False),
+        ("71|RUNNING|1:00|n1|(None)|N/A|{old}|run|{run}", False),
+        ("71|RUNNING|1:00|n1|(None)|N/A|{later}|run|{run}", False),
+    ],
+)
+def test_a_job_of_the_same_id_is_another_unless_all_agree(
+    fake: Slurm, config: str, tmp_path: Path, row: str, is_mine: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    fake.program("scontrol", CLUSTER)
+    times = {
+        f: time.strftime("%FT%T", time.localtime(time.time() + n)) for f, n in (("now", 0), ("old", -9), ("later", 9))
+    }
+    fake.program("squeue", f"echo '71|PENDING|1:00||(None)|N/A|{times['now']}|run|{run}'")
+    submit_training(config, [], load_cluster(None), run, alone=False)
+    assert (submissions(run)[0].cluster, submissions(run)[0].submitted) == ("alpha", times["now"])
+    fake.program("squeue", f"echo '{row.format(run=run, **times)}'")
+    if is_mine:
+        with pytest.raises(UserError, match="has job 71 already"):
+            submit_training(config, [], load_cluster(None), run)
+        cancel(str(run))
+    else:
+        with pytest.raises(UserError, match="no job in the queue; nothing to cancel"):
+            cancel(str(run))
+        with pytest.raises(UserError, match="no job in the queue; nothing to stop"):
+            stop(str(run))
+        if "later" in row:  # once it has run, it may have been requeued, which gives it another time
+            (run / "launch" / submissions(run)[0].id / "attempts").mkdir()
+            cancel(str(run))
+    assert bool(fake.calls("scancel")) == (is_mine or "later" in row)
+    fake.program("scontrol", CLUSTER.replace("alpha", "beta"))  # the same directory, seen from another cluster
+    slurm._config.cache_clear()
+    before = len(fake.calls("scancel"))
+    with pytest.raises(UserError, match="nothing to cancel"):
+        cancel(str(run))
+    assert "a job of cluster alpha, and this is beta" in "\n".join(status_lines(run))
+    assert len(fake.calls("scancel")) == before
+
+
+def test_what_slurm_shows_to_owners_only_is_not_taken_for_nothing(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    fake.program("scontrol", CLUSTER)
+    submit_training(config, [], load_cluster(None), run)
+    fake.program("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    monkeypatch.setattr(slurm, "user_name", lambda uid=None: "bob")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    owner = submissions(run)[0].user
+    assert f"cannot be seen: SLURM shows jobs to their owners only (PrivateData); ask {owner}" in "\n".join(
+        status_lines(run)
+    )
+    with pytest.raises(UserError, match=rf"has job 71 of {owner}, which SLURM shows to its owner only"):
+        submit_training(config, [], load_cluster(None), run)
+    with pytest.raises(UserError, match="cannot be seen from here"):
+        cancel(str(run))
+    stop(str(run))
+    assert (run / "stop").exists() and "if it runs, it saves and ends now" in capsys.readouterr().out
+    attempts = run / "launch" / submissions(run)[0].id / "attempts" / "71"
+    attempts.mkdir(parents=True)
+    (attempts / "history").write_text("0\tdone\tstep-00000009\t9\n")
+    with pytest.raises(UserError, match="nothing to stop"):
+        stop(str(run))
+    submit_training(config, [], load_cluster(None), run)  # its end is written down
+    fake.program("scontrol", CLUSTER.replace("jobs", "usage"))
+    slurm._config.cache_clear()
+    assert "without a recorded outcome" in "\n".join(status_lines(run))
+
+
+def test_a_job_that_was_sent_to_another_cluster_is_asked_for_there_if_clusters_know_one_another(
+    fake: Slurm, config: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    fake.program(
+        "scontrol", CLUSTER.replace("jobs,usage", "none\\nAccountingStorageType = accounting_storage/slurmdbd")
+    )
+    fake.program("sbatch", "echo '71;beta'")
+    submit_training(config, [], load_cluster(None), run, alone=False)
+    assert (submissions(run)[0].job, submissions(run)[0].cluster) == ("71", "beta")
+    fake.program("squeue", "[[ $2 == beta ]] && echo 'CLUSTER: beta' && echo '71|RUNNING|1:00|n1|(None)|N/A'")
+    assert "RUNNING on n1" in "\n".join(status_lines(run))
+    cancel(str(run))
+    assert fake.calls("scancel") == ["-M beta 71"] and fake.calls("squeue")[-1].startswith("-M beta -h -r -a")
+
+
+def test_one_call_of_squeue_asks_for_all_runs_and_no_filter_of_a_person_reaches_it(
+    fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c"):
+        submit_training(config, [], load_cluster(None), tmp_path / "runs" / name)
+    for key in ("SQUEUE_STATES", "SQUEUE_PARTITION", "SCANCEL_STATE", "SLURM_TIME_FORMAT"):
+        monkeypatch.setenv(key, "R")
+    fake.program("squeue", "env >environment; echo '72|PENDING|1:00||(Priority)|N/A'")
+    before = len(fake.calls("squeue"))
+    status_command([str(tmp_path / "runs" / name) for name in ("a", "b", "c")])
+    (call,) = fake.calls("squeue")[before:]
+    assert call.endswith(" -j 71,72,73") and capsys.readouterr().out.count("PENDING (Priority)") == 1
+    found = (fake.bin / "environment").read_text()
+    assert not re.search(r"(?m)^(SQUEUE|SCANCEL)_", found) and "SLURM_TIME_FORMAT=standard\n" in found
+
+
 @pytest.mark.usefixtures("attended")
 @pytest.mark.parametrize("third", [INTERRUPTED, "echo no such partition >&2; exit 1", "exec sleep 300"])
 def test_a_pipeline_that_cannot_be_submitted_whole_is_taken_back(
@@ -231,10 +374,10 @@ def test_a_pipeline_and_a_preparation_are_queued_once(fake: Slurm, config: str, 
     ]
     assert [each.id for each in submissions(tmp_path / "run")] == [each.id for each in made]
     prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
-    fake.program("squeue", "echo '71_0|PENDING|1:00||(Priority)|N/A'")
+    fake.program("squeue", 'for job in 71 74; do echo "${job}_0|PENDING|1:00||(Priority)|N/A"; done')
     with pytest.raises(UserError, match=r"/run has job 71_0 already \(PENDING \(Priority\)\); wait for it, or end it"):
         submit_pipeline(config, [], ["a.zip"], 2, load_cluster(None), tmp_path / "run")
-    with pytest.raises(UserError, match=r"/set\.launch has job 71_0 already"):
+    with pytest.raises(UserError, match=r"/set\.launch has job 74_0 already"):
         prepare_array(["a.zip"], tmp_path / "set", 2, load_cluster(None))
     assert len(fake.calls("sbatch")) == 4
 
@@ -250,7 +393,7 @@ def test_paths_that_slurm_would_read_as_patterns_are_refused(fake: Slurm, config
 def test_printed_commands_can_be_pasted(
     fake: Slurm, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    submit_command(config, run_dir=str(tmp_path / "my run"))
+    submit_command(config, run_dir=str(tmp_path / "my run"), unchecked=True)
     result = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[1:]]
     run = str(tmp_path / "my run")
     assert result == [["python", "-m", "launch", "status", run], ["python", "-m", "launch", "logs", "-f", run]]
@@ -260,7 +403,7 @@ def test_printed_commands_can_be_pasted(
     stop(run)
     assert capsys.readouterr().out.endswith(f"launch status '{run}'\n")
     with pytest.raises(UserError, match=f"or end it: python -m launch stop '{run}'"):
-        submit_command(config, run_dir=run)
+        submit_command(config, run_dir=run, unchecked=True)
 
 
 def test_runs_in_the_checkout_are_no_code(fake: Slurm, config: str, tmp_path: Path) -> None:
@@ -366,6 +509,6 @@ def test_an_ended_job_is_asked_for_wherever_it_may_be_known(
     fake.program("scontrol", scontrol)
     if sacct:
         fake.program("sacct", sacct)
-    assert slurm.final_state("7") == state
+    assert slurm.final_state(slurm.Job("7")) == state
     assert fake.calls("scontrol") == ["show job -o 7"]
-    assert fake.calls("sacct") == ([] if state == "TIMEOUT" or not sacct else ["-nPX -o State -j 7"])
+    assert len(fake.calls("sacct")) == (state != "TIMEOUT" and sacct is not None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,45 @@ def test_wrong_arguments_are_reported_as_bad_usage(tmp_path: Path) -> None:
     message = "unrecognized arguments: --max-steeps 3; expected the arguments of `gan-dist train`"
     assert done.returncode == 2 and done.stderr == f"gan-dist: {message}\n"
     assert (tmp_path / "failed-3").read_text().split("\t")[1:4] == ["2", "error", "3"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "env", "told"),
+    [
+        ((), {}, True),
+        (("train.threads=4",), {}, False),
+        ((), {"OMP_NUM_THREADS": "4"}, False),
+        ((), {"SLURM_CPUS_PER_TASK": "1"}, False),
+        ((), {"RANK": "1"}, False),
+    ],
+)
+def test_processors_that_nobody_uses_are_told(
+    overrides: tuple[str, ...], env: dict[str, str], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "art.yaml"
+    config.write_text("data: {shards: x}\ntrain: {device: cpu}\n")
+    for key, value in {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "1", "RANK": "0", **env}.items():
+        monkeypatch.setenv(key, value)
+    line = rank.TrainJob(str(config), overrides, "run").idle_processors()
+    assert line.startswith("note: torch uses 1 of the 8 processors of each rank (slurm.cpus_per_task)") == told
+    assert bool(line) == told
+
+
+def test_what_cannot_be_imported_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing: Exception = ImportError("libcudart.so.12: cannot open shared object file")
+    status, words = words_of(missing, tmp_path, monkeypatch)  # type: ignore[arg-type]
+    assert status == 2 and words["failed-0"].split("\t")[1:3] == ["2", "error"]
+    status, words = words_of(ValueError("no"), tmp_path, monkeypatch)  # type: ignore[arg-type]
+    assert status == 1 and words["failed-0"].endswith("\tValueError: no\n")
+
+
+def test_other_ranks_stay_until_the_report_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or srun would end rank 0 a minute after they have left; and not for ever, in case there is none."""
+    began = time.monotonic()
+    timer = threading.Timer(0.5, (tmp_path / rank.REPORTED).touch)
+    timer.start()
+    rank.await_report(tmp_path)
+    timer.join()
+    assert 0.4 < time.monotonic() - began < 20
+    monkeypatch.setattr(rank, "REPORT_S", 0.1)
+    rank.await_report(tmp_path / "nowhere")

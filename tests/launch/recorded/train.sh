@@ -17,15 +17,18 @@
 #SBATCH --requeue
 #SBATCH --signal=USR2@300
 
-export NCCL_SOCKET_IFNAME=ib0
-export GREETING='it'"'"'s fine'
-module load cuda/12.8
-export PYTHONPATH='/scratch/runs/100% art/launch/20261123-120000-abcdef/code'${PYTHONPATH:+:$PYTHONPATH}
-export GAN_DIST_MAX_REQUEUES=7 GAN_DIST_MAX_CRASHES=3
-
+export GAN_DIST_MAX_REQUEUES=7 GAN_DIST_MAX_STARTS=3
 source '/scratch/runs/100% art/launch/20261123-120000-abcdef/code'/slurm/lib.sh
 gan_dist_begin '/scratch/runs/100% art' '/scratch/runs/100% art/launch/20261123-120000-abcdef'
+
+export NCCL_SOCKET_IFNAME=ib0
+export GREETING='it'"'"'s fine'
+gan_dist_setup
+module load cuda/12.8
+gan_dist_ready
+export PYTHONPATH='/scratch/runs/100% art/launch/20261123-120000-abcdef/code'${PYTHONPATH:+:$PYTHONPATH}
+
 export SUBMITIT_EXECUTOR=slurm
-gan_dist_preflight apptainer
+gan_dist_preflight apptainer exec --nv image.sif /opt/env/bin/python
 gan_dist_srun apptainer exec --nv image.sif /opt/env/bin/python -u -m launch.job.rank submitit '/scratch/runs/100% art/launch/20261123-120000-abcdef'
 gan_dist_finish $?

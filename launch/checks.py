@@ -1,0 +1,153 @@
+"""What can be known before a job waits for hours: its dataset, interpreter, shape and disk; one line each."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gan_dist.config.schema import Config
+from gan_dist.data.remote.fetch import RetryPolicy, fetch, file_address, redacted
+from gan_dist.data.shards import MANIFEST, Manifest, parse_manifest, read_manifest
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.files import is_address
+from launch import slurm
+from launch.options import ClusterOptions, SlurmOptions, gpus_in
+from launch.snapshot import CHECKOUT
+
+CODE_MIB = 50
+"""Room for a snapshot of the code, its compiled form and logs."""
+INTERPRETER_S = 60
+
+
+def check_all(settings: Config, cluster: ClusterOptions, run: Path) -> None:
+    """Raises UserError with one line for the first thing that would fail once the job runs. `run` may not exist yet."""
+    check_dataset(settings)
+    check_interpreter(cluster)
+    check_partition(cluster.slurm)
+    check_disk(settings, run)
+
+
+def check_dataset(settings: Config) -> None:
+    """Raises UserError unless the dataset's manifest is there, opens and has the model's resolution.
+
+    A remote one that does not answer from here may answer from the nodes: that is a note.
+    """
+    address = settings.data.shards
+    try:
+        manifest = _remote_manifest(address) if is_address(address) else read_manifest(address)
+    except GanDistError as error:
+        if isinstance(error, UserError):
+            raise
+        print(f"note: {error}; the nodes will try again", file=sys.stderr, flush=True)
+        return
+    if manifest.resolution != settings.model.resolution:
+        size = manifest.resolution
+        raise UserError(
+            f"model.resolution is {settings.model.resolution}, but {redacted(address)} holds {size}x{size} images; set "
+            f"model.resolution={size} or prepare the set again"
+        )
+
+
+def _remote_manifest(address: str) -> Manifest:
+    received: list[Manifest] = []
+
+    def receive(chunks: Iterator[bytes]) -> str | None:
+        try:
+            received.append(parse_manifest(b"".join(chunks), MANIFEST))
+        except UserError as error:
+            return f"is not the manifest of a dataset ({error})"
+        return None
+
+    fetch(file_address(address, MANIFEST), receive, retry=RetryPolicy(tries=2))
+    return received[0]
+
+
+def check_interpreter(cluster: ClusterOptions) -> None:
+    """Raises UserError when job.python is here, and cannot run gan_dist.
+
+    Behind a container or after job.setup it is another environment: the job itself checks those first of all.
+    """
+    python, job = cluster.job.python, cluster.job
+    if not python or job.container or job.setup or not shutil.which(python):
+        return
+    with tempfile.TemporaryDirectory() as attempt:
+        kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        env = {**kept, **job.env, "GAN_DIST_ATTEMPT": attempt, "SLURM_PROCID": "0", "PYTHONSAFEPATH": "1"}
+        env["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        words = [python, str(CHECKOUT / "launch" / "job" / "preflight.py")]
+        try:
+            done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=INTERPRETER_S, check=False)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise UserError(f"job.python: cannot run {python}: {error}") from None
+    if done.returncode:
+        said = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
+        raise UserError(f"job.python: {python} cannot run gan_dist: {said[-1] if said else done.returncode}")
+
+
+def check_partition(options: SlurmOptions) -> None:
+    """Raises UserError when the partition has not so many nodes of the processors and GPUs that are asked for.
+
+    Where SLURM does not enforce limits at submission (EnforcePartLimits), such a job would wait for ever. Whether nodes
+    are free, or allowed to this account, only SLURM knows.
+    """
+    if slurm.config("EnforcePartLimits") in ("all", "any", "yes") or {"nodelist", "clusters"} & options.extra.keys():
+        return
+    try:
+        answer = slurm.run("sinfo", "-h", "-a", "-e", "-o", "%D|%c|%G|%P")
+    except GanDistError:
+        return  # sbatch will say whether there is a cluster
+    name = options.partition or os.environ.get("SBATCH_PARTITION")
+    rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 3]
+    groups = [
+        (int(nodes), int(processors.rstrip("+")), gpus_in(gres))
+        for nodes, processors, gres, partition in rows
+        if (partition.rstrip("*") in name.split(",") if name else partition.endswith("*"))
+    ]
+    if not groups:
+        return
+    wanted = int(str(options.nodes).partition("-")[0])
+    processors, gpus = options.ranks_per_node * (options.cpus_per_task or 1), options.gpus
+    fitting = sum(nodes for nodes, each, of_gpus in groups if each >= processors and of_gpus >= gpus)
+    if fitting < wanted:
+        has = [f"{count} of {each} processors" + _and_gpus(of_gpus) for count, each, of_gpus in groups]
+        shape = f"{processors} processors (slurm.cpus_per_task x {options.ranks_per_node} rank(s)){_and_gpus(gpus)}"
+        raise UserError(
+            f"slurm.nodes: expected at most {fitting} node(s) with {shape}, found {wanted}; partition "
+            f"{name or 'by default'} has {', '.join(has)}"
+        )
+
+
+def _and_gpus(count: int) -> str:
+    return f" and {count} GPUs" if count else ""
+
+
+def check_disk(settings: Config, run: Path) -> None:
+    """Raises UserError unless the run's file system has room for the code and two checkpoints, newest and next."""
+    at = next(folder for folder in (run, *run.parents) if folder.exists())
+    needed = CODE_MIB * 2**20 + 2 * checkpoint_bytes(settings)
+    free = shutil.disk_usage(at).free
+    if free < needed:
+        raise UserError(
+            f"{at} has {free / 2**20:,.0f} MiB free, but the code and two checkpoints take {needed / 2**20:,.0f} MiB; "
+            f"free some space, or put runs elsewhere (job.runs): {shlex.quote(str(run))}"
+        )
+
+
+def checkpoint_bytes(settings: Config) -> int:
+    """Returns about how large a checkpoint is: float32 weights of both networks, Adam's two moments, the average of G.
+
+    Of the weights of a DCGAN, those of its 4x4 convolutions are nearly all.
+    """
+    model = settings.model
+    halvings = max(model.resolution.bit_length() - 4, 0)  # from the widest layer, at 4x4, to the narrowest
+    per_pair = sum(16 * (2 << 2 * n) for n in range(halvings))
+    widest = 1 << halvings
+    generator = 16 * model.latent_dim * widest * model.g_channels + per_pair * model.g_channels**2
+    discriminator = 16 * widest * model.d_channels + per_pair * model.d_channels**2
+    return 4 * (3 * (generator + discriminator) + generator)

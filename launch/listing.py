@@ -1,0 +1,116 @@
+"""All runs of a home at one look: what each does, how far and how good it is, where, and why it waits or ended."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gan_dist.runs.naming import runs_home
+from gan_dist.runs.record import read_run
+from gan_dist.utils.errors import UserError
+from launch.status import Queue, attempts_of, look
+from launch.submit import FINAL, jobs_of, submissions
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. What is not known is None; the words and figures are those of `launch ls --json`."""
+
+    name: str
+    run: str
+    state: str
+    """running, pending, suspended, ... as SLURM says it; else done, stopped, failed, cancelled, interrupted, empty."""
+    job: str | None
+    step: int
+    total_steps: int
+    images_per_second: float | None
+    gpu_utilization: float | None
+    """Percent, where the run logs it."""
+    best_swd: float | None
+    node: str | None
+    reason: str | None
+    """Why it waits, or how it ended."""
+    updated_s: float | None
+    """Seconds since it last wrote a file."""
+
+
+def list_runs(runs: str | None = None) -> list[Row]:
+    """Returns a row for each run of the home, the latest written last; SLURM is asked once.
+
+    Raises UserError when there is no run.
+    """
+    home = runs_home(runs)
+    folders = [path for path in home.glob("[!.]*") if (path / "config.yaml").is_file() or (path / "launch").is_dir()]
+    if not folders:
+        raise UserError(f"no run in {home}; say where runs are (--cluster, $GAN_DIST_RUNS)")
+    queue = look(folders)
+    rows = [make_row(run, queue) for run in folders]
+    return sorted(rows, key=lambda row: (-(row.updated_s if row.updated_s is not None else float("inf")), row.name))
+
+
+def make_row(run: Path, queue: Queue) -> Row:
+    """Returns the row of one run."""
+    known: dict[str, Any] = dict.fromkeys(("job", "images_per_second", "gpu_utilization", "best_swd", "node", "reason"))
+    state, step, total, updated = "empty", 0, 0, None
+    if (run / "config.yaml").is_file():
+        record = read_run(run)
+        newest = record.points[-1] if record.points else {}
+        state, step, total, updated = record.state, record.step, record.total, max(time.time() - record.touched, 0)
+        known["images_per_second"] = newest.get("throughput/images_per_second")
+        known["gpu_utilization"] = next((newest[tag] for tag in newest if "gpu_utilization" in tag), None)
+        known["best_swd"] = min((row["swd"] for row in record.evaluations if row.get("swd") is not None), default=None)
+        known["node"] = record.environment.get("host") if state == "running" else None
+        known["reason"] = record.why or None
+    made, jobs = submissions(run), jobs_of(run)
+    if made:
+        known["job"] = made[-1].job
+        attempts = attempts_of(run, made[-1])
+        if attempts and attempts[-1].outcome in FINAL:
+            worst = next((attempt for attempt in attempts if attempt.outcome == "failed"), attempts[-1])
+            state, known["reason"] = worst.outcome, None if worst.outcome == "done" else worst.reason
+    lines = [(job, line) for job in jobs for line in queue.view.of(job)]
+    if lines:
+        job, line = next((pair for pair in lines if pair[1].state == "RUNNING"), lines[0])
+        state, known["job"], known["node"] = line.state.lower(), job.id, line.nodes or None
+        known["reason"] = line.reason.strip("()") if line.reason.startswith("(") and line.reason != "(None)" else None
+    elif queue.unknown and state == "running":
+        known["reason"] = queue.unknown
+    elif state == "running" and made and not queue.view.hidden.intersection(jobs):
+        state = "interrupted"  # its job is gone
+    return Row(name=run.name, run=str(run), state=state, step=step, total_steps=total, updated_s=updated, **known)
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """Returns the rows as the lines of a table."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("run", "state", "step", "images/s", "GPU %", "best swd", "node", "job", "why"):
+        table.add_column(heading, justify="right" if heading in ("images/s", "GPU %", "best swd") else "left")
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.state,
+            f"{row.step}/{row.total_steps}" if row.total_steps else "",
+            _number(row.images_per_second, ",.0f"),
+            _number(row.gpu_utilization, ".0f"),
+            _number(row.best_swd, ".4g"),
+            row.node or "",
+            row.job or "",
+            row.reason or "",
+        )
+    # A file or a pipe gets whole lines.
+    width = None if sys.stdout.isatty() else 100_000
+    console = Console(width=width, markup=False, highlight=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,82 @@
+"""All runs at one look, read from directories and one call of squeue."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from gan_dist.utils.errors import UserError
+from launch import slurm, status
+from launch.listing import list_runs, table_lines
+from launch.submit import Submission
+
+
+def make_run(home: Path, name: str, job: str, event: str, history: str = "", swd: float | None = None) -> None:
+    """Makes a run with a submission, as far as a listing looks at it."""
+    run = home / name
+    attempts = run / "launch" / "20261122-000000-abcdef" / "attempts" / job
+    attempts.mkdir(parents=True)
+    made = Submission("20261122-000000-abcdef", "train", job, 0.0, None, (), 1)
+    (attempts.parents[1] / "job.json").write_text(json.dumps(asdict(made)))
+    if history:
+        (attempts / "history").write_text(history.replace(" | ", "\t") + "\n")
+    if event:
+        (run / "config.yaml").write_text("seed: 0\n")
+        (run / "environment.json").write_text('{"host": "node7"}')
+        lines: list[dict[str, object]] = [{"event": "start", "step": 0, "time": 0, "total_steps": 90}]
+        figures = {"throughput/images_per_second": 512.4, **({"evaluate/swd": swd} if swd else {})}
+        lines += [{"step": 40, "images_seen": 640, **figures}, {"step": 50, "images_seen": 800, **figures}]
+        lines += [{"event": event, "step": 50, "time": 0}] if event != "start" else []
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_every_run_has_a_row_that_says_what_it_does_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, "trains", "1", "start", swd=0.25)
+    make_run(tmp_path, "waits", "2", "stop")
+    make_run(tmp_path, "ended", "3", "end", "0 | done | step-00000090 | 90")
+    make_run(tmp_path, "broke", "4", "start", "0 | failed | - | rank 1 on b: no disk")
+    make_run(tmp_path, "gone", "5", "start")
+    make_run(tmp_path, "new", "6", "")
+    (tmp_path / ".doctor-1" / "launch").mkdir(parents=True)
+    lines = (
+        slurm.Queued("1", "RUNNING", "5:00", "node7", "node7", "N/A"),
+        slurm.Queued("2", "PENDING", "5:00", "", "(Priority)", "N/A"),
+    )
+    asked: list[int] = []
+
+    def look(jobs: list[slurm.Job]) -> slurm.View:
+        asked.append(len(jobs))
+        return slurm.View(lines)
+
+    monkeypatch.setattr(slurm, "look", look)
+    rows = {row.name: row for row in list_runs(str(tmp_path))}
+    assert asked == [6]
+    found = {name: (row.state, row.job, row.step, row.node, row.reason) for name, row in rows.items()}
+    assert found == {
+        "trains": ("running", "1", 50, "node7", None),
+        "waits": ("pending", "2", 50, None, "Priority"),
+        "ended": ("done", "3", 50, None, None),
+        "broke": ("failed", "4", 50, "node7", "rank 1 on b: no disk"),
+        "gone": ("interrupted", "5", 50, "node7", None),
+        "new": ("empty", "6", 0, None, None),
+    }
+    row = rows["trains"]
+    assert (row.best_swd, row.images_per_second, row.total_steps, row.gpu_utilization) == (0.25, 512.4, 90, None)
+    text = table_lines([row, rows["broke"]])
+    assert text[0].split() == ["run", "state", "step", "images/s", "GPU", "%", "best", "swd", "node", "job", "why"]
+    assert text[1].split() == ["trains", "running", "50/90", "512", "0.25", "node7", "1"]
+    assert text[2].endswith("rank 1 on b: no disk") and json.dumps(asdict(row))
+
+
+def test_a_home_without_runs_is_one_line_and_a_silent_squeue_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="no run in "):
+        list_runs(str(tmp_path))
+    make_run(tmp_path, "trains", "1", "start")
+    monkeypatch.setattr("launch.listing.look", lambda runs: status.Queue(slurm.View(), "not known: squeue failed"))
+    (row,) = list_runs(str(tmp_path))
+    assert (row.state, row.reason) == ("running", "not known: squeue failed")
