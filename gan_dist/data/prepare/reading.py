@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from gan_dist.data.prepare.account import Rejected
-from gan_dist.data.prepare.images import MEMORY_LIMIT
+from gan_dist.data.prepare.decode import MEMORY_LIMIT
 from gan_dist.data.prepare.sources import Entry, Source
 from gan_dist.utils.errors import GanDistError
 

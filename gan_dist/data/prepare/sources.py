@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from gan_dist.data.prepare.images import recognised
+from gan_dist.data.prepare.decode import recognised
 from gan_dist.utils.errors import UserError
 
 _ENDINGS = """
