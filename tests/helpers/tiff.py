@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -24,7 +24,7 @@ def tiff(
     """Returns `values`, [H, W] or [H, W, C], as a TIFF in strips of `rows` rows; with `planes`, plane by plane.
 
     `packed` replaces the one strip, `bits` the bits a sample; `tags`: further ones as type and values."""
-    order = ">" if big_endian else "<"
+    order: Literal["<", ">"] = ">" if big_endian else "<"
     height, width = values.shape[:2]
     samples = 1 if values.ndim == 2 else values.shape[2]
     layers = [values[..., i] for i in range(samples)] if planes and values.ndim == 3 else [values]

@@ -14,9 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import takewhile
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import PIL
 from PIL import features
@@ -24,13 +23,13 @@ from PIL import features
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import BACKGROUND, Recipe
 from gan_dist.data.prepare.labels import label
+from gan_dist.data.prepare.matching import match
 from gan_dist.data.prepare.reading import Reader, SourceChanged
 from gan_dist.data.prepare.sources import Entry, Listing, Source, list_source, open_source
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import clear_temporaries, expand, write_atomically
 from gan_dist.utils.locks import Locks
 
-_T = TypeVar("_T")
 FOLDER = ".prepare"
 """The folder in OUT that keeps the plan and the records of finished shards."""
 
@@ -140,7 +139,7 @@ def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) ->
         "decoders": _decoders(),
     }
     counts = {"seen": seen, "replaced": replaced, "skipped": dict(sorted((+skipped).items())), "labels": labels.counts}
-    notes = [note for listing in listings for note in listing.notes]
+    notes = [note for listing in listings for note in listing.notes] + labels.notes
     if nested := skipped["nested archive"]:
         notes.append(
             f"{nested:,} archives inside the sources were not opened: name them as sources to include their images"
@@ -193,49 +192,26 @@ def _digest(entries: Sequence[Entry], stamps: bool = True) -> str:
 def _replace(listings: Sequence[Listing], sources: Sequence[Source], skipped: Counter[str]) -> tuple[list[Entry], int]:
     """Returns the entries, with originals replaced by entries of the last listing, and the number replaced.
 
-    A replacement has its original's file name. Among several originals of that name, the one that shares most parent
-    folders is replaced (`train/1.jpg` in the zip replaces `1.jpg` of the source `train`); if that leaves a choice, none
-    is. Replacements that are not used are counted in `skipped`.
+    A replacement is matched to its original by path (`train/1.jpg` in the zip replaces `1.jpg` of the source `train`);
+    where that leaves a choice, nothing is replaced. Replacements that are not used are counted in `skipped`.
     """
     *originals, replacements = listings
     entries = [entry for listing in originals for entry in listing.entries]
-    places = [_parts(entry, sources) for entry in entries]
-    names: dict[str, list[int]] = {}
-    for index, place in enumerate(places):
-        names.setdefault(place[-1], []).append(index)
-    claims: dict[int, list[tuple[int, Entry]]] = {}
-    for entry in replacements.entries:
-        place = _parts(entry, sources)
-        alike, meant = _best([(_shared(place, places[index]), index) for index in names.get(place[-1], [])])
-        if meant is not None:
-            claims.setdefault(meant, []).append((alike, entry))
-        else:
-            skipped["ambiguous replacement" if alike else "replacement of nothing"] += 1
-    replaced = 0
-    for index, claimants in claims.items():
-        _, chosen = _best(claimants)
-        if chosen is not None:
-            entries[index] = replace(chosen, stands_for=entries[index].place)
-            replaced += 1
-        skipped["ambiguous replacement"] += len(claimants) - (chosen is not None)
-    return entries, replaced
+    new = replacements.entries
+    matches = match([_place(entry, sources) for entry in new], [_place(entry, sources) for entry in entries])
+    used = {key for key in matches.keys if key is not None}
+    for number in range(len(new)):
+        if number not in used:
+            skipped["ambiguous replacement" if number in matches.ambiguous_keys else "replacement of nothing"] += 1
+    taken = [
+        entry if key is None else replace(new[key], stands_for=entry.place)
+        for entry, key in zip(entries, matches.keys, strict=True)
+    ]
+    return taken, len(used)
 
 
-def _parts(entry: Entry, sources: Sequence[Source]) -> tuple[str, ...]:
-    return PurePosixPath(f"{sources[entry.source].stem}/{entry.path}").parts
-
-
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """Returns the number of parts that two paths have in common at their ends."""
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _best(scored: Sequence[tuple[int, _T]]) -> tuple[int, _T | None]:
-    """Returns the highest score and its owner; the owner is None when there are several, or none (score 0)."""
-    top = max((score for score, _ in scored), default=0)
-    best = [what for score, what in scored if score == top]
-    return top, best[0] if len(best) == 1 else None
+def _place(entry: Entry, sources: Sequence[Source]) -> str:
+    return f"{sources[entry.source].stem}/{entry.path}"
 
 
 def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry], list[dict[str, str]]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from gan_dist.data.prepare import tiff as tiff_module
 from gan_dist.data.prepare.account import Rejected
@@ -102,8 +103,7 @@ def test_planes_need_the_other_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: Pillow's own reader of planes makes something else of 16 bits."""
     data = tiff(deepened(colours(), "u2"), photometric=2, planes=True)
     assert same(data, colours())
-    plain = tiff_module.TiffImagePlugin.TiffImageFile
-    monkeypatch.setattr(tiff_module, "opened", lambda data: plain(__import__("io").BytesIO(data), ""))
+    monkeypatch.setattr(tiff_module, "opened", lambda data: TiffImagePlugin.TiffImageFile(io.BytesIO(data), ""))
     assert not same(data, colours(), 5)
 
 
