@@ -58,7 +58,7 @@ class Reader:
                 return _read_member(archive, entry)
             assert source.kind == "tar", source.kind
             archive.seek(entry.offset)
-            data = archive.read(entry.size)
+            data = archive.read(entry.size if entry.pieces is None else entry.packed)
         except FileNotFoundError:
             raise SourceChanged(f"{source.path}: {entry.path!r} disappeared while it was being prepared") from None
         except OSError as error:
@@ -68,9 +68,9 @@ class Reader:
                     f"{source.path} cannot be read now ({reason}): run the same command again later"
                 ) from None
             raise Rejected("unreadable", reason) from None
-        if len(data) != entry.size:
+        if len(data) != (entry.size if entry.pieces is None else entry.packed):
             raise SourceChanged(f"{source.path} became shorter while it was being prepared")
-        return data
+        return data if entry.pieces is None else _spread_out(data, entry.pieces, entry.size)
 
     def _archive(self, number: int) -> IO[bytes]:
         stream = self._open.pop(number, None)
@@ -85,6 +85,15 @@ class Reader:
         """Closes the archives."""
         while self._open:
             self._open.popitem()[1].close()
+
+
+def _spread_out(stored: bytes, pieces: Sequence[tuple[int, int]], size: int) -> bytes:
+    """Returns a sparse file: its stored pieces at their places, zeros between them."""
+    whole, taken = bytearray(size), 0
+    for start, length in pieces:
+        whole[start : start + length] = stored[taken : taken + length]
+        taken += length
+    return bytes(whole[:size])
 
 
 def _read_file(source: Source, entry: Entry) -> bytes:
