@@ -10,10 +10,13 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import BACKGROUND, Recipe
 from gan_dist.data.prepare.labels import label
 from gan_dist.data.prepare.matching import match
-from gan_dist.data.prepare.reading import Reader, SourceChanged
+from gan_dist.data.prepare.reading import Reader, SourceChanged, content_digest
 from gan_dist.data.prepare.sources import Entry, Listing, Source, list_source, open_source
+from gan_dist.data.shards import shard_name
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import clear_temporaries, expand, write_atomically
+from gan_dist.utils.files import clear_temporaries, expand, read_record, write_atomically
 from gan_dist.utils.locks import Locks
 
 FOLDER = ".prepare"
@@ -54,7 +58,8 @@ class Options:
 @dataclass
 class Plan:
     """`entries`: to be decoded; entry k has key k and goes to shard k // shard_samples. `ids`: its class, or None.
-    `counts`: of the other files. `digest`: sha256 of everything that determines the result."""
+    `counts`: of the other files. `digest`: sha256 of the options, the entries and their classes; `accepted`: the
+    digests that finished shards may have."""
 
     sources: list[Source]
     entries: list[Entry]
@@ -67,6 +72,7 @@ class Plan:
     image: Recipe
     shard_samples: int
     digest: str = ""
+    accepted: frozenset[str] = frozenset()
 
     @property
     def num_shards(self) -> int:
@@ -156,8 +162,10 @@ def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) ->
         options.image,
         options.shard_samples,
     )
-    content = [recipe, counts, labels.classes, labels.ids, [(entry.source, entry.place) for entry in entries]]
-    plan.digest = hashlib.sha256((json.dumps(content) + _digest(entries)).encode()).hexdigest()
+    options_alone = {key: value for key, value in recipe.items() if key not in ("sources", "decoders")}
+    content = [options_alone, labels.classes, labels.ids, [(entry.source, entry.place) for entry in entries]]
+    plan.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    plan.accepted = frozenset({plan.digest})
     return plan
 
 
@@ -181,6 +189,7 @@ def _decoders() -> dict[str, str]:
     for name in ("libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "littlecms2"):
         if version := features.version(name):
             versions[name] = version
+    versions["simplejpeg"] = metadata.version("simplejpeg")
     return versions
 
 
@@ -266,7 +275,8 @@ def claim(out: Path) -> Locks:
 
 
 def settle(plan: Plan, out: Path) -> None:
-    """Writes the plan into `out`, or checks that it equals the one there.
+    """Writes the plan into `out`, or checks that it makes what the one there makes, and takes that one's account of
+    sources and decoders over. What only looks different becomes a note.
 
     Raises:
         UserError: `out` holds a dataset of another recipe.
@@ -278,47 +288,102 @@ def settle(plan: Plan, out: Path) -> None:
     if (folder / "plan.json").exists():
         try:
             stored = json.loads((folder / "plan.json").read_bytes())
-            _compare(plan, stored, folder, out)
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+            lines = gzip.decompress((folder / "entries.jsonl.gz").read_bytes()).splitlines()
+            before = {(source, path): (size, stamp) for source, path, size, stamp in map(json.loads, lines)}
+            _continue(plan, stored, before, out)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
             raise UserError(f"{folder} is damaged ({error}): remove {out} and prepare again") from None
         return
-    lines = (json.dumps([*entry.place, entry.size, entry.stamp]) for entry in plan.entries)
-    write_atomically(folder / "entries.jsonl.gz", gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
+    entries = (json.dumps([*entry.place, entry.size, entry.stamp]) for entry in plan.entries)
+    write_atomically(folder / "entries.jsonl.gz", gzip.compress("\n".join(entries).encode(), compresslevel=3, mtime=0))
     stored = {"digest": plan.digest, "recipe": plan.recipe, "counts": plan.counts, "classes": plan.classes}
+    stored["labels"] = _labels_digest(plan)
     write_atomically(folder / "plan.json", json.dumps(stored, indent=1).encode())
 
 
-def _compare(plan: Plan, stored: dict[str, Any], folder: Path, out: Path) -> None:
-    """Raises an error that names the differences, unless the stored plan is the same."""
-    if stored["digest"] == plan.digest:
-        return
-    # another recipe
-    ours, theirs = plan.recipe | {"sources": None}, stored["recipe"] | {"sources": None}
-    differences = [
-        f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in ours if ours[key] != theirs.get(key)
+def _labels_digest(plan: Plan) -> str:
+    return hashlib.sha256(json.dumps([plan.classes, plan.ids]).encode()).hexdigest()
+
+
+def _continue(plan: Plan, stored: dict[str, Any], before: dict[tuple[int, str], tuple[int, str]], out: Path) -> None:
+    """Takes over what the stored plan says of the sources, unless the new one would make something else."""
+    _compare_recipes(plan, stored["recipe"], out)
+    after = {entry.place: (entry.size, entry.stamp) for entry in plan.entries}
+    other = [place for place in after if place in before and after[place] != before[place]]
+    # a zip's stamp is a checksum, and what has another size has another content
+    changed = [place for place in other if after[place][0] != before[place][0] or plan.sources[place[0]].kind == "zip"]
+    touched = set(other) - set(changed)
+    plan.accepted = frozenset({plan.digest, stored["digest"]})
+    changed += _rewritten(plan, touched, out)
+    changes = {
+        "added": [place for place in after if place not in before],
+        "removed": [place for place in before if place not in after],
+        "changed": changed,
+    }
+    summary = [
+        f"{len(places)} {how} (first {plan.sources[places[0][0]].name}/{places[0][1]!r})"
+        for how, places in changes.items()
+        if places
     ]
-    names = [[source["name"] for source in recipe["sources"]] for recipe in (stored["recipe"], plan.recipe)]
+    if not summary and stored.get("labels", "") not in ("", _labels_digest(plan)):
+        summary = ["labels"]
+    if not summary and list(stored["classes"]) != list(plan.classes):
+        summary = ["classes"]
+    if summary or list(before) != list(after):
+        raise GanDistError(
+            f"the sources changed since {out} was begun: {', '.join(summary) or 'their order'}: restore them, "
+            "or prepare into another OUT"
+        )
+    if touched:
+        plan.notes.append(f"{len(touched):,} files have other modification times than when {out} was begun")
+    if stored["counts"] != plan.counts:
+        plan.notes.append("files beside the images came or went: they are counted as when the dataset was begun")
+    if (then := stored["recipe"].get("decoders")) != plan.recipe["decoders"]:
+        now = plan.recipe["decoders"]
+        news = [
+            f"{name} {then.get(name)} is now {now.get(name)}"
+            for name in {**then, **now}
+            if then.get(name) != now.get(name)
+        ]
+        plan.notes.append(f"begun with other decoders ({', '.join(news)}): shards made from now on may differ a little")
+    plan.digest, plan.recipe, plan.counts = stored["digest"], stored["recipe"], stored["counts"]
+
+
+def _compare_recipes(plan: Plan, recipe: dict[str, Any], out: Path) -> None:
+    """Raises UserError for an option, or the name of a source, that differs."""
+    differences = [
+        f"{key} was {recipe.get(key)!r} and is now {plan.recipe[key]!r}"
+        for key in plan.recipe
+        if key not in ("sources", "decoders") and plan.recipe[key] != recipe.get(key)
+    ]
+    names = [[source["name"] for source in sources] for sources in (recipe["sources"], plan.recipe["sources"])]
     if names[0] != names[1]:
         differences.append(f"the sources were {', '.join(names[0])} and are now {', '.join(names[1])}")
     if differences:
         raise UserError(
             f"{out} holds a dataset of another recipe: {'; '.join(differences)}: use the same options, or another OUT"
         )
-    # the same recipe: a source changed
-    then = [json.loads(line) for line in gzip.decompress((folder / "entries.jsonl.gz").read_bytes()).splitlines()]
-    before = {(source, path): (size, stamp) for source, path, size, stamp in then}
-    after = {entry.place: (entry.size, entry.stamp) for entry in plan.entries}
-    changes = {
-        "added": [place for place in after if place not in before],
-        "removed": [place for place in before if place not in after],
-        "changed": [place for place in after if place in before and after[place] != before[place]],
-    }
-    summary = ", ".join(
-        f"{len(places)} {how} (first {plan.sources[places[0][0]].name}/{places[0][1]!r})"
-        for how, places in changes.items()
-        if places
-    )
-    raise GanDistError(
-        f"the sources changed since {out} was begun: {summary or 'files beside the images, or labels'}: restore them, "
-        "or prepare into another OUT"
-    )
+
+
+def _rewritten(plan: Plan, touched: set[tuple[int, str]], out: Path) -> list[tuple[int, str]]:
+    """Returns those of the `touched` files that are in finished shards and whose content is not what went there."""
+    if not touched:
+        return []
+    changed = []
+    with closing(Reader(plan.sources)) as reader:
+        for shard in range(plan.num_shards):
+            part = read_record(out / FOLDER / f"{shard_name(shard)}.json")
+            if part is None or part["plan"] not in plan.accepted:
+                continue
+            contents = part.get("contents") or [""] * len(plan.keys(shard))
+            for key, content in zip(plan.keys(shard), contents, strict=True):
+                if (entry := plan.entries[key]).place in touched and _content(reader, entry) != content:
+                    changed.append(entry.place)
+    return changed
+
+
+def _content(reader: Reader, entry: Entry) -> str:
+    try:
+        return content_digest(reader.read(entry))
+    except Rejected:
+        return ""

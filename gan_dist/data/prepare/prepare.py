@@ -251,6 +251,7 @@ class _Run:
                 self._clear(shard)
                 with ShardWriter(self.out, shard, self.plan.image.resolution) as writer:
                     part: Part = {"plan": self.plan.digest, "rejects": [], "ids": Counter(), "flags": Counter()}
+                    part["contents"] = []
                     keys = iter(self.plan.keys(shard))
                     for _ in of_shard:
                         self._write(next(finished), keys, writer, part)
@@ -274,6 +275,7 @@ class _Run:
         for outcome in done.outcomes:
             key = next(keys)
             entry, label = plan.entries[key], plan.ids[key]
+            part["contents"].append(outcome.content)
             if outcome.reason:
                 reject = {"reason": outcome.reason, "detail": outcome.detail}
                 part["rejects"].append({"key": key} | plan.describe(entry) | reject)
@@ -295,7 +297,7 @@ class _Run:
     def _part(self, shard: int) -> Part | None:
         """Returns the record of a finished shard of this plan, or None."""
         part = read_record(self.out / FOLDER / f"{shard_name(shard)}.json")
-        return part if part and part["plan"] == self.plan.digest else None
+        return part if part and part["plan"] in self.plan.accepted else None
 
     def _is_sound(self, shard: int) -> bool:
         part = self._part(shard)
