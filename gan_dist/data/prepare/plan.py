@@ -12,12 +12,13 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import PIL
@@ -92,8 +93,14 @@ class Plan:
         return origin
 
 
-def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) -> Plan:
-    """Returns the plan for the sources at `paths`, each a path and a name.
+def make_plan(
+    paths: Sequence[tuple[Path, str]],
+    options: Options,
+    out: Path,
+    listed: Callable[[int], None] = lambda files: None,
+) -> Plan:
+    """Returns the plan for the sources at `paths`, each a path and a name. `listed` is called with the number of files
+    found so far, a few times a second.
 
     Raises:
         UserError: a source that is missing, damaged or without images; labels that do not fit.
@@ -112,7 +119,8 @@ def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) ->
         if source.kind == "folder" and (out == Path(source.path) or out in Path(source.path).parents):
             raise UserError(f"source {source.path} is inside OUT ({out}): choose another folder for the dataset")
     # list their entries, settle replacements and duplicates
-    listings = [list_source(source, number, exclude=out) for number, source in enumerate(sources)]
+    tick = _Ticks(listed)
+    listings = [list_source(source, number, exclude=out, tick=tick) for number, source in enumerate(sources)]
     skipped: Counter[str] = sum((listing.skipped for listing in listings), Counter())
     seen = sum(len(listing.entries) for listing in listings) + skipped.total()
     if options.replacements:
@@ -167,6 +175,20 @@ def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) ->
     plan.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     plan.accepted = frozenset({plan.digest})
     return plan
+
+
+class _Ticks:
+    """Counts its calls and passes the count on, at most five times a second."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self._show, self._count, self._next = show, 0, 0.0
+        show(0)
+
+    def __call__(self) -> None:
+        self._count += 1
+        if self._count % 64 == 0 and (now := monotonic()) >= self._next:
+            self._next = now + 0.2
+            self._show(self._count)
 
 
 def _check_distinct(sources: Sequence[Source]) -> None:
