@@ -81,6 +81,7 @@ def prepare(
                 keep_truncated=keep_truncated,
                 full_decode=full_decode,
                 progress=partial(show, "preparing"),
+                listed=lambda files: show("listing", files, 0),
             )
     except TooManyRejects as error:
         account = error.account

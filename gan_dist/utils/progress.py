@@ -25,7 +25,7 @@ QUIET_S = 2.0
 def progress(
     console: Console | None = None, *, shown: bool = True, in_bytes: bool = False
 ) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function of (verb, done, total) that shows how far the work of each verb has come.
+    """Yields a function of (verb, done, total) that shows how far the work of each verb has come; total 0: unknown.
 
     With `in_bytes`, done and total are bytes, shown as megabytes. Without `shown`, nothing is printed.
     """
@@ -43,8 +43,8 @@ def progress(
 
         def update(verb: str, done: int, total: int) -> None:
             if verb not in tasks:
-                tasks[verb] = bar.add_task(verb, total=total)
-            bar.update(tasks[verb], completed=done, total=total)
+                tasks[verb] = bar.add_task(verb, total=total or None)
+            bar.update(tasks[verb], completed=done, total=total or None)
 
         yield update
 
@@ -56,9 +56,15 @@ class _Lines:
         self._out, self._in_bytes = out, in_bytes
         self._began: dict[str, float] = {}
         self._tenth: dict[str, int] = {}
+        self._next: dict[str, float] = {}
 
     def update(self, verb: str, done: int, total: int) -> None:
         seconds = time.monotonic() - self._began.setdefault(verb, time.monotonic())
+        if not total:  # after a second, two, four, ...
+            if seconds >= self._next.setdefault(verb, 1.0):
+                self._next[verb] = 2 * seconds
+                self._out.print(f"{verb}: {done} so far", markup=False)
+            return
         tenth = 10 * done // max(total, 1)
         if tenth <= self._tenth.get(verb, 0 if self._in_bytes else -1) or (self._in_bytes and seconds <= QUIET_S):
             return

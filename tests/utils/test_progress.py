@@ -33,3 +33,14 @@ def test_a_log_gets_a_line_for_each_tenth(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_terminal_gets_a_bar_and_silence_is_possible() -> None:
     assert "reading" in lines(in_bytes=True, terminal=True) and "\x1b" in lines(in_bytes=False, terminal=True)
     assert lines(in_bytes=False, shown=False) == ""
+
+
+def test_work_of_unknown_size_is_counted_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("gan_dist.utils.progress.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    with progress(Console(file=out, highlight=False)) as show:
+        for second in range(20):
+            now[0] = float(second)
+            show("listing", 100 * second, 0)
+    assert out.getvalue().splitlines() == [f"listing: {n} so far" for n in (100, 200, 400, 800, 1600)]

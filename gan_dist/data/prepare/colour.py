@@ -9,24 +9,24 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, JpegImagePlugin
+from PIL import Image, ImageCms
 
 from gan_dist.data.prepare.account import Rejected
 
 Converter = Callable[[Image.Image], Image.Image]
 
 
-def normaliser(image: Image.Image) -> tuple[str, Converter]:
-    """Returns a mode that can be resampled (L, RGB, RGBa, CMYK), and the conversion of any part of `image` to it."""
+def normaliser(image: Image.Image, white: float | None = None) -> tuple[str, Converter]:
+    """Returns a mode that can be resampled (L, RGB, RGBa, CMYK), and the conversion of any part of `image` to it.
+
+    `white`: the value of white in deep grey, where the file tells.
+    """
     mode = image.mode
     if mode.startswith(("I", "F")):
-        return "L", _tone_map(image)
+        return "L", _tone_map(image, white)
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or image.has_transparency_data:
         return "RGBa", lambda part: part if part.mode == "RGBa" else part.convert("RGBA").convert("RGBa")
     if mode == "CMYK":
-        if isinstance(image, JpegImagePlugin.JpegImageFile) and "adobe" not in image.info:
-            # Pillow inverts every CMYK JPEG, but only those with Adobe's marker are stored inverted
-            return "CMYK", lambda part: Image.eval(part, lambda value: 255 - value)
         return "CMYK", lambda part: part
     if mode == "LAB":
         return "RGB", _lab_to_rgb
@@ -37,12 +37,15 @@ def normaliser(image: Image.Image) -> tuple[str, Converter]:
     raise Rejected("unsupported", f"mode {mode}")
 
 
-def _tone_map(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Returns the conversion of deep grey to 8 bits. The white point is 65535 for 16-bit data. Integers and floats of
-    32 bits have none: it is the smallest of 1 (floats), 255 and 65535 that is not below the maximum, or the maximum."""
-    if image.mode.startswith("I;16"):
+def _tone_map(image: Image.Image, white: float | None) -> Callable[[Image.Image], Image.Image]:
+    """Returns the conversion of deep grey to 8 bits.
+
+    White is 65535 for 16-bit data, unless `white` says otherwise. Integers and floats of 32 bits have none: it is the
+    smallest of 1 (floats), 255 and 65535 that is not below the maximum, or the maximum.
+    """
+    if white is None and image.mode.startswith("I;16"):
         white = 65535.0
-    else:
+    elif white is None:
         top = max(_maximum(strip) for strip in _strips(image))
         steps = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         white = next((step for step in steps if top <= step), top)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from gan_dist.data.prepare.sources import Entry, Source
+from gan_dist.data.prepare.matching import match
+from gan_dist.data.prepare.sources import IMAGE_ENDINGS, Entry, Source
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand
 
@@ -16,12 +18,13 @@ from gan_dist.utils.files import expand
 @dataclass
 class Labels:
     """The classes of the entries. `ids`: the class of each entry, or None; `classes`: the names; `counts`: unlabelled
-    and ambiguous entries; `origin`: their source, for the recipe."""
+    and ambiguous entries; `origin`: their source, for the recipe; `notes`: lines for the user."""
 
     ids: list[int | None]
     classes: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     origin: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def label(
@@ -33,30 +36,61 @@ def label(
     Raises:
         UserError: a table that cannot be read, has no such columns, or matches no entry.
     """
-    ambiguous = 0
+    ambiguous, notes = 0, []
     if spec is None:
         if not cls:
             return Labels([None] * len(entries))
         names: list[str | None] = [cls.get(entry.place) for entry in entries]
         origin = "cls"
     elif spec == "folders":
-        names = [PurePosixPath(entry.place[1]).parent.name or None for entry in entries]
+        folders = [PurePosixPath(entry.place[1].replace("\\", "/")).parts[:-1] for entry in entries]
+        names = [parts[-1] if parts else None for parts in folders]
         origin = spec
         if not any(names):
+            parents = sorted({str(Path(source.path).parent) for source in sources})
             raise UserError(
-                "--labels folders: no image is in a folder of its source: give the parent folder as the source"
+                "--labels folders: no image is in a folder of its source: give the parent folder as the source: "
+                + ", ".join(parents)
             )
+        if len(set(names)) == 1:
+            notes.append(_one_class(folders, sources))
     else:
         table, origin = _read_table(spec)
         names, ambiguous = _match(table, entries, sources)
         if not any(names):
-            raise UserError(f"--labels {spec}: no row matches any of the {len(entries)} images: is the column right?")
+            row, image = next(iter(table), "(no row has both)"), entries[0].place[1]
+            raise UserError(
+                f"--labels {spec}: no row matches any of the {len(entries)} images: is the column right? "
+                f"The first row says {row!r}, the first image is {image!r}"
+            )
     known = {name for name in names if name}
     numeric = all(name.isdecimal() for name in known)
-    classes = tuple(sorted(known, key=int) if numeric else sorted(known))
+    classes = tuple(sorted(known, key=lambda name: (int(name), name)) if numeric else sorted(known))
     ids = {name: i for i, name in enumerate(classes)}
     labelled = [ids[name] if name else None for name in names]
-    return Labels(labelled, classes, {"unlabelled": labelled.count(None), "ambiguous": ambiguous}, origin)
+    counts = {"unlabelled": labelled.count(None), "ambiguous": ambiguous}
+    return Labels(labelled, classes, counts, origin, notes)
+
+
+def _one_class(folders: Sequence[tuple[str, ...]], sources: Sequence[Source]) -> str:
+    """Returns a line about folders that are all of one name: which folders differ, or which source would have some."""
+    depth = next((i for i in range(len(folders[0])) if len({parts[: i + 1] for parts in folders}) > 1), None)
+    begin = f"--labels folders: every image is in a folder named {folders[0][-1]!r}, so there is one class: "
+    if depth is None:
+        return begin + f"to have the folders beside {sources[0].path} as classes, give {Path(sources[0].path).parent}"
+    some = sorted({parts[depth] for parts in folders if len(parts) > depth})
+    where = "/".join((sources[0].path, *folders[0][:depth]))
+    return begin + f"the folders that differ are {', '.join(some[:3])} in {where}: let the images lie in them directly"
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """A context in which a table may have cells of any length."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
@@ -68,46 +102,62 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
         )
     path, file_column, label_column = expand(parts[0]), parts[1], parts[2]
     table: dict[str, set[str]] = {}
+    line = 1
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
-            rows = csv.DictReader(stream)
-            columns = rows.fieldnames or []
+        with _long_cells(), path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+            rows = csv.reader(stream, strict=True)
+            columns = next(rows, [])
             if "\ufffd" in "".join(columns):
                 raise UserError(f"--labels {spec}: {path} is not a table in UTF-8")
-            for column in (file_column, label_column):
-                if column not in columns:
-                    raise UserError(f"--labels {spec}: no column {column!r} in {path}; it has {', '.join(columns)}")
+            places = [_column(spec, path, columns, name) for name in (file_column, label_column)]
             for row in rows:
-                file, name = (row.get(file_column) or "").strip(), " ".join((row.get(label_column) or "").split())
+                began, line = line + 1, rows.line_num
+                if line > began:
+                    _check_cells(spec, path, row, began, len(columns))
+                file, name = (row[place].strip() if place < len(row) else "" for place in places)
                 if "\ufffd" in file + name:
-                    raise UserError(f"--labels {spec}: {path} is not UTF-8 (line {rows.line_num}): convert it")
+                    raise UserError(f"--labels {spec}: {path} is not UTF-8 (line {line}): convert it")
                 if file and name:
-                    table.setdefault(str(PurePosixPath(file.replace("\\", "/"))), set()).add(name)
+                    table.setdefault(file, set()).add(" ".join(name.split()))
     except OSError as error:
         raise UserError(f"--labels {spec}: {path} cannot be read: {error.strerror}") from None
     except csv.Error as error:
-        raise UserError(f"--labels {spec}: {path} is not a CSV file: {error}") from None
+        what = f"a quote opened after line {line} is never closed" if "unexpected end" in str(error) else str(error)
+        raise UserError(f"--labels {spec}: {path} is not a CSV file: {what} (from line {line + 1} on)") from None
     return table, f"{path.name}:{file_column}:{label_column}"
+
+
+def _column(spec: str, path: Path, columns: Sequence[str], name: str) -> int:
+    """Returns the place of a column. Raises UserError unless there is one of that name."""
+    if (count := columns.count(name)) == 1:
+        return columns.index(name)
+    if count:
+        raise UserError(
+            f"--labels {spec}: {path} has the column {name!r} {'twice' if count == 2 else f'{count} times'}"
+        )
+    raise UserError(f"--labels {spec}: no column {name!r} in {path}; it has {', '.join(columns)}")
+
+
+def _check_cells(spec: str, path: Path, row: Sequence[str], began: int, columns: int) -> None:
+    """Raises UserError when a cell of several lines holds rows: a quote was not closed, and another one closed it."""
+    for cell in row:
+        for inner in cell.splitlines()[1:]:
+            ends = [PurePosixPath(part.strip()).suffix.lower() for part in inner.split(",")]
+            if len(ends) >= columns and any(ending in IMAGE_ENDINGS for ending in ends):
+                raise UserError(
+                    f"--labels {spec}: {path} has a cell in line {began} that swallows whole rows: close its quote"
+                )
 
 
 def _match(
     table: Mapping[str, set[str]], entries: Sequence[Entry], sources: Sequence[Source]
 ) -> tuple[list[str | None], int]:
-    """Returns the label of each entry, and the number of entries whose label is ambiguous.
-
-    Files match by relative path, with or without the source's name before it, or else by a file name that is unique.
-    """
-    rows = Counter(PurePosixPath(path).name for path in table)
-    by_name = {PurePosixPath(path).name: labels for path, labels in table.items()}
-    files = Counter(PurePosixPath(entry.place[1]).name for entry in entries)
+    """Returns the label of each entry, and the number of entries whose label is ambiguous."""
+    files, labels = list(table), [frozenset(names) for names in table.values()]
+    matches = match(files, [f"{sources[entry.place[0]].stem}/{entry.place[1]}" for entry in entries], labels)
     names: list[str | None] = []
-    ambiguous = 0
-    for entry in entries:
-        source, path = entry.place[0], str(PurePosixPath(entry.place[1]))
-        name = PurePosixPath(path).name
-        labels = table.get(path) or table.get(f"{sources[source].stem}/{path}")
-        if labels is None and name in by_name:
-            labels = by_name[name] if rows[name] == 1 and files[name] == 1 else {"", "ambiguous"}
-        ambiguous += labels is not None and len(labels) > 1
-        names.append(next(iter(labels)) if labels and len(labels) == 1 else None)
+    ambiguous = len(matches.ambiguous_targets)
+    for key in matches.keys:
+        names.append(next(iter(labels[key])) if key is not None and len(labels[key]) == 1 else None)
+        ambiguous += key is not None and len(labels[key]) > 1
     return names, ambiguous

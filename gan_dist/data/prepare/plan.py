@@ -10,13 +10,16 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from itertools import takewhile
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from importlib import metadata
+from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import PIL
 from PIL import features
@@ -24,13 +27,14 @@ from PIL import features
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import BACKGROUND, Recipe
 from gan_dist.data.prepare.labels import label
-from gan_dist.data.prepare.reading import Reader, SourceChanged
+from gan_dist.data.prepare.matching import match
+from gan_dist.data.prepare.reading import Reader, SourceChanged, content_digest
 from gan_dist.data.prepare.sources import Entry, Listing, Source, list_source, open_source
+from gan_dist.data.shards import shard_name
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import clear_temporaries, expand, write_atomically
+from gan_dist.utils.files import clear_temporaries, expand, read_record, write_atomically
 from gan_dist.utils.locks import Locks
 
-_T = TypeVar("_T")
 FOLDER = ".prepare"
 """The folder in OUT that keeps the plan and the records of finished shards."""
 
@@ -55,7 +59,8 @@ class Options:
 @dataclass
 class Plan:
     """`entries`: to be decoded; entry k has key k and goes to shard k // shard_samples. `ids`: its class, or None.
-    `counts`: of the other files. `digest`: sha256 of everything that determines the result."""
+    `counts`: of the other files. `digest`: sha256 of the options, the entries and their classes; `accepted`: the
+    digests that finished shards may have."""
 
     sources: list[Source]
     entries: list[Entry]
@@ -68,6 +73,7 @@ class Plan:
     image: Recipe
     shard_samples: int
     digest: str = ""
+    accepted: frozenset[str] = frozenset()
 
     @property
     def num_shards(self) -> int:
@@ -87,8 +93,14 @@ class Plan:
         return origin
 
 
-def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) -> Plan:
-    """Returns the plan for the sources at `paths`, each a path and a name.
+def make_plan(
+    paths: Sequence[tuple[Path, str]],
+    options: Options,
+    out: Path,
+    listed: Callable[[int], None] = lambda files: None,
+) -> Plan:
+    """Returns the plan for the sources at `paths`, each a path and a name. `listed` is called with the number of files
+    found so far, a few times a second.
 
     Raises:
         UserError: a source that is missing, damaged or without images; labels that do not fit.
@@ -107,7 +119,8 @@ def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) ->
         if source.kind == "folder" and (out == Path(source.path) or out in Path(source.path).parents):
             raise UserError(f"source {source.path} is inside OUT ({out}): choose another folder for the dataset")
     # list their entries, settle replacements and duplicates
-    listings = [list_source(source, number, exclude=out) for number, source in enumerate(sources)]
+    tick = _Ticks(listed)
+    listings = [list_source(source, number, exclude=out, tick=tick) for number, source in enumerate(sources)]
     skipped: Counter[str] = sum((listing.skipped for listing in listings), Counter())
     seen = sum(len(listing.entries) for listing in listings) + skipped.total()
     if options.replacements:
@@ -140,7 +153,7 @@ def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) ->
         "decoders": _decoders(),
     }
     counts = {"seen": seen, "replaced": replaced, "skipped": dict(sorted((+skipped).items())), "labels": labels.counts}
-    notes = [note for listing in listings for note in listing.notes]
+    notes = [note for listing in listings for note in listing.notes] + labels.notes
     if nested := skipped["nested archive"]:
         notes.append(
             f"{nested:,} archives inside the sources were not opened: name them as sources to include their images"
@@ -157,9 +170,25 @@ def make_plan(paths: Sequence[tuple[Path, str]], options: Options, out: Path) ->
         options.image,
         options.shard_samples,
     )
-    content = [recipe, counts, labels.classes, labels.ids, [(entry.source, entry.place) for entry in entries]]
-    plan.digest = hashlib.sha256((json.dumps(content) + _digest(entries)).encode()).hexdigest()
+    options_alone = {key: value for key, value in recipe.items() if key not in ("sources", "decoders")}
+    content = [options_alone, labels.classes, labels.ids, [(entry.source, entry.place) for entry in entries]]
+    plan.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    plan.accepted = frozenset({plan.digest})
     return plan
+
+
+class _Ticks:
+    """Counts its calls and passes the count on, at most five times a second."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self._show, self._count, self._next = show, 0, 0.0
+        show(0)
+
+    def __call__(self) -> None:
+        self._count += 1
+        if self._count % 64 == 0 and (now := monotonic()) >= self._next:
+            self._next = now + 0.2
+            self._show(self._count)
 
 
 def _check_distinct(sources: Sequence[Source]) -> None:
@@ -182,6 +211,7 @@ def _decoders() -> dict[str, str]:
     for name in ("libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "littlecms2"):
         if version := features.version(name):
             versions[name] = version
+    versions["simplejpeg"] = metadata.version("simplejpeg")
     return versions
 
 
@@ -193,49 +223,26 @@ def _digest(entries: Sequence[Entry], stamps: bool = True) -> str:
 def _replace(listings: Sequence[Listing], sources: Sequence[Source], skipped: Counter[str]) -> tuple[list[Entry], int]:
     """Returns the entries, with originals replaced by entries of the last listing, and the number replaced.
 
-    A replacement has its original's file name. Among several originals of that name, the one that shares most parent
-    folders is replaced (`train/1.jpg` in the zip replaces `1.jpg` of the source `train`); if that leaves a choice, none
-    is. Replacements that are not used are counted in `skipped`.
+    A replacement is matched to its original by path (`train/1.jpg` in the zip replaces `1.jpg` of the source `train`);
+    where that leaves a choice, nothing is replaced. Replacements that are not used are counted in `skipped`.
     """
     *originals, replacements = listings
     entries = [entry for listing in originals for entry in listing.entries]
-    places = [_parts(entry, sources) for entry in entries]
-    names: dict[str, list[int]] = {}
-    for index, place in enumerate(places):
-        names.setdefault(place[-1], []).append(index)
-    claims: dict[int, list[tuple[int, Entry]]] = {}
-    for entry in replacements.entries:
-        place = _parts(entry, sources)
-        alike, meant = _best([(_shared(place, places[index]), index) for index in names.get(place[-1], [])])
-        if meant is not None:
-            claims.setdefault(meant, []).append((alike, entry))
-        else:
-            skipped["ambiguous replacement" if alike else "replacement of nothing"] += 1
-    replaced = 0
-    for index, claimants in claims.items():
-        _, chosen = _best(claimants)
-        if chosen is not None:
-            entries[index] = replace(chosen, stands_for=entries[index].place)
-            replaced += 1
-        skipped["ambiguous replacement"] += len(claimants) - (chosen is not None)
-    return entries, replaced
+    new = replacements.entries
+    matches = match([_place(entry, sources) for entry in new], [_place(entry, sources) for entry in entries])
+    used = {key for key in matches.keys if key is not None}
+    for number in range(len(new)):
+        if number not in used:
+            skipped["ambiguous replacement" if number in matches.ambiguous_keys else "replacement of nothing"] += 1
+    taken = [
+        entry if key is None else replace(new[key], stands_for=entry.place)
+        for entry, key in zip(entries, matches.keys, strict=True)
+    ]
+    return taken, len(used)
 
 
-def _parts(entry: Entry, sources: Sequence[Source]) -> tuple[str, ...]:
-    return PurePosixPath(f"{sources[entry.source].stem}/{entry.path}").parts
-
-
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """Returns the number of parts that two paths have in common at their ends."""
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _best(scored: Sequence[tuple[int, _T]]) -> tuple[int, _T | None]:
-    """Returns the highest score and its owner; the owner is None when there are several, or none (score 0)."""
-    top = max((score for score, _ in scored), default=0)
-    best = [what for score, what in scored if score == top]
-    return top, best[0] if len(best) == 1 else None
+def _place(entry: Entry, sources: Sequence[Source]) -> str:
+    return f"{sources[entry.source].stem}/{entry.path}"
 
 
 def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry], list[dict[str, str]]]:
@@ -290,7 +297,8 @@ def claim(out: Path) -> Locks:
 
 
 def settle(plan: Plan, out: Path) -> None:
-    """Writes the plan into `out`, or checks that it equals the one there.
+    """Writes the plan into `out`, or checks that it makes what the one there makes, and takes that one's account of
+    sources and decoders over. What only looks different becomes a note.
 
     Raises:
         UserError: `out` holds a dataset of another recipe.
@@ -302,47 +310,102 @@ def settle(plan: Plan, out: Path) -> None:
     if (folder / "plan.json").exists():
         try:
             stored = json.loads((folder / "plan.json").read_bytes())
-            _compare(plan, stored, folder, out)
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+            lines = gzip.decompress((folder / "entries.jsonl.gz").read_bytes()).splitlines()
+            before = {(source, path): (size, stamp) for source, path, size, stamp in map(json.loads, lines)}
+            _continue(plan, stored, before, out)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
             raise UserError(f"{folder} is damaged ({error}): remove {out} and prepare again") from None
         return
-    lines = (json.dumps([*entry.place, entry.size, entry.stamp]) for entry in plan.entries)
-    write_atomically(folder / "entries.jsonl.gz", gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
+    entries = (json.dumps([*entry.place, entry.size, entry.stamp]) for entry in plan.entries)
+    write_atomically(folder / "entries.jsonl.gz", gzip.compress("\n".join(entries).encode(), compresslevel=3, mtime=0))
     stored = {"digest": plan.digest, "recipe": plan.recipe, "counts": plan.counts, "classes": plan.classes}
+    stored["labels"] = _labels_digest(plan)
     write_atomically(folder / "plan.json", json.dumps(stored, indent=1).encode())
 
 
-def _compare(plan: Plan, stored: dict[str, Any], folder: Path, out: Path) -> None:
-    """Raises an error that names the differences, unless the stored plan is the same."""
-    if stored["digest"] == plan.digest:
-        return
-    # another recipe
-    ours, theirs = plan.recipe | {"sources": None}, stored["recipe"] | {"sources": None}
-    differences = [
-        f"{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}" for key in ours if ours[key] != theirs.get(key)
+def _labels_digest(plan: Plan) -> str:
+    return hashlib.sha256(json.dumps([plan.classes, plan.ids]).encode()).hexdigest()
+
+
+def _continue(plan: Plan, stored: dict[str, Any], before: dict[tuple[int, str], tuple[int, str]], out: Path) -> None:
+    """Takes over what the stored plan says of the sources, unless the new one would make something else."""
+    _compare_recipes(plan, stored["recipe"], out)
+    after = {entry.place: (entry.size, entry.stamp) for entry in plan.entries}
+    other = [place for place in after if place in before and after[place] != before[place]]
+    # a zip's stamp is a checksum, and what has another size has another content
+    changed = [place for place in other if after[place][0] != before[place][0] or plan.sources[place[0]].kind == "zip"]
+    touched = set(other) - set(changed)
+    plan.accepted = frozenset({plan.digest, stored["digest"]})
+    changed += _rewritten(plan, touched, out)
+    changes = {
+        "added": [place for place in after if place not in before],
+        "removed": [place for place in before if place not in after],
+        "changed": changed,
+    }
+    summary = [
+        f"{len(places)} {how} (first {plan.sources[places[0][0]].name}/{places[0][1]!r})"
+        for how, places in changes.items()
+        if places
     ]
-    names = [[source["name"] for source in recipe["sources"]] for recipe in (stored["recipe"], plan.recipe)]
+    if not summary and stored.get("labels", "") not in ("", _labels_digest(plan)):
+        summary = ["labels"]
+    if not summary and list(stored["classes"]) != list(plan.classes):
+        summary = ["classes"]
+    if summary or list(before) != list(after):
+        raise GanDistError(
+            f"the sources changed since {out} was begun: {', '.join(summary) or 'their order'}: restore them, "
+            "or prepare into another OUT"
+        )
+    if touched:
+        plan.notes.append(f"{len(touched):,} files have other modification times than when {out} was begun")
+    if stored["counts"] != plan.counts:
+        plan.notes.append("files beside the images came or went: they are counted as when the dataset was begun")
+    if (then := stored["recipe"].get("decoders")) != plan.recipe["decoders"]:
+        now = plan.recipe["decoders"]
+        news = [
+            f"{name} {then.get(name)} is now {now.get(name)}"
+            for name in {**then, **now}
+            if then.get(name) != now.get(name)
+        ]
+        plan.notes.append(f"begun with other decoders ({', '.join(news)}): shards made from now on may differ a little")
+    plan.digest, plan.recipe, plan.counts = stored["digest"], stored["recipe"], stored["counts"]
+
+
+def _compare_recipes(plan: Plan, recipe: dict[str, Any], out: Path) -> None:
+    """Raises UserError for an option, or the name of a source, that differs."""
+    differences = [
+        f"{key} was {recipe.get(key)!r} and is now {plan.recipe[key]!r}"
+        for key in plan.recipe
+        if key not in ("sources", "decoders") and plan.recipe[key] != recipe.get(key)
+    ]
+    names = [[source["name"] for source in sources] for sources in (recipe["sources"], plan.recipe["sources"])]
     if names[0] != names[1]:
         differences.append(f"the sources were {', '.join(names[0])} and are now {', '.join(names[1])}")
     if differences:
         raise UserError(
             f"{out} holds a dataset of another recipe: {'; '.join(differences)}: use the same options, or another OUT"
         )
-    # the same recipe: a source changed
-    then = [json.loads(line) for line in gzip.decompress((folder / "entries.jsonl.gz").read_bytes()).splitlines()]
-    before = {(source, path): (size, stamp) for source, path, size, stamp in then}
-    after = {entry.place: (entry.size, entry.stamp) for entry in plan.entries}
-    changes = {
-        "added": [place for place in after if place not in before],
-        "removed": [place for place in before if place not in after],
-        "changed": [place for place in after if place in before and after[place] != before[place]],
-    }
-    summary = ", ".join(
-        f"{len(places)} {how} (first {plan.sources[places[0][0]].name}/{places[0][1]!r})"
-        for how, places in changes.items()
-        if places
-    )
-    raise GanDistError(
-        f"the sources changed since {out} was begun: {summary or 'files beside the images, or labels'}: restore them, "
-        "or prepare into another OUT"
-    )
+
+
+def _rewritten(plan: Plan, touched: set[tuple[int, str]], out: Path) -> list[tuple[int, str]]:
+    """Returns those of the `touched` files that are in finished shards and whose content is not what went there."""
+    if not touched:
+        return []
+    changed = []
+    with closing(Reader(plan.sources)) as reader:
+        for shard in range(plan.num_shards):
+            part = read_record(out / FOLDER / f"{shard_name(shard)}.json")
+            if part is None or part["plan"] not in plan.accepted:
+                continue
+            contents = part.get("contents") or [""] * len(plan.keys(shard))
+            for key, content in zip(plan.keys(shard), contents, strict=True):
+                if (entry := plan.entries[key]).place in touched and _content(reader, entry) != content:
+                    changed.append(entry.place)
+    return changed
+
+
+def _content(reader: Reader, entry: Entry) -> str:
+    try:
+        return content_digest(reader.read(entry))
+    except Rejected:
+        return ""

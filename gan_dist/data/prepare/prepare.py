@@ -64,6 +64,7 @@ def prepare(
     keep_truncated: bool = False,
     full_decode: bool = False,
     progress: Progress | None = None,
+    listed: Callable[[int], None] = lambda files: None,
 ) -> Account:
     """Returns the account of preparing `sources` into the dataset `out`.
 
@@ -72,8 +73,9 @@ def prepare(
 
     Run again after an interruption, it continues; run again on a complete dataset, it rewrites shards that are missing
     or damaged, and nothing else. `task` (i, n) does every n-th shard from i on; the task that ends last writes the
-    manifest. `workers`: processes (default: one a CPU; 0: in this process). `progress` is called with the number of
-    entries done and in all. The other options are those of `gan-dist prepare`.
+    manifest. `workers`: processes (default: one a CPU; 0: in this process). `listed` is called with the number of files
+    found so far, then `progress` with the number of entries done and in all. The other options are those of
+    `gan-dist prepare`.
 
     Raises:
         UserError: bad options, sources or `out`, or not one readable image. Nothing partial is left.
@@ -102,7 +104,7 @@ def prepare(
             locks = stack.enter_context(closing(claim(target))) if staged else None
             paths = _local(texts, target, locks)
             try:
-                plan = make_plan(paths, options, target)
+                plan = make_plan(paths, options, target, listed)
             except UserError as error:
                 raise _with_addresses(error, texts, paths) from None
             locks = locks or stack.enter_context(closing(claim(target)))
@@ -251,6 +253,7 @@ class _Run:
                 self._clear(shard)
                 with ShardWriter(self.out, shard, self.plan.image.resolution) as writer:
                     part: Part = {"plan": self.plan.digest, "rejects": [], "ids": Counter(), "flags": Counter()}
+                    part["contents"] = []
                     keys = iter(self.plan.keys(shard))
                     for _ in of_shard:
                         self._write(next(finished), keys, writer, part)
@@ -274,6 +277,7 @@ class _Run:
         for outcome in done.outcomes:
             key = next(keys)
             entry, label = plan.entries[key], plan.ids[key]
+            part["contents"].append(outcome.content)
             if outcome.reason:
                 reject = {"reason": outcome.reason, "detail": outcome.detail}
                 part["rejects"].append({"key": key} | plan.describe(entry) | reject)
@@ -295,7 +299,7 @@ class _Run:
     def _part(self, shard: int) -> Part | None:
         """Returns the record of a finished shard of this plan, or None."""
         part = read_record(self.out / FOLDER / f"{shard_name(shard)}.json")
-        return part if part and part["plan"] == self.plan.digest else None
+        return part if part and part["plan"] in self.plan.accepted else None
 
     def _is_sound(self, shard: int) -> bool:
         part = self._part(shard)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import re
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
-from gan_dist.data.prepare.images import recognised
+from gan_dist.data.prepare.decode import recognised
 from gan_dist.utils.errors import UserError
 
 _ENDINGS = """
@@ -35,13 +38,27 @@ _OTHER = frozenset(f".{ending}" for ending in _OTHER_ENDINGS.split())
 """Files that are skipped by name: a look inside would be wasted, or (raw photographs) would find a thumbnail."""
 _ARCHIVE_ENDINGS = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"))
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
+_TRASH = "$recycle.bin recycler recycled #recycle @recycle lost+found found.000"
+_KEPT_BY_DEVICES = "@eadir @tmp #snapshot @recently-snapshot"
+_SYSTEM_FOLDERS = frozenset((*_TRASH.split(), *_KEPT_BY_DEVICES.split(), "system volume information"))
+"""Folders of disks, NASes and systems: what they hold is a thumbnail, a backup, or was thrown away."""
+_JOIN = "one part of several of a split zip: join them first (`zip -s 0 SET.zip --out whole.zip`)"
+_NOT_READ = {
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it (`7z x`)",
+    b"Rar!\x1a\x07": "a rar archive: unpack it (`unrar x`)",
+    b"PAR1": "a parquet table: write its images into a folder or a tar",
+    b"PK\7\x08": _JOIN,
+}
+"""What a source may be by mistake, by its first bytes, and what to do."""
+_PART = re.compile(r"\.(z\d\d|\d{3}|part\d+(\.rar)?|tar\.\w*a[a-z])$", re.I)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A file of a source. `source`: its number; `path`: its name there, with `/`; `size`: its bytes; `stamp`: changes
     with its content (modification time or checksum); `offset`, `packed`, `method`: its place, compressed size and
-    compression in an archive; `fault`: a reject's reason known from listing; `stands_for`: the entry it replaces."""
+    compression in an archive; `pieces`: of a sparse file in a tar, start and size of what is stored; `fault`: a
+    reject's reason known from listing; `stands_for`: the entry it replaces."""
 
     source: int
     path: str
@@ -52,6 +69,7 @@ class Entry:
     method: int = 0
     fault: str = ""
     stands_for: tuple[int, str] | None = None
+    pieces: tuple[tuple[int, int], ...] | None = None
 
     @property
     def place(self) -> tuple[int, str]:
@@ -95,19 +113,43 @@ def open_source(path: Path, name: str) -> Source:
             return Source(name, "folder", str(path))
         with path.open("rb") as stream:
             head = stream.read(512)
+        _refuse(path, head)
         # tar first: zipfile looks for a zip's end, which a tar has too if its last member is a zip
         if head[257:262] == b"ustar":
             return Source(name, "tar", str(path))
         if zipfile.is_zipfile(path):
+            if _is_last_part(path):
+                raise UserError(f"source {path} is {_JOIN}")
             return Source(name, "zip", str(path))
         if head and _is_tar(path):
             return Source(name, "tar", str(path))
     except OSError as error:
         reason = "there is no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"source {path} cannot be read: {reason}") from None
+    if _PART.search(path.name):
+        raise UserError(f"source {path} is, by its name, one part of several of a split archive: join them first")
     if head[:4] == b"PK\3\4":
         raise UserError(f"source {path} is a zip that is cut short (no central directory at its end): fetch it again")
     raise UserError(f"source {path} is neither a folder nor a zip nor a tar: expected one of these")
+
+
+def _refuse(path: Path, head: bytes) -> None:
+    """Raises UserError for a file that is known to be no source."""
+    if not head:
+        raise UserError(f"source {path} is empty: fetch it again")
+    for magic, what in _NOT_READ.items():
+        if head.startswith(magic):
+            raise UserError(f"source {path} is {what}")
+
+
+def _is_last_part(path: Path) -> bool:
+    """Returns whether a zip says that it is not the only part."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 66_000))
+        tail = stream.read()
+    end = tail.rfind(b"PK\5\6")
+    disks = tail[end + 4 : end + 6], tail[end + 6 : end + 8]
+    return end >= 0 and any(disk not in (b"\0\0", b"\xff\xff") for disk in disks)
 
 
 def _is_tar(path: Path) -> bool:
@@ -118,8 +160,11 @@ def _is_tar(path: Path) -> bool:
         return False
 
 
-def list_source(source: Source, number: int, exclude: Path | None = None) -> Listing:
-    """Returns the content of `source`; its entries get `number` as their source. `exclude`: a folder to leave out.
+def list_source(
+    source: Source, number: int, exclude: Path | None = None, tick: Callable[[], None] = lambda: None
+) -> Listing:
+    """Returns the content of `source`; its entries get `number` as their source. `exclude`: a folder to leave out;
+    `tick` is called for each file.
 
     Raises:
         UserError: a damaged archive, or a source that holds no image.
@@ -127,15 +172,15 @@ def list_source(source: Source, number: int, exclude: Path | None = None) -> Lis
     listing = Listing()
     match source.kind:
         case "folder":
-            _list_folder(source, number, exclude, listing)
+            _list_folder(source, number, exclude, listing, tick)
         case "zip":
-            _list_zip(source, number, listing)
+            _list_zip(source, number, listing, tick)
         case "tar":
-            _list_tar(source, number, listing)
+            _list_tar(source, number, listing, tick)
         case kind:
             raise AssertionError(f"no way to list a source of kind {kind!r}")
-    # by bytes, and by offset where an archive has a name twice: the same order on every machine
-    listing.entries.sort(key=lambda entry: (entry.path.encode("utf-8", "surrogatepass"), entry.offset))
+    # by bytes: the same order on every machine, and in a folder and its archives
+    listing.entries.sort(key=lambda entry: entry.path.encode("utf-8", "surrogatepass"))
     if not listing.entries:
         others = (
             ", ".join(f"{count} {kind}" for kind, count in sorted(listing.skipped.items())) or "nothing else either"
@@ -156,6 +201,8 @@ def skip_kind(path: str, read_head: Callable[[], bytes] | None = None) -> str | 
         return "__MACOSX"
     if name.lower() in _SYSTEM_FILES:
         return "system file"
+    if any(part.lower() in _SYSTEM_FOLDERS for part in parts[:-1]):
+        return "system folder"
     if any(part.startswith(".") and part not in (".", "..") for part in parts):
         return "dot file"
     ending = PurePosixPath(name).suffix.lower()
@@ -171,7 +218,7 @@ def skip_kind(path: str, read_head: Callable[[], bytes] | None = None) -> str | 
     return f"not an image: {ending}" if re.fullmatch(r"\.[a-z0-9_]{1,5}", ending) else "not an image"
 
 
-def _list_folder(source: Source, number: int, exclude: Path | None, listing: Listing) -> None:
+def _list_folder(source: Source, number: int, exclude: Path | None, listing: Listing, tick: Callable[[], None]) -> None:
     """Walks real folders first, then links to folders not seen yet: loops end, and each folder counts once."""
     seen: set[tuple[int, int]] = set()
     waiting = [""]
@@ -198,6 +245,7 @@ def _list_folder(source: Source, number: int, exclude: Path | None, listing: Lis
         inner = []
         for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
+            tick()
             if item.is_dir(follow_symlinks=False):
                 inner.append(path)
             elif item.is_dir():
@@ -230,33 +278,109 @@ def _list_file(item: os.DirEntry[str], path: str, number: int, listing: Listing)
         listing.entries.append(Entry(number, path, status.st_size, str(status.st_mtime_ns)))
 
 
-def _list_zip(source: Source, number: int, listing: Listing) -> None:
+class _Members:
+    """The files of an archive by path: of several under one path, the last one counts, as when they are unpacked."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._others: dict[str, tuple[str, Entry | None]] = {}  # skipped as what kind
+        self._links: dict[str, str] = {}
+        self._older = 0
+
+    def add(self, path: str, entry: Entry | None, kind: str | None) -> None:
+        """Adds a file, which is skipped if it has a `kind`."""
+        self._forget(path)
+        if entry is not None and kind is None:
+            self.entries[path] = entry
+        else:
+            self._others[path] = kind or "", entry
+
+    def add_link(self, path: str, target: str) -> None:
+        """Adds a link to `target`, a path in the archive."""
+        self._forget(path)
+        self._links[path] = target
+
+    def _forget(self, path: str) -> None:
+        for known in (self.entries, self._others, self._links):
+            self._older += known.pop(path, None) is not None
+
+    def list(self, number: int, listing: Listing) -> None:
+        """Adds all to the listing. A link is the file that it leads to; one that leads nowhere cannot be read."""
+        for path, target in self._links.items():
+            for _ in range(8):
+                target = self._links.get(target, target)
+            kind, found = self._others.get(target, (None, self.entries.get(target)))
+            if own := skip_kind(path):  # it has an ending that says so, or none at all
+                kind = kind if target in self.entries and own == "not an image" else own
+            elif found is not None:
+                kind = None
+            if any(known.startswith(f"{target}/") for known in self.entries) and found is None:
+                kind = "link to a folder"
+            if kind:
+                listing.skipped[kind] += 1
+            elif found is not None:
+                listing.entries.append(replace(found, path=path))
+            else:
+                listing.entries.append(Entry(number, path, 0, "", fault="unreadable"))
+        listing.entries += self.entries.values()
+        if self._older:
+            listing.skipped["older version"] += self._older
+            listing.notes.append(
+                f"{self._older:,} members are there again further on under the same name: the last of each counts"
+            )
+
+    def kinds(self) -> Iterable[tuple[str, str]]:
+        """Returns path and kind of each file that is skipped."""
+        return ((path, kind) for path, (kind, _) in self._others.items())
+
+
+def _normal(path: str) -> str:
+    """Returns a member's path without what unpacking ignores: `./` and doubled slashes."""
+    return re.sub(r"/(\./|/)+", "/", path.removeprefix("./")) if "/" in path else path
+
+
+def _target(path: str, link: str) -> str:
+    """Returns the path in the archive to which the symbolic link at `path` leads."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
+
+
+def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
+    members = _Members()
     try:
         with zipfile.ZipFile(source.path) as archive:
             for info in archive.infolist():
-                if info.filename and info.is_dir():
+                tick()
+                path = _normal(_zip_path(info))
+                if path.endswith("/"):
                     continue
-                mode = info.external_attr >> 16
                 encrypted = bool(info.flag_bits & 1)
-                read_head = None if encrypted else partial(_head, archive, info)
-                kind = "link" if stat.S_ISLNK(mode) else skip_kind(info.filename, read_head)
-                if kind:
-                    listing.skipped[kind] += 1
+                if stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 5000 and not encrypted:
+                    link = archive.read(info).decode("utf-8", "surrogateescape")
+                    members.add_link(path, _target(path, link))
                     continue
-                listing.entries.append(
-                    Entry(
-                        number,
-                        info.filename,
-                        info.file_size,
-                        f"{info.CRC:08x}",
-                        info.header_offset,
-                        info.compress_size,
-                        info.compress_type,
-                        "encrypted" if encrypted else "",
-                    )
-                )
+                kind = skip_kind(path, None if encrypted else partial(_head, archive, info))
+                place = info.header_offset, info.compress_size, info.compress_type
+                fault = "encrypted" if encrypted else ""
+                members.add(path, Entry(number, path, info.file_size, f"{info.CRC:08x}", *place, fault), kind)
     except Exception as error:  # on hostile bytes zipfile raises struct.error, UnicodeDecodeError, IndexError, ...
         raise UserError(f"source {source.path} is a damaged zip ({_one_line(error)}): fetch it again") from None
+    members.list(number, listing)
+    listing.skipped.update(kind for _, kind in members.kinds())
+
+
+def _zip_path(info: zipfile.ZipInfo) -> str:
+    """Returns a member's path with `/`: programs of Windows write backslashes, and some put Unicode in a field of its
+    own."""
+    extra, path = info.extra, info.filename
+    while len(extra) >= 4:
+        kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
+        field_, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == 0x7075 and field_[:1] == b"\1" and not info.flag_bits & 0x800:
+            with contextlib.suppress(UnicodeError):
+                if zlib.crc32(info.orig_filename.encode("cp437")) == int.from_bytes(field_[1:5], "little"):
+                    path = field_[5:].decode()
+    windows = info.create_system in (0, 10, 11)  # FAT, NTFS, VFAT
+    return path.replace("\\", "/") if windows else path
 
 
 def _head(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -264,49 +388,87 @@ def _head(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         return member.read(16)
 
 
-def _list_tar(source: Source, number: int, listing: Listing) -> None:
+def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
+    """Lists all tars that were written into the file one after the other: each ends with blocks of zeros."""
     keys: dict[str, str] = {}  # WebDataset key -> class
-    sidecars: dict[str, list[str]] = {}
-    size = Path(source.path).stat().st_size
-    end = 0
+    members = _Members()
+    size, start = Path(source.path).stat().st_size, 0
     try:
-        with Path(source.path).open("rb") as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
-            for member in archive:
-                end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    listing.skipped["link" if member.islnk() or member.issym() else "special file"] += 1
-                    continue
-                raw_position = raw.tell()
-                raw.seek(member.offset_data)
-                kind = skip_kind(member.name, partial(raw.read, min(16, member.size)))
-                if kind and member.name.endswith(".cls") and member.size < 1000:
-                    raw.seek(member.offset_data)
-                    keys[_key(member.name)] = raw.read(member.size).decode("utf-8", "replace").strip()
-                raw.seek(raw_position)
-                if kind:
-                    sidecars.setdefault(_key(member.name), []).append(kind)
-                    continue
-                stamp = f"{member.mtime:.0f}-{member.chksum}"
-                entry = Entry(number, member.name, member.size, stamp, member.offset_data, member.size)
-                listing.entries.append(entry)
-            raw.seek(end)
-            rest = raw.read(1024)
+        with Path(source.path).open("rb") as raw:
+            while start < size:
+                end = _list_one_tar(raw, start, number, members, keys, tick)
+                raw.seek(end)
+                rest = raw.read(512)
+                if end > size or rest.strip(b"\0"):
+                    # tarfile takes a damaged header for the end: everything after it would be lost silently
+                    raise tarfile.ReadError(f"no header at byte {end}")
+                if len(rest) < 512:
+                    found = f"{len(members.entries)} images"
+                    listing.notes.append(f"{source.name} has no end mark: it may be cut short after {found}")
+                start = _after_zeros(raw, end)
     except Exception as error:
         raise UserError(
             f"source {source.path} is a tar that is damaged or cut short ({_one_line(error)}): fetch it again"
         ) from None
-    if end > size or rest.strip(b"\0"):
-        # tarfile takes a damaged header for the end: everything after it would be lost silently
-        raise UserError(f"source {source.path} is a tar that is damaged or cut short at byte {end}: fetch it again")
-    if len(rest) < 512:
-        listing.notes.append(f"{source.name} has no end mark: it may be cut short after {len(listing.entries)} images")
+    members.list(number, listing)
     images = {_key(entry.path) for entry in listing.entries}
-    for key, kinds in sidecars.items():
-        for kind in kinds:
-            listing.skipped[kind.replace("not an image", "beside an image") if key in images else kind] += 1
+    for path, kind in members.kinds():
+        listing.skipped[kind.replace("not an image", "beside an image") if _key(path) in images else kind] += 1
     listing.classes = {entry.path: keys[_key(entry.path)] for entry in listing.entries if keys.get(_key(entry.path))}
+
+
+def _list_one_tar(
+    raw: IO[bytes], start: int, number: int, members: _Members, keys: dict[str, str], tick: Callable[[], None]
+) -> int:
+    """Adds the members of the tar that begins at byte `start`; returns where its end mark should be."""
+    raw.seek(start)
+    end = start
+    with tarfile.open(fileobj=raw, mode="r:") as archive:
+        for member in archive:
+            tick()
+            end, path = archive.offset, _normal(member.name)
+            if member.isdir():
+                continue
+            if member.issym() or member.islnk():
+                link = member.linkname
+                members.add_link(path, _target(path, link) if member.issym() else _normal(link))
+                continue
+            if not member.isreg():
+                members.add(path, None, "special file")
+                continue
+            position = raw.tell()
+            raw.seek(member.offset_data)
+            head = raw.read(min(16, member.size))
+            pieces = _pieces(member)
+            kind = skip_kind(path, partial(_same, head))
+            if kind and path.endswith(".cls") and member.size < 1000:
+                raw.seek(member.offset_data)
+                keys[_key(path)] = raw.read(member.size).decode("utf-8", "replace").strip()
+            raw.seek(position)
+            stored = member.size if pieces is None else sum(size for _, size in pieces)
+            stamp = f"{member.mtime:.0f}-{member.chksum}"
+            members.add(path, Entry(number, path, member.size, stamp, member.offset_data, stored, pieces=pieces), kind)
+    return end
+
+
+def _pieces(member: tarfile.TarInfo) -> tuple[tuple[int, int], ...] | None:
+    """Returns start and size of each stored piece of a sparse member; None for one that is stored whole."""
+    pieces: Any = member.sparse
+    return tuple((int(start), int(size)) for start, size in pieces) if pieces is not None else None
+
+
+def _same(head: bytes) -> bytes:
+    return head
+
+
+def _after_zeros(raw: IO[bytes], place: int) -> int:
+    """Returns the first byte from `place` on, in steps of 512, of a block that is not zero; or the end of the file."""
+    raw.seek(place)
+    while block := raw.read(2**20):
+        if rest := block.lstrip(b"\0"):
+            return place + (len(block) - len(rest)) // 512 * 512
+        place += len(block)
+    return place
 
 
 def _one_line(error: Exception) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
+import importlib
 import lzma
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,24 @@ from gan_dist.data.remote.fetch import fetch
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand_source, is_address, present, temporary_name
 
-_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+
+def _zstd_open(path: Path | str, mode: str) -> Any:
+    """Returns a zstd file, opened by Python 3.14 or a package that can. Raises UserError where there is none."""
+    for name in ("compression.zstd", "backports.zstd", "zstandard"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name).open(path, mode)
+    raise UserError(
+        f"source {path} is compressed with zstd, which this Python cannot read: unpack it (`zstd -d`), "
+        "or `pip install backports.zstd`"
+    )
+
+
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstd_open,
+}
 
 
 def spread(texts: Sequence[str | Path]) -> list[str]:
@@ -73,11 +91,9 @@ def stage(text: str, folder: Path) -> Path:
         magic = _compression(fetched if is_address(text) else Path(text))
         if magic:
             with _COMPRESSED[magic](fetched if is_address(text) else text, "rb") as packed:
-                _copy(packed, unpacked)
+                _copy(packed, unpacked, text)
             unpacked.replace(fetched)
         fetched.replace(target)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"source {text} is damaged or cut short ({error}): fetch it again") from None
     finally:
         fetched.unlink(missing_ok=True)
         unpacked.unlink(missing_ok=True)
@@ -97,8 +113,18 @@ def _fetch(address: str, target: Path) -> None:
     fetch(address, receive)
 
 
-def _copy(source: IO[bytes], target: Path) -> None:
+def _copy(source: IO[bytes], target: Path, text: str) -> None:
+    """Writes what is unpacked from the source `text` to `target`. Raises UserError when it is damaged."""
     with target.open("wb") as out:
-        shutil.copyfileobj(source, out, 2**20)
+        while True:
+            try:
+                data = source.read(2**20)
+            except Exception as error:  # each decompressor has errors of its own, and bz2's are OSErrors
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise UserError(f"source {text} cannot be read: {error.strerror}") from None
+                raise UserError(f"source {text} is damaged or cut short ({error}): fetch it again") from None
+            if not data:
+                break
+            out.write(data)
         out.flush()
         os.fsync(out.fileno())

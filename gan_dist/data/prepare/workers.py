@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
-from gan_dist.data.prepare.reading import Reader
+from gan_dist.data.prepare.reading import Reader, content_digest
 from gan_dist.data.prepare.sources import Entry, Source
 from gan_dist.utils.errors import GanDistError
 
@@ -45,12 +45,14 @@ WORKER_CODE = "from gan_dist.data.prepare.workers import serve; serve()"
 
 @dataclass(slots=True)
 class Outcome:
-    """The result for an entry: `pixels` with the sidecar's `record`, or the `reason` of a reject with its detail."""
+    """The result for an entry: `pixels` with the sidecar's `record`, or the `reason` of a reject with its detail;
+    `content`: a digest of the file, empty where it could not be read."""
 
     pixels: bytes = b""
     record: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     detail: str = ""
+    content: str = ""
 
 
 @dataclass(slots=True)
@@ -71,21 +73,23 @@ def work(entries: Sequence[Entry], reader: Reader, recipe: Recipe) -> Done:
     """
     done = Done([], {"read": 0.0, "decode": 0.0, "resize": 0.0})
     for entry in entries:
-        began = perf_counter()
+        began, content = perf_counter(), ""
         try:
             data = reader.read(entry)
+            content = content_digest(data)
             done.seconds["read"] += perf_counter() - began
             began = perf_counter()
             made = square(data, recipe)
         except (Rejected, MemoryError) as error:
             rejected = error if isinstance(error, Rejected) else Rejected("too_large", "not enough memory")
             done.seconds["decode"] += perf_counter() - began
-            done.outcomes.append(Outcome(reason=rejected.reason, detail=rejected.detail))
+            done.outcomes.append(Outcome(reason=rejected.reason, detail=rejected.detail, content=content))
             continue
         for stage, seconds in made.seconds.items():
             done.seconds[stage] += seconds
-        record = {"width": made.width, "height": made.height, "mode": made.mode, "format": made.format}
-        done.outcomes.append(Outcome(made.pixels.tobytes(), record | ({"flags": made.flags} if made.flags else {})))
+        record: dict[str, Any] = {"width": made.width, "height": made.height, "mode": made.mode, "format": made.format}
+        record |= {"flags": made.flags} if made.flags else {}
+        done.outcomes.append(Outcome(made.pixels.tobytes(), record, content=content))
     done.peak = _peak_memory()
     return done
 

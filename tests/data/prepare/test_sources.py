@@ -169,3 +169,21 @@ def test_a_jobs_answer_is_small_at_any_resolution(tmp_path: Path, resolution: in
     jobs = make_jobs([Entry(0, str(i), 10, "") for i in range(100)], resolution)
     assert sum(map(len, jobs)) == 100 and max(map(len, jobs)) == most
     assert most == 1 or most * 3 * resolution**2 <= JOB_SQUARES
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_listing_tells_how_many_files_there_are(tmp_path: Path, kind: str) -> None:
+    source = fill(tmp_path / "in", 4)
+    for i in range(300):
+        (source / f"{i}.txt").write_text("x")
+    if kind == "tar":
+        with tarfile.open(tmp_path / "in.tar", "w") as out:
+            out.add(source, "in")
+    elif kind == "zip":
+        with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+            for path in source.rglob("*.*"):
+                archive.write(path, path.relative_to(source))
+    seen: list[int] = []
+    path = source if kind == "folder" else tmp_path / f"in.{kind}"
+    prepare(path, tmp_path / "out", workers=0, listed=seen.append)
+    assert seen[:2] == [0, 64] and seen == sorted(seen)

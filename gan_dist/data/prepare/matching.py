@@ -1,0 +1,104 @@
+"""Which of two lists of paths mean the same file, although they are spelt differently.
+
+A path has many spellings: backslashes, folders more or less on top, composed and decomposed accents, another case, no
+ending. Two paths match when they share the longest end, part by part, and neither has an equally good partner besides.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from gan_dist.data.prepare.sources import IMAGE_ENDINGS
+
+_MOST = 64
+"""Candidates of which the better spelt are preferred; among more, none is."""
+
+
+@dataclass
+class Matches:
+    """`keys`: for each target the key that means it, or None; `ambiguous_targets`, `ambiguous_keys`: those with
+    several equally good partners."""
+
+    keys: list[int | None]
+    ambiguous_targets: set[int] = field(default_factory=set)
+    ambiguous_keys: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    parts: tuple[str, ...]
+    """As they are spelt, normalised, the last first and without its ending."""
+    ending: str
+
+    def ends(self) -> list[str]:
+        """Returns the path's ends in one case, the shortest first."""
+        ends = [self.parts[0].casefold()]
+        for part in self.parts[1:]:
+            ends.append(f"{ends[-1]}/{part.casefold()}")
+        return ends
+
+
+def _path(text: str) -> _Path:
+    parts = PurePosixPath(unicodedata.normalize("NFC", text).replace("\\", "/")).parts
+    *folders, name = [part for part in parts if part not in ("/", ".", "..")] or [""]
+    ending = PurePosixPath(name).suffix
+    if ending.lower() in IMAGE_ENDINGS:
+        return _Path((name.removesuffix(ending), *reversed(folders)), ending)
+    return _Path((name, *reversed(folders)), "")
+
+
+def _fit(one: _Path, other: _Path) -> tuple[bool, int] | None:
+    """Returns how well two paths with a common end fit: equal endings, and parts in the same case. None: another
+    ending."""
+    if one.ending and other.ending and one.ending.lower() != other.ending.lower():
+        return None
+    alike = sum(a == b for a, b in zip(one.parts, other.parts, strict=False))
+    return one.ending.lower() == other.ending.lower(), alike + (one.ending == other.ending)
+
+
+class _Side:
+    """One of the lists: its paths, and which of them have a given end."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.paths = [_path(text) for text in texts]
+        self.by_end: dict[str, list[int]] = {}
+        for number, path in enumerate(self.paths):
+            for end in path.ends():
+                self.by_end.setdefault(end, []).append(number)
+
+    def best(self, path: _Path) -> list[int]:
+        """Returns the paths of this side that share the longest end with `path`, of these the best spelt."""
+        for end in reversed(path.ends()):
+            found = self.by_end.get(end, [])
+            if len(found) > _MOST:
+                return found
+            fits = {number: fit for number in found if (fit := _fit(path, self.paths[number])) is not None}
+            if fits:
+                top = max(fits.values())
+                return [number for number, fit in fits.items() if fit == top]
+        return []
+
+
+def match(keys: Sequence[str], targets: Sequence[str], values: Sequence[Hashable] | None = None) -> Matches:
+    """Returns which key means which target. Keys with equal `values` are as good as one another."""
+    key_side, target_side = _Side(keys), _Side(targets)
+    worth: Sequence[Hashable] = range(len(keys)) if values is None else values
+    result = Matches([None] * len(targets))
+    wanted: dict[int, list[int]] = {}
+    for number, path in enumerate(key_side.paths):
+        wanted[number] = target_side.best(path)
+        if len(wanted[number]) > 1:
+            result.ambiguous_keys.add(number)
+    for number, path in enumerate(target_side.paths):
+        found = key_side.best(path)
+        if len({worth[key] for key in found}) > 1:
+            result.ambiguous_targets.add(number)
+            result.ambiguous_keys.update(key for key in found if number in wanted[key][:_MOST])
+        elif mine := [key for key in found if wanted[key] == [number]]:
+            result.keys[number] = mine[0]
+        elif any(number in wanted[key][:_MOST] for key in found[:_MOST]):
+            result.ambiguous_targets.add(number)
+    return result

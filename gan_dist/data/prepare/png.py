@@ -1,0 +1,90 @@
+"""PNG files, checked chunk by chunk: damage of the pixels is found, that of anything else is cut out.
+
+Pillow checks no checksum of pixel data, and refuses a picture for a fault in any text beside it.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+from gan_dist.data.prepare.account import Rejected
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"IEND")
+_TEXTS = (b"iTXt", b"tEXt", b"zTXt")
+_ORIENTING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+_LONGEST = 2**22
+"""Bytes of a text that may hold an orientation, and of a profile."""
+
+
+def checked(data: bytes, keep_truncated: bool = False) -> bytes:
+    """Returns a PNG of the same pixels, colour profile and orientation without anything else that could hinder reading.
+
+    `data` itself is returned when there is nothing to cut out. With `keep_truncated`, a file that ends early is passed
+    on up to its end.
+
+    Raises:
+        Rejected: `corrupt`, a chunk that decides about pixels differs from its checksum; `truncated`; `unsupported`.
+    """
+    view, place = memoryview(data), len(SIGNATURE)
+    kept, begun = [view[:place]], False
+    while place + 12 <= len(data):
+        length, kind = int.from_bytes(view[place : place + 4], "big"), bytes(view[place + 4 : place + 8])
+        end = place + 12 + length
+        if end > len(data) or not kind.isalpha():
+            if kind[:1].islower() and (begun or (place := _next(data, place)) > 0):
+                if begun:
+                    break  # what is cut off are no pixels
+                continue
+            if keep_truncated and kind == b"IDAT":
+                kept.append(view[place:])
+                begun = True
+                break
+            reason = "truncated" if kind.isalpha() else "corrupt"
+            raise Rejected(reason, f"PNG: the chunk {kind!r} at byte {place} ends beyond the file, or is none")
+        sound = zlib.crc32(view[place + 4 : end - 4]) == int.from_bytes(view[end - 4 : end], "big")
+        if kind in _PIXELS:
+            if not sound:
+                raise Rejected("corrupt", f"PNG: the checksum of {kind.decode()} at byte {place} differs")
+            kept.append(view[place:end])
+            begun = begun or kind == b"IDAT"
+            if kind == b"IEND":
+                break
+        elif kind[:1].isupper():
+            reason = "unsupported" if sound else "corrupt"
+            raise Rejected(reason, f"PNG: a chunk {kind.decode()} without which it cannot be shown")
+        elif sound and _needed(kind, view[place + 8 : end - 4]):
+            kept.append(view[place:end])
+        elif not sound and not bytes(view[end + 4 : end + 8]).isalpha() and _next(data, place) > 0:
+            end = _next(data, place)  # its length is wrong, too
+        place = end
+    if not begun:
+        raise Rejected("truncated", "PNG: it ends before its pixels begin")
+    return data if sum(map(len, kept)) == len(data) else b"".join(kept)
+
+
+def _next(data: bytes, place: int) -> int:
+    """Returns where the next sound chunk of pixels begins behind a chunk whose length cannot be right, or -1."""
+    found = sorted(at - 4 for kind in _PIXELS if (at := data.find(kind, place + 8)) > 0)
+    for start in found:
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big"):
+            return start
+    return -1
+
+
+def _needed(kind: bytes, content: memoryview) -> bool:
+    """Returns whether a chunk beside the pixels decides how they are shown, and can be read."""
+    if kind == b"eXIf":
+        return True
+    if kind in _TEXTS:
+        return len(content) < _LONGEST and bytes(content[:30]).startswith(_ORIENTING_TEXTS)
+    if kind == b"iCCP":
+        _, _, packed = bytes(content).partition(b"\0")
+        try:
+            unpacking = zlib.decompressobj()
+            unpacking.decompress(packed[1:], _LONGEST)
+        except zlib.error:
+            return False
+        return packed[:1] == b"\0" and unpacking.eof
+    return False

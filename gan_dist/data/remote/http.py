@@ -1,0 +1,162 @@
+"""Bytes at an http or https address: a broken transfer goes on where it broke off, a password stays with its host.
+
+Read by the standard library: unlike curl's exit status, it tells a 404 from a lost connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.message import Message
+from http.client import HTTPException, InvalidURL
+from typing import IO, Any
+from urllib.error import HTTPError
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from gan_dist.utils.errors import UserError
+
+CHUNK = 2**20
+TRANSIENT = {408, 425, 429}
+"""HTTP statuses below 500 after which another attempt may succeed."""
+_OVERLAP = 2**16
+"""Bytes that are asked for again where the server names no version of the file: they prove that it is the same."""
+_SAFE = "/%:=&?~+!$,;'@()*[]"
+
+
+class AttemptFailed(Exception):
+    """This attempt failed; another may succeed."""
+
+
+def redacted(address: str) -> str:
+    """Returns the address as messages may show it: without user, password and query, which may hold secrets."""
+    if address.startswith("pipe:"):
+        return address
+    return re.sub(r"(?<=//)[^/]*@", "", re.split(r"[?#]", address)[0])
+
+
+@dataclass
+class Transfer:
+    """How far the bytes of an address have come. `received`: passed on; `total`: in all, None if unknown; `version`:
+    what the server calls this version of the file; `ranges`: whether it can send a part; `tail`: the last bytes."""
+
+    received: int = 0
+    total: int | None = None
+    version: str = ""
+    ranges: bool = False
+    tail: bytes = b""
+
+    @property
+    def resumable(self) -> bool:
+        """Returns whether the next request can go on from here."""
+        return self.ranges and self.received > 0
+
+
+class _SameOrigin(HTTPRedirectHandler):
+    """Follows redirects; a password goes along to the same scheme, host and port alone."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> Request | None:
+        plain, password = _without_password(newurl)
+        request = super().redirect_request(req, fp, code, msg, headers, plain)  # type: ignore[arg-type]
+        if request is not None:
+            if not password and urlsplit(plain)[:2] == urlsplit(req.full_url)[:2]:
+                password = req.unredirected_hdrs.get("Authorization", "")
+            if password:
+                request.add_unredirected_header("Authorization", password)
+        return request
+
+
+_OPENER = build_opener(_SameOrigin)
+
+
+def _without_password(address: str) -> tuple[str, str]:
+    """Returns the address without user and password, quoted where it must be, and the header that they become."""
+    parts = urlsplit(address)
+    user, _, host = parts.netloc.rpartition("@")
+    password = "Basic " + base64.b64encode(unquote(user).encode()).decode() if user else ""
+    path, query = (quote(part, safe=_SAFE) for part in (parts.path, parts.query))
+    return urlunsplit((parts.scheme, host, path, query, "")), password
+
+
+def read(address: str, stall_s: float, transfer: Transfer) -> Iterator[bytes]:
+    """Yields the bytes at an address that `transfer` has not had yet, and keeps it up to date.
+
+    Raises:
+        AttemptFailed: what may pass: no connection, a lost one, a stall, a server's error; the file changed meanwhile.
+        UserError: the server refuses, or there is no such address.
+    """
+    try:
+        plain, password = _without_password(address)
+        if not urlsplit(plain).netloc:
+            raise InvalidURL("it names no host")
+        request = Request(plain, headers={"Accept-Encoding": "identity", "User-Agent": "gan_dist"})
+        if password:
+            request.add_unredirected_header("Authorization", password)
+        overlap = b"" if transfer.version else transfer.tail
+        start = transfer.received - len(overlap)
+        if start or overlap:
+            request.add_header("Range", f"bytes={start}-")
+            if transfer.version:
+                request.add_header("If-Range", transfer.version)
+        with _OPENER.open(request, timeout=stall_s) as response:
+            _check_start(response, transfer, start if start or overlap else 0)
+            while data := response.read1(CHUNK):
+                if overlap:
+                    common = min(len(data), len(overlap))
+                    if data[:common] != overlap[:common]:
+                        transfer.ranges = False
+                        raise AttemptFailed("the file changed meanwhile")
+                    data, overlap = data[common:], overlap[common:]
+                    if not data:
+                        continue
+                transfer.received += len(data)
+                transfer.tail = (transfer.tail + data)[-_OVERLAP:]
+                yield data
+    except HTTPError as error:
+        error.close()
+        if error.code == 416 and transfer.received:
+            transfer.ranges = False
+            raise AttemptFailed("the file changed meanwhile") from None
+        if error.code >= 500 or error.code in TRANSIENT:
+            raise AttemptFailed(f"HTTP status {error.code} {error.reason}") from None
+        raise UserError(
+            f"{redacted(address)}: HTTP status {error.code} {error.reason}; is the address right?"
+        ) from None
+    except TimeoutError:
+        raise AttemptFailed(f"stalled: no data for {stall_s:g} s after {transfer.received} bytes") from None
+    except (InvalidURL, ValueError) as error:
+        raise UserError(f"{redacted(address)} is not an address that can be fetched: {error}") from None
+    except (OSError, HTTPException) as error:
+        after = f" after {transfer.received} bytes" if transfer.received else ""
+        raise AttemptFailed(reason(error) + after) from None
+    if transfer.total is not None and transfer.received != transfer.total:
+        raise AttemptFailed(f"connection lost after {transfer.received} of {transfer.total} bytes")
+
+
+def _check_start(response: Any, transfer: Transfer, start: int) -> None:
+    """Reads what the headers say of the file. Raises AttemptFailed unless the answer begins at byte `start` of the same
+    file."""
+    headers = response.headers
+    if transfer.received == 0:
+        length, tag = headers.get("Content-Length", ""), headers.get("ETag", "")
+        transfer.total = int(length) if re.fullmatch(r"[0-9]{1,18}", length.strip()) else None
+        transfer.version = tag if tag.startswith('"') else headers.get("Last-Modified", "")
+        transfer.ranges = "bytes" in headers.get("Accept-Ranges", "")
+        return
+    place = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
+    same = place is not None and int(place[1]) == start
+    if place is not None and place[2] != "*" and transfer.total is not None:
+        same = same and int(place[2]) == transfer.total
+    if response.status != 206 or not same:
+        transfer.ranges = False
+        raise AttemptFailed("the server does not go on where it broke off, or the file changed meanwhile")
+
+
+def reason(error: Exception) -> str:
+    """Returns what went wrong, in the system's words where it has any."""
+    cause = getattr(error, "reason", error)
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

@@ -1,0 +1,276 @@
+"""Archives as people have them: a tar, a zip and the folder that they were made from are the same dataset."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import shutil
+import struct
+import subprocess
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gan_dist.data.dataset import open_dataset
+from gan_dist.data.prepare.prepare import prepare
+from gan_dist.utils.errors import UserError
+from tests.helpers.images import encode as encode_image
+from tests.helpers.images import plain
+from tests.helpers.sources import balanced, encode
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes, **fields: Any) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in members.items():
+            add(archive, name, data)
+    return stream.getvalue()
+
+
+def dataset(out: Path) -> tuple[bytes, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the shard, and records and rejects without the names of sources."""
+    records = [json.loads(line) for line in (out / "shard-00000.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    strip = [{name: value for name, value in record.items() if name != "source"} for record in (*records, *rejected)]
+    return (out / "shard-00000.tar").read_bytes(), strip[: len(records)], strip[len(records) :]
+
+
+def paths(out: Path) -> list[str]:
+    return [record["path"] for record in dataset(out)[1]]
+
+
+NAMES = st.sampled_from(
+    [
+        "a.png",
+        "b/a.png",
+        "b/c/d.png",
+        "b/\u00fc.png",
+        "n.txt",
+        "@eaDir/x.png",
+        "bad.png",
+        "b/none",
+        "C/A.PNG",
+        "z z.png",
+    ]
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(NAMES, st.integers(0, 5), min_size=2), st.integers(0, 3), st.booleans(), st.data())
+def test_folder_tar_and_zip_are_one_dataset(
+    tmp_path: Path, files: dict[str, int], links: int, by_dot: bool, data: st.DataObject
+) -> None:
+    for used in tmp_path.iterdir():
+        shutil.rmtree(used) if used.is_dir() else used.unlink()
+    source = tmp_path / "in"
+    for name, seed in ({"sure.png": 9} | files).items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        content = b"junk" if "bad" in name or name.endswith("txt") else encode(seed, (9, 7))
+        (source / name).write_bytes(content)
+    for number in range(links):
+        target = data.draw(st.sampled_from(["sure.png", *files, "nowhere.png"]))
+        if data.draw(st.booleans()) and (source / target).exists():
+            os.link(source / target, source / f"hard{number}.png")
+        else:
+            (source / f"soft{number}.png").symlink_to(target)
+    format = data.draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]))
+    with tarfile.open(tmp_path / "in.tar", "w", format=format) as archive:
+        if by_dot:
+            archive.add(source, ".")
+        for path in [] if by_dot else sorted(source.iterdir(), reverse=True):
+            archive.add(path, path.name)
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as packed:
+        for path in sorted(source.rglob("*")):
+            name = str(path.relative_to(source))
+            if path.is_symlink():
+                info = zipfile.ZipInfo(name)
+                info.create_system, info.external_attr = 3, 0o120777 << 16
+                packed.writestr(info, str(path.readlink()))
+            elif path.is_file():
+                packed.write(path, name)
+    for name in ("in", "in.tar", "in.zip"):
+        account = prepare(tmp_path / name, tmp_path / f"out-{name}", workers=0, max_reject_fraction=1, resolution=8)
+        assert balanced(account)
+    assert dataset(tmp_path / "out-in") == dataset(tmp_path / "out-in.tar") == dataset(tmp_path / "out-in.zip")
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 40])
+@pytest.mark.parametrize("way", ["plain", "gzip members", "bz2", "xz"])
+def test_tars_one_after_the_other_are_all_read(tmp_path: Path, way: str, zeros: int) -> None:
+    parts = [tar({f"{i}.png": encode(i), f"{i}.txt": b"x"}) + bytes(512 * zeros) for i in range(3)]
+    packed = {
+        "plain": b"".join(parts),
+        "gzip members": b"".join(map(gzip.compress, parts)),
+        "bz2": bz2.compress(b"".join(parts)),
+        "xz": lzma.compress(parts[0]) + lzma.compress(parts[1] + parts[2]),
+    }
+    (tmp_path / "in.tar").write_bytes(packed[way])
+    account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+    assert balanced(account) and paths(tmp_path / "out") == ["0.png", "1.png", "2.png"]
+
+
+def test_what_follows_a_tar_and_is_none_is_an_error(tmp_path: Path) -> None:
+    second = bytearray(tar({"b.png": encode(2)}))
+    second[3] ^= 1
+    (tmp_path / "in.tar").write_bytes(tar({"a.png": encode(1)}) + second)
+    with pytest.raises(UserError, match=r"in\.tar is a tar that is damaged or cut short"):
+        prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_links_and_versions_in_a_tar(tmp_path: Path, format: int) -> None:
+    with tarfile.open(tmp_path / "in.tar", "w", format=format) as archive:
+        add(archive, "a.png", encode(1))
+        add(archive, "b/hard.png", b"", type=tarfile.LNKTYPE, linkname="a.png")
+        add(archive, "b/soft.png", b"", type=tarfile.SYMTYPE, linkname="../a.png")
+        add(archive, "b/chain.png", b"", type=tarfile.SYMTYPE, linkname="soft.png")
+        add(archive, "broken.png", b"", type=tarfile.SYMTYPE, linkname="none.png")
+        add(archive, "c.png", encode(2))
+    with tarfile.open(tmp_path / "in.tar", "a") as archive:
+        add(archive, "./c.png", encode(3))
+    account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0, max_reject_fraction=1)
+    assert balanced(account) and account.rejected == {"unreadable": 1} and account.skipped == {"older version": 1}
+    assert paths(tmp_path / "out") == ["a.png", "b/chain.png", "b/hard.png", "b/soft.png", "c.png"]
+    assert any("1 members are there again" in note for note in account.notes)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/c.png").write_bytes(encode(3))
+    prepare(tmp_path / "new", tmp_path / "out-new", workers=0)
+    last, new = (open_dataset(tmp_path / out).shard_view(0).numpy()[-1] for out in ("out", "out-new"))
+    assert np.array_equal(last, new)
+
+
+def test_the_last_of_a_zips_versions_counts(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for seed in (1, 2, 3):
+            archive.writestr("a.png", encode(seed))
+    account = prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
+    assert balanced(account) and account.skipped == {"older version": 2} and account.written == 1
+
+
+def test_sparse_members_are_whole(tmp_path: Path) -> None:
+    data = encode_image(plain(0, "L", (700, 700)), "BMP")
+    data = data[:1078] + bytes(len(data) - 1078 - 70_000) + b"\xff" * 70_000
+    (tmp_path / "in").mkdir()
+    with (tmp_path / "in/scan.bmp").open("wb") as stream:
+        stream.write(data[:1078])
+        stream.seek(len(data) - 70_000)
+        stream.write(data[-70_000:])
+    (tmp_path / "in/a.png").write_bytes(encode(1))
+    prepare(tmp_path / "in", tmp_path / "out", workers=0)
+    for format in ("gnu", "posix"):
+        target = str(tmp_path / f"{format}.tar")
+        packed = ["tar", f"--format={format}", "-S", "-cf", target, "-C", str(tmp_path / "in"), "."]
+        subprocess.run(packed, check=True)
+        with tarfile.open(tmp_path / f"{format}.tar") as archive:
+            assert any(member.issparse() for member in archive)
+        prepare(tmp_path / f"{format}.tar", tmp_path / f"out-{format}", workers=0)
+        assert dataset(tmp_path / f"out-{format}") == dataset(tmp_path / "out")
+
+
+def test_a_zip_from_windows_has_folders(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in ("cats\\a.png", "dogs\\b.png"):
+            info = zipfile.ZipInfo("x")
+            info.filename, info.create_system = name, 0
+            archive.writestr(info, encode(1))
+    account = prepare(tmp_path / "in.zip", tmp_path / "out", workers=0, labels="folders")
+    assert account.classes == {"cats": 1, "dogs": 1} and paths(tmp_path / "out") == ["cats/a.png", "dogs/b.png"]
+
+
+def test_the_unicode_name_of_a_zip_counts(tmp_path: Path) -> None:
+    raw, right = b"M?hle.png", "M\u00fchle.png"
+    field = b"\1" + struct.pack("<I", zlib.crc32(raw)) + right.encode()
+    stale = b"\1" + struct.pack("<I", 1) + b"other.png"
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name, extra in ((raw.decode(), field), ("kept.png", stale)):
+            info = zipfile.ZipInfo(name)
+            info.extra = struct.pack("<HH", 0x7075, len(extra)) + extra
+            archive.writestr(info, encode(1))
+    prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
+    assert paths(tmp_path / "out") == [right, "kept.png"]
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.95])
+def test_a_damaged_compressed_tar_is_one_line(tmp_path: Path, ending: str, where: float) -> None:
+    raw = tar({f"{i}.jpg": encode(i, (200, 150), "JPEG") for i in range(30)})
+    whole = {"gz": gzip.compress(raw), "bz2": bz2.compress(raw), "xz": lzma.compress(raw)}
+    packed = bytearray(whole[ending])
+    place = int(where * len(packed))
+    packed[place : place + 300] = bytes(300)
+    (tmp_path / f"in.tar.{ending}").write_bytes(packed)
+    with pytest.raises(UserError, match=rf"in\.tar\.{ending} is .*damaged.*: fetch it again"):
+        prepare(tmp_path / f"in.tar.{ending}", tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive: unpack it"),
+        ("a.rar", b"Rar!\x1a\x07\x01" + bytes(99), "a rar archive: unpack it"),
+        ("train.parquet", b"PAR1" + bytes(99), "a parquet table: write its images"),
+        ("shard.tar", b"", "is empty: fetch it again"),
+        ("set.z01", b"PK\7\x08PK\3\4" + bytes(99), "one part of several of a split zip"),
+        ("set.z02", b"\x99" * 900, "one part of several"),
+        ("set.tar.aa", b"\x99" * 900, "one part of several"),
+        ("what.bin", b"\x99" * 900, "neither a folder nor a zip nor a tar"),
+    ],
+)
+def test_what_is_no_source_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / name, tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_part_of_a_split_zip_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("a.png", encode(1))
+    data = bytearray((tmp_path / "set.zip").read_bytes())
+    end = data.rindex(b"PK\5\6")
+    data[end + 4] = 3  # it is disk 3
+    (tmp_path / "set.zip").write_bytes(data)
+    with pytest.raises(UserError, match="one part of several of a split zip"):
+        prepare(tmp_path / "set.zip", tmp_path / "out", workers=0)
+
+
+def test_zstd_is_read_where_it_can_be_and_named_elsewhere(tmp_path: Path) -> None:
+    """A raw zstd frame, made by hand: one uncompressed block a 128 KiB."""
+    raw = tar({"a.png": encode(1)})
+    frame = b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", len(raw))
+    for start in range(0, len(raw), 2**17):
+        block = raw[start : start + 2**17]
+        frame += struct.pack("<I", (start + 2**17 >= len(raw)) | len(block) << 3)[:3] + block
+    (tmp_path / "in.tar.zst").write_bytes(frame)
+    try:
+        assert prepare(tmp_path / "in.tar.zst", tmp_path / "out", workers=0).written == 1
+    except UserError as error:
+        assert "zstd -d" in str(error) and not (tmp_path / "out").exists()
+
+
+def test_folders_of_systems_and_devices_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("@eaDir/a.jpg", "$RECYCLE.BIN", "lost+found", "#recycle/x", "System Volume Information", "ok"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "p.png").write_bytes(encode(1))
+    account = prepare(tmp_path / "in", tmp_path / "out", workers=0)
+    assert account.skipped == {"system folder": 5} and paths(tmp_path / "out") == ["ok/p.png"]

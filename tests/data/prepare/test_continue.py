@@ -1,0 +1,135 @@
+"""A dataset can be continued and mended when its sources only look different; what would change it is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gan_dist.data.prepare.prepare import prepare
+from gan_dist.data.prepare.verify import repair_command, verify
+from gan_dist.utils.errors import GanDistError, UserError
+from tests.helpers.sources import contents, encode, fill
+
+
+def touch(source: Path, out: Path) -> None:
+    for path in source.rglob("*.*"):
+        if path.is_file():
+            os.utime(path, (1, 1))
+
+
+def stray(source: Path, out: Path) -> None:
+    for name in (".DS_Store", "a/Thumbs.db", "b/notes.txt", "a/more.zip"):
+        (source / name).write_bytes(b"junk")
+    (source / "read.me").unlink()
+
+
+def older_pillow(source: Path, out: Path) -> None:
+    plan = out / ".prepare/plan.json"
+    stored = json.loads(plan.read_text())
+    stored["recipe"]["decoders"]["pillow"] = "1.0"
+    plan.write_text(json.dumps(stored))
+
+
+def same_bytes_again(source: Path, out: Path) -> None:
+    for path in source.rglob("*.png"):
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+
+
+LOOKS: dict[str, Callable[[Path, Path], None]] = {
+    "other times": touch,
+    "stray files": stray,
+    "another Pillow": older_pillow,
+    "written again": same_bytes_again,
+}
+
+
+def begin(tmp_path: Path) -> tuple[Path, Path]:
+    source = fill(tmp_path / "in", 12, broken=1)
+    (source / "read.me").write_text("about")
+    prepare(source, tmp_path / "out", workers=0, shard_samples=4, max_reject_fraction=1, labels="folders")
+    return source, tmp_path / "out"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("names", [*[[name] for name in LOOKS], list(LOOKS)])
+def test_the_command_that_verify_names_mends_a_set_that_only_looks_different(
+    tmp_path: Path, names: list[str], finished: bool
+) -> None:
+    source, out = begin(tmp_path)
+    whole = contents(out)
+    (out / "shard-00001.tar").unlink()
+    if not finished:
+        (out / "manifest.json").unlink()
+        (out / ".prepare/shard-00002.tar.json").unlink()
+    for name in names:
+        LOOKS[name](source, out)
+    said = str(verify(out)[0]) if finished else repair_command(out)
+    command = shlex.split(said.partition("`")[2].partition("`")[0] or said)
+    done = subprocess.run([sys.executable, "-m", "gan_dist", *command[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert verify(out) == []
+    after = contents(out)
+    for name in whole:
+        if name != ".prepare/plan.json":  # in which the test itself wrote
+            assert json_free(after[name]) == json_free(whole[name]), name
+
+
+def json_free(data: bytes) -> bytes:
+    return data.replace(b'"pillow": "1.0"', b"").replace(PILLOW, b"")
+
+
+PILLOW = b'"pillow": "' + __import__("PIL").__version__.encode() + b'"'
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda source: (source / "a/000.jpg").write_bytes(encode(77, (9, 7), "JPEG")),
+            "1 changed .first in/'a/000.jpg'",
+        ),
+        (lambda source: (source / "a/new.png").write_bytes(encode(77)), "1 added"),
+        (lambda source: (source / "b/001.png").unlink(), "1 removed"),
+        (lambda source: (source / "b").rename(source / "c"), "added"),
+    ],
+)
+def test_what_would_change_the_dataset_is_refused(
+    tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    source, out = begin(tmp_path)
+    change(source)
+    with pytest.raises(GanDistError, match=message):
+        prepare(source, out, workers=0, shard_samples=4, max_reject_fraction=1, labels="folders")
+
+
+def test_other_content_of_the_same_size_is_refused(tmp_path: Path) -> None:
+    source, out = begin(tmp_path)
+    path = source / "b/001.png"
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(GanDistError, match="1 changed"):
+        prepare(source, out, workers=0, shard_samples=4, max_reject_fraction=1, labels="folders")
+
+
+def test_other_labels_are_refused(tmp_path: Path) -> None:
+    source, table = fill(tmp_path / "in", 4), tmp_path / "t.csv"
+    table.write_text("f,l\n000.jpg,x\n001.png,y\n")
+    spec = f"{table}:f:l"
+    prepare(source, tmp_path / "out", workers=0, labels=spec)
+    table.write_text("f,l\n000.jpg,x\n001.png,y\n\n")  # the same labels
+    prepare(source, tmp_path / "out", workers=0, labels=spec)
+    table.write_text("f,l\n000.jpg,y\n001.png,x\n")
+    with pytest.raises(GanDistError, match="labels"):
+        prepare(source, tmp_path / "out", workers=0, labels=spec)
+    with pytest.raises(UserError, match="another recipe"):
+        prepare(source, tmp_path / "out", workers=0, labels=spec, resolution=32)

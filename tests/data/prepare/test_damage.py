@@ -1,0 +1,241 @@
+"""Damaged pixels are found in every format; sound ones pass, whatever stands beside them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gan_dist.data.prepare import containers, jpeg, tiff
+from gan_dist.data.prepare.account import Rejected
+from gan_dist.data.prepare.images import Recipe, square
+from tests.bench import damage
+from tests.helpers.images import ORANGE, encode, plain
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's remarks on odd files
+RECIPE = Recipe(32)
+CERTAIN = {
+    "JPEG": 6,
+    "JPEG, optimised": 6,
+    "JPEG, progressive": 5,
+    "JPEG, restart markers": 6,
+    "JPEG, gray": 6,
+    "JPEG, CMYK": 6,
+    "PNG": 9,
+    "PNG, palette": 9,
+    "TIFF, deflate": 9,
+    "TIFF, JPEG": 6,
+}
+"""Formats in which at least so many kinds of damage, the gross ones, are always found."""
+
+
+def texture(size: tuple[int, int] = (320, 240), mode: str = "RGB") -> Image.Image:
+    return damage.picture(1, mode).resize(size)
+
+
+def reason(data: bytes, recipe: Recipe = RECIPE) -> str:
+    """Returns the reason for which a file is rejected, or nothing."""
+    try:
+        square(data, recipe)
+    except Rejected as rejected:
+        return rejected.reason
+    return ""
+
+
+@pytest.mark.parametrize("name", list(damage.FORMATS))
+def test_sound_files_are_never_flagged(name: str) -> None:
+    assert [damage.outcome(damage.encode(seed, name)) for seed in range(4)] == [""] * 4
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(CERTAIN)), st.integers(0, 8), st.floats(0.2, 0.7), st.integers(0, 2**32))
+def test_gross_damage_is_found(name: str, kind: int, where: float, seed: int) -> None:
+    """Lost, doubled, overwritten and converted parts, in formats with checksums single bits, too."""
+    gross = ["cut", "cut, filled with zeros", "line ends", "512 bytes lost", "512 bytes random", "512 bytes zero"]
+    kinds = [*gross, "512 bytes twice", "4 bytes", "one bit"][: CERTAIN[name]]
+    data = damage.encode(0, name)
+    way = damage.DAMAGES[kinds[kind % len(kinds)]]
+    bad = way(data, int(where * len(data)), np.random.default_rng(seed))
+    before, after = damage.pillow(data), damage.pillow(bad)
+    assert before is not None
+    if after is None or np.abs(after - before).mean() > damage.LIMIT:
+        assert damage.outcome(bad), (name, kinds[kind % len(kinds)], where)
+
+
+def jpegs() -> list[bytes]:
+    whole = texture((800, 600))
+    kinds: list[dict[str, object]] = [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 7}]
+    return [encode(whole.convert(mode), "JPEG", quality=92, **kind) for mode in ("RGB", "L", "CMYK") for kind in kinds]
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_what_libjpeg_warns_of_is_rejected(number: int) -> None:
+    data = jpegs()[number]
+    half = len(data) // 2
+    ways = {
+        "cut and ended": data[:half] + b"\xff\xd9",
+        "middle lost": data[: half // 2] + data[half:],
+        "line ends": data.replace(b"\n", b"\r\n"),
+        "sector": data[:half] + bytes(8192) + data[half + 8192 :],
+        "doubled": data[:half] + data[half - 5000 :],
+    }
+    reasons = {way: reason(bad) for way, bad in ways.items()}
+    assert set(reasons.values()) <= {"corrupt", "truncated"}, reasons
+    assert reason(data) == "" and damage.outcome(data) == ""
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(640, 480), (333, 501), (9, 7)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}])
+def test_the_library_that_warns_decodes_as_pillow_does(
+    mode: str, size: tuple[int, int], options: dict[str, int]
+) -> None:
+    data = encode(texture(size, mode), "JPEG", **options)
+    for edge in (None, 16, 64):
+        header = Image.open(io.BytesIO(data))
+        if edge:
+            header.draft(None, (edge, edge))
+        ours = jpeg.decode(data, header.mode, header.size)
+        if mode == "CMYK" and options == {"subsampling": 1}:
+            assert ours is None and damage.outcome(data) in ("", "enlarged")  # left to Pillow
+            continue
+        assert ours is not None
+        expected = np.asarray(header) if mode != "CMYK" else 255 - np.asarray(header)  # Pillow inverts
+        assert np.array_equal(np.asarray(ours), expected)
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def test_what_is_odd_before_the_pixels_of_a_jpeg_does_not_lose_it() -> None:
+    data = encode(texture(), "JPEG")
+    jfif, scan = data.index(b"JFIF"), data.index(b"\xff\xda")
+    after = jfif + 14
+    odd = {
+        "version": data[: jfif + 5] + b"\x07" + data[jfif + 6 :],
+        "scan parameters": data[: scan + 11] + b"\0\0\0" + data[scan + 14 :],
+        "stray bytes": data[:after] + segment(0xE1, b"Exif\0\0junk") + b"left over" + data[after:],
+        "no end": data[:-2],
+        "added": data + bytes(1000) + b"more",
+        "a thumbnail": data[:after] + segment(0xE1, b"Exif\0\0" + encode(plain(ORANGE), "JPEG")) + data[after:],
+    }
+    whole = square(data, RECIPE).pixels
+    for way, content in odd.items():
+        made = square(content, RECIPE)
+        assert np.array_equal(made.pixels, whole) and "enlarged" not in made.flags, way
+    table = data.index(b"\xff\xdb")  # stray bytes after a table are no metadata: the table is damaged
+    assert reason(data[: table + 4] + b"\r" + data[table + 4 :]) == "corrupt"
+
+
+def test_a_progressive_jpeg_without_its_details_is_truncated() -> None:
+    data = encode(texture(), "JPEG", progressive=True)
+    scans = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+    tables = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xc4"]
+    first_end = min(place for place in (*scans, *tables) if place > scans[0])
+    assert reason(data[:first_end] + b"\xff\xd9") == "truncated"
+
+
+def test_zeros_that_a_picture_may_have_are_no_hole() -> None:
+    flat = Image.new("RGB", (3000, 2000), ORANGE)
+    flat.paste((0, 0, 0), (0, 0, 1500, 2000))
+    for format, options in (("JPEG", {"optimize": True}), ("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})):
+        assert reason(encode(flat, format, **options)) == "", (format, options)
+    assert reason(encode(flat.convert("L"), "JPEG", optimize=True)) == ""
+    assert reason(encode(flat.resize((600, 400)), "AVIF")) == ""
+
+
+def chunk(kind: bytes, data: bytes, wrong: int = 0) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ wrong)
+
+
+PNG = encode(texture((90, 70)))
+BESIDE = {
+    "text of a wrong checksum": chunk(b"tEXt", b"Comment\0hello", 1),
+    "profile of a wrong checksum": chunk(b"iCCP", b"x\0\0" + zlib.compress(b"junk"), 1),
+    "profile that cannot be unpacked": chunk(b"iCCP", b"x\0\0junk"),
+    "80 MB of history": chunk(b"zTXt", b"History\0\0" + zlib.compress(bytes(2**21))) * 40,
+    "short chromaticities": chunk(b"cHRM", b"\0\0"),
+    "short gamma": chunk(b"gAMA", b""),
+    "short density": chunk(b"pHYs", b"\1"),
+    "short animation": chunk(b"acTL", b"\1"),
+    "frames out of order": chunk(b"acTL", struct.pack(">II", 2, 0)) + chunk(b"fcTL", struct.pack(">I", 7) + bytes(22)),
+    "unknown packing": chunk(b"zTXt", b"a\0\x78junk") + chunk(b"iTXt", b"a\0\1\7\0\0junk"),
+    "a length that leads nowhere": b"\0\1\0\0" + chunk(b"tEXt", b"Comment\0hello")[4:],
+    "broken EXIF": chunk(b"eXIf", b"MM\0*\xff\xff\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_the_pixels_of_a_png_does_not_lose_it(name: str) -> None:
+    """Before the pixels, after them, and cut off after them."""
+    whole = square(PNG, RECIPE).pixels
+    for data in (
+        PNG[:33] + BESIDE[name] + PNG[33:],
+        PNG[:-12] + BESIDE[name] + PNG[-12:],
+        PNG[:-12] + BESIDE[name][:9],
+    ):
+        assert np.array_equal(square(data, RECIPE).pixels, whole)
+
+
+def test_chunks_that_decide_about_pixels_are_checked() -> None:
+    palette = encode(texture((90, 70)).quantize(20), transparency=3)
+    for kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
+        place = palette.index(kind) + 4
+        assert reason(palette[:place] + bytes([palette[place] ^ 1]) + palette[place + 1 :]) == "corrupt", kind
+    assert reason(PNG[:33] + chunk(b"NEWS", b"") + PNG[33:]) == "unsupported"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + b'<x tiff:Orientation="6"/>'
+    assert square(encode(texture((90, 70)), exif=exif), RECIPE).flags == ["oriented"]
+    assert square(PNG[:33] + chunk(b"iTXt", xmp) + PNG[33:], RECIPE).flags == ["oriented"]
+
+
+@pytest.mark.parametrize(
+    "ending", ["WEBP", "AVIF", "TIFF", "JPEG2000", "PNG", "JPEG", "GIF", "BMP", "PPM", "QOI", "DDS"]
+)
+def test_what_is_cut_is_truncated(ending: str) -> None:
+    options = {"compression": "tiff_lzw"} if ending == "TIFF" else {}
+    data = encode(texture(), ending, **options)
+    assert {reason(data[: len(data) * part // 10]) for part in (3, 5, 7, 9)} == {"truncated"}
+
+
+def test_files_that_hold_more_than_they_say_are_flagged() -> None:
+    for format in ("WEBP", "BMP", "AVIF"):
+        data = encode(texture(), format)
+        assert containers.odd(data, format) is None
+        half = len(data) // 2
+        assert damage.outcome(data[:half] + data[half - 100 :]) in ("odd_structure", "corrupt", "truncated"), format
+
+
+def broken(check: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    target, name, result = {
+        "hole": (containers, "hole", None),
+        "strips": (tiff, "check", None),
+        "jpeg": (jpeg, "_look_for_damage", None),
+    }[check]
+    return lambda: monkeypatch.setattr(target, name, lambda *_: result)
+
+
+@pytest.mark.parametrize("check", ["hole", "strips", "jpeg"])
+def test_each_check_is_needed(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control: without the check, this damage passes."""
+    name = {"hole": "WebP", "strips": "TIFF, deflate", "jpeg": "JPEG"}[check]
+    data = damage.encode(0, name)
+
+    def unfound() -> int:
+        ways = [
+            data[:place] + bytes(512) + data[place + 512 :] for place in range(len(data) // 3, len(data) - 900, 200)
+        ]
+        return sum(not damage.outcome(bad) for bad in ways)
+
+    assert unfound() == 0
+    broken(check, monkeypatch)()
+    assert unfound() > 0

@@ -1,0 +1,227 @@
+"""Every format, layout and depth gives the same picture, the same way up: what Pillow writes, and hand-made headers."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, TiffImagePlugin
+
+from gan_dist.data.prepare import tiff as tiff_module
+from gan_dist.data.prepare.account import Rejected
+from gan_dist.data.prepare.images import _TRANSPOSE, Recipe, square
+from tests.helpers.images import encode
+from tests.helpers.tiff import tiff
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's remarks on odd files
+SIZE = 64
+RECIPE = Recipe(SIZE, full_decode=True)
+
+
+def colours(width: int = SIZE, height: int = SIZE) -> NDArray[np.uint8]:
+    """Returns smooth uint8 [height, width, 3] that no turn or negative leaves as it is."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([20 + 180 * x // width, 60 + 120 * y // height, (x + y) * 100 // (width + height)], 2).astype(
+        np.uint8
+    )
+
+
+def gray() -> NDArray[np.uint8]:
+    values: NDArray[np.uint8] = colours()[..., 0] // 2 + colours()[..., 1] // 3
+    return values
+
+
+def found(data: bytes) -> NDArray[np.int64]:
+    """Returns the square of a picture of SIZE x SIZE: its pixels, int [SIZE, SIZE, 3]."""
+    return square(data, RECIPE).pixels.transpose(1, 2, 0).astype(np.int64)
+
+
+def same(data: bytes, expected: NDArray[Any], limit: float = 1.0) -> bool:
+    wanted = np.dstack([expected] * 3) if expected.ndim == 2 else expected
+    return bool(np.abs(found(data) - wanted).mean() <= limit)
+
+
+def deepened(values: NDArray[np.uint8], kind: str) -> NDArray[Any]:
+    """Returns 8-bit values at another depth, white becoming that depth's white."""
+    if kind == "f4":
+        return (values / 255).astype(np.float32)
+    top = {"u1": 255, "u2": 65535, "i2": 32767, "u4": 2**32 - 1}[kind]
+    return np.rint(values.astype(np.float64) * top / 255).astype(kind)
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("kind", ["u1", "u2", "i2", "u4", "f4"])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_gray_tiffs(kind: str, photometric: int, deflated: bool, big_endian: bool) -> None:
+    """Right, or `unsupported`; at 8 and 16 bits always right."""
+    values = gray() if photometric else 255 - gray()
+    data = tiff(deepened(values, kind), photometric=photometric, deflated=deflated, big_endian=big_endian, rows=16)
+    if kind in ("i2", "f4") and not photometric:
+        return  # nobody says what white as zero means there
+    try:
+        assert same(data, gray())
+    except Rejected as rejected:
+        assert rejected.reason == "unsupported" and kind == "u4"
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+@pytest.mark.parametrize("channels", ["rgb", "rgb and alpha", "rgb and more", "cmyk"])
+def test_colour_tiffs(channels: str, kind: str, planes: bool, deflated: bool, big_endian: bool) -> None:
+    values, tags, photometric = colours(), {}, 2
+    if channels == "cmyk":
+        values, photometric = np.dstack([255 - values, np.zeros_like(values[..., 0])]), 5
+    elif channels != "rgb":
+        values = np.dstack([values, np.full_like(values[..., 0], 255)])
+        tags = {338: (3, [2 if "alpha" in channels else 0])}
+    data = tiff(
+        deepened(values, kind),
+        photometric=photometric,
+        deflated=deflated,
+        planes=planes,
+        big_endian=big_endian,
+        rows=16,
+        tags=tags,
+    )
+    assert same(data, colours())
+
+
+def test_twelve_bits() -> None:
+    values = np.rint(gray() / 255.0 * 4095).astype(np.uint16).reshape(-1, 2)
+    packed = np.stack([values[:, 0] >> 4, (values[:, 0] & 15) << 4 | values[:, 1] >> 8, values[:, 1] & 255], 1)
+    assert same(tiff(deepened(gray(), "u2"), bits=12, packed=packed.astype(np.uint8).tobytes()), gray())
+
+
+def test_planes_need_the_other_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control: Pillow's own reader of planes makes something else of 16 bits."""
+    data = tiff(deepened(colours(), "u2"), photometric=2, planes=True)
+    assert same(data, colours())
+    monkeypatch.setattr(tiff_module, "opened", lambda data: TiffImagePlugin.TiffImageFile(io.BytesIO(data), ""))
+    assert not same(data, colours(), 5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK", "I;16", "LA"])
+def test_every_mode_and_format_comes_out_upright(mode: str, format: str, orientation: int) -> None:
+    """Against the upright picture in a PNG (a TIFF for CMYK)."""
+    stored = Image.fromarray(colours(90, 60))
+    if mode == "I;16" and format in ("WEBP", "AVIF"):
+        pytest.skip("Pillow makes 8 bits of it by clipping")
+    if mode == "I;16":
+        stored = Image.fromarray(deepened(np.asarray(stored.convert("L")), "u2"))
+    elif mode == "P":
+        stored = stored.quantize(60)
+    else:
+        stored = stored.convert(mode)
+    turn = _TRANSPOSE.get(orientation)
+    upright = stored.transpose(turn) if turn is not None else stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"quality": 95} if format in ("JPEG", "WEBP", "AVIF") else {}
+    try:
+        data = encode(stored, format, exif=exif, **options)
+    except (OSError, ValueError, KeyError):
+        pytest.skip(f"no {format} of {mode}")
+    made = square(data, RECIPE)
+    expected = square(encode(upright, "TIFF" if mode == "CMYK" else "PNG"), RECIPE)
+    assert (made.width, made.height) == upright.size
+    limit = 4.0 if options else 0.0
+    if mode == "1":
+        limit *= 3
+    assert np.abs(made.pixels.astype(int) - expected.pixels).mean() <= limit
+    assert ("oriented" in made.flags) == (orientation > 1)
+
+
+def bmp(alpha: int) -> bytes:
+    """Returns a 32-bit BMP that declares an alpha channel, in which every byte is `alpha`."""
+    raw = np.dstack([colours()[..., ::-1], np.full((SIZE, SIZE), alpha, np.uint8)])[::-1].tobytes()
+    header = struct.pack("<IiiHHIIiiII", 108, SIZE, SIZE, 1, 32, 3, len(raw), 2835, 2835, 0, 0)
+    header += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    return b"BM" + struct.pack("<IHHI", 14 + len(header) + len(raw), 0, 0, 14 + len(header)) + header + raw
+
+
+def old_tga(depth: int, kind: int = 2, alpha: int = 0) -> bytes:
+    """Returns a TGA of version 1, without a footer."""
+    image = np.dstack([colours()[..., ::-1], np.full((SIZE, SIZE), alpha, np.uint8)])[..., : depth // 8]
+    head = bytes([0, 0, kind]) + bytes(9) + struct.pack("<HHBB", SIZE, SIZE, depth, 0x20)
+    return head + (image if depth > 8 else gray()).tobytes()
+
+
+def test_an_alpha_of_zeros_everywhere_was_never_written() -> None:
+    for data in (bmp(0), bmp(255), old_tga(32, alpha=0), old_tga(32, alpha=255)):
+        assert same(data, colours())
+    assert square(bmp(0), RECIPE).flags == ["alpha_ignored"] and square(bmp(255), RECIPE).flags == []
+
+
+def test_old_tgas() -> None:
+    assert same(old_tga(24), colours()) and same(old_tga(8, 3), gray())
+    footed = encode(Image.fromarray(colours()), "TGA")
+    assert same(footed, colours())
+    for broken in (old_tga(24)[:-1000], b"\0\0\2" + bytes(40), old_tga(24)[:16] + b"\x13" + old_tga(24)[17:]):
+        with pytest.raises(Rejected, match="not_an_image"):
+            square(broken, RECIPE)
+
+
+def test_what_two_formats_claim_is_read_by_the_one_that_can() -> None:
+    rows = ",\n".join('"' + "".join("ab"[(x + y) % 2] for x in range(16)) + '"' for y in range(16))
+    text = '/* XPM */\nstatic char *a[] = {\n"16 16 2 1",\n"a c #FF0000",\n"b c #0000FF",\n' + rows + "};\n"
+    assert square(text.encode(), Recipe(16)).format == "XPM"
+    assert square(encode(Image.new("1", (16, 16)), "XBM"), Recipe(16)).format == "XBM"
+    with pytest.raises(Rejected, match="corrupt"):
+        square(text.encode()[:40], Recipe(16))
+
+
+def with_aperture(data: bytes, width: int, height: int, right: int, down: int) -> bytes:
+    """Returns an AVIF of Pillow's with a clean aperture: a property more, given to the first item."""
+    clap = struct.pack(">I4s8i", 40, b"clap", width, 1, height, 1, right, 1, down, 1)
+    box = {kind: data.index(kind) - 4 for kind in (b"meta", b"iprp", b"ipco", b"ipma", b"iloc")}
+    size = {kind: int.from_bytes(data[at : at + 4], "big") for kind, at in box.items()}
+    number = containers_number(data[box[b"ipco"] + 8 : box[b"ipco"] + size[b"ipco"]]) + 1
+    ipma = bytearray(data[box[b"ipma"] : box[b"ipma"] + size[b"ipma"]])
+    count = 8 + 4 + 4 + 2
+    ipma[count] += 1
+    ipma.insert(count + ipma[count], 0x80 | number)
+    ipma[:4] = struct.pack(">I", len(ipma))
+    grown = len(clap) + 1
+    ipco = data[box[b"ipco"] : box[b"ipco"] + size[b"ipco"]] + clap
+    ipco = struct.pack(">I", len(ipco)) + ipco[4:]
+    iprp = b"iprp" + ipco + bytes(ipma)
+    meta = bytearray(data[box[b"meta"] : box[b"iprp"]] + struct.pack(">I", 4 + len(iprp)) + iprp)
+    meta += data[box[b"iprp"] + size[b"iprp"] : box[b"meta"] + size[b"meta"]]
+    meta[:4] = struct.pack(">I", len(meta))
+    assert len(meta) == size[b"meta"] + grown
+    mdat = data.index(b"mdat") + 4
+    where = bytes(meta).index(struct.pack(">I", mdat))
+    meta[where : where + 4] = struct.pack(">I", mdat + grown)
+    return data[: box[b"meta"]] + bytes(meta) + data[box[b"meta"] + size[b"meta"] :]
+
+
+def containers_number(ipco: bytes) -> int:
+    """Returns the number of boxes in a row."""
+    number, place = 0, 0
+    while place < len(ipco):
+        number, place = number + 1, place + int.from_bytes(ipco[place : place + 4], "big")
+    return number
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_avif_is_cut_to_its_clean_aperture(orientation: int) -> None:
+    """The aperture first, then the turn."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole = Image.fromarray(colours(200, 120))
+    data = with_aperture(encode(whole, "AVIF", quality=95, exif=exif), 100, 80, -30, 10)
+    shown = whole.crop((20, 30, 120, 110))
+    if orientation == 6:
+        shown = shown.transpose(Image.Transpose.ROTATE_270)
+    made, expected = square(data, RECIPE), square(encode(shown), RECIPE)
+    assert (made.width, made.height) == shown.size
+    assert np.abs(made.pixels.astype(int) - expected.pixels).mean() < 3

@@ -1,0 +1,124 @@
+"""One path, many spellings: what is meant is found, and what is not clear is never guessed."""
+
+from __future__ import annotations
+
+import csv
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gan_dist.data.dataset import open_dataset
+from gan_dist.data.prepare.matching import match
+from gan_dist.data.prepare.prepare import prepare
+from gan_dist.utils.errors import UserError
+from tests.helpers.sources import encode
+
+NAMES = st.text(st.sampled_from("abcXYZ \u00e9\u00fc\u3042-_0123456789"), min_size=1, max_size=6).map(
+    lambda text: text.strip() or "x"
+)
+PATHS = st.lists(st.lists(NAMES, min_size=2, max_size=4).map(tuple), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(PATHS, st.data())
+def test_respelt_paths_find_one_another(paths: list[tuple[str, ...]], data: st.DataObject) -> None:
+    unique = {"/".join(path).casefold(): path for path in paths if len({path[-1].casefold() for path in paths})}
+    kept = [path for path in unique.values() if sum(p[-1].casefold() == path[-1].casefold() for p in paths) == 1]
+    keys = []
+    for path in kept:
+        text = "/".join(path) + data.draw(st.sampled_from((".jpg", "", ".JPG")))
+        text = unicodedata.normalize(data.draw(st.sampled_from(("NFC", "NFD"))), text)
+        text = data.draw(st.sampled_from((text, text.swapcase(), "./" + text, "more/folders/" + text)))
+        text = data.draw(st.sampled_from((text, text.partition("/")[2] or text, text.replace("/", "\\"))))
+        keys.append(text)
+    targets = ["source/" + "/".join(path) + ".jpg" for path in kept]
+    assert match(keys, targets).keys == list(range(len(kept)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "targets", "expected"),
+    [
+        (["a/1.png", "1.png"], ["a/1.png", "b/1.png"], [0, None]),  # the second might mean either
+        (["1.png"], ["a/1.png", "b/1.png"], [None, None]),
+        (["1.PNG", "1.png"], ["1.png", "1.PNG"], [1, 0]),  # the same case is better
+        (["1.jpg"], ["1.png"], [None]),
+        (["1"], ["1.png", "1.jpg"], [None, None]),
+        (["a/1", "a/1.png"], ["a/1.png"], [1]),
+        (["x/1.png", "y/1.png"], ["1.png"], [None]),
+        (["train/1.png", "test/1.png"], ["test/1.png", "train/1.png"], [1, 0]),
+        (["b/1.png"], ["a/1.png", "b/1.png"], [None, 0]),
+        (["a/1.jpg", "1.png"], ["a/1.png"], [1]),
+    ],
+)
+def test_what_is_clear_and_what_is_not(keys: list[str], targets: list[str], expected: list[int | None]) -> None:
+    assert match(keys, targets).keys == expected
+
+
+def test_equal_values_are_no_choice() -> None:
+    assert match(["x/1.png", "y/1.png"], ["1.png"], values=["cat", "cat"]).keys == [0]
+    assert match(["x/1.png", "y/1.png"], ["1.png"], values=["cat", "dog"]).ambiguous_targets == {0}
+
+
+def test_many_files_of_one_name_are_matched_quickly() -> None:
+    paths = [f"{i // 100}/{i % 100}/image.jpg" for i in range(20_000)]
+    assert match(paths, paths).keys == list(range(20_000))
+    assert match(["image.jpg"], paths).keys == [None] * 20_000
+
+
+def label(tmp_path: Path, files: list[str], table: str, name: str = "out") -> dict[str, str | None]:
+    """Returns the class of each picture by a table, which is written as it is."""
+    for number, path in enumerate(files):
+        target = tmp_path / "in" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(encode(number, (9, 7)))
+    (tmp_path / "t.csv").write_text(table, newline="")
+    prepare(tmp_path / "in", tmp_path / name, labels=f"{tmp_path}/t.csv:file:style", workers=0)
+    dataset = open_dataset(tmp_path / name)
+    classes = dataset.manifest.classes
+    return {r["path"]: classes[r["label"]] if "label" in r else None for r in dataset.records(0)}
+
+
+def test_tables_as_they_come(tmp_path: Path) -> None:
+    files = ["Cubism/1.JPG", "Cubism/2.JPG", "Realism/1.JPG", "Realism/Mu\u0308hle.JPG"]
+    table = 'file,style,notes\ncubism\\1,c\ndata/wikiart/Cubism/2.jpg,c\nRealism/1.JPG,r,"two\nlines"\n'
+    table += "Realism/M\u00fchle.jpg,r," + "x" * 300_000 + "\n"
+    found = label(tmp_path, files, table)
+    assert list(found.values()) == ["c", "c", "r", "r"]
+    assert csv.field_size_limit() == 131_072
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('file,style\n0.png,"a\n1.png,b\n2.png,a\n', "a quote opened after line 1 is never closed"),
+        ('file,style,t\n0.png,a,"x\n1.png,b,y\n2.png,a,"\n', "swallows whole rows"),
+        ("file,style,style\n0.png,a,b\n", "the column 'style' twice"),
+        ('file,style\n"0.png"x,a\n', "is not a CSV file"),
+        ("file,style\nother.png,a\n", "The first row says 'other.png', the first image is '0.png'"),
+    ],
+)
+def test_tables_that_cannot_be_right_are_one_line(tmp_path: Path, table: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        label(tmp_path, ["0.png", "1.png", "2.png"], table)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_numeric_classes_of_one_value_have_an_order(tmp_path: Path) -> None:
+    for name in ("2", "02", "1", "01", "10"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.png").write_bytes(encode(1))
+    account = prepare(tmp_path / "in", tmp_path / "out", labels="folders", workers=0)
+    assert list(account.classes) == ["01", "1", "02", "2", "10"]
+
+
+def test_folders_that_are_one_class_are_said(tmp_path: Path) -> None:
+    for style in ("cubism", "realism"):
+        (tmp_path / "all" / style / "images").mkdir(parents=True)
+        (tmp_path / "all" / style / "images/a.png").write_bytes(encode(1))
+    notes = prepare(tmp_path / "all", tmp_path / "out", labels="folders", workers=0).notes
+    assert any(f"the folders that differ are cubism, realism in {tmp_path}/all:" in note for note in notes)
+    notes = prepare(tmp_path / "all/cubism", tmp_path / "out1", labels="folders", workers=0).notes
+    assert any(note.endswith(f"give {tmp_path}/all") for note in notes)

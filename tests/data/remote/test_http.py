@@ -1,0 +1,204 @@
+"""What web servers do: cut lines go on where they broke off, passwords stay where they belong, odd headers are odd."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gan_dist.data.remote.fetch import RetryPolicy, fetch
+from gan_dist.utils.errors import GanDistError, UserError
+
+DATA = np.random.default_rng(0).bytes(500_000)
+OTHER = DATA[:-1] + bytes([DATA[-1] ^ 1])
+CHANGED = np.random.default_rng(1).bytes(500_000)
+QUICK = RetryPolicy(tries=3, backoff_s=0.01, stall_s=5)
+Handle = Callable[[BaseHTTPRequestHandler], None]
+
+
+@contextmanager
+def server(handle: Handle) -> Iterator[str]:
+    """Yields the address of a server whose GET is `handle`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            handle(self)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{web.server_port}"
+    finally:
+        web.shutdown()
+        web.server_close()
+
+
+def get(address: str, log: list[str] | None = None) -> bytes:
+    """Returns what is fetched, by however many attempts."""
+    got: list[bytes] = []
+
+    def receive(chunks: Iterator[bytes]) -> None:
+        got.append(b"".join(chunks))
+
+    fetch(address, receive, retry=QUICK, log=(log if log is not None else []).append)
+    return got[-1]
+
+
+class Cut:
+    """Sends at most a part of `contents[n]` to the n-th request, from where it is asked."""
+
+    def __init__(self, contents: list[bytes], part: int, headers: dict[str, str], versions: list[str] | None = None):
+        self.contents, self.part, self.headers, self.versions = contents, part, headers, versions
+        self.ranges: list[str | None] = []
+
+    def __call__(self, request: BaseHTTPRequestHandler) -> None:
+        nth = len(self.ranges)
+        data = self.contents[min(nth, len(self.contents) - 1)]
+        version = self.versions[min(nth, len(self.versions) - 1)] if self.versions else None
+        asked = request.headers.get("Range")
+        self.ranges.append(asked)
+        if version and asked and request.headers.get("If-Range") != version:
+            asked = None
+        start = int(asked.split("=")[1].rstrip("-")) if asked and "Accept-Ranges" in self.headers else 0
+        request.send_response(206 if start else 200)
+        for name, value in self.headers.items():
+            request.send_header(name, value)
+        if version:
+            request.send_header("ETag", version)
+        request.send_header("Content-Length", str(len(data) - start))
+        if start:
+            request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        request.end_headers()
+        request.wfile.write(data[start : start + self.part])
+
+
+RANGES = {"Accept-Ranges": "bytes"}
+
+
+@pytest.mark.parametrize("versions", [None, ['"v1"']])
+def test_a_cut_line_goes_on_where_it_broke_off(versions: list[str] | None) -> None:
+    cut, log = Cut([DATA], 170_000, RANGES, versions), list[str]()
+    with server(cut) as address:
+        assert get(f"{address}/a.tar", log) == DATA
+    assert len(cut.ranges) >= 3 and None not in cut.ranges[1:]
+    assert all("going on from byte" in line for line in log) and len(log) == len(cut.ranges) - 1
+    overlap = 0 if versions else 2**16
+    assert cut.ranges[1] == f"bytes={170_000 - overlap}-"
+
+
+def test_a_server_without_ranges_is_asked_for_all_again() -> None:
+    cut = Cut([DATA], 170_000, {})
+    with server(cut) as address, pytest.raises(GanDistError, match="connection lost after 170000 of 500000 bytes"):
+        get(f"{address}/a.tar")
+    assert cut.ranges == [None] * 3
+
+
+@pytest.mark.parametrize("versions", [None, ['"v1"', '"v2"']])
+def test_a_file_that_changed_meanwhile_is_fetched_anew(versions: list[str] | None) -> None:
+    """By its version, or by the bytes that are asked for twice: never half of one file and half of another."""
+
+    class Once(Cut):
+        def __call__(self, request: BaseHTTPRequestHandler) -> None:
+            self.part = 170_000 if not self.ranges else len(DATA)
+            super().__call__(request)
+
+    cut = Once([DATA, CHANGED], 0, RANGES, versions)
+    with server(cut) as address:
+        assert get(f"{address}/a.tar") == CHANGED
+
+
+@pytest.mark.parametrize("length", ["none", "-5", "", "1e3", "\u00b2", "9" * 30])
+def test_nonsense_lengths_are_passed_over(length: str) -> None:
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", length)
+        request.end_headers()
+        request.wfile.write(DATA[:1000])
+
+    with server(handle) as address:
+        try:
+            assert get(f"{address}/a.tar") == DATA[:1000]
+        except GanDistError as error:
+            assert "\n" not in str(error)
+
+
+QUOTED = {
+    "/with space.tar?a=b c": "/with%20space.tar?a=b%20c",
+    "/m\u00fc.tar": "/m%C3%BC.tar",
+    "/a%20b": "/a%20b",
+}
+
+
+@pytest.mark.parametrize(("path", "seen"), QUOTED.items())
+def test_addresses_are_quoted_where_they_must_be(path: str, seen: str) -> None:
+    asked = []
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        asked.append(request.path)
+        request.send_response(200)
+        request.end_headers()
+
+    with server(handle) as address:
+        get(address + path)
+    assert asked == [seen]
+
+
+@pytest.mark.parametrize("address", ["http://", "http://a b/c", "http://[::1/x", "http://x:port/a"])
+def test_what_is_no_address_is_one_line_at_once(address: str) -> None:
+    with pytest.raises(UserError) as caught:
+        get(address)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_password_stays_with_its_host(code: int, elsewhere: bool) -> None:
+    seen: list[str | None] = []
+
+    def store(request: BaseHTTPRequestHandler) -> None:
+        seen.append(request.headers.get("Authorization"))
+        request.send_response(200)
+        request.end_headers()
+        request.wfile.write(b"data")
+
+    with server(store) as other:
+
+        def first(request: BaseHTTPRequestHandler) -> None:
+            if request.path == "/there":
+                store(request)
+                return
+            assert request.headers["Authorization"]
+            request.send_response(code)
+            request.send_header("Location", f"{other}/there" if elsewhere else "/there")
+            request.end_headers()
+
+        with server(first) as address:
+            assert get(address.replace("//", "//user:secret@") + "/a.tar") == b"data"
+    assert [value is not None for value in seen] == [not elsewhere]
+
+
+def test_a_password_in_a_redirect_is_used_there() -> None:
+    seen: list[str | None] = []
+
+    def store(request: BaseHTTPRequestHandler) -> None:
+        seen.append(request.headers.get("Authorization"))
+        request.send_response(200)
+        request.end_headers()
+
+    with server(store) as other:
+
+        def first(request: BaseHTTPRequestHandler) -> None:
+            request.send_response(302)
+            request.send_header("Location", other.replace("//", "//me:mine@") + "/there")
+            request.end_headers()
+
+        with server(first) as address:
+            get(address + "/a.tar")
+    assert seen == ["Basic bWU6bWluZQ=="]
