@@ -110,6 +110,9 @@ class TrainConfig(Section):
     """How the step is executed; auto takes the fastest that device and torch allow."""
     sync_batchnorm: bool = True
     """Normalise over the global batch. false normalises each rank's slice alone: another game, for experiments."""
+    batchnorm_kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Who computes batch norm and the activation after it. auto: Triton's fused kernels on a GPU where a check at the
+    start finds them right, else torch's."""
     ema_half_life_images: NonNegative = 0
     """Images after which an averaged generator has forgotten half; 0 keeps none."""
     threads: Positive | None = None

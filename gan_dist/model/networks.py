@@ -48,7 +48,7 @@ class Generator(nn.Module):
         """Returns images [B, 3, S, S] in [-1, 1] for `latents` [B, latent_dim]."""
         x = from_latents(latents, self.convt1.weight)
         for i in range(1, self.depth):
-            x = torch.relu_(getattr(self, f"bn{i}")(x))
+            x = getattr(self, f"bn{i}")(x, slope=0.0)
             x = conv_up(x, getattr(self, f"convt{i + 1}").weight)
         return torch.tanh(x)
 
@@ -75,8 +75,7 @@ class Discriminator(nn.Module):
         """
         x = nn.functional.leaky_relu_(conv_down(images, self.conv1.weight), self.leaky_slope)
         for i in range(2, self.depth):
-            x = getattr(self, f"bn{i}")(conv_down(x, getattr(self, f"conv{i}").weight), groups)
-            x = nn.functional.leaky_relu_(x, self.leaky_slope)
+            x = getattr(self, f"bn{i}")(conv_down(x, getattr(self, f"conv{i}").weight), groups, self.leaky_slope)
         return to_logits(x, getattr(self, f"conv{self.depth}").weight)
 
 
