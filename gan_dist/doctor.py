@@ -278,7 +278,7 @@ def check_compile() -> list[Finding]:
     """Whether torch.compile can build: a C++ compiler and Python's headers for the CPU, Triton for a GPU."""
     if torch.cuda.is_available():
         try:
-            import triton  # type: ignore[import-untyped]
+            import triton
         except ImportError:
             return [Finding("compile", "warning", "no Triton", "pip install triton, or train.runner=eager")]
         if shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("clang") is None:

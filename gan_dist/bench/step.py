@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from gan_dist.distributed.world import World
+from gan_dist.model.batchnorm import resolve_kernels
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
-from gan_dist.training.update import Update
+from gan_dist.training.update import Update, maps_dtype
 from gan_dist.utils.errors import GanDistError, UserError
 
 SWEEP = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -110,13 +111,18 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def build(world: World, batch: int, precision: Any, shape: dict[str, int]) -> tuple[Update, list[Tensor], list[Tensor]]:
+def build(
+    world: World, batch: int, precision: Any, shape: dict[str, int], kernels: str = "auto"
+) -> tuple[Update, list[Tensor], list[Tensor]]:
     source = torch.Generator().manual_seed(0)
     generator = Generator(shape["resolution"], shape["latent_dim"], shape["channels"])
     discriminator = Discriminator(shape["resolution"], shape["channels"])
     for network in (generator, discriminator):
         initialise(network, 0.02, source)
-    update = Update(generator, discriminator, world=world, global_batch=batch, precision=precision)
+    chosen, _ = resolve_kernels(kernels, world, maps_dtype(precision))
+    update = Update(
+        generator, discriminator, world=world, global_batch=batch, precision=precision, batchnorm_kernels=chosen
+    )
     share = (world.rank + 1) * batch // world.size - world.rank * batch // world.size
     side = shape["resolution"]
     real = torch.randint(0, 256, (share, 3, side, side), dtype=torch.uint8, generator=source).to(world.device)
@@ -145,6 +151,7 @@ def _measure(
         "batch": batch,
         "runner": runner.name,
         "runner_reason": runner.reason,
+        "batchnorm_kernels": update.batchnorm_kernels,
         "precision": precision,
         "milliseconds": {"step": 1e3 * median, **parts},
         "gflop_per_image": gflop / share,

@@ -18,6 +18,7 @@ CHANGE_RULES: dict[str, Rule] = {
     "train.device": "noted",
     "train.precision": "noted",
     "train.runner": "noted",
+    "train.batchnorm_kernels": "free",  # what it comes to is held beside environment.json's, and said
     "train.threads": "noted",
     "train.deterministic": "noted",
     "log.": "free",

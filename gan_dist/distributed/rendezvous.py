@@ -21,7 +21,19 @@ def meet(rank: int, size: int, timeout_s: float) -> Any:
     time, and rank 0 answers those who live with the name of this attempt. Raises torch.distributed.DistError when not
     all ranks come within `timeout_s` seconds, naming those that are missing.
     """
-    limit, deadline = timedelta(seconds=timeout_s), time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return _meet(rank, size, timeout_s, deadline)
+        except dist.DistNetworkError:
+            # Another world's store, which its rank 0 was just closing: the next one opens at the same place.
+            if rank == 0 or time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+def _meet(rank: int, size: int, timeout_s: float, deadline: float) -> Any:
+    limit = timedelta(seconds=timeout_s)
     if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _await_listener(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), deadline)
     store, _, _ = next(rendezvous("env://", rank, size, timeout=limit))

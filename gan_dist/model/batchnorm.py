@@ -3,11 +3,14 @@
 A *group* is a part of the batch that is normalised by its own statistics (Ioffe and Szegedy 2015, algorithm 1). D sees
 the real and the fake half in one pass as two groups, which equals two passes: concatenated without groups they would
 share statistics, which is another algorithm.
+
+On a CPU all of it is torch's operations. On a GPU it is batchnorm_triton.py's kernels, which take the activation along.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -15,13 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gan_dist.distributed.world import World
+from gan_dist.utils.errors import UserError, first_line
+
+Kernels = Literal["torch", "triton"]
 
 
 class BatchNorm(nn.Module):
-    """nn.BatchNorm2d with groups, and after `synchronise`, with statistics merged over the ranks.
+    """nn.BatchNorm2d with groups and an activation; set up by `prepare`, with statistics merged over the ranks.
 
-    Alone, and in eval mode, it is torch's native kernel. State names, momentum and eps are nn.BatchNorm2d's, so states
-    load both ways. Statistics are kept in the parameters' dtype (float32 under autocast).
+    State names, momentum and eps are nn.BatchNorm2d's, so states load both ways. Statistics are kept in the parameters'
+    dtype (float32 under autocast). In eval mode it is torch's operations always.
     """
 
     running_mean: Tensor
@@ -33,17 +39,42 @@ class BatchNorm(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.process_group: dist.ProcessGroup | None = None
+        self.fused: Any = None
+        """batchnorm_triton.norm_and_activation, where that is to be used."""
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
-    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
-        """Returns `x` [groups * n, C, H, W] normalised, in its dtype; in train mode each group by its own statistics.
+    def forward(self, x: Tensor, groups: int = 1, slope: float = 1.0) -> Tensor:
+        """Returns `x` [groups * n, C, H, W] normalised and put through leaky ReLU, in its dtype.
 
-        Running statistics are updated once per group, in order. n is this rank's share; shares may differ.
+        slope: leaky ReLU's below zero; 0 is ReLU, and 1 no activation. In train mode each group is normalised by its
+        own statistics, and the running ones are updated once per group, in order. n is this rank's share; shares may
+        differ.
         """
+        if self.training and self.fused is not None:
+            fused: Tensor = self.fused(
+                x,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                groups=groups,
+                momentum=self.momentum,
+                eps=self.eps,
+                slope=slope,
+                group=self.process_group,
+            )
+            return fused
+        y = self._normalise(x, groups)
+        if slope == 1:
+            return y
+        return torch.relu_(y) if slope == 0 else F.leaky_relu_(y, slope)
+
+    def _normalise(self, x: Tensor, groups: int) -> Tensor:
         if not self.training:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps
@@ -126,8 +157,43 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
     return values.repeat_interleave(x.shape[0] // values.shape[0], 0)[:, :, None, None]
 
 
-def synchronise(module: nn.Module, world: World) -> None:
-    """Makes every BatchNorm in `module` normalise over the ranks of `world`; alone, nothing changes."""
+def prepare(module: nn.Module, world: World, kernels: Kernels = "torch") -> None:
+    """Makes every BatchNorm in `module` normalise over the ranks of `world`, by these kernels."""
+    fused = import_module("gan_dist.model.batchnorm_triton").norm_and_activation if kernels == "triton" else None
     for part in module.modules():
         if isinstance(part, BatchNorm):
-            part.process_group = world.group
+            part.process_group, part.fused = world.group, fused
+
+
+def resolve_kernels(name: str, world: World, dtype: torch.dtype) -> tuple[Kernels, str]:
+    """Returns the Kernels that `name` (one of them, or auto) means here, and why in one clause.
+
+    auto: triton on a GPU where they can be built and give the results of torch's, on every rank; else torch. A
+    collective: every rank calls it. `dtype`: the maps', bfloat16 under autocast. Raises UserError for triton where it
+    cannot be, and for another name.
+    """
+    if name not in ("auto", *get_args(Kernels)):
+        raise UserError(f"train.batchnorm_kernels: expected auto, {', '.join(get_args(Kernels))}, found {name!r}")
+    if name == "torch":
+        return "torch", "set by train.batchnorm_kernels"
+    if world.device.type != "cuda":
+        if name == "triton":
+            raise UserError(
+                f"train.batchnorm_kernels=triton is for GPUs, but this rank drives {world.device.type}; use auto"
+            )
+        return "torch", f"Triton's are for GPUs, and this rank drives {world.device.type}"
+    failure = ""
+    try:
+        import_module("gan_dist.model.batchnorm_triton").check(world.device, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton, no C compiler, a driver too old for it, wrong results: all mean one thing
+        failure = f"{type(error).__name__}: {first_line(error)}"
+    failures = {rank: text for rank, text in enumerate(world.gather_objects(failure)) if text}
+    if not failures:
+        return "triton", "fused with the activation" if name == "auto" else "set by train.batchnorm_kernels"
+    rank, text = next(iter(failures.items()))
+    told = f"Triton's kernels fail on rank {rank} ({text})"
+    if name == "triton":
+        raise UserError(f"train.batchnorm_kernels=triton, but {told}; use auto, or torch")
+    return "torch", told

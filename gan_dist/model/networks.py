@@ -59,7 +59,7 @@ class Generator(nn.Module):
         """Returns images [B, 3, S, S] in [-1, 1] for `latents` [B, latent_dim]."""
         x = from_latents(latents, self.convt1.weight)
         for i in range(1, self.depth):
-            x = torch.relu_(getattr(self, f"bn{i}")(x))
+            x = getattr(self, f"bn{i}")(x, slope=0.0)
             weight = getattr(self, f"convt{i + 1}").weight
             x = conv_up(x, fold(weight) if self.upsample == "nearest" else weight)
         return torch.tanh(x)
@@ -101,8 +101,9 @@ class Discriminator(nn.Module):
         for i in range(2, self.depth):
             x = conv_down(x, *weights[i - 1])
             if self.norm == "batch":
-                x = getattr(self, f"bn{i}")(x, groups)
-            x = nn.functional.leaky_relu_(x, self.leaky_slope)
+                x = getattr(self, f"bn{i}")(x, groups, self.leaky_slope)
+            else:
+                x = nn.functional.leaky_relu_(x, self.leaky_slope)
         return to_logits(x, *weights[-1])
 
 

@@ -26,6 +26,7 @@ from gan_dist.distributed.failures import device_may_hang, naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.distributed.preflight import preflight
 from gan_dist.distributed.world import World, join
+from gan_dist.model.batchnorm import Kernels, resolve_kernels
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.runs.checkpoint import check_disk
 from gan_dist.runs.lease import Lease, claim
@@ -39,7 +40,7 @@ from gan_dist.training.optim import EMA, Schedule
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
 from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.torch_settings import resolve_deterministic, torch_settings
-from gan_dist.training.update import Precision, Update
+from gan_dist.training.update import Precision, Update, maps_dtype
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
 from gan_dist.utils.progress import progress
@@ -193,7 +194,8 @@ def build_run(
 
     # The game: networks, update, average; the same on all ranks.
     precision, why_precision = resolve_precision(config.train.precision, world.device)
-    update = build_update(config, world, precision)
+    kernels, why_kernels = resolve_kernels(config.train.batchnorm_kernels, world, maps_dtype(precision))
+    update = build_update(config, world, precision, kernels)
     runner = make_runner(config.train.runner, update)
     if start.loaded is not None:
         update.load_state_dict(start.loaded.state)
@@ -224,6 +226,7 @@ def build_run(
         "device": world.device.type,
         "precision": precision,
         "runner": runner.name,
+        "batchnorm_kernels": kernels,
         "deterministic": resolve_deterministic(config.train.deterministic, world.device),
         "threads": torch.get_num_threads(),
         "ranks": world.size,
@@ -314,7 +317,8 @@ def build_run(
             step=step,
             images_seen=images_seen,
         )
-        _announce(run, total_steps, config.train.epochs, f"precision {precision}: {why_precision}", notes)
+        choices = (f"precision {precision}: {why_precision}", f"batch norm by {kernels}: {why_kernels}")
+        _announce(run, total_steps, config.train.epochs, choices, notes)
         try:
             yield run
         except Exception as error:
@@ -324,7 +328,7 @@ def build_run(
             raise
 
 
-def _announce(run: Run, total_steps: int, epochs: float, precision: str, notes: Sequence[str]) -> None:
+def _announce(run: Run, total_steps: int, epochs: float, choices: Sequence[str], notes: Sequence[str]) -> None:
     """Says on the console, and in the run's history, what starts here and from where."""
     verb, world = "continues" if run.step else "starts", run.world
     kernels = "deterministic kernels; " if run.facts["resolved"]["deterministic"] else ""
@@ -335,7 +339,7 @@ def _announce(run: Run, total_steps: int, epochs: float, precision: str, notes: 
         f"batch {run.global_batch} over {world.size} rank(s) on {world.device.type}",
         f"{epochs:g} epochs at batch {run.global_batch} are {total_steps:,} updates of G, "
         f"{total_steps * run.d_steps:,} of D; learning rates are as set, whatever the batch",
-        precision,
+        *choices,
         f"runner {run.runner.name}: {run.runner.reason}; {kernels}samples in {run.stream.placement}",
         *(f"note: {note}" for note in notes),
     ):
@@ -398,7 +402,7 @@ def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancel
     return placement
 
 
-def build_update(config: Config, world: World, precision: Precision) -> Update:
+def build_update(config: Config, world: World, precision: Precision, kernels: Kernels = "torch") -> Update:
     """Returns the update of freshly initialised networks, on the world's device in the (resolved) precision.
 
     Weights are drawn from `config.seed` on the CPU, so that they are alike on every device.
@@ -423,6 +427,7 @@ def build_update(config: Config, world: World, precision: Precision) -> Update:
         d_steps=optim.d_steps,
         precision=precision,
         sync_batchnorm=config.train.sync_batchnorm,
+        batchnorm_kernels=kernels,
     )
 
 

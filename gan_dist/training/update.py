@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 from gan_dist.config.schema import LossName
 from gan_dist.distributed.world import World
-from gan_dist.model.batchnorm import synchronise
+from gan_dist.model.batchnorm import Kernels, prepare
 from gan_dist.model.losses import discriminator_loss, generator_loss, minimax_value
 from gan_dist.training.optim import CONSTANT, Player, Schedule, frozen
 from gan_dist.utils.tensors import copy_state, to_host
 
 Precision = Literal["bf16", "tf32", "fp32", "fp64"]
+
+
+def maps_dtype(precision: Precision) -> torch.dtype:
+    """Returns the dtype of the networks' maps."""
+    return {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
+
 
 STATS = (
     "loss/discriminator",
@@ -64,13 +70,18 @@ class Update:
         d_steps: int = 1,
         precision: Precision = "fp32",
         sync_batchnorm: bool = True,
+        batchnorm_kernels: Kernels = "torch",
     ) -> None:
-        """Moves both networks to the world's device and broadcasts rank 0's parameters and buffers."""
+        """Moves both networks to the world's device and broadcasts rank 0's parameters and buffers.
+
+        batchnorm_kernels: what batchnorm.resolve_kernels returned.
+        """
         self.world = world
         self.global_batch = global_batch
         self.d_steps = d_steps
         self.sync_batchnorm = sync_batchnorm
         self.precision = precision
+        self.batchnorm_kernels = batchnorm_kernels
         self.loss = loss
         self.real_target = real_target
         self.generator_target = generator_target
@@ -78,7 +89,7 @@ class Update:
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         for network in (generator, discriminator):
             network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
-            synchronise(network, world if sync_batchnorm else World(device=world.device))
+            prepare(network, world if sync_batchnorm else World(device=world.device), batchnorm_kernels)
         # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
         self.g = Player(generator, world, lr=g_lr, betas=g_betas, num_extras=4)
         self.d = Player(discriminator, world, lr=d_lr, betas=d_betas, num_extras=4)

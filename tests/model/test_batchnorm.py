@@ -84,7 +84,7 @@ def test_ranks_make_no_zeros_for_gradients_that_nobody_wants(monkeypatch: pytest
     monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, value, group: out.copy_(value))
     monkeypatch.setattr(dist, "all_reduce", lambda value, group: None)
     ours, alone = _pair()
-    ours.group = object()  # type: ignore[assignment]
+    ours.process_group = object()  # type: ignore[assignment]
     x = torch.randn(6, 5, 4, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(6, 5, 4, 4, dtype=torch.float64)
     with _Counts() as counts:

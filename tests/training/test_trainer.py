@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from gan_dist.runs.checkpoint import find
+from gan_dist.training import setup
 from gan_dist.training.trainer import train
+from gan_dist.training.update import Update
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.stop import StopRequest
 from tests.helpers.ranks import run_ranks
@@ -42,6 +44,26 @@ def test_a_run_leaves_what_the_design_says(dataset: Path, tmp_path: Path) -> Non
         *("format", "step", "images_seen", "generator", "discriminator", "optimizer_g", "optimizer_d", "config")
     }
     assert "lease" not in {path.name for path in run.iterdir()}
+
+
+def test_it_says_who_computes_batch_norm(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, used = tmp_path / "run", []
+
+    def update(*networks: Any, batchnorm_kernels: str, **settings: Any) -> Update:
+        used.append(batchnorm_kernels)
+        return Update(*networks, **settings)
+
+    monkeypatch.setattr(setup, "Update", update)
+    for answer in ("torch", "triton"):  # as on a machine whose Triton has been mended in between
+        monkeypatch.setattr(setup, "resolve_kernels", lambda *asked, answer=answer: (answer, "a test says so"))
+        train(small(dataset), run_dir=run, max_steps=2 if answer == "torch" else 4)
+        assert json.loads((run / "environment.json").read_text())["resolved"]["batchnorm_kernels"] == answer
+    told = capsys.readouterr().out
+    assert "batch norm by torch: a test says so" in told and "batch norm by triton: a test says so" in told
+    assert "batchnorm_kernels resolved to torch before and to triton now" in told
+    assert used == ["torch", "triton"]
 
 
 @pytest.mark.parametrize("stop_at", [3, 4, 5])

@@ -1,0 +1,202 @@
+"""Triton's kernels in its interpreter, on CPUs: what a test asks of them runs in processes that are told so from birth.
+
+An example lies in a world of 1 to 3 ranks: its arrays are cut as a global batch is, each rank has its share.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gan_dist.distributed.world import World
+from gan_dist.model.batchnorm import BatchNorm, prepare, resolve_kernels
+from gan_dist.training.runner import Compiled
+from tests.helpers.games import CPU, batches, game, tensors
+from tests.helpers.ranks import run_ranks
+
+SIZES = (1, 2, 3)
+MOMENTUM, EPS = 0.1, 1e-5
+
+
+@dataclass(frozen=True)
+class Example:
+    """A layer's input: `images` in each group over all ranks, of `channels` and `side` squared pixels."""
+
+    images: int
+    channels: int
+    side: int
+    groups: int = 1
+    slope: float = 0.2
+    dtype: torch.dtype = torch.float32
+    offset: float = 1.0
+    channels_last: bool = True
+    programs: int = 1024
+    """How many programs the kernels spread over: few of them have chunks of several tiles."""
+    tolerance: float = 0.0
+    """Of what is computed with the mean, where it is not what the dtype says."""
+    tile: int = 4096
+    """Values in a tile: small ones make many chunks of few numbers."""
+
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns x and dy, [groups, images, C, H, W], in the example's dtype, and weight and bias [C], in float64."""
+        source = torch.Generator().manual_seed(self.channels)
+        shape = (2, self.groups, self.images, self.channels, self.side, self.side)
+        x, dy = torch.randn(shape, generator=source, dtype=torch.float64)
+        weight, bias = torch.randn(2, self.channels, generator=source, dtype=torch.float64)
+        scales = 1 + torch.arange(self.groups).view(-1, 1, 1, 1, 1)
+        return (
+            (x * scales + self.offset).to(self.dtype),
+            dy.to(self.dtype),
+            weight.float().double(),
+            bias.float().double(),
+        )
+
+
+EXAMPLES = {
+    "one tile": Example(3, 8, 4),
+    "ReLU, groups": Example(4, 24, 4, groups=2, slope=0.0),
+    "no activation, groups": Example(3, 16, 4, groups=2, slope=1.0),
+    "odd channels, 1x1": Example(7, 5, 1, groups=2),
+    "one channel": Example(5, 1, 8),
+    "three channel tiles, the last one broken": Example(3, 130, 2, groups=2),
+    "one sample a rank": Example(3, 12, 2, groups=2),
+    "far from zero": Example(6, 16, 8, offset=3000.0, tolerance=2e-4),  # float32 has no mean nearer than 1e-4
+    "many chunks, merged in two rounds": Example(9, 8, 11, tile=64),
+    "chunks of many tiles, the last one short": Example(9, 64, 10, groups=2, programs=4),
+    "contiguous maps": Example(4, 24, 4, groups=2, channels_last=False),
+    "bfloat16": Example(8, 24, 8, groups=2, dtype=torch.bfloat16),
+    "bfloat16, ReLU": Example(5, 64, 4, slope=0.0, dtype=torch.bfloat16),
+    "float64": Example(7, 24, 4, groups=2, dtype=torch.float64),
+    "float64, many chunks": Example(9, 24, 8, groups=2, dtype=torch.float64, tile=256),
+}
+SHARED = ("ReLU, groups", "odd channels, 1x1", "one sample a rank", "bfloat16", "float64")
+"""Those that several ranks play too."""
+
+
+def share(example: Example, rank: int, size: int) -> slice:
+    return slice(rank * example.images // size, (rank + 1) * example.images // size)
+
+
+def play(example: Example, world: World) -> dict[str, Tensor]:
+    """Returns what this rank's share of the example comes to."""
+    from gan_dist.model import batchnorm_triton
+
+    batchnorm_triton.PROGRAMS, batchnorm_triton.TILE = example.programs, example.tile
+    x, dy, weight, bias = example.arrays()
+    layer = BatchNorm(example.channels, EPS, MOMENTUM)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    if example.dtype == torch.float64:
+        layer.double()
+    prepare(layer, world, "triton")
+    mine = share(example, world.rank, world.size)
+    layout = torch.channels_last if example.channels_last else torch.contiguous_format
+    parts = [values[:, mine].flatten(0, 1).contiguous(memory_format=layout) for values in (x, dy)]
+    y = layer(parts[0].requires_grad_(), example.groups, example.slope)
+    dx, dweight, dbias = torch.autograd.grad(y, [parts[0], layer.weight, layer.bias], parts[1])
+    shape = (example.groups, -1, *x.shape[2:])
+    return {
+        "y": y.detach().reshape(shape),
+        "dx": dx.reshape(shape),
+        "dweight": dweight,
+        "dbias": dbias,
+        "mean": layer.running_mean,
+        "var": layer.running_var,
+        "batches": layer.num_batches_tracked,
+    }
+
+
+def step_state(world: World, kernels: str, backend: str | None = None) -> dict[str, Tensor]:
+    """Returns the state after two steps of a game of 6 images, and the last one's statistics."""
+    update = game(world, batchnorm_kernels=kernels)
+    runner: Any = Compiled(update, "a test", backend) if backend else update
+    for step in range(2):
+        stats = runner.step(*batches(update, step))
+    return {**tensors(update), "stats": stats[:8]}
+
+
+def _rank(rank: int, out: str) -> None:
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    group: Any = dist.new_group(list(range(size)))
+    _save(World(rank=rank, size=size, device=CPU, group=group), out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _save(world: World, out: str) -> None:
+    found: dict[str, Any] = {name: play(EXAMPLES[name], world) for name in (EXAMPLES if world.size == 1 else SHARED)}
+    if world.size < 3:
+        found["step"] = step_state(world, "triton")
+        found["compiled step"] = step_state(world, "triton", "aot_eager")
+    torch.save(found, Path(out) / f"{world.size}-{world.rank}.pt")
+
+
+def check(dtype: torch.dtype) -> str:
+    """Returns what the start's check of the kernels says: nothing where they are right."""
+    from gan_dist.model import batchnorm_triton
+
+    try:
+        batchnorm_triton.check(CPU, dtype)
+    except ArithmeticError as error:
+        return str(error)
+    return ""
+
+
+def _save_checks(out: str) -> None:
+    """Saves what the check says of the kernels, and of kernels whose last one leaves the activation out."""
+    from gan_dist.model import batchnorm_triton
+
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    right, honest = [check(dtype) for dtype in dtypes], batchnorm_triton._input_gradient
+    torch.library.impl("gan_dist::input_gradient", "AutogradCPU")(lambda *arguments: honest(*arguments[:-1], 1.0))
+    torch.save({"right": right, "wrong": [check(dtype) for dtype in dtypes]}, Path(out) / "checks.pt")
+
+
+def main(out: str) -> None:
+    """Plays everything, in each of the worlds."""
+    torch.set_num_threads(1)
+    for size in SIZES:
+        if size == 1:
+            _save(World(), out)
+        else:
+            run_ranks(size, _rank, out)
+    _save_checks(out)
+
+
+def without_triton() -> None:
+    """Plays a step, and asks for the kernels of a GPU."""
+    game(None).step(*batches(game(None), 0))
+    kernels, why = resolve_kernels("auto", World(device=torch.device("cuda", 0)), torch.float32)
+    print(f"{kernels}: {why}")
+
+
+def interpreted(
+    call: str, *arguments: object, path: Path | None = None, limit: float = 250
+) -> subprocess.CompletedProcess[str]:
+    """Returns a finished process that imported this module under the interpreter and ran `call`, e.g. main('/tmp').
+
+    path: a folder whose modules come before all others.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    code = f"import sys\nfrom tests.helpers import interpreted\ninterpreted.{call}"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        text=True,
+        timeout=limit,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
