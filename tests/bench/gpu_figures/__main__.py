@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -96,7 +97,8 @@ def _run(command: str, names: Sequence[str], out: Path, work: Path, dry: bool) -
             start, failure = time.perf_counter(), {}
             try:
                 if dry:
-                    with pretend_cuda():
+                    with pretend_cuda(), warnings.catch_warnings():
+                        warnings.simplefilter("default")  # as in a part's own process, whatever this one is for
                         keep(work, function(DRY, out, work))
                 else:
                     _apart(command, name, limit, out, work, log)
