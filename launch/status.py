@@ -48,13 +48,15 @@ def all_runs(runs: str | None = None) -> list[Path]:
 
 def attempts_of(run: Path, submission: Submission) -> list[Attempt]:
     """Returns how each start of a submission's jobs ended, in order, without those that still run."""
-    attempts = []
+    attempts: dict[tuple[str, int], Attempt] = {}  # the last word on a start is the one that holds
     for file in sorted((run / "launch" / submission.id / "attempts").glob("*/history")):
         for line in file.read_text(errors="replace").splitlines():
             cells = line.split("\t")
             if len(cells) >= 4 and cells[0].isdigit():
-                attempts.append(Attempt(file.parent.name, int(cells[0]), *cells[1:4]))
-    return attempts
+                made = Attempt(file.parent.name, int(cells[0]), *cells[1:4])
+                attempts.pop((made.job, made.restart), None)
+                attempts[made.job, made.restart] = made
+    return list(attempts.values())
 
 
 @dataclass(frozen=True)

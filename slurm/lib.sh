@@ -94,7 +94,10 @@ gan_dist_finish() { # STATUS OF SRUN
     requeue) gan_dist_step finish requeue "$attempt" && sleep 30 || code=1 ;;
     cancel) scancel "$job" && sleep 30 ;;
     *)
-      code=1 decision="not requeued: no Python 3 on $(hostname) could decide, or nothing could be written; submit it again"
+      code=1 decision="not requeued: no Python 3 on $(hostname) could decide on it (see this log); submit it again"
+      if ! printf '%s' "$(date)" >"$attempt/verdict"; then
+        decision="not requeued: cannot write $attempts; free some space, or raise the quota, and submit it again"
+      fi
       echo "gan_dist: failed: $decision"
       printf '%s\tfailed\t-\t%s\n' "$restart" "$decision" >>"$attempts/history"
       ;;

@@ -304,8 +304,11 @@ def main() -> None:
     when, attempt = sys.argv[1], Path(sys.argv[2])
     if when in ("term", "requeue"):
         sys.exit(not (must_end(attempt, int(sys.argv[3])) if when == "term" else requeue(attempt)))
-    ending = begin(attempt) if when == "begin" else finish(attempt)
-    (attempt / "verdict").write_text("%s %d\n" % (ending.decision, ending.status))
+    try:
+        ending = begin(attempt) if when == "begin" else finish(attempt)
+        (attempt / "verdict").write_text("%s %d\n" % (ending.decision, ending.status))
+    except OSError as error:  # then nothing is requeued
+        sys.exit("gan_dist: cannot write down what becomes of the job: %s" % error)
     if ending.outcome in FINAL and os.environ.get("GAN_DIST_NOTIFY"):
         notify(os.environ["GAN_DIST_NOTIFY"], read_known(attempt).get("run", ""), ending)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import START_S, Run, hook
+from tests.cluster.jobs import START_S, Run, hook, launch
 from tests.helpers.training import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -86,11 +86,13 @@ def test_what_no_start_mends_is_started_once_and_named(linuxproc: Cluster, confi
     bare.chmod(0o755)
     python = sys.executable
     wrong = {
-        "bare": ([f"job.python={bare}"], "cannot run gan_dist with .*python3 .*has no module torch"),
+        "bare": ([f"job.python={bare}", "--unchecked"], "cannot run gan_dist with .*python3 .*has no module torch"),
         "clean": ([f"job.container={clean}", f"job.python={python}"], "the environment does not reach Python"),
         "module": (["job.setup=[module load cuda/99, sleep 0]"], "job.setup: module load cuda/99: status 127"),
         "strict": (["job.setup=[set -e, module load cuda/99]"], "job.setup: module load cuda/99: status 127"),
     }
+    refused = launch(linuxproc, "submit", config, "--run-dir", str(tmp_path / "no"), *wrong["bare"][0][:1], check=False)
+    assert refused.returncode == 2 and "cannot run gan_dist: " in refused.stderr  # it is not even queued
     runs = {
         name: Run.submit(linuxproc, config, tmp_path / name, *words, nodes=1 + (name == "clean"))
         for name, (words, _) in wrong.items()

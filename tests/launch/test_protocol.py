@@ -189,6 +189,17 @@ def test_nothing_starts_where_it_cannot_be_written_down(play: Play) -> None:
     (attempts / "7").unlink()
     (attempts / "7" / "history").mkdir(parents=True)  # so that the end cannot be written
     assert play.run("exit 3") == 1 and (play.at / "scontrol").read_text().count("requeue") == 0
+    assert "cannot write down what becomes of the job" in (play.at / "log").read_text()
+
+
+def test_a_full_disk_ends_the_run_and_says_so(play: Play) -> None:
+    """It fills up while the ranks run: a line may still fit into a file that is there, and no file can be made."""
+    full = "rm -f $GAN_DIST_ATTEMPT/verdict; mkdir $GAN_DIST_ATTEMPT/verdict; exit 3"
+    assert play.run(full) == 1 and not play.asked("requeue")
+    assert [line[1] for line in play.history()] == ["crashed", "failed"]
+    assert (
+        play.history()[-1][3].startswith("not requeued: cannot write ") and "free some space" in play.history()[-1][3]
+    )
 
 
 @pytest.mark.parametrize("name", ["python3", "verdict"])
