@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,17 @@ def test_three_ranks_meet_agree_and_leave(tmp_path: Path) -> None:
 
 def test_world_is_plain_data() -> None:
     assert World() == World(rank=0, size=1)
+
+
+def _join_twice(rank: int) -> None:
+    with join(device="cpu") as first:
+        assert first.gather_objects(rank) == [0, 1]
+    if rank == 0:
+        time.sleep(1.5)  # as in making a report: the first world's store is still there, and rank 1 comes back to it
+    del first
+    with join(device="cpu") as second:
+        assert second.gather_objects(rank) == [0, 1]
+
+
+def test_a_rank_that_comes_back_early_waits_for_the_next_world() -> None:
+    run_ranks(2, _join_twice)
