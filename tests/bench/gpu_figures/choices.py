@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from gan_dist.bench.step import build
+from gan_dist.model.batchnorm import resolve_kernels
 from gan_dist.model.convolution import from_latents, to_logits
 from gan_dist.training import runner as runners_module
 from gan_dist.training.runner import Captured, Compiled, Eager, Runner
-from gan_dist.training.update import Update
+from gan_dist.training.update import Update, maps_dtype
 from tests.bench.compare_step import compare
 from tests.bench.gpu_figures.plan import Plan, keep
 
@@ -78,6 +79,20 @@ def determinism(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
         found[str(batch)] = {"images_per_second": medians, "price": price}
         keep(work, found)
     return found
+
+
+def batchnorm(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
+    """Returns images/s of captured steps with the fused kernels where they can be, and with torch's, interleaved."""
+    found: dict[str, Any] = {}
+    for batch in plan.batches:
+        rates: dict[str, list[float]] = {"auto": [], "torch": []}
+        for _ in range(1 if plan.dry else 3):
+            for kernels, each in rates.items():
+                each.append(plan.images_per_second(batch, lambda update: Captured(update, ""), kernels=kernels))
+        found[str(batch)] = {kernels: statistics.median(each) for kernels, each in rates.items()}
+        keep(work, found)
+    chosen, why = resolve_kernels("auto", plan.world, maps_dtype(plan.precision))
+    return {**found, "auto": f"{chosen}: {why}"}
 
 
 def peer(plan: Plan, out: Path, work: Path) -> dict[str, Any]:

@@ -53,18 +53,24 @@ class Plan:
         return World(device=self.device)
 
     def images_per_second(
-        self, batch: int, wrap: Callable[[Update], Runner], deterministic: bool = False, fill: bool = False
+        self,
+        batch: int,
+        wrap: Callable[[Update], Runner],
+        deterministic: bool = False,
+        fill: bool = False,
+        kernels: str = "auto",
     ) -> float:
         """Returns the median over steps of an update that `wrap` makes a runner of.
 
-        `fill`: with torch's default of writing NaN into each new tensor, which only shows where it is deterministic.
+        `kernels` are train.batchnorm_kernels. `fill`: with torch's default of writing NaN into each new tensor, which
+        only shows where it is deterministic.
         """
         torch._dynamo.reset()
         with torch_settings(self.device, deterministic, self.precision):
             memory: Any = torch.utils.deterministic
             before, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, fill
             try:
-                update, reals, latents = build(self.world, batch, self.precision, self.shape)
+                update, reals, latents = build(self.world, batch, self.precision, self.shape, kernels)
                 runner = wrap(update)
                 try:
                     return batch / statistics.median(time_steps(self.world, runner, reals, latents, self.seconds))
@@ -98,7 +104,7 @@ GPU = Plan(
     shape={"resolution": 64, "latent_dim": 100, "channels": 64},
     batches=(128, 1024),
     large_batch=4096,
-    seconds=2.0,
+    seconds=1.5,
     rounds=9,
     runners=("eager", "captured"),
 )
