@@ -34,7 +34,7 @@ _OTHER_BYTES_PER_PIXEL = 8
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "DDS", "PCX")
 _RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XBM", "XPM")
 _KNOWN_BUT_UNREAD = {b"ftyp": 4, b"JXL ": 4, b"\xff\x0a": 0, b"%!PS": 0, b"GRIB": 0, b"II*\0": 0, b"MM\0*": 0}
-_LOOSE_ALPHA = ("BMP", "DIB", "TGA", "ICO", "DDS")
+_LOOSE_ALPHA = ("BMP", "DIB", "TGA", "DDS")
 """Formats whose writers often leave the fourth byte of a pixel at zero, whatever the header says about it."""
 
 
@@ -106,6 +106,8 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Deco
                 flags.append("odd_structure")
         orientation = _orientation(header)
         image, white = tiff.corrected(image, told)
+        if format == "XBM":
+            image = ImageChops.invert(image)  # a bit that is set is ink
         if format == "AVIF" and (shown := containers.clean_aperture(data, image.size)):
             image, info = image.crop(shown), image.info
             image.info = info
@@ -253,7 +255,11 @@ def _orientation(image: Image.Image) -> int:
     if "exif" not in image.info and image.format not in ("PNG", "WEBP", "MPO", "AVIF"):
         return 1
     try:
-        value = image.getexif().get(0x0112, 1)
+        exif = image.getexif()
+        if image.format == "AVIF":  # by its own properties, which Pillow puts there; what XMP says does not count
+            exif = Image.Exif()
+            exif.load(image.info["exif"])
+        value = exif.get(0x0112, 1)
     except Exception:  # a broken EXIF block is no reason to lose the picture
         return 1
     return value if value in range(1, 9) else 1

@@ -95,15 +95,15 @@ def _without_metadata(data: bytes) -> bytes:
         content = data[place:end]
         if needed:  # what follows metadata without being a segment is left out, but what follows a table is damage
             kept.append(data[last:place])
-        last, needed = end, True
+        metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
+        last, needed = end, not metadata
         if marker == 0xDA:
             content = content[:-3] + b"\0\x3f\0" if sequential else content
         elif marker in (0xC0, 0xC1):
             sequential = True
         elif content[4:9] == b"JFIF\0":
             content = content[:9] + b"\1\1" + content[11:]
-        elif (0xE0 <= marker <= 0xEF and content[4:9] != b"Adobe") or marker == 0xFE:
-            needed = False
+        elif metadata and content[4:9] != b"Adobe":
             continue
         kept.append(content)
     return b"".join([*kept, data[last:]])

@@ -82,6 +82,8 @@ def check(image: Image.Image, data: bytes) -> None:
     tags = image.tag_v2
     starts, sizes = (tags.get(273), tags.get(279)) if 273 in tags else (tags.get(324), tags.get(325))
     for start, size in zip(starts or (), sizes or (), strict=False):
+        if not size:  # an extra plane that is not stored
+            continue
         strip = data[start : start + size]
         if image.info["compression"] == "jpeg":
             jpeg.check(tags.get(347, b"\xff\xd8\xff\xd9")[:-2] + strip[2:])
@@ -101,6 +103,8 @@ def corrected(image: Image.Image, told: Facts) -> tuple[Image.Image, float | Non
     """Returns a loaded picture with its deep values as the facts say, zero black and nothing negative, and the value
     of white, where the file tells."""
     if not (told.inverted or told.unsigned):
+        if image.mode == "I" and np.asarray(image).max() <= 255:
+            return image, None  # 8 bits in signed 16
         return image, told.white
     values, white = np.asarray(image), told.white
     if told.unsigned:

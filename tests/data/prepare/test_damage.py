@@ -123,6 +123,7 @@ def test_what_is_odd_before_the_pixels_of_a_jpeg_does_not_lose_it() -> None:
         "version": data[: jfif + 5] + b"\x07" + data[jfif + 6 :],
         "scan parameters": data[: scan + 11] + b"\0\0\0" + data[scan + 14 :],
         "stray bytes": data[:after] + segment(0xE1, b"Exif\0\0junk") + b"left over" + data[after:],
+        "stray bytes after a header": data[:after] + b"\xff\0\0\2" + data[after:],
         "no end": data[:-2],
         "added": data + bytes(1000) + b"more",
         "a thumbnail": data[:after] + segment(0xE1, b"Exif\0\0" + encode(plain(ORANGE), "JPEG")) + data[after:],

@@ -174,7 +174,9 @@ def test_what_two_formats_claim_is_read_by_the_one_that_can() -> None:
     rows = ",\n".join('"' + "".join("ab"[(x + y) % 2] for x in range(16)) + '"' for y in range(16))
     text = '/* XPM */\nstatic char *a[] = {\n"16 16 2 1",\n"a c #FF0000",\n"b c #0000FF",\n' + rows + "};\n"
     assert square(text.encode(), Recipe(16)).format == "XPM"
-    assert square(encode(Image.new("1", (16, 16)), "XBM"), Recipe(16)).format == "XBM"
+    bits = b"#define a_width 8\n#define a_height 8\nstatic char a_bits[] = {\n" + b"0xff, " * 7 + b"0xff};\n"
+    made = square(bits, Recipe(8))
+    assert made.format == "XBM" and made.pixels.max() == 0  # ink
     with pytest.raises(Rejected, match="corrupt"):
         square(text.encode()[:40], Recipe(16))
 
