@@ -176,6 +176,7 @@ def test_plain_sbatch_has_its_array_from_the_controller(linuxproc: Cluster, pain
     options = ("--resolution", "32", "--shard-samples", "16", "--max-reject-fraction", "0.5")
     job = sbatch(linuxproc, *words, "slurm/prepare_array.sbatch", str(out), str(paintings), *options, **stale)
     wait_until((out / "manifest.json").exists, START_S, "manifest")
-    linuxproc.wait_for_job(job, "COMPLETED")
-    histories = sorted(out.with_name("set.launch").glob(f"launch/sbatch-{job}/attempts/{job}_*/history"))
+    attempts = out.with_name("set.launch") / "launch" / f"sbatch-{job}" / "attempts"
+    wait_until(lambda: len(list(attempts.glob(f"{job}_*/history"))) == 2, 30, "ends of both elements")
+    histories = sorted(attempts.glob("*/history"))
     assert [file.read_text().split("\t")[:2] for file in histories] == [["0", "done"]] * 2
