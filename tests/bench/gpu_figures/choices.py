@@ -61,7 +61,7 @@ def compiled(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
 
 def determinism(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
     """Returns images/s of captured steps with and without deterministic kernels, interleaved, and the price."""
-    ways: dict[str, dict[str, bool]] = {
+    ways: dict[str, dict[str, Any]] = {
         "off": {},
         "on": {"deterministic": True},
         "on, new memory filled": {"deterministic": True, "fill": True},
