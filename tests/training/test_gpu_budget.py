@@ -1,0 +1,83 @@
+"""What a step costs a GPU, without one: launches, collectives and bytes have a budget that no change exceeds unnoticed.
+
+The step runs on fake CUDA tensors, which have no values: whatever waits for one, branches on one, or mixes devices,
+raises. Numbers are of the formulation, full width, bf16, 64x64. A change that lowers them lowers the budget too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gan_dist.training.runner import compiler
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux" or compiler() is None, reason="torch.compile needs a C++ compiler"),
+    pytest.mark.timeout(200),
+]
+
+# torch's autograd asks the CUDA driver for streams as soon as a tensor says that it is on a GPU, fake or not.
+NO_STREAMS = """
+short _ZN2at11accelerator14getAcceleratorEb(char checked) { (void)checked; return 0; }
+char _ZN2at11accelerator13isAcceleratorEN3c1010DeviceTypeE(char type) { (void)type; return 0; }
+"""
+
+BUDGET: dict[tuple[int, str], dict[str, float]] = {
+    (1, "torch"): {"launches": 292, "an_image": 14406856, "a_step": 444948256},
+    (1, "triton"): {"launches": 253, "an_image": 12211400, "a_step": 445110104},
+    (8, "torch"): {"launches": 751, "an_image": 46236104, "a_step": 447077488, "reduced": 25427540},
+    (8, "triton"): {"launches": 263, "an_image": 12211400, "a_step": 445373228, "reduced": 25427540},
+}
+"""By ranks and kernels: launches, bytes for each image, bytes for a step beside them, bytes given to collectives."""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """at::accelerator as a build of torch without GPUs has it, to be loaded before torch."""
+    source = tmp_path_factory.mktemp("no_streams") / "no_streams.c"
+    source.write_text(NO_STREAMS)
+    out = source.with_suffix(".so")
+    subprocess.run([str(compiler()), "-x", "c", "-shared", "-fPIC", "-o", out, source], check=True)
+    return out
+
+
+@cache
+def _step(library: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.helpers.fake_step", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+
+
+def _found(library: Path, size: int, kernels: str, fault: str = "") -> dict[str, Any]:
+    done = _step(library, str(size), kernels, fault)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_step_keeps_its_budget(library: Path, size: int, kernels: str) -> None:
+    found, budget = _found(library, size, kernels), BUDGET[size, kernels]
+    assert found["elsewhere"] == []
+    # 4 layers with batch norm in G, 3 in D, which plays twice: a gather for each on its way forth, a sum on its way
+    # back; and both networks' gradients.
+    expected = {"_allgather_base": 10, "allreduce": 12} if size > 1 else {}
+    assert found["collectives"] == expected
+    for name, most in budget.items():
+        assert most * 0.97 <= found[name] <= most, f"{name}: {found[name]:,.0f}, budget {most:,.0f}"
+
+
+def test_what_a_step_must_not_do_is_seen(library: Path) -> None:
+    waits, mixes = (_step(library, "1", "torch", fault) for fault in ("waits", "mixes devices"))
+    assert waits.returncode and "DataDependent" in waits.stderr
+    assert mixes.returncode and "device" in mixes.stderr.splitlines()[-1]
+    found = _found(library, 1, "torch", "copies")
+    assert found["launches"] > BUDGET[1, "torch"]["launches"] or found["an_image"] > BUDGET[1, "torch"]["an_image"]
