@@ -172,7 +172,10 @@ def _open(data: bytes) -> Image.Image:
             failure = failure or Rejected("unsupported", f"{name}: {verdict}")
         elif verdict:
             try:
-                with named_failures(name, data), _switched(PngImagePlugin, "MAX_TEXT_CHUNK", _LONGEST_TEXT):
+                with named_failures(name, data):
+                    if name == "PNG":
+                        with _switched(PngImagePlugin, "MAX_TEXT_CHUNK", _LONGEST_TEXT):
+                            return factory(io.BytesIO(data), "")
                     return tiff.opened(data) if name == "TIFF" else factory(io.BytesIO(data), "")
             except Rejected as rejected:
                 failure = failure or rejected

@@ -191,6 +191,7 @@ def test_chunks_that_decide_about_pixels_are_checked() -> None:
     for kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
         place = palette.index(kind) + 4
         assert reason(palette[:place] + bytes([palette[place] ^ 1]) + palette[place + 1 :]) == "corrupt", kind
+    assert reason(PNG[:-13] + bytes([PNG[-13] ^ 1]) + PNG[-12:]) == "corrupt"  # the checksum of the pixels itself
     assert reason(PNG[:33] + chunk(b"NEWS", b"") + PNG[33:]) == "unsupported"
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -107,11 +107,12 @@ def test_tables_that_cannot_be_right_are_one_line(tmp_path: Path, table: str, me
 
 
 def test_numeric_classes_of_one_value_have_an_order(tmp_path: Path) -> None:
-    for name in ("2", "02", "1", "01", "10"):
+    names = ["00001", "0001", "001", "01", "1", "002", "02", "2", "10"]
+    for name in reversed(names):
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "a.png").write_bytes(encode(1))
     account = prepare(tmp_path / "in", tmp_path / "out", labels="folders", workers=0)
-    assert list(account.classes) == ["01", "1", "02", "2", "10"]
+    assert list(account.classes) == names
 
 
 def test_folders_that_are_one_class_are_said(tmp_path: Path) -> None:
