@@ -29,14 +29,14 @@ def play(size: int, kernels: Any, fault: str, batch: int) -> Log:
         latents, requests = torch.empty(batch, 100, device="cuda"), torch.zeros(2, device="cuda")
         honest = update.generator_pass
 
-        def faulty(fake: torch.Tensor) -> Any:
-            loss, extras = honest(fake)
+        def faulty(fake: torch.Tensor, *others: torch.Tensor) -> Any:
+            loss, extras = honest(fake, *others)
             if fault == "waits":
                 loss.item()
             if fault == "mixes devices":
                 loss = loss * torch.ones(1)
             if fault == "copies":
-                loss, extras = honest(fake.clone())
+                loss, extras = honest(fake.clone(), *others)
             return loss, extras
 
         update.generator_pass = faulty  # type: ignore[method-assign]
