@@ -34,8 +34,8 @@ Seconds = Annotated[int, Field(ge=10)]
 class SlurmOptions(Section):
     """What each job requests from SLURM. A key that is left out has the cluster's default.
 
-    `header` in batch_script.py writes each key into the script. Small jobs leave out what they do not need: `on_cpus`
-    in submit.py, `one_processor` in tensorboard.py.
+    `header` in batch_script.py writes each key into the script; `extra` takes any option that has no key. Small jobs
+    leave out what they do not need: ONE_PROCESS below, `on_cpus` in submit.py, `one_processor` in tensorboard.py.
     """
 
     account: str | None = None

@@ -1,10 +1,12 @@
 """The minimax game and its relatives, on logits (Goodfellow et al. 2014, eq. 1; other sources at their names below).
 
 With D(x) = sigmoid(logit): log D = logsigmoid(logit) and log(1 - D) = logsigmoid(-logit), exact where a probability
-would have rounded to 0 or 1. Every function returns a *sum* over the local batch: the caller divides by the global
-batch, so that ranks with unequal shares add up to the same mean.
+would have rounded to 0 or 1. Every function returns a *sum* over the local batch: training/update.py divides by the
+global batch, so that ranks with unequal shares add up to the same mean.
 
-A new loss is a name in config/schema.py's LossName, and a branch in `discriminator_loss` and in `generator_loss`.
+A new loss is a name in config/schema.py's LossName, a branch in `discriminator_loss` and in `generator_loss`, and its
+formula in the tests. Which targets it takes stands in schema.py's LossConfig; one that compares pairs gets the real
+logits in training/update.py's `generator_pass`.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def make_plan(
                 "kind": source.kind,
                 "images": len(listing.entries),
                 # without modification times: a copy of the same files makes the same dataset
-                "digest": _digest(listing.entries, stamps=source.kind == "zip"),
+                "digest": _digest(listing.entries, stamps=source.has_checksums),
             }
             for source, listing in zip(sources, listings, strict=True)
         ],
@@ -249,7 +249,7 @@ def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry
     """Returns the entries without later copies of equal content, and a record of each copy. Only files of equal size
     (in zips, of equal size and checksum) are read."""
     groups: dict[tuple[int, str], list[int]] = {}
-    zipped = all(sources[entry.source].kind == "zip" for entry in entries)
+    zipped = all(sources[entry.source].has_checksums for entry in entries)
     for index, entry in enumerate(entries):
         if entry.size and not entry.fault:
             groups.setdefault((entry.size, entry.stamp if zipped else ""), []).append(index)
@@ -333,7 +333,7 @@ def _continue(plan: Plan, stored: dict[str, Any], before: dict[tuple[int, str], 
     after = {entry.place: (entry.size, entry.stamp) for entry in plan.entries}
     other = [place for place in after if place in before and after[place] != before[place]]
     # a zip's stamp is a checksum, and what has another size has another content
-    changed = [place for place in other if after[place][0] != before[place][0] or plan.sources[place[0]].kind == "zip"]
+    changed = [place for place in other if after[place][0] != before[place][0] or plan.sources[place[0]].has_checksums]
     touched = set(other) - set(changed)
     plan.accepted = frozenset({plan.digest, stored["digest"]})
     changed += _rewritten(plan, touched, out)

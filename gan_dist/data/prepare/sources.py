@@ -1,7 +1,7 @@
 """Folders, zips and tars (WebDataset shards too) -> sorted entries; nothing is extracted or decoded.
 
-A new kind of source is recognised in `open_source`, listed by `list_source` and read in reading.py; plan.py asks for
-its checksums. One without random access is unpacked by staging.py first.
+A new kind of source is recognised in `open_source` (and leaves `_NOT_READ`), listed by `list_source`, and read in
+reading.py; `Source.has_checksums` says what its stamps are. staging.py first unpacks what is one compressed stream.
 """
 
 from __future__ import annotations
@@ -95,6 +95,11 @@ class Source:
     name: str
     kind: str
     path: str
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether an entry's `stamp` is a checksum of its content, and not a time."""
+        return self.kind == "zip"
 
     @property
     def stem(self) -> str:
