@@ -100,7 +100,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Deco
         flags = ["oriented"] if told.turned else []
         if not patient:
             tiff.check(header, data)
-            if (place := containers.hole(data, format)) is not None:
+            if (place := containers.hole(data, format, image)) is not None:
                 raise Rejected("corrupt", f"{format}: its pixels are overwritten from byte {place} on")
             if containers.odd(data, format):
                 flags.append("odd_structure")
