@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -183,6 +184,17 @@ def test_flat_areas_of_a_webp_are_no_hole(options: dict[str, int]) -> None:
     data = bytearray(encode(inner, "WEBP", **options | {"method": 4}))
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
     assert reason(bytes(data)) == "corrupt"
+
+
+@pytest.mark.parametrize("format", ["ICO", "ICNS"])
+def test_the_pngs_of_an_icon_are_checked(format: str) -> None:
+    data = encode(texture((128, 128)), format, sizes=[(128, 128), (64, 64)])
+    assert reason(data) == ""
+    places = [match.start() for match in re.finditer(b"IDAT", data)]
+    for place in places:
+        end = place + 4 + int.from_bytes(data[place - 4 : place], "big")  # where the checksum is
+        assert reason(data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :]) == "corrupt"
+    assert len(places) > 1
 
 
 def chunk(kind: bytes, data: bytes, wrong: int = 0) -> bytes:
