@@ -8,9 +8,14 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 _HOLE = 64
-"""Bytes of one value in a row that no arithmetic coder writes: its output looks random, whatever the picture."""
+"""Bytes of one value in a row that no coder writes, unless for an area that it can predict."""
+_FLAT_PIXELS = 192
+"""Pixels of such an area that a byte of a run stands for, at least: of flat WebPs, 354 (method 0, quality 100)."""
+_FLAT_PIXELS_LOSSLESS = 2
+"""The same of a lossless WebP, where each pixel has codes: of a product on white, 4; of a photograph, less than 1."""
 
 
 def cut_short(data: bytes, format: str, tags: Any = None) -> bool:
@@ -76,25 +81,45 @@ def _gif_is_whole(data: bytes) -> bool:
     return pictures > 0 and (place >= len(data) or data[place] == 0x3B)
 
 
-def hole(data: bytes, format: str) -> int | None:
-    """Returns where compressed pixels (WebP, AVIF) were overwritten with one value, or None."""
+def hole(data: bytes, format: str, image: Image.Image) -> int | None:
+    """Returns where compressed pixels (WebP, AVIF) were overwritten with one value, or None.
+
+    Such runs are also how areas of one colour look. They are a hole if the picture, decoded, has no such area or one
+    that is too small for them.
+    """
     parts: Sequence[tuple[int, int]] = ()
     if format == "WEBP":
-        parts = [(start, start + size) for kind, start, size in _riff_chunks(data) if kind == b"VP8 "]
-        for kind, start, size in _riff_chunks(data):
-            # Huffman codes may repeat, but in a flat area they copy, with extra bits that are not all zero
-            if kind == b"VP8L" and (place := data.find(bytes(_HOLE), start, start + size)) >= 0:
-                return place
+        parts = [(start, start + size) for kind, start, size in _riff_chunks(data) if kind in (b"VP8 ", b"VP8L")]
     elif format == "AVIF":
         parts = _primary(data)[1]
+    first, needed, lossless = None, 0, False
     for start, end in parts:
         samples = np.frombuffer(data, np.uint8)[start:end:8]  # a run has several of these
         equal, count = samples[1:] == samples[:-1], _HOLE // 8 - 2
-        for run in np.flatnonzero(np.convolve(equal, np.ones(count, int), "valid") == count) if len(equal) else ():
-            run_start = start + 8 * int(run)
-            if len(set(data[run_start : run_start + _HOLE - 15])) == 1:
-                return run_start
-    return None
+        if len(equal) < count or not (np.convolve(equal, np.ones(count, int), "valid") == count).any():
+            continue
+        values = np.frombuffer(data, np.uint8)[start:end]
+        edges = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1, [len(values)]])
+        lengths = np.diff(edges)
+        runs, least = lengths > _HOLE - 16, _FLAT_PIXELS
+        if data[start - 8 : start - 4] == b"VP8L":  # its Huffman codes may repeat, but only short ones are all zeros
+            runs, least, lossless = runs & (values[edges[:-1]] == 0), _FLAT_PIXELS_LOSSLESS, True
+        if runs.any():
+            first = start + int(edges[:-1][runs][0]) if first is None else first
+            needed += least * int(lengths[runs].sum())
+    return first if needed > 0 and needed > _flat_pixels(image, lossless) else None
+
+
+def _flat_pixels(image: Image.Image, both: bool) -> int:
+    """Returns the number of pixels that equal the one above or the one to the left, or `both`."""
+    flat = 0
+    for top in range(0, image.height, 512):
+        rows = np.asarray(image.crop((0, max(0, top - 1), image.width, min(image.height, top + 512))))
+        rows = rows.reshape(*rows.shape[:2], -1)
+        above = (rows[1:, 1:] == rows[:-1, 1:]).all(2)
+        left = (rows[1:, 1:] == rows[1:, :-1]).all(2)
+        flat += int((above & left if both else above | left).sum())
+    return flat
 
 
 def clean_aperture(data: bytes, size: tuple[int, int]) -> tuple[int, int, int, int] | None:

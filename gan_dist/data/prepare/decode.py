@@ -100,10 +100,15 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Deco
         flags = ["oriented"] if told.turned else []
         if not patient:
             tiff.check(header, data)
-            if (place := containers.hole(data, format)) is not None:
+            if format in ("ICO", "ICNS"):
+                png.check_inner(data)
+            if (place := containers.hole(data, format, image)) is not None:
                 raise Rejected("corrupt", f"{format}: its pixels are overwritten from byte {place} on")
             if containers.odd(data, format):
                 flags.append("odd_structure")
+        if format == "PNG" and mode == "L" and data[24] < 8 and "transparency" in image.info:
+            # Pillow scales the grey of 2 and 4 bits to 8, but not the one that is transparent
+            image.info["transparency"] *= 255 // (2 ** data[24] - 1)
         orientation = _orientation(header)
         image, white = tiff.corrected(image, told)
         if format == "XBM":

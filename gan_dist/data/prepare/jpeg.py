@@ -115,24 +115,29 @@ def _look_for_damage(data: bytes) -> None:
         return
     first: dict[int, int] = {}
     sent: dict[int, dict[int, int]] = {}
-    progressive = False
+    progressive = begun = False
     for marker, place, end in _segments(data):
         content = data[place + 4 : end]
         if marker == 0xC4:
             first |= _first_symbols(content)
-        elif marker == 0xC2:
-            progressive = True
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC) and not sent:
+            progressive = marker in (0xC2, 0xCA)
             sent = {content[6 + 3 * i]: {} for i in range(content[5])}
         elif marker == 0xDA and not progressive:
             tables = {content[2 + 2 * i] for i in range(content[0])}
-            _look_for_hole(data, end, any(first.get(16 + table % 16, 0) for table in tables))
-            return
+            if not begun:
+                _look_for_hole(data, end, any(first.get(16 + table % 16, 0) for table in tables))
+            begun = True
+            for i in range(content[0]):
+                sent.pop(content[1 + 2 * i], None)
+            if not sent:
+                return
         elif marker == 0xDA:
             low, high, bits = content[-3:]
             for i in range(content[0]):
                 sent.get(content[1 + 2 * i], {}).update(dict.fromkeys(range(low, high + 1), bits % 16))
-    for component in sent.values():
-        if component.get(0) != 0 or not component.keys() & set(_LOW):
+    for component in sent.values() if begun or progressive else ():
+        if begun or component.get(0) != 0 or not component.keys() & set(_LOW):
             raise Rejected("truncated", "JPEG: scans are missing")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ def label(
                 f"--labels {spec}: no row matches any of the {len(entries)} images: is the column right? "
                 f"The first row says {row!r}, the first image is {image!r}"
             )
+    names = [name and unicodedata.normalize("NFC", name) for name in names]  # one class, however it is spelt
     known = {name for name in names if name}
     numeric = all(name.isdecimal() for name in known)
     classes = tuple(sorted(known, key=lambda name: (int(name), name)) if numeric else sorted(known))
@@ -118,7 +120,7 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
                 if "\ufffd" in file + name:
                     raise UserError(f"--labels {spec}: {path} is not UTF-8 (line {line}): convert it")
                 if file and name:
-                    table.setdefault(file, set()).add(" ".join(name.split()))
+                    table.setdefault(file, set()).add(unicodedata.normalize("NFC", " ".join(name.split())))
     except OSError as error:
         raise UserError(f"--labels {spec}: {path} cannot be read: {error.strerror}") from None
     except csv.Error as error:

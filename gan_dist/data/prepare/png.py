@@ -63,6 +63,14 @@ def checked(data: bytes, keep_truncated: bool = False) -> bytes:
     return data if sum(map(len, kept)) == len(data) else b"".join(kept)
 
 
+def check_inner(data: bytes) -> None:
+    """Raises Rejected for a damaged PNG inside another file, such as an icon."""
+    place = data.find(SIGNATURE)
+    while place >= 0:
+        checked(data[place:])
+        place = data.find(SIGNATURE, place + 1)
+
+
 def _next(data: bytes, place: int) -> int:
     """Returns where the next sound chunk of pixels begins behind a chunk whose length cannot be right, or -1."""
     found = sorted(at - 4 for kind in _PIXELS if (at := data.find(kind, place + 8)) > 0)

@@ -104,7 +104,10 @@ class Source:
     @property
     def stem(self) -> str:
         """The name without an archive's ending, which stands for the folder of its content."""
-        return self.name if self.kind == "folder" else PurePosixPath(self.name).stem
+        if self.kind == "folder":
+            return self.name
+        path = PurePosixPath(self.name)
+        return PurePosixPath(path.stem).stem if path.stem.lower().endswith(".tar") else path.stem
 
 
 def open_source(path: Path, name: str) -> Source:
@@ -312,8 +315,7 @@ class _Members:
     def list(self, number: int, listing: Listing) -> None:
         """Adds all to the listing. A link is the file that it leads to; one that leads nowhere cannot be read."""
         for path, target in self._links.items():
-            for _ in range(8):
-                target = self._links.get(target, target)
+            target = self._followed(target)
             kind, found = self._others.get(target, (None, self.entries.get(target)))
             if own := skip_kind(path):  # it has an ending that says so, or none at all
                 kind = kind if target in self.entries and own == "not an image" else own
@@ -334,6 +336,16 @@ class _Members:
                 f"{self._older:,} members are there again further on under the same name: the last of each counts"
             )
 
+    def _followed(self, path: str) -> str:
+        """Returns the path of a file without the links that lead to it, and to the folders that it lies in."""
+        for _ in range(40):
+            folders = [path[: match.start()] for match in re.finditer("/|$", path)]
+            link = next((folder for folder in folders if folder in self._links), None)
+            if link is None:
+                break
+            path = posixpath.normpath(self._links[link] + path[len(link) :])
+        return path
+
     def kinds(self) -> Iterable[tuple[str, str]]:
         """Returns path and kind of each file that is skipped."""
         return ((path, kind) for path, (kind, _) in self._others.items())
@@ -341,7 +353,7 @@ class _Members:
 
 def _normal(path: str) -> str:
     """Returns a member's path without what unpacking ignores: `./` and doubled slashes."""
-    return re.sub(r"/(\./|/)+", "/", path.removeprefix("./")) if "/" in path else path
+    return re.sub(r"^(\./+)+", "", re.sub(r"/(\./|/)+", "/", path)) if "/" in path else path
 
 
 def _target(path: str, link: str) -> str:
@@ -353,6 +365,7 @@ def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], 
     members = _Members()
     try:
         with zipfile.ZipFile(source.path) as archive:
+            _refuse_several(source, archive)
             for info in archive.infolist():
                 tick()
                 path = _normal(_zip_path(info))
@@ -367,10 +380,26 @@ def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], 
                 place = info.header_offset, info.compress_size, info.compress_type
                 fault = "encrypted" if encrypted else ""
                 members.add(path, Entry(number, path, info.file_size, f"{info.CRC:08x}", *place, fault), kind)
+    except UserError:
+        raise
     except Exception as error:  # on hostile bytes zipfile raises struct.error, UnicodeDecodeError, IndexError, ...
         raise UserError(f"source {source.path} is a damaged zip ({_one_line(error)}): fetch it again") from None
     members.list(number, listing)
     listing.skipped.update(kind for _, kind in members.kinds())
+
+
+def _refuse_several(source: Source, archive: zipfile.ZipFile) -> None:
+    """Raises UserError when another zip stands before this one in the file: only the last one's directory is read."""
+    start = min((info.header_offset for info in archive.infolist()), default=0)
+    with Path(source.path).open("rb") as stream:
+        stream.seek(max(0, start - 66_000))
+        before = stream.read(start - stream.tell()) if start > 0 else b""
+    end = before.rfind(b"PK\5\6")
+    if end >= 0 and end + 22 + int.from_bytes(before[end + 20 : end + 22], "little") == len(before):
+        raise UserError(
+            f"source {source.path} is several zips in one file, of which only the last could be read: "
+            f"give each as a source of its own (the last begins at byte {start})"
+        )
 
 
 def _zip_path(info: zipfile.ZipInfo) -> str:

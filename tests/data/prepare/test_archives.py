@@ -274,3 +274,33 @@ def test_folders_of_systems_and_devices_are_no_pictures(tmp_path: Path) -> None:
         (tmp_path / "in" / name / "p.png").write_bytes(encode(1))
     account = prepare(tmp_path / "in", tmp_path / "out", workers=0)
     assert account.skipped == {"system folder": 5} and paths(tmp_path / "out") == ["ok/p.png"]
+
+
+def test_links_through_linked_folders_are_followed(tmp_path: Path) -> None:
+    """As the folder's own files are: a tar and what it unpacks to are the same."""
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        add(archive, "././real/a.png", encode(1))
+        add(archive, "hard.png", b"", type=tarfile.LNKTYPE, linkname="real/a.png")
+        add(archive, "twice.png", b"", type=tarfile.LNKTYPE, linkname="hard.png")
+        add(archive, "short", b"", type=tarfile.SYMTYPE, linkname="real")
+        add(archive, "deep/shorter", b"", type=tarfile.SYMTYPE, linkname="../short")
+        add(archive, "deep/b.png", b"", type=tarfile.SYMTYPE, linkname="shorter/a.png")
+        add(archive, "loop.png", b"", type=tarfile.SYMTYPE, linkname="loop.png")
+    account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0, max_reject_fraction=1)
+    assert balanced(account) and account.rejected == {"unreadable": 1}
+    assert paths(tmp_path / "out") == ["deep/b.png", "hard.png", "real/a.png", "twice.png"]
+
+
+def test_zips_one_after_the_other_are_not_lost(tmp_path: Path) -> None:
+    zips = []
+    for name in ("a", "b"):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr(f"{name}.png", encode(1))
+            archive.comment = b"" if name == "a" else b"a remark"
+        zips.append((tmp_path / f"{name}.zip").read_bytes())
+    for both in (zips, zips[::-1], zips[:1] * 2):
+        (tmp_path / "in.zip").write_bytes(b"".join(both))
+        with pytest.raises(UserError, match=r"in\.zip is several zips in one file"):
+            prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
+    (tmp_path / "in.zip").write_bytes(b"#!/bin/sh\n" * 50 + zips[0])  # one that unpacks itself
+    assert prepare(tmp_path / "in.zip", tmp_path / "out", workers=0).written == 1

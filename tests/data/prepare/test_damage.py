@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -144,6 +145,23 @@ def test_a_progressive_jpeg_without_its_details_is_truncated() -> None:
     assert reason(data[:first_end] + b"\xff\xd9") == "truncated"
 
 
+def test_a_jpeg_of_a_scan_a_component_is_truncated_without_one() -> None:
+    """Baseline JPEGs may send their components one after the other. libjpeg says nothing of missing ones."""
+    scans, tables = [], b""
+    for number, band in enumerate(texture((96, 64)).convert("YCbCr").split(), 1):
+        data = encode(band, "JPEG", quality=90)
+        tables = data[2 : data.index(b"\xff\xc0")] + data[data.index(b"\xff\xc4") : data.index(b"\xff\xda")]
+        scans.append(segment(0xDA, bytes((1, number, 0, 0, 63, 0))) + data[data.index(b"\xff\xda") + 10 : -2])
+    frame = segment(0xC0, struct.pack(">BHHB", 8, 64, 96, 3) + b"".join(bytes((i, 0x11, 0)) for i in (1, 2, 3)))
+    for given_, expected in (
+        (scans, ""),
+        (scans[:2], "truncated"),
+        (scans[::2], "truncated"),
+        (scans[:1], "truncated"),
+    ):
+        assert reason(b"\xff\xd8" + tables + frame + b"".join(given_) + b"\xff\xd9") == expected, len(given_)
+
+
 def test_zeros_that_a_picture_may_have_are_no_hole() -> None:
     flat = Image.new("RGB", (3000, 2000), ORANGE)
     flat.paste((0, 0, 0), (0, 0, 1500, 2000))
@@ -151,6 +169,33 @@ def test_zeros_that_a_picture_may_have_are_no_hole() -> None:
         assert reason(encode(flat, format, **options)) == "", (format, options)
     assert reason(encode(flat.convert("L"), "JPEG", optimize=True)) == ""
     assert reason(encode(flat.resize((600, 400)), "AVIF")) == ""
+
+
+@pytest.mark.parametrize("options", [{"quality": 95}, {"quality": 100, "method": 0}, {"lossless": True, "method": 0}])
+def test_flat_areas_of_a_webp_are_no_hole(options: dict[str, int]) -> None:
+    """A page, a product on white, a picture between bars, dots: their coded areas of one colour are runs of zeros."""
+    inner = texture((600, 450))
+    y, x = np.mgrid[0:900, 0:1200]
+    sound = [Image.new("RGB", (1200, 900), colour) for colour in ("white", "white", "black")]
+    sound[1].paste(inner, (300, 200))
+    sound[2].paste(inner.resize((1200, 600)), (0, 150))
+    sound += [Image.fromarray(((x % 16 > 0) | (y % 16 > 0)).astype(np.uint8) * 255).convert("RGB")]
+    for picture in sound:
+        assert reason(encode(picture, "WEBP", **options)) == ""
+    data = bytearray(encode(inner, "WEBP", **options | {"method": 4}))
+    data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
+    assert reason(bytes(data)) == "corrupt"
+
+
+@pytest.mark.parametrize("format", ["ICO", "ICNS"])
+def test_the_pngs_of_an_icon_are_checked(format: str) -> None:
+    data = encode(texture((128, 128)), format, sizes=[(128, 128), (64, 64)])
+    assert reason(data) == ""
+    places = [match.start() for match in re.finditer(b"IDAT", data)]
+    for place in places:
+        end = place + 4 + int.from_bytes(data[place - 4 : place], "big")  # where the checksum is
+        assert reason(data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :]) == "corrupt"
+    assert len(places) > 1
 
 
 def chunk(kind: bytes, data: bytes, wrong: int = 0) -> bytes:

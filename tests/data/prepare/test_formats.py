@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -227,3 +228,20 @@ def test_an_avif_is_cut_to_its_clean_aperture(orientation: int) -> None:
     made, expected = square(data, RECIPE), square(encode(shown), RECIPE)
     assert (made.width, made.height) == shown.size
     assert np.abs(made.pixels.astype(int) - expected.pixels).mean() < 3
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_gray_of_a_shallow_png(bits: int) -> None:
+    values = np.tile((np.arange(SIZE) * 2**bits // SIZE).astype(np.uint8), (SIZE, 1))
+    shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
+    packed = (values.reshape(SIZE, -1, 8 // bits) << shifts).sum(2).astype(np.uint8)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    header = struct.pack(">2I5B", SIZE, SIZE, bits, 0, 0, 0, 0)
+    middle = 2 ** (bits - 1) - 1
+    parts = [(b"IHDR", header), (b"tRNS", struct.pack(">H", middle)), (b"IDAT", pixels), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in parts
+    ]
+    shown = np.where(values == middle, 255, values.astype(int) * 255 // (2**bits - 1))
+    assert same(b"\x89PNG\r\n\x1a\n" + b"".join(chunks), np.repeat(shown[..., None], 3, 2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -123,3 +125,28 @@ def test_folders_that_are_one_class_are_said(tmp_path: Path) -> None:
     assert any(f"the folders that differ are cubism, realism in {tmp_path}/all:" in note for note in notes)
     notes = prepare(tmp_path / "all/cubism", tmp_path / "out1", labels="folders", workers=0).notes
     assert any(note.endswith(f"give {tmp_path}/all") for note in notes)
+
+
+def test_a_class_is_one_however_its_accents_are_spelt(tmp_path: Path) -> None:
+    spelt = ("Caf\u00e9", "Cafe\u0301")
+    for name in (*spelt, "x"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / f"{len(name)}.png").write_bytes(encode(1))
+    account = prepare(tmp_path / "in", tmp_path / "out", labels="folders", workers=0)
+    assert account.classes == {spelt[0]: 2, "x": 1}
+    rows = "".join(f"{len(name)}.png,{name}\n{len(name)}.png,{name}\n" for name in spelt)
+    (tmp_path / "t.csv").write_text("file,style\n" + rows)
+    account = prepare(tmp_path / "in", tmp_path / "out-table", labels=f"{tmp_path}/t.csv:file:style", workers=0)
+    assert account.classes == {spelt[0]: 2} and account.unlabelled == 1
+
+
+def test_a_compressed_tar_stands_for_a_folder_of_its_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as archive:
+            info = tarfile.TarInfo("1.png")
+            info.size = len(encode(1))
+            archive.addfile(info, io.BytesIO(encode(1)))
+    (tmp_path / "t.csv").write_text("file,style\na/1.png,x\nb/1.png,y\n")
+    sources = [tmp_path / "a.tar.gz", tmp_path / "b.tar.gz"]
+    account = prepare(sources, tmp_path / "out", labels=f"{tmp_path}/t.csv:file:style", workers=0)
+    assert account.classes == {"x": 1, "y": 1}
