@@ -14,7 +14,7 @@ from types import ModuleType
 
 from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin
 
-from gan_dist.data.prepare import containers, jpeg, png, tiff
+from gan_dist.data.prepare import jpeg, png, structure, tiff
 from gan_dist.data.prepare.account import Rejected
 
 MEMORY_LIMIT = 800 * 2**20
@@ -102,9 +102,9 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Deco
             tiff.check(header, data)
             if format in ("ICO", "ICNS"):
                 png.check_inner(data)
-            if (place := containers.hole(data, format, image)) is not None:
+            if (place := structure.hole(data, format, image)) is not None:
                 raise Rejected("corrupt", f"{format}: its pixels are overwritten from byte {place} on")
-            if containers.odd(data, format):
+            if structure.odd(data, format):
                 flags.append("odd_structure")
         if format == "PNG" and mode == "L" and data[24] < 8 and "transparency" in image.info:
             # Pillow scales the grey of 2 and 4 bits to 8, but not the one that is transparent
@@ -113,7 +113,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Deco
         image, white = tiff.corrected(image, told)
         if format == "XBM":
             image = ImageChops.invert(image)  # a bit that is set is ink
-        if format == "AVIF" and (shown := containers.clean_aperture(data, image.size)):
+        if format == "AVIF" and (shown := structure.clean_aperture(data, image.size)):
             image, info = image.crop(shown), image.info
             image.info = info
             width, height = image.size
@@ -230,7 +230,7 @@ def named_failures(name: str, data: bytes = b"", image: Image.Image | None = Non
         elif _UNSUPPORTED.search(text):
             reason = "unsupported"
         else:
-            reason = "truncated" if containers.cut_short(data, name, getattr(image, "tag_v2", None)) else "corrupt"
+            reason = "truncated" if structure.cut_short(data, name, getattr(image, "tag_v2", None)) else "corrupt"
         raise Rejected(reason, text) from None
 
 

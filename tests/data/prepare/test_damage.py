@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gan_dist.data.prepare import containers, jpeg, tiff
+from gan_dist.data.prepare import jpeg, structure, tiff
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from tests.bench import damage
@@ -257,14 +257,14 @@ def test_what_is_cut_is_truncated(ending: str) -> None:
 def test_files_that_hold_more_than_they_say_are_flagged() -> None:
     for format in ("WEBP", "BMP", "AVIF"):
         data = encode(texture(), format)
-        assert containers.odd(data, format) is None
+        assert structure.odd(data, format) is None
         half = len(data) // 2
         assert damage.outcome(data[:half] + data[half - 100 :]) in ("odd_structure", "corrupt", "truncated"), format
 
 
 def broken(check: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     target, name, result = {
-        "hole": (containers, "hole", None),
+        "hole": (structure, "hole", None),
         "strips": (tiff, "check", None),
         "jpeg": (jpeg, "_look_for_damage", None),
     }[check]

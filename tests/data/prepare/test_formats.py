@@ -187,7 +187,7 @@ def with_aperture(data: bytes, width: int, height: int, right: int, down: int) -
     clap = struct.pack(">I4s8i", 40, b"clap", width, 1, height, 1, right, 1, down, 1)
     box = {kind: data.index(kind) - 4 for kind in (b"meta", b"iprp", b"ipco", b"ipma", b"iloc")}
     size = {kind: int.from_bytes(data[at : at + 4], "big") for kind, at in box.items()}
-    number = containers_number(data[box[b"ipco"] + 8 : box[b"ipco"] + size[b"ipco"]]) + 1
+    number = boxes_in(data[box[b"ipco"] + 8 : box[b"ipco"] + size[b"ipco"]]) + 1
     ipma = bytearray(data[box[b"ipma"] : box[b"ipma"] + size[b"ipma"]])
     count = 8 + 4 + 4 + 2
     ipma[count] += 1
@@ -207,7 +207,7 @@ def with_aperture(data: bytes, width: int, height: int, right: int, down: int) -
     return data[: box[b"meta"]] + bytes(meta) + data[box[b"meta"] + size[b"meta"] :]
 
 
-def containers_number(ipco: bytes) -> int:
+def boxes_in(ipco: bytes) -> int:
     """Returns the number of boxes in a row."""
     number, place = 0, 0
     while place < len(ipco):
