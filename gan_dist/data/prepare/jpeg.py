@@ -55,7 +55,8 @@ def decode(data: bytes, mode: str, size: tuple[int, int]) -> Image.Image | None:
             raise Rejected("truncated" if early else "corrupt", f"JPEG: {text}") from None
         if pixels.shape[:2] != (height, width):
             return None
-        _look_for_damage(data)
+        if not _plainly_whole(data, len(mode)):
+            _look_for_damage(data)
         return Image.frombuffer(mode, size, pixels, "raw", mode, 0, 1)
 
 
@@ -109,10 +110,16 @@ def _without_metadata(data: bytes) -> bytes:
     return b"".join([*kept, data[last:]])
 
 
+def _plainly_whole(data: bytes, components: int) -> bool:
+    """Returns whether a JPEG has neither a hole nor scans that might be missing: a quick look, for nearly all files."""
+    if _HOLE in data or b"\xff\xc2" in data or b"\xff\xca" in data:
+        return False
+    last = data.rfind(b"\xff\xda")  # before the last picture's scan others may be inside metadata
+    return last > 0 and data[last + 4 : last + 5] == bytes((components,))
+
+
 def _look_for_damage(data: bytes) -> None:
     """Raises Rejected for damage that libjpeg does not see in data that it decodes."""
-    if _HOLE not in data and b"\xff\xc2" not in data:  # neither a hole nor a progressive picture
-        return
     first: dict[int, int] = {}
     sent: dict[int, dict[int, int]] = {}
     progressive = begun = False
