@@ -19,10 +19,8 @@ def test_each_command_ends_within_ten_minutes() -> None:
         assert sum(limit for _, limit in parts.values()) <= 570, command
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["check", "choices", "job", pytest.param("ranks", marks=pytest.mark.chaos)],  # with real ranks
-)
+@pytest.mark.chaos  # a minute and more, together
+@pytest.mark.parametrize("command", ["check", "choices", "job", "ranks"])
 def test_a_dry_run_measures_every_part(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     status = figures.main([command, "--dry-run", "--out", str(out), "--work", str(tmp_path / "work")])
