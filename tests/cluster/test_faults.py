@@ -61,7 +61,7 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
         assert [line[1] for line in killed.history()] in (["lost", "done"], ["crashed", "done"])
         assert killed.restarts() == 1 and "rank 1 on node2 was lost" in killed.status()
         silent.mend()  # it comes back with whatever still runs there, which writes nothing any more
-        wait_for_empty_hosts(linuxproc, other)
+        wait_for_empty_hosts(linuxproc, other, limit_s=180)  # its srun gives up 60 s after it has heard
         assert [line[1] for line in cut_off.history() if line[1] != "lost"] == ["done"]
     assert_identical(cut_off.path, whole)
 
