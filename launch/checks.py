@@ -8,12 +8,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from gan_dist.config.schema import Config
-from gan_dist.data.remote.fetch import RetryPolicy, fetch, file_address, redacted
-from gan_dist.data.shards import MANIFEST, Manifest, parse_manifest, read_manifest
+from gan_dist.data.remote.fetch import RetryPolicy, redacted
+from gan_dist.data.shards import check_resolution, fetch_manifest, read_manifest
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
 from launch import slurm
@@ -28,6 +27,11 @@ INTERPRETER_S = 60
 def check_all(settings: Config, cluster: ClusterOptions, run: Path) -> None:
     """Raises UserError with one line for the first thing that would fail once the job runs. `run` may not exist yet."""
     check_dataset(settings)
+    check_cluster(settings, cluster, run)
+
+
+def check_cluster(settings: Config, cluster: ClusterOptions, run: Path) -> None:
+    """Raises UserError as check_all, for all but the dataset, which a pipeline prepares first."""
     check_interpreter(cluster)
     check_partition(cluster.slurm)
     check_disk(settings, run)
@@ -40,32 +44,14 @@ def check_dataset(settings: Config) -> None:
     """
     address = settings.data.shards
     try:
-        manifest = _remote_manifest(address) if is_address(address) else read_manifest(address)
+        remote = is_address(address)
+        manifest = fetch_manifest(address, RetryPolicy(tries=2))[0] if remote else read_manifest(address)
     except GanDistError as error:
         if isinstance(error, UserError):
             raise
         print(f"note: {error}; the nodes will try again", file=sys.stderr, flush=True)
         return
-    if manifest.resolution != settings.model.resolution:
-        size = manifest.resolution
-        raise UserError(
-            f"model.resolution is {settings.model.resolution}, but {redacted(address)} holds {size}x{size} images; set "
-            f"model.resolution={size} or prepare the set again"
-        )
-
-
-def _remote_manifest(address: str) -> Manifest:
-    received: list[Manifest] = []
-
-    def receive(chunks: Iterator[bytes]) -> str | None:
-        try:
-            received.append(parse_manifest(b"".join(chunks), MANIFEST))
-        except UserError as error:
-            return f"is not the manifest of a dataset ({error})"
-        return None
-
-    fetch(file_address(address, MANIFEST), receive, retry=RetryPolicy(tries=2))
-    return received[0]
+    check_resolution(settings.model.resolution, manifest.resolution, redacted(address))
 
 
 def check_interpreter(cluster: ClusterOptions) -> None:

@@ -96,7 +96,7 @@ def prepare(
 ) -> None:
     """Prepare a dataset with a job array. Finished shards are kept when an element fails."""
     from gan_dist.utils.files import expand_directory
-    from launch.submit import commands_batch, logs_beside, new_id, prepare_array
+    from launch.submit import logs_beside, new_id, preparation, prepare_array, stage_batch
 
     options, given = _options(cluster, [*words, *context.args])
     plain = [number for number, word in enumerate(given) if not word.startswith("-")]
@@ -108,9 +108,8 @@ def prepare(
         raise UserError("expected SOURCE... OUT before the options of gan-dist prepare")
     out, rest = expand_directory(given[end - 1]), given[end:]
     if dry_run:
-        beside, command = logs_beside(out), ["prepare", *given[: end - 1], *rest, str(out)]
-        folder = beside / "launch" / new_id()
-        print(commands_batch(beside, folder, "prepare", [command], options, array=tasks, output=out), end="")
+        beside, stage = logs_beside(out), preparation([*given[: end - 1], *rest], out, tasks)
+        print(stage_batch(beside, beside / "launch" / new_id(), stage, options), end="")
         return
     home, made = prepare_array([*given[: end - 1], *rest], out, tasks, options)
     print(f"job {made.job}: {tasks} element(s) into {out}\n  python -m launch status {shlex.quote(str(home))}")
@@ -138,26 +137,23 @@ def submit(
     The job runs a snapshot of code and configuration with the Python of this environment. It saves before its time
     limit and is requeued until the run is done. Dataset, interpreter, shape and disk are checked before it is queued.
     """
-    from launch import slurm
     from launch.checks import check_all
     from launch.snapshot import CHECKOUT, code_of
     from launch.submit import check_config, new_id, resolve_parent, submit_training, training_batch
+    from launch.submit import unchecked as check_nothing
 
     options, overrides = _options(cluster, words)
     run = choose_run_dir(config, name, run_dir, options.job.runs)
+    check = check_nothing if unchecked else check_all
     if seeds is not None:
-        from launch.seeds import read_seeds, seed_batch, submit_seeds
+        from launch.seeds import check_seeds, read_seeds, seed_batch, submit_seeds
 
         numbers = read_seeds(seeds)
         if dry_run:
-            check_config(config, overrides, options, run)
+            check_seeds(config, overrides, options, run, numbers)
             print(seed_batch(run, new_id(), numbers, options), end="")
             return
-        settings = check_config(config, overrides, options, run)
-        slurm.require("sbatch", "srun", "scontrol")
-        if not unchecked:
-            check_all(settings, options, run)
-        for of_seed, made in submit_seeds(config, overrides, options, run, numbers, max_steps, from_run):
+        for of_seed, made in submit_seeds(config, overrides, options, run, numbers, max_steps, from_run, check):
             print(f"job {made.job}: run {of_seed}")
         return
     if dry_run:
@@ -166,12 +162,7 @@ def submit(
         code_of(CHECKOUT, [run, runs_home(options.job.runs)])
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
-    settings = check_config(config, overrides, options, run)
-    resolve_parent(from_run, options)
-    slurm.require("sbatch", "srun", "scontrol")
-    if not unchecked:
-        check_all(settings, options, run)
-    made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run)
+    made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run, check=check)
     print(f"job {made.job}: {made.ranks} rank(s), code {made.commit or 'without a commit'}, run {run}")
     print(f"  python -m launch status {shlex.quote(str(run))}")
     print(f"  python -m launch logs -f {shlex.quote(str(run))}")
@@ -193,10 +184,8 @@ def pipeline(
     dry_run: DryRun = False,
 ) -> None:
     """Submit prepare, train and report as three jobs. Each waits for the success of the one before."""
-    from gan_dist.utils.files import expand_directory
-    from launch import slurm
-    from launch.checks import check_disk, check_interpreter, check_partition
-    from launch.submit import check_config, pipeline_scripts, submit_pipeline
+    from launch.checks import check_cluster
+    from launch.submit import pipeline_scripts, submit_pipeline
 
     if not source:
         raise UserError("--source: expected one source or more, found none")
@@ -209,13 +198,8 @@ def pipeline(
     if dry_run:
         print("\n".join(pipeline_scripts(config, overrides, prepare_words, tasks, options, run)), end="")
         return
-    settings = check_config(config, overrides, options, run)
-    expand_directory(settings.data.shards)  # it is prepared first, and so no address
-    slurm.require("sbatch", "srun", "scontrol")
-    check_interpreter(options)
-    check_partition(options.slurm)
-    check_disk(settings, run)
-    for made in submit_pipeline(config, overrides, prepare_words, tasks, options, run, max_steps=max_steps):
+    made_of = (config, overrides, prepare_words, tasks, options, run)
+    for made in submit_pipeline(*made_of, max_steps=max_steps, check=check_cluster):
         print(f"job {made.job}: {made.kind}" + (f", after {made.after}" if made.after else ""))
     print(f"  python -m launch status {shlex.quote(str(run))}")
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from gan_dist.runs.naming import runs_home
 from gan_dist.runs.record import read_run
 from gan_dist.utils.errors import UserError
-from launch.status import Queue, attempts_of, look
-from launch.submit import FINAL, jobs_of, submissions
+from launch.status import Queue, attempts_of, last_word, look
+from launch.submit import jobs_of, submissions
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,8 @@ def make_row(run: Path, queue: Queue) -> Row:
     made, jobs = submissions(run), jobs_of(run)
     if made:
         known["job"] = made[-1].job
-        attempts = attempts_of(run, made[-1])
-        if attempts and attempts[-1].outcome in FINAL:
-            worst = next((attempt for attempt in attempts if attempt.outcome == "failed"), attempts[-1])
-            state, known["reason"] = worst.outcome, None if worst.outcome == "done" else worst.reason
+        if ending := last_word(attempts_of(run, made[-1])):
+            state, known["reason"] = ending.outcome, None if ending.outcome == "done" else ending.reason
     lines = [(job, line) for job in jobs for line in queue.view.of(job)]
     if lines:
         job, line = next((pair for pair in lines if pair[1].state == "RUNNING"), lines[0])

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from gan_dist.config.schema import to_yaml
+from gan_dist.config.schema import Config, to_yaml
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import write_atomically
 from launch import slurm, snapshot
 from launch.batch_script import Batch, batch_script, interpreter, rank_lines
-from launch.job.rank import TrainJob
 from launch.options import ClusterOptions
 from launch.submit import (
-    Executor,
+    Check,
     Submission,
     check_config,
     new_submission,
+    pickled,
+    record,
     refuse_busy,
     resolve_parent,
     submissions,
+    unchecked,
 )
 
 MOST = 1000
@@ -77,15 +77,16 @@ def submit_seeds(
     seeds: Sequence[int],
     max_steps: int | None = None,
     from_run: str | None = None,
+    check: Check = unchecked,
 ) -> list[tuple[Path, Submission]]:
     """Returns (run, its submission) of each seed, which are the elements of one job array. All are queued, or none.
 
     Raises UserError as submit_training does.
     """
     parent, runs = resolve_parent(from_run, cluster), {seed: run_of(base, seed) for seed in seeds}
-    words = {seed: [*overrides, f"seed={seed}"] for seed in seeds}
-    settings = {seed: check_config(config, words[seed], cluster, runs[seed]) for seed in seeds}
+    settings = check_seeds(config, overrides, cluster, base, seeds)
     slurm.require("sbatch", "srun", "scontrol")
+    check(settings[seeds[0]], cluster, runs[seeds[0]])
     for run in runs.values():
         refuse_busy(run)
     with ExitStack() as opened:
@@ -96,17 +97,22 @@ def submit_seeds(
             (run / "stop").unlink(missing_ok=True)
             write_atomically(folders[seed] / "config.yaml", to_yaml(settings[seed]).encode())
         text = seed_batch(base, folders[seeds[0]].name, seeds, cluster)
-        made = _enqueue(runs, folders, text, config, words, cluster.slurm.ranks)
-        for seed, run in runs.items():
-            job = TrainJob(str(folders[seed] / "config.yaml"), (), str(run), cluster.slurm.planned, max_steps, parent)
-            executor = Executor(folders[seed], lambda seed=seed: made[seed])  # type: ignore[misc]
-            executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
-            executor.submit(job)
-        return [(run, made[seed]) for seed, run in runs.items()]
+        made = _enqueue(runs, folders, text, [config, *overrides], cluster.slurm.ranks)
+        return [
+            (run, pickled(run, folders[seed], cluster, max_steps, parent, partial(made.__getitem__, seed)))
+            for seed, run in runs.items()
+        ]
+
+
+def check_seeds(
+    config: str, overrides: Sequence[str], cluster: ClusterOptions, base: Path, seeds: Sequence[int]
+) -> dict[int, Config]:
+    """Returns the validated configuration of each seed. Raises UserError as check_config does."""
+    return {seed: check_config(config, [*overrides, f"seed={seed}"], cluster, run_of(base, seed)) for seed in seeds}
 
 
 def _enqueue(
-    runs: dict[int, Path], folders: dict[int, Path], text: str, config: str, words: dict[int, list[str]], ranks: int
+    runs: dict[int, Path], folders: dict[int, Path], text: str, words: Sequence[str], ranks: int
 ) -> dict[int, Submission]:
     """Returns each seed's submission, once all are queued and recorded, each in its own run."""
     commit = snapshot.commit_of(snapshot.CHECKOUT)
@@ -115,12 +121,9 @@ def _enqueue(
         write_atomically(folder / "submission.sh", text.encode())
     made: dict[int, Submission] = {}
 
-    def record(job: slurm.Job) -> None:
+    def note(job: slurm.Job) -> None:
         for seed, folder in folders.items():
-            fields = (folder.name, "train", f"{job.id}_{seed}", time.time(), commit, (config, *words[seed]), ranks)
-            identity = (None, job.cluster, job.name, job.directory, job.submitted, job.user)
-            made[seed] = Submission(*fields, *identity)
-            write_atomically(folder / "job.json", (json.dumps(asdict(made[seed]), indent=2) + "\n").encode())
+            made[seed] = record(folder, "train", job, f"{job.id}_{seed}", commit, [*words, f"seed={seed}"], ranks)
 
-    slurm.submit(text, record, known)
+    slurm.submit(text, note, known)
     return made

@@ -11,7 +11,8 @@ from pathlib import Path
 from gan_dist.runs.naming import run_path, runs_home
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
-from launch.submit import FINAL, Submission, jobs_of, submissions
+from launch.job.verdict import FINAL
+from launch.submit import Submission, jobs_of, submissions
 
 LAUNCH_FAILED = ("FAILED", "NODE_FAIL", "BOOT_FAIL")
 """SLURM's states of a job whose batch script could not start; other jobs with these states have left files."""
@@ -57,6 +58,13 @@ def attempts_of(run: Path, submission: Submission) -> list[Attempt]:
                 attempts.pop((made.job, made.restart), None)
                 attempts[made.job, made.restart] = made
     return list(attempts.values())
+
+
+def last_word(attempts: Sequence[Attempt]) -> Attempt | None:
+    """Returns how a submission ended, or None while it may go on; of an array, a failed element speaks for all."""
+    if not attempts or attempts[-1].outcome not in FINAL:
+        return None
+    return next((attempt for attempt in attempts if attempt.outcome == "failed"), attempts[-1])
 
 
 @dataclass(frozen=True)
@@ -120,9 +128,8 @@ def _submission_lines(
     elif lines:
         states = [line.state for line in lines]
         yield f"{title}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-    elif attempts and attempts[-1].outcome in FINAL:
-        worst = next((attempt for attempt in attempts if attempt.outcome == "failed"), attempts[-1])
-        yield f"{title}: {worst.outcome}: {worst.reason}"
+    elif ending := last_word(attempts):
+        yield f"{title}: {ending.outcome}: {ending.reason}"
     elif job in queue.view.hidden:
         yield f"{title}: cannot be seen: SLURM shows jobs to their owners only (PrivateData); ask {job.user}"
     elif job in queue.view.elsewhere:

@@ -28,10 +28,8 @@ from gan_dist.utils.files import expand_directory, write_atomically
 from launch import slurm, snapshot
 from launch.batch_script import Batch, batch_script, interpreter, rank_lines
 from launch.job.rank import TrainJob
+from launch.job.verdict import FINAL
 from launch.options import ClusterOptions, SlurmOptions
-
-FINAL = ("done", "failed", "stopped", "cancelled")
-"""Outcomes in a job's history after which it is not requeued."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,14 @@ class Submission:
     directory: str | None = None
     submitted: str | None = None
     user: str | None = None
+
+
+Check = Callable[[Config, ClusterOptions, Path], None]
+"""Raises UserError for what would fail once the job of a run, with this configuration, runs on this cluster."""
+
+
+def unchecked(settings: Config, cluster: ClusterOptions, run: Path) -> None:
+    """Finds nothing."""
 
 
 class Executor(submitit.SlurmExecutor):
@@ -134,26 +140,43 @@ def submit_training(
     from_run: str | None = None,
     after: str | None = None,
     alone: bool = True,
+    check: Check = unchecked,
 ) -> Submission:
     """Returns the submission of a training job, which runs a snapshot of code and configuration.
 
-    Raises UserError when the run has a job already, when its directory cannot be written, and with sbatch's message
-    when it refuses the job.
+    `check` raises UserError for what would fail on the cluster. Raises UserError when the run has a job already, when
+    its directory cannot be written, and with sbatch's message when it refuses the job.
     """
     settings, parent = check_config(config, overrides, cluster, run), resolve_parent(from_run, cluster)
     slurm.require("sbatch", "srun", "scontrol")
+    check(settings, cluster, run)
     if alone:
         refuse_busy(run)
     with new_submission(run, cluster.job.runs) as folder:
         (run / "stop").unlink(missing_ok=True)  # one that came too late for an earlier job
         write_atomically(folder / "config.yaml", to_yaml(settings).encode())
-        ranks = cluster.slurm.ranks
-        job = TrainJob(str(folder / "config.yaml"), (), str(run), cluster.slurm.planned, max_steps, parent)
-        text = training_batch(run, folder, cluster, run.name, after)
-        executor = Executor(folder, lambda: enqueue(run, folder, "train", text, [config, *overrides], ranks, after))
-        executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
-        executor.submit(job)
-        return executor.made
+        ranks, text = cluster.slurm.ranks, training_batch(run, folder, cluster, run.name, after)
+
+        def queue() -> Submission:
+            return enqueue(run, folder, "train", text, [config, *overrides], ranks, after)
+
+        return pickled(run, folder, cluster, max_steps, parent, queue)
+
+
+def pickled(
+    run: Path,
+    folder: Path,
+    cluster: ClusterOptions,
+    max_steps: int | None,
+    parent: str | None,
+    queue: Callable[[], Submission],
+) -> Submission:
+    """Returns the submission that `queue` makes, once what each rank runs is pickled into its directory `folder`."""
+    job = TrainJob(str(folder / "config.yaml"), (), str(run), cluster.slurm.planned, max_steps, parent)
+    executor = Executor(folder, queue)
+    executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
+    executor.submit(job)
+    return executor.made
 
 
 def on_cpus(options: SlurmOptions) -> SlurmOptions:
@@ -172,42 +195,43 @@ def command_lines(cluster: ClusterOptions, commands: Sequence[Sequence[str]]) ->
     return (preflight, f"gan_dist_srun --ntasks=1 {shlex.join(words)}", "gan_dist_finish $?")
 
 
-def commands_batch(
-    run: Path,
-    submission: Path,
-    kind: str,
-    commands: Sequence[Sequence[str]],
-    cluster: ClusterOptions,
-    *,
-    array: int | None = None,
-    output: Path | None = None,
-    after: str | None = None,
-) -> str:
-    """Returns the batch script of gan-dist commands as one CPU job, or as a job array of `array` elements.
+@dataclass(frozen=True)
+class Stage:
+    """gan-dist commands as one CPU job, or as a job array of `tasks` elements; `output`: the dataset they prepare."""
 
-    `output` is the dataset that they write, if they prepare one.
-    """
-    lines, code = command_lines(cluster, commands), submission / "code"
-    name = f"{run.name}-{kind}"
-    batch = Batch(name, run, submission, code, lines, array=array, home=Path.cwd(), output=output, after=after)
-    return batch_script(batch, cluster, cluster.stage(kind))
+    kind: str
+    commands: Sequence[Sequence[str]]
+    tasks: int | None = None
+    output: Path | None = None
+    after: str | None = None
 
 
-def submit_commands(
-    run: Path,
-    kind: str,
-    commands: Sequence[Sequence[str]],
-    cluster: ClusterOptions,
-    *,
-    array: int | None = None,
-    output: Path | None = None,
-    after: str | None = None,
-) -> Submission:
-    """Returns the submission of what commands_batch describes."""
+def preparation(sources: Sequence[str], out: Path, tasks: int) -> Stage:
+    """Returns the stage that prepares a dataset; `sources` may hold options of gan-dist prepare."""
+    return Stage("prepare", [["prepare", *sources, str(out)]], tasks, out)
+
+
+def report_of(run: Path, after: str) -> Stage:
+    """Returns a pipeline's last stage."""
+    commands = [["sample", str(run), "--out", str(run / "grid.png")], ["report", str(run)]]
+    return Stage("report", commands, after=after)
+
+
+def stage_batch(run: Path, submission: Path, stage: Stage, cluster: ClusterOptions) -> str:
+    """Returns the batch script of a stage."""
+    lines, code = command_lines(cluster, stage.commands), submission / "code"
+    placed = {"array": stage.tasks, "home": Path.cwd(), "output": stage.output, "after": stage.after}
+    batch = Batch(f"{run.name}-{stage.kind}", run, submission, code, lines, **placed)  # type: ignore[arg-type]
+    return batch_script(batch, cluster, cluster.stage(stage.kind))
+
+
+def submit_stage(run: Path, stage: Stage, cluster: ClusterOptions) -> Submission:
+    """Returns the submission of a stage."""
     slurm.require("sbatch", "srun", "scontrol")
     with new_submission(run, cluster.job.runs) as folder:
-        text = commands_batch(run, folder, kind, commands, cluster, array=array, output=output, after=after)
-        return enqueue(run, folder, kind, text, [word for command in commands for word in command], array or 1, after)
+        text = stage_batch(run, folder, stage, cluster)
+        words = [word for command in stage.commands for word in command]
+        return enqueue(run, folder, stage.kind, text, words, stage.tasks or 1, stage.after)
 
 
 def prepare_array(words: Sequence[str], out: Path, tasks: int, cluster: ClusterOptions) -> tuple[Path, Submission]:
@@ -216,8 +240,7 @@ def prepare_array(words: Sequence[str], out: Path, tasks: int, cluster: ClusterO
         raise UserError(f"--tasks: expected 1 or more, found {tasks}")
     beside = logs_beside(out)
     refuse_busy(beside)
-    commands = [["prepare", *words, str(out)]]
-    return beside, submit_commands(beside, "prepare", commands, cluster, array=tasks, output=out)
+    return beside, submit_stage(beside, preparation(words, out, tasks), cluster)
 
 
 def logs_beside(out: Path) -> Path:
@@ -225,21 +248,16 @@ def logs_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.launch")
 
 
-def report_commands(run: Path) -> list[list[str]]:
-    """Returns the commands of a pipeline's last stage."""
-    return [["sample", str(run), "--out", str(run / "grid.png")], ["report", str(run)]]
-
-
 def pipeline_scripts(
     config: str, overrides: Sequence[str], sources: Sequence[str], tasks: int, cluster: ClusterOptions, run: Path
 ) -> list[str]:
     """Returns the batch scripts of a pipeline as they would be submitted, but for the ids of jobs."""
     out = expand_directory(check_config(config, overrides, cluster, run).data.shards)
-    folder, prepare = run / "launch" / new_id(), [["prepare", *sources, str(out)]]
+    folder = run / "launch" / new_id()
     return [
-        commands_batch(run, folder, "prepare", prepare, cluster, array=tasks, output=out),
+        stage_batch(run, folder, preparation(sources, out, tasks), cluster),
         training_batch(run, folder, cluster, run.name, "ID_OF_PREPARE"),
-        commands_batch(run, folder, "report", report_commands(run), cluster, after="ID_OF_TRAIN"),
+        stage_batch(run, folder, report_of(run, "ID_OF_TRAIN"), cluster),
     ]
 
 
@@ -252,23 +270,25 @@ def submit_pipeline(
     run: Path,
     *,
     max_steps: int | None = None,
+    check: Check = unchecked,
 ) -> list[Submission]:
     """Returns the submissions of prepare -> train -> sample and report; each waits for the success of the one before.
 
     SLURM cancels a job that can no longer start. When one cannot be submitted, the earlier ones are cancelled. Raises
     UserError when the run has a job already.
     """
-    out = expand_directory(check_config(config, overrides, cluster, run).data.shards)
+    settings = check_config(config, overrides, cluster, run)
+    out = expand_directory(settings.data.shards)  # it is prepared first, and so no address
+    slurm.require("sbatch", "srun", "scontrol")
+    check(settings, cluster, run)
     refuse_busy(run)
     made: list[Submission] = []
     try:
-        made.append(
-            submit_commands(run, "prepare", [["prepare", *sources, str(out)]], cluster, array=tasks, output=out)
-        )
+        made.append(submit_stage(run, preparation(sources, out, tasks), cluster))
         made.append(
             submit_training(config, overrides, cluster, run, max_steps=max_steps, after=made[-1].job, alone=False)
         )
-        made.append(submit_commands(run, "report", report_commands(run), cluster, after=made[-1].job))
+        made.append(submit_stage(run, report_of(run, made[-1].job), cluster))
     except BaseException:  # Ctrl-C included
         for each in made:
             with suppress(GanDistError):
@@ -339,13 +359,28 @@ def enqueue(
     write_atomically(folder / "submission.sh", text.encode())
     made: list[Submission] = []
 
-    def record(job: slurm.Job) -> None:
-        fields = (folder.name, kind, job.id, time.time(), commit, tuple(words), ranks, after)
-        made.append(Submission(*fields, job.cluster, job.name, job.directory, job.submitted, job.user))
-        write_atomically(folder / "job.json", (json.dumps(asdict(made[-1]), indent=2) + "\n").encode())
+    def note(job: slurm.Job) -> None:
+        made.append(record(folder, kind, job, job.id, commit, words, ranks, after))
 
-    slurm.submit(text, record, [each.job for each in submissions(run)])
+    slurm.submit(text, note, [each.job for each in submissions(run)])
     return made[-1]
+
+
+def record(
+    folder: Path,
+    kind: str,
+    job: slurm.Job,
+    number: str,
+    commit: str | None,
+    words: Sequence[str],
+    ranks: int,
+    after: str | None = None,
+) -> Submission:
+    """Returns the submission of a queued job, or of its element `number`, once it is recorded in `folder`."""
+    fields = (folder.name, kind, number, time.time(), commit, tuple(words), ranks, after)
+    made = Submission(*fields, job.cluster, job.name, job.directory, job.submitted, job.user)
+    write_atomically(folder / "job.json", (json.dumps(asdict(made), indent=2) + "\n").encode())
+    return made
 
 
 def jobs_of(run: Path) -> list[slurm.Job]:

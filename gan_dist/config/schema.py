@@ -28,6 +28,9 @@ from gan_dist.utils.files import expand_source
 RESOLUTIONS = (32, 64, 128, 256)
 LossName = Literal["minimax", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"]
 """The losses, which model/losses.py computes."""
+WITH_GENERATOR_TARGET: tuple[LossName, ...] = ("non_saturating", "least_squares")
+WITH_REAL_TARGET: tuple[LossName, ...] = ("minimax", *WITH_GENERATOR_TARGET)
+"""Those that have a target on generated, and on real images."""
 Upsample = Literal["transposed", "nearest"]
 DNorm = Literal["batch", "none", "spectral"]
 Init = Literal["dcgan", "he"]
@@ -94,12 +97,12 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _targets_fit_the_loss(self) -> LossConfig:
-        if self.generator_target is not None and self.name not in ("non_saturating", "least_squares"):
+        if self.generator_target is not None and self.name not in WITH_GENERATOR_TARGET:
             raise ValueError(
                 f"loss.generator_target: {self.name} takes no generator target, found {self.generator_target}; "
                 "set it to null, or loss.name=non_saturating"
             )
-        if self.real_target != 1 and self.name in ("hinge", "wasserstein", "relativistic"):
+        if self.real_target != 1 and self.name not in WITH_REAL_TARGET:
             raise ValueError(
                 f"loss.real_target: {self.name} takes no target, found {self.real_target}; "
                 "set it to 1, or loss.name=non_saturating"

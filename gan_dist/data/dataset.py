@@ -7,7 +7,7 @@ import ctypes
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from gan_dist.data.remote.cache import Cache, choose_home, sweep
-from gan_dist.data.remote.fetch import RetryPolicy, fetch, file_address
+from gan_dist.data.remote.fetch import RetryPolicy
 from gan_dist.data.shards import (
     MANIFEST,
     MEND,
     Manifest,
     check_totals,
+    fetch_manifest,
     headers_fault,
-    parse_manifest,
     quick_fault,
     read_manifest,
 )
@@ -150,7 +150,7 @@ def open_remote(
         UserError: no dataset there, no room for it on this machine, or a cache folder that belongs to another user.
         GanDistError: it cannot be fetched.
     """
-    manifest, content = _fetch_manifest(address, retry, cancelled, log)
+    manifest, content = fetch_manifest(address, retry, cancelled, log)
     sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
     needed = sum(sizes[: 2 * window_shards or None])
     name = manifest.identity[:32] + ("-window" if window_shards else "")
@@ -166,25 +166,6 @@ def open_remote(
         cache.close()
         raise
     return Dataset(cache.folder, manifest, cache)
-
-
-def _fetch_manifest(
-    address: str, retry: RetryPolicy | None, cancelled: Callable[[], bool], log: Callable[[str], None]
-) -> tuple[Manifest, bytes]:
-    received: list[tuple[Manifest, bytes]] = []
-
-    def receive(chunks: Iterator[bytes]) -> str | None:
-        content = b"".join(chunks)
-        try:
-            manifest = parse_manifest(content, MANIFEST)
-            check_totals(manifest, MANIFEST)
-        except UserError as error:
-            return f"is not the manifest of a dataset ({error})"
-        received.append((manifest, content))
-        return None
-
-    fetch(file_address(address, MANIFEST), receive, retry=retry, cancelled=cancelled, log=log)
-    return received[0]
 
 
 class Gather:

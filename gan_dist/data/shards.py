@@ -15,7 +15,7 @@ import mmap
 import os
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +24,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gan_dist.data.remote.fetch import RetryPolicy, fetch, file_address
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand, fsync_folder, present, temporary_name
+from gan_dist.utils.stop import never_cancelled
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -143,6 +145,43 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where} is damaged ({error}): run the `gan-dist prepare` that made it again") from None
     return manifest
+
+
+def fetch_manifest(
+    address: str,
+    retry: RetryPolicy | None = None,
+    cancelled: Callable[[], bool] = never_cancelled,
+    log: Callable[[str], None] = lambda line: None,
+) -> tuple[Manifest, bytes]:
+    """Returns the manifest of the dataset at an address, and its bytes.
+
+    Raises:
+        UserError: no dataset there.
+        GanDistError: it cannot be fetched.
+    """
+    received: list[tuple[Manifest, bytes]] = []
+
+    def receive(chunks: Iterator[bytes]) -> str | None:
+        content = b"".join(chunks)
+        try:
+            manifest = parse_manifest(content, MANIFEST)
+            check_totals(manifest, MANIFEST)
+        except UserError as error:
+            return f"is not the manifest of a dataset ({error})"
+        received.append((manifest, content))
+        return None
+
+    fetch(file_address(address, MANIFEST), receive, retry=retry, cancelled=cancelled, log=log)
+    return received[0]
+
+
+def check_resolution(wanted: int, found: int, where: str) -> None:
+    """Raises UserError unless the dataset called `where` has images of the model's resolution."""
+    if found != wanted:
+        raise UserError(
+            f"model.resolution is {wanted}, but {where} holds {found}x{found} images; set model.resolution={found} or "
+            "prepare the set again"
+        )
 
 
 def check_totals(manifest: Manifest, where: str) -> None:

@@ -101,11 +101,13 @@ def _merge_kernel(records, merged, parts, channels, PARTS: tl.constexpr, CHANNEL
 
 
 @triton.jit
-def _mean_and_invstd(record, channels, channel, inside, EPS: tl.constexpr):
-    """Returns a group's mean and 1 / standard deviation. What is outside gets 0 and 1."""
+def _layer(record, weight, bias, channels, channel, inside, EPS: tl.constexpr):
+    """Returns a group's mean and 1 / standard deviation (outside: 0 and that of 1), and the layer's scale and shift."""
     mean = tl.load(record + channel, mask=inside, other=0.0)
     m2 = tl.load(record + channels + channel, mask=inside, other=1.0)
-    return mean, 1.0 / tl.sqrt(m2 / tl.load(record + 2 * channels) + EPS)
+    invstd = 1.0 / tl.sqrt(m2 / tl.load(record + 2 * channels) + EPS)
+    scale = invstd * tl.load(weight + channel, mask=inside, other=0.0)
+    return mean, invstd, scale, tl.load(bias + channel, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -125,9 +127,8 @@ def _normalise_kernel(
     group = tl.program_id(2)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
-    mean, invstd = _mean_and_invstd(record + group * (2 * channels + 1), channels, channel, inside, EPS)
-    scale = invstd * tl.load(weight + channel, mask=inside, other=0.0)
-    shift = tl.load(bias + channel, mask=inside, other=0.0)
+    record += group * (2 * channels + 1)
+    mean, _, scale, shift = _layer(record, weight, bias, channels, channel, inside, EPS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = (row < rows)[:, None] & inside[None, :]
     at = (group.to(tl.int64) * rows + row.to(tl.int64))[:, None] * channels + channel[None, :]
@@ -146,9 +147,8 @@ def _chunk_sums_kernel(
     part, group = tl.program_id(1), tl.program_id(2)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
-    mean, invstd = _mean_and_invstd(record + group * (2 * channels + 1), channels, channel, inside, EPS)
-    scale = invstd * tl.load(weight + channel, mask=inside, other=0.0)
-    shift = tl.load(bias + channel, mask=inside, other=0.0)
+    record += group * (2 * channels + 1)
+    mean, invstd, scale, shift = _layer(record, weight, bias, channels, channel, inside, EPS)
     first = part * chunk
     count = tl.minimum(chunk, rows - first)
     x += (group.to(tl.int64) * rows + first) * channels
@@ -208,10 +208,8 @@ def _input_gradient_kernel(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     record += group * (2 * channels + 1)
-    mean, invstd = _mean_and_invstd(record, channels, channel, inside, EPS)
+    mean, invstd, scale, shift = _layer(record, weight, bias, channels, channel, inside, EPS)
     count = tl.load(record + 2 * channels)
-    scale = invstd * tl.load(weight + channel, mask=inside, other=0.0)
-    shift = tl.load(bias + channel, mask=inside, other=0.0)
     sums += group * 2 * channels
     mean_dz = tl.load(sums + channel, mask=inside, other=0.0) / count
     mean_product = tl.load(sums + channels + channel, mask=inside, other=0.0) / count * invstd

@@ -16,7 +16,7 @@ from typing import get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from gan_dist.config.schema import LossName
+from gan_dist.config.schema import WITH_GENERATOR_TARGET, LossName
 from gan_dist.utils.errors import UserError
 
 
@@ -62,7 +62,7 @@ def generator_loss(
     -log sigmoid(f - r), which alone needs r = `real_logits`. Raises UserError for another name, and for a target
     where the loss has none.
     """
-    if target is not None and name not in ("non_saturating", "least_squares"):
+    if target is not None and name not in WITH_GENERATOR_TARGET:
         raise UserError(f"{name} takes no generator target, found {target}; leave it out, or choose non_saturating")
     aim = 1.0 if target is None else target
     if name == "minimax":

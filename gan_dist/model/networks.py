@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from gan_dist.config.schema import DNorm, Init, Upsample
+from gan_dist.config.schema import RESOLUTIONS, DNorm, Init, Upsample
 from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.convolution import conv_down, conv_up, fold, from_latents, to_logits
 from gan_dist.utils.errors import UserError
 
-RESOLUTIONS = (32, 64, 128, 256)
 IMAGE_CHANNELS = 3
 SPECTRAL_STEPS = 15
 """Power iterations before the first step, as torch's own; each pass in train mode adds one."""

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gan_dist.config.schema import RESOLUTIONS
 from gan_dist.model.convolution import fold
-from gan_dist.model.networks import RESOLUTIONS, Generator
+from gan_dist.model.networks import Generator
 from gan_dist.utils.errors import UserError, first_line
 from gan_dist.utils.files import expand, write_atomically
 

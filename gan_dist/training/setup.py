@@ -21,6 +21,7 @@ from gan_dist.config.schema import Config, to_yaml
 from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
 from gan_dist.data.remote.fetch import redacted
+from gan_dist.data.shards import check_resolution
 from gan_dist.data.stream import Stream, choose_placement, stage
 from gan_dist.distributed.failures import device_may_hang, naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat
@@ -377,11 +378,7 @@ def open_for_training(config: Config, world: World, stop: StopRequest, verbosity
 
 def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancelled: Callable[[], bool]) -> str:
     """Stages the dataset, so that it can be read at random, and returns its placement."""
-    if dataset.resolution != config.model.resolution:
-        raise UserError(
-            f"model.resolution is {config.model.resolution}, but {config.data.shards} holds {dataset.resolution}x"
-            f"{dataset.resolution} images; set model.resolution={dataset.resolution} or prepare the set again"
-        )
+    check_resolution(config.model.resolution, dataset.resolution, redacted(config.data.shards))
     placement = choose_placement(config.data.placement, dataset, world.device, config.data.window_shards)
 
     def log(line: str) -> None:

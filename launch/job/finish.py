@@ -23,6 +23,7 @@ if not __package__:  # run as a program; -I leaves the checkout out
 from launch.job.verdict import (
     EXIT_FAILED,
     EXIT_USAGE,
+    FINAL,
     MAX_REQUEUES,
     MAX_STARTS,
     Facts,
@@ -34,7 +35,6 @@ from launch.job.verdict import (
 
 REFUSALS = 3
 KILL_WAIT_S, MARGIN_S, NOTIFY_S = 30, 5, 60
-FINAL = ("done", "failed", "stopped", "cancelled")
 PATIENCE = 20
 """How often a controller that does not answer is asked again, a second later each time: minutes in all."""
 KILLED = "Killed|Aborted|Segmentation fault|Bus error|Illegal instruction|Out Of Memory"

@@ -158,14 +158,15 @@ class TrainJob:
 
     def idle_processors(self) -> str:
         """Returns a line about the processors that this rank has and does not use, for rank 0 on a CPU."""
+        have, use = os.environ.get("SLURM_CPUS_PER_TASK", "1"), os.environ.get("OMP_NUM_THREADS", "1")
+        if os.environ.get("RANK", "0") != "0" or use != "1" or have in ("", "1"):
+            return ""
         import torch
 
         from gan_dist.config.schema import load_config
 
-        have, use = os.environ.get("SLURM_CPUS_PER_TASK", "1"), os.environ.get("OMP_NUM_THREADS", "1")
         settings = load_config(self.config, self.overrides).train
-        on_gpu = torch.cuda.is_available() and settings.device != "cpu"
-        if os.environ.get("RANK", "0") != "0" or on_gpu or settings.threads or use != "1" or have in ("", "1"):
+        if settings.threads or (torch.cuda.is_available() and settings.device != "cpu"):
             return ""
         return (
             f"note: torch uses 1 of the {have} processors of each rank (slurm.cpus_per_task), as under torchrun; more "

@@ -34,6 +34,8 @@ from typing import List, NamedTuple, Optional
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 MAX_STARTS, MAX_REQUEUES = 3, 100
+FINAL = ("done", "failed", "stopped", "cancelled")
+"""Outcomes after which a job is not requeued."""
 
 
 class Start(NamedTuple):

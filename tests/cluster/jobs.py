@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from launch.submit import FINAL
+from launch.job.verdict import FINAL
 from tests.cluster.boot import Cluster, wait_until
 from tests.helpers.training import small
 

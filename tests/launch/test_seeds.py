@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from gan_dist.config.schema import load_config, to_yaml
 from gan_dist.utils.errors import UserError
 from launch import slurm
-from launch.cli import cancel, status_command
+from launch.cli import cancel, status_command, submit
 from launch.options import load_cluster
 from launch.seeds import read_seeds, seed_batch, submit_seeds
+from launch.submit import check_config
 from tests.launch.test_submit import Slurm, config, fake  # noqa: F401 (fixtures)
 
 
@@ -69,6 +71,23 @@ def test_each_seed_is_a_run_of_its_own_and_an_element_of_one_job(
     with pytest.raises(UserError, match="art-seed-3 has job 71_3 already"):
         submit_seeds(config, [], load_cluster(None), tmp_path / "runs" / "art", [2, 3])
     assert not (tmp_path / "runs" / "art-seed-2").exists()
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_another_run_where_they_would_lie_without_a_seed_is_none_of_them(
+    config: str,  # noqa: F811
+    tmp_path: Path,
+    dry_run: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = tmp_path / "runs" / "art"
+    base.mkdir(parents=True)
+    (base / "config.yaml").write_text(to_yaml(load_config(config, ["optim.g_lr=1e-3"])))
+    with pytest.raises(UserError, match="holds a run with another configuration"):
+        check_config(config, [], load_cluster(None), base)
+    submit(config, None, run_dir=str(base), seeds="3,7", unchecked=True, dry_run=dry_run)
+    assert ("--array=3,7" if dry_run else "job 71_7: run") in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("fake")

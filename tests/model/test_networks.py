@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gan_dist.config.schema import RESOLUTIONS
 from gan_dist.model.convolution import conv_down, conv_up, fold
-from gan_dist.model.networks import RESOLUTIONS, Discriminator, Generator, initialise
+from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.utils.errors import UserError
 
 

@@ -60,6 +60,15 @@ def test_compiled_equals_eager(backend: str) -> None:
     assert stats < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("d_norm", ["none", "spectral"])
+@pytest.mark.parametrize("loss", ["least_squares", "hinge", "wasserstein", "relativistic"])
+def test_other_games_compile_too(loss: str, d_norm: str) -> None:
+    torch._dynamo.reset()  # it compiles a function for 8 games, and then no more
+    model = {"d_norm": d_norm, "upsample": "nearest", "init": "he"}
+    assert max(_difference(World(), TRACED, loss=loss, model=model)) < 1e-12
+
+
 def _rank(rank: int, folder: str, backend: str) -> None:
     dist.init_process_group("gloo")
     group: Any = dist.new_group([0, 1])
