@@ -11,7 +11,17 @@ import pytest
 from gan_dist.utils.errors import UserError
 from launch import slurm
 from launch.job.command import options_of_element
-from launch.status import all_runs, attempts_of, find_run, follow, rank_logs, status_lines, why_no_log
+from launch.status import (
+    Attempt,
+    all_runs,
+    attempts_of,
+    find_run,
+    follow,
+    last_word,
+    rank_logs,
+    status_lines,
+    why_no_log,
+)
 from launch.submit import Submission, submissions
 from launch.tensorboard import how_to_reach
 
@@ -128,3 +138,12 @@ def test_an_element_knows_its_part_and_its_processors() -> None:
     env["SLURM_CPUS_PER_TASK"] = "6"
     assert options_of_element(["prepare", "a", "b"], env) == ["--task", "2/4", "--workers", "6"]
     assert options_of_element(["prepare", "a", "b", "--workers=2"], env) == ["--task", "2/4"]
+
+
+def test_of_an_array_a_failed_element_speaks_for_all() -> None:
+    done, failed, lost = (
+        Attempt(f"7_{n}", 0, outcome, "-", "") for n, outcome in enumerate(("done", "failed", "lost"))
+    )
+    assert last_word([done, failed, done]) == failed
+    assert last_word([lost, done]) == done
+    assert last_word([done, lost]) is last_word([]) is None  # it may go on
