@@ -16,9 +16,14 @@ gan_dist_code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 for name in checks plain; do source "$gan_dist_code/slurm/$name.sh"; done
 
 host_libraries=${LD_LIBRARY_PATH:-} host_path=$PATH # before job.setup
+on_term="" # what the batch shell does on TERM, from a start's beginning until it is decided what becomes of the job
 gan_dist_step() { # NAME ARGUMENTS...: runs a Python step of launch/job; a signal for the job is no reason for it to die
+  if [[ -n $on_term ]]; then trap '' TERM USR2; fi # here already: it would end a child that has not yet done so itself
   (trap '' TERM USR2 && LD_LIBRARY_PATH=$host_libraries PATH=$PATH:$host_path exec "$host_python" -ISB \
     "$gan_dist_code/launch/job/$1.py" "${@:2}")
+  set -- $?
+  if [[ -n $on_term ]]; then trap : USR2 && trap '$on_term' TERM; fi
+  return "$1"
 }
 
 set +eufC # undo the options of the caller: here a command may fail
@@ -39,8 +44,9 @@ gan_dist_begin() {
   export GAN_DIST_ATTEMPT=$attempt GAN_DIST_LAUNCH_ID=${submission##*/}-$job PYTHONSAFEPATH=1
   export SLURM_EXPORT_ENV=ALL # the ranks need these variables, whatever sbatch --export says
   # The batch shell survives the signals that end its ranks, to decide what becomes of the job.
+  on_term=gan_dist_on_term
   trap : USR2 CONT
-  trap gan_dist_on_term TERM
+  trap '$on_term' TERM
   echo "gan_dist: start $restart of job $job on ${SLURM_JOB_NODELIST:-?}, $(date -u '+%Y-%m-%d %H:%M:%S UTC')"
   mark=$(cat "$run/checkpoints/latest" 2>/dev/null)
   if [[ -n $output ]]; then mark=$(find "$output" -maxdepth 1 -name 'shard-*.tar' 2>/dev/null | wc -l); fi
@@ -71,9 +77,9 @@ gan_dist_srun() {
 # Any other TERM needs no action: a cancelled job ends, and a job with a grace time goes on.
 gan_dist_on_term() {
   kill -0 "$pid" 2>/dev/null || return 0
-  trap : TERM # a second one would start this again
+  on_term=: # a second one would start this again
   if gan_dist_step finish term "$attempt" "$pid"; then gan_dist_finish 143; fi
-  trap gan_dist_on_term TERM
+  on_term=gan_dist_on_term
 }
 
 gan_dist_facts() { # STATUS OF SRUN
@@ -86,15 +92,18 @@ gan_dist_finish() { # STATUS OF SRUN
   rm -f "$attempt/verdict"
   gan_dist_facts "$1"
   gan_dist_step finish finish "$attempt"
+  set -- $?
   decision="" code=""
   read -r decision code 2>/dev/null <"$attempt/verdict"
+  on_term=""
   trap - TERM # SLURM ends this script in one of the sleeps below, and would wait for them
   case $decision in
     end) ;;
     requeue) gan_dist_step finish requeue "$attempt" && sleep 30 || code=1 ;;
     cancel) scancel "$job" && sleep 30 ;;
     *)
-      code=1 decision="not requeued: no Python 3 on $(hostname) could decide on it (see this log); submit it again"
+      code=1 decision="not requeued: the step that decides on it ended with status $1 (see this log); submit it again"
+      if [[ -z $host_python ]]; then decision="not requeued: no Python 3 on $(hostname) to decide on it; submit it again"; fi
       if ! printf '%s' "$(date)" >"$attempt/verdict"; then
         decision="not requeued: cannot write $attempts; free some space, or raise the quota, and submit it again"
       fi

@@ -202,8 +202,13 @@ def test_a_full_disk_ends_the_run_and_says_so(play: Play) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["python3", "verdict"])
-def test_without_a_python_that_decides_nothing_is_requeued_and_the_log_says_so(play: Play, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("python3", "no Python 3 on "), ("verdict", "the step that decides on it ended with status 1 (see this log)")],
+)
+def test_without_a_python_that_decides_nothing_is_requeued_and_the_log_says_so(
+    play: Play, name: str, reason: str
+) -> None:
     code = play.at / "code"
     shutil.copytree(ROOT / "launch" / "job", code / "launch" / "job", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "slurm", code / "slurm")
@@ -217,9 +222,26 @@ def test_without_a_python_that_decides_nothing_is_requeued_and_the_log_says_so(p
     play.code = code
     assert play.run("exit 3") == 1
     ((_, what, _, why),) = play.history()
-    assert what == "failed" and why.startswith("not requeued: no Python 3 on ") and "could decide" in why
+    assert what == "failed" and why.startswith(f"not requeued: {reason}")
     assert "gan_dist: failed: not requeued" in (play.at / "log").read_text()
     assert not (play.at / "scontrol").exists() or not play.asked("requeue")
+
+
+def test_no_signal_for_the_job_ends_a_step_before_it_has_come_to_ignore_it(tmp_path: Path) -> None:
+    """A node's failure is told by TERM to all processes of the batch script, in the very moment in which it decides."""
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    steps = f"""
+    source {ROOT}/slurm/lib.sh
+    host_python={python} on_term=:
+    trap : USR2 TERM
+    (trap '' TERM; for n in {{1..20000}}; do kill -TERM 0; sleep 0.001; done) & storm=$!
+    for n in {{1..100}}; do gan_dist_step finish; echo "ended $?"; done
+    kill -KILL $storm
+    """
+    done = subprocess.run(["bash", "-c", steps], capture_output=True, text=True, start_new_session=True, timeout=90)
+    assert done.stdout.splitlines() == ["ended 0"] * 100
 
 
 def test_a_refusal_to_requeue_is_one(play: Play) -> None:
