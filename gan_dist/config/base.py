@@ -121,7 +121,8 @@ def known_keys(model: type[BaseModel]) -> list[str]:
     """Returns every key of a model of sections as `section.key`, and the section names themselves."""
     keys: list[str] = []
     for name in model.model_fields:
-        keys += [name, *(f"{name}.{key}" for key in _keys_of(model, name))]
+        section = _section(model, name)
+        keys += [name, *(f"{name}.{key}" for key in (known_keys(section) if section else ()))]
     return keys
 
 
@@ -130,20 +131,28 @@ def with_overrides(model: type[BaseModel], values: Mapping[str, Any], overrides:
 
     Raises UserError for a word of another form, and for a key that `model` does not have.
     """
-    merged = dict(values)
-    for name in model.model_fields:
-        if merged.get(name) is None and _keys_of(model, name):
-            merged[name] = {}
+    merged = _with_all_sections(model, values)
     for key, value in parse_overrides(overrides).items():
-        head, _, tail = key.partition(".")
         if key not in known_keys(model):
             raise UserError(f"unknown key {key}{_nearest(model, key)}")
-        if not tail and (keys := _keys_of(model, head)):
+        if keys := _keys_of(model, key):
             raise UserError(f"{key} is a section; set one of its keys: {', '.join(keys)}")
-        if not tail:
-            merged[head] = value
-        elif isinstance(merged[head], dict):  # what a file has instead is refused later
-            merged[head] = {**merged[head], tail: value}
+        *path, last = key.split(".")
+        section: Any = merged
+        for name in path:
+            section = section[name] if isinstance(section, dict) else None
+        if isinstance(section, dict):  # what a file has instead is refused later
+            section[last] = value
+    return merged
+
+
+def _with_all_sections(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns copies of `values` and of the sections in it, an empty one where it has none."""
+    merged = dict(values)
+    for name in model.model_fields:
+        inner = {} if merged.get(name) is None else merged[name]
+        if (section := _section(model, name)) and isinstance(inner, Mapping):
+            merged[name] = _with_all_sections(section, inner)
     return merged
 
 
@@ -187,8 +196,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> tuple[str, str]:
     tried = ("str", "int", "bool", "[key]")  # by a union, beyond section and key
     parts = [str(part) for number, part in enumerate(fault["loc"]) if number < 2 or part not in tried]
     key, place, keys = ".".join(parts[:2]), ".".join(parts), ", ".join(_keys_of(model, ".".join(parts)))
-    if len(parts) == 1 and keys and kind not in ("value_error", "extra_forbidden", "invalid_key"):
-        kind, key = "not_a_section", ""
+    if keys and kind not in ("value_error", "extra_forbidden", "invalid_key"):
+        kind, key = "not_a_section", key if len(parts) > 1 else ""
     elif kind == "missing" and place == "data.shards":
         kind = "missing_dataset"
     elif kind == "missing" and len(parts) > 2:  # an element of a list
@@ -203,17 +212,28 @@ def _explain(model: type[BaseModel], error: ValidationError) -> tuple[str, str]:
 
 
 def _keys_of(model: type[BaseModel], section: str) -> list[str]:
-    """Returns the keys of a section; none for a key that stands alone, or an unknown one."""
-    annotation = model.model_fields[section].annotation if section in model.model_fields else None
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    """Returns the keys of a `section`, or of one in a section; none for a key that stands alone, or an unknown one."""
+    found = _section(model, section)
+    return list(found.model_fields) if found else []
+
+
+def _section(model: type[BaseModel], path: str) -> type[BaseModel] | None:
+    """Returns the model of a section, `section` or `section.section`, or None where `path` names none."""
+    found: type[BaseModel] | None = model
+    for name in path.split("."):
+        field = found.model_fields.get(name) if found else None
+        annotation = field.annotation if field else None
+        found = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return found
 
 
 def _nearest(model: type[BaseModel], key: str) -> str:
     """Returns a hint that names the valid key whose last word is, or is most like, `key`'s; its own section's first."""
     if key in known_keys(model):  # as one word of a file
-        return "; write {}: {{{}: ...}}".format(*key.split("."))
+        *path, last = key.split(".")
+        return f"; write {': {'.join(path)}: {{{last}: ...{'}' * len(path)}"
     section, dot, last = key.rpartition(".")
-    if "." in section and section in known_keys(model):
+    if "." in section and section in known_keys(model) and not _section(model, section):
         return f"; {section} is one key and set whole"
     keys = _keys_of(model, section)
     tails = {name.rpartition(".")[2]: name for name in reversed(known_keys(model)) if "." in name or not dot}

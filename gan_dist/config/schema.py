@@ -35,6 +35,8 @@ Upsample = Literal["transposed", "nearest"]
 DNorm = Literal["batch", "none", "spectral"]
 Init = Literal["dcgan", "he"]
 """Choices of the networks, which model/networks.py builds."""
+PenaltyMethod = Literal["finite", "exact"]
+"""How model/penalty.py takes the gradient of D."""
 
 Target = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -85,6 +87,34 @@ class ModelConfig(Section):
         return self
 
 
+class GradientPenaltyConfig(Section):
+    weight: NonNegativeFloat = 0.0
+    """What D's loss adds: weight * E |grad D(x)|^2, so half of R1's gamma (Mescheder et al. 2018); 0 adds nothing."""
+    sigma: PositiveFloat = 0.1
+    """Deviation of the noise between whose two ends finite differences are taken; pixels lie in [-1, 1]."""
+    on: Literal["real", "both"] = "real"
+    """The images at which D is to be smooth: real ones (R1), or generated ones as well (R1 and R2)."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of the batch that is penalised: 1, 1/2, 1/3, ... of it, at regular places."""
+    method: PenaltyMethod = "finite"
+    """finite: (D(x + sigma eps) - D(x))^2 / sigma^2, a pass like any other. exact: the gradient itself, differentiated
+    once more; slow, and for train.runner=eager alone."""
+
+    @property
+    def every(self) -> int:
+        """Places from one penalised image to the next."""
+        return round(1 / self.share)
+
+    @model_validator(mode="after")
+    def _share_is_regular(self) -> GradientPenaltyConfig:
+        if abs(self.share * self.every - 1) > 0.01:
+            raise ValueError(
+                f"loss.gradient_penalty.share: expected 1, 0.5, 0.333, 0.25, ... (1 over a whole number), "
+                f"found {self.share}"
+            )
+        return self
+
+
 class LossConfig(Section):
     name: LossName = "non_saturating"
     """The game; logits are D's output. minimax: G minimises E log(1 - D(G(z))); non_saturating: it maximises
@@ -94,6 +124,8 @@ class LossConfig(Section):
     """D's target on real images (minimax, non_saturating, least_squares); below 1 is one-sided label smoothing."""
     generator_target: Target | None = None
     """G's target on its own images (non_saturating, least_squares); null means 1."""
+    gradient_penalty: GradientPenaltyConfig = GradientPenaltyConfig()
+    """A penalty on steep discriminators, instead of batch norm in them."""
 
     @model_validator(mode="after")
     def _targets_fit_the_loss(self) -> LossConfig:
@@ -225,6 +257,21 @@ class Config(Section):
     def _placement_has_its_window(self) -> Config:
         if self.data.placement == "windowed" and self.data.window_shards == 0:
             raise ValueError("data.window_shards: placement windowed needs a window of 1 shard or more, found 0")
+        return self
+
+    @model_validator(mode="after")
+    def _penalty_fits_the_rest(self) -> Config:
+        penalty = self.loss.gradient_penalty
+        if penalty.weight and self.model.d_norm == "batch":
+            raise ValueError(
+                "loss.gradient_penalty.weight: batch norm makes D's judgement of an image depend on the others, so it "
+                f"has no gradient penalty, found {penalty.weight}; set model.d_norm=none or spectral"
+            )
+        if penalty.weight and penalty.method == "exact" and self.train.runner != "eager":
+            raise ValueError(
+                "loss.gradient_penalty.method: exact differentiates twice, which only train.runner=eager does, found "
+                f"{self.train.runner}; set it, or loss.gradient_penalty.method=finite"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -34,7 +34,13 @@ class Runner(Protocol):
     reason: str
     """Why, in one clause, for the console."""
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
+    def step(
+        self,
+        reals: Sequence[Tensor],
+        latents: Sequence[Tensor],
+        requests: Requests = NO_REQUESTS,
+        draws: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Returns STATS as Update.step does; the vector is valid until the following call."""
 
     def close(self, orderly: bool = True) -> None:
@@ -54,8 +60,14 @@ class Eager:
         self.update = update
         self.reason = reason
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
-        return self.update.step(reals, latents, requests)
+    def step(
+        self,
+        reals: Sequence[Tensor],
+        latents: Sequence[Tensor],
+        requests: Requests = NO_REQUESTS,
+        draws: Sequence[Tensor] = (),
+    ) -> Tensor:
+        return self.update.step(reals, latents, requests, draws)
 
     def close(self, orderly: bool = True) -> None:
         """Has nothing to free."""
@@ -77,9 +89,15 @@ class Compiled:
             compiled = torch.compile(getattr(update, name), backend=backend, fullgraph=True, dynamic=False)
             setattr(update, name, compiled)
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
+    def step(
+        self,
+        reals: Sequence[Tensor],
+        latents: Sequence[Tensor],
+        requests: Requests = NO_REQUESTS,
+        draws: Sequence[Tensor] = (),
+    ) -> Tensor:
         try:
-            return self.update.step(reals, latents, requests)
+            return self.update.step(reals, latents, requests, draws)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise GanDistError(
                 f"torch.compile could not compile the step ({first_line(error)}); set train.runner=eager"
@@ -105,12 +123,18 @@ class Captured:
         self.inputs: list[Tensor] = []
         self.stats = torch.empty(0)
 
-    def step(self, reals: Sequence[Tensor], latents: Sequence[Tensor], requests: Requests = NO_REQUESTS) -> Tensor:
+    def step(
+        self,
+        reals: Sequence[Tensor],
+        latents: Sequence[Tensor],
+        requests: Requests = NO_REQUESTS,
+        draws: Sequence[Tensor] = (),
+    ) -> Tensor:
         if self.graph is None and self.name != "eager":
-            self._capture_or_fall_back(reals, latents)
+            self._capture_or_fall_back(reals, latents, draws)
         if self.graph is None:
-            return self.update.step(reals, latents, requests)
-        for static, value in zip(self.inputs, (*reals, *latents), strict=True):
+            return self.update.step(reals, latents, requests, draws)
+        for static, value in zip(self.inputs, (*reals, *latents, *draws), strict=True):
             static.copy_(value, non_blocking=True)
         for slot, request in zip(self.requests, requests, strict=True):
             slot.fill_(request)
@@ -126,11 +150,13 @@ class Captured:
                 self.graph.reset()
         self.graph, self.inputs, self.stats = None, [], torch.empty(0)
 
-    def _capture_or_fall_back(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
+    def _capture_or_fall_back(
+        self, reals: Sequence[Tensor], latents: Sequence[Tensor], draws: Sequence[Tensor]
+    ) -> None:
         """Captures, or becomes an eager runner where that may be and some rank could not capture."""
         handled, failure = sys.exception(), None
         try:
-            self._capture(reals, latents)
+            self._capture(reals, latents, draws)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -146,11 +172,12 @@ class Captured:
             raise GanDistError(f"{reason}; set train.runner={other}") from failure
         self.name, self.reason = "eager", reason
 
-    def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
+    def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor], draws: Sequence[Tensor]) -> None:
         """Warms up on a side stream, restores the state that the warm-up changed, and records."""
-        self.inputs = [value.clone() for value in (*reals, *latents)]
+        self.inputs = [value.clone() for value in (*reals, *latents, *draws)]
         self.requests = torch.zeros(len(NO_REQUESTS), device=self.update.world.device)
-        reals, latents = self.inputs[: len(reals)], self.inputs[len(reals) :]
+        first, second = len(reals), len(reals) + len(latents)
+        reals, latents, draws = self.inputs[:first], self.inputs[first:second], self.inputs[second:]
         kept = self.update.snapshot()
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -158,7 +185,7 @@ class Captured:
             try:
                 with torch.cuda.stream(side):
                     for _ in range(WARM_UP_STEPS):
-                        self.update.step(reals, latents, self.requests)
+                        self.update.step(reals, latents, self.requests, draws)
             finally:
                 torch.cuda.current_stream().wait_stream(side)
                 self.update.load_state_dict(kept)
@@ -166,7 +193,7 @@ class Captured:
             self.graph = torch.cuda.CUDAGraph()
             # thread_local: the prefetch thread and NCCL's watchdog may call CUDA while this thread records.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.stats = self.update.step(reals, latents, self.requests)
+                self.stats = self.update.step(reals, latents, self.requests, draws)
 
 
 @contextmanager

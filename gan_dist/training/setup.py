@@ -29,6 +29,7 @@ from gan_dist.distributed.preflight import preflight
 from gan_dist.distributed.world import World, join
 from gan_dist.model.batchnorm import Kernels, resolve_kernels
 from gan_dist.model.networks import Discriminator, Generator, initialise
+from gan_dist.model.penalty import GradientPenalty
 from gan_dist.runs.checkpoint import check_disk
 from gan_dist.runs.lease import Lease, claim
 from gan_dist.runs.run_dir import Start, prepare_start, resolved_changes, write_start
@@ -416,6 +417,7 @@ def build_update(config: Config, world: World, precision: Precision, kernels: Ke
         loss=config.loss.name,
         real_target=config.loss.real_target,
         generator_target=config.loss.generator_target,
+        penalty=build_penalty(config),
         g_lr=optim.g_lr,
         d_lr=optim.d_lr,
         g_betas=optim.g_betas or optim.betas,
@@ -438,6 +440,13 @@ def build_discriminator(config: Config) -> Discriminator:
     """Returns a discriminator of the configuration's shape."""
     model = config.model
     return Discriminator(model.resolution, model.d_channels, model.leaky_slope, model.d_norm)
+
+
+def build_penalty(config: Config) -> GradientPenalty:
+    """Returns the gradient penalty that the configuration asks for."""
+    chosen = config.loss.gradient_penalty
+    kinds = (1 if chosen.on == "real" else 2) if chosen.weight else 0
+    return GradientPenalty(chosen.weight, chosen.sigma, kinds, chosen.every, chosen.method)
 
 
 def build_ema(config: Config, update: Update, start: Start) -> EMA | None:

@@ -16,8 +16,8 @@ from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.report.report import make_report
 from gan_dist.runs.naming import choose_run_dir
 from gan_dist.training.control import ControlReader, ControlRing, Decision, Word
+from gan_dist.training.draws import draw_flips, draw_latents
 from gan_dist.training.setup import Run, open_run
-from gan_dist.training.update import draw_flips, draw_latents
 from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.stop import Cancelled, StopRequest
 
@@ -132,13 +132,13 @@ def _loop(run: Run) -> str | None:
     run.stream.while_waiting = run.checkpointer.while_waiting = ring.check
     runner = run.runner.name
     while run.step < run.end:
-        # Draw: this rank's slice of the next images and latents.
-        reals, latents = _draw_batches(run)
+        # Draw: this rank's slice of the next images, latents and noise.
+        reals, latents, draws = _draw_batches(run)
 
         # Step: D's updates and G's; what this rank asks for goes along.
         run.update.begin(run.images_seen)
         requests = (float(_wants_stop(run)), float(run.is_first and run.checkpointer.clock_is_due()))
-        stats = run.runner.step(reals, latents, requests)
+        stats = run.runner.step(reals, latents, requests, draws)
         if run.runner.name != runner:
             runner = run.runner.name
             run.telemetry.warn(f"falling back to the {runner} runner: {run.runner.reason}", run.step + 1)
@@ -185,9 +185,9 @@ def _loop(run: Run) -> str | None:
     return None
 
 
-def _draw_batches(run: Run) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Returns this rank's slice of the next d_steps batches: uint8 images and latents, all keyed by position."""
-    reals, latents = [], []
+def _draw_batches(run: Run) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Returns this rank's slice of the next d_steps batches, keyed by position: uint8 images, latents, other draws."""
+    reals, latents, draws = [], [], []
     for k in range(run.d_steps):
         draw = (run.seed, run.images_seen + k * run.global_batch, run.global_batch)
         part = (run.lo, run.hi, run.world.device)
@@ -198,7 +198,8 @@ def _draw_batches(run: Run) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
             real = real.clone()  # the stream reuses its buffer at the following call
         reals.append(real)
         latents.append(draw_latents(*draw, run.latent_dim, *part, run.update.dtype))
-    return reals, latents
+        draws += run.update.draw(*draw[:2])
+    return reals, latents, draws
 
 
 def _hear(run: Run, reader: ControlReader, words: Sequence[Word]) -> list[Decision]:

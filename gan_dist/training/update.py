@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gan_dist.config.schema import LossName
+from gan_dist.data.order import rank_slice
 from gan_dist.distributed.world import World
 from gan_dist.model.batchnorm import Kernels, prepare
 from gan_dist.model.losses import discriminator_loss, generator_loss, minimax_value
+from gan_dist.model.networks import IMAGE_CHANNELS
+from gan_dist.model.penalty import NO_PENALTY, GradientPenalty
+from gan_dist.training.draws import draw_noise
 from gan_dist.training.optim import CONSTANT, Player, Schedule, frozen
 from gan_dist.utils.tensors import copy_state, to_host
 
@@ -62,6 +66,7 @@ class Update:
         loss: LossName = "non_saturating",
         real_target: float = 1.0,
         generator_target: float | None = None,
+        penalty: GradientPenalty = NO_PENALTY,
         g_lr: float = 2e-4,
         d_lr: float = 2e-4,
         g_betas: tuple[float, float] = (0.5, 0.999),
@@ -85,6 +90,8 @@ class Update:
         self.loss = loss
         self.real_target = real_target
         self.generator_target = generator_target
+        self.penalty = penalty
+        self.lo, self.hi = rank_slice(global_batch, world.rank, world.size)
         self.schedule = schedule
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         for network in (generator, discriminator):
@@ -100,26 +107,38 @@ class Update:
             for player in (self.g, self.d):
                 player.set_lr(self.schedule(images_seen))
 
+    def draw(self, seed: int, position: int) -> list[Tensor]:
+        """Returns the random numbers that D's update at `position` takes beside its latents: this rank's share."""
+        if not self.penalty.kinds or self.penalty.method == "exact":
+            return []
+        side: Any = self.d.network.resolution
+        shape = (self.penalty.kinds, self.global_batch, IMAGE_CHANNELS, side, side)
+        every, device = self.penalty.every, self.world.device
+        return [draw_noise(seed, position, shape, every, self.lo, self.hi, device, self.dtype)]
+
     def step(
         self,
         reals: Sequence[Tensor],
         latents: Sequence[Tensor],
         requests: Requests | Tensor = NO_REQUESTS,
+        draws: Sequence[Tensor] = (),
     ) -> Tensor:
         """Returns STATS, one vector on the device, after d_steps updates of D and one of G.
 
         reals: d_steps local uint8 batches [b, 3, S, S]; latents: as many local [b, Z]; requests: this rank's, as
-        Requests or a tensor [2]. An all-reduce a network and update carries gradients, statistics and requests.
+        Requests or a tensor [2]; draws: what `draw` returned for each of the d_steps, one after another. An all-reduce
+        a network and update carries gradients, statistics and requests.
         """
         d, g = self.d, self.g
         skipped = torch.zeros((), device=self.world.device)
+        each = len(draws) // self.d_steps
         for k, (real, z) in enumerate(zip(reals, latents, strict=True)):
             last = k == self.d_steps - 1
             # A skipped update also undoes what its forward passes did to batch norm's running statistics.
             d_kept, g_kept = d.buffers.snapshot(), g.buffers.snapshot()
             with torch.set_grad_enabled(last):
                 fake = self.generate(z)
-            d_loss, d_extras = self.discriminator_pass(real, fake.detach())
+            d_loss, d_extras = self.discriminator_pass(real, fake.detach(), *draws[k * each : (k + 1) * each])
             d_norm, d_bad, d_sums = d.update(d_loss, d_extras)
             d.buffers.restore(d_kept, d_bad)
             if not last:  # the last fakes belong to G's update
@@ -147,12 +166,22 @@ class Update:
             images: Tensor = self.g.network(latents.to(self.dtype))
         return images
 
-    def discriminator_pass(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns D's loss and [loss, D(x), D(G(z)), V(D, G)], for uint8 `real` and `fake` in [-1, 1]."""
+    def discriminator_pass(self, real: Tensor, fake: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns D's loss and [loss, D(x), D(G(z)), V(D, G)], for uint8 `real` and `fake` in [-1, 1].
+
+        noise: what the gradient penalty by finite differences takes, [kinds, n, 3, S, S]; its images join the pass.
+        """
+        kinds = [to_signed(real, fake.dtype), fake]
+        images = torch.cat(kinds if noise is None else [*kinds, *self.penalty.noisy(kinds, noise, self.lo)])
+        if self.penalty.kinds and noise is None:
+            images.requires_grad_()
         with self._autocast():
-            logits = self.d.network(torch.cat([to_signed(real, fake.dtype), fake]), groups=2)
-        real_logits, fake_logits = logits.to(self.dtype).chunk(2)
+            logits = self.d.network(images, groups=2).to(self.dtype)
+        batch = len(real)
+        real_logits, fake_logits = (logits[: 2 * batch] if self.penalty.kinds else logits).chunk(2)
         loss = discriminator_loss(real_logits, fake_logits, self.loss, self.real_target) / self.global_batch
+        if self.penalty.kinds:
+            loss = loss + self.penalty(logits, images, batch, self.lo, self.global_batch)
         with torch.no_grad():
             sums = [real_logits.sigmoid().sum(), fake_logits.sigmoid().sum(), minimax_value(real_logits, fake_logits)]
             extras = torch.stack([loss.detach(), *(value / self.global_batch for value in sums)])
@@ -207,49 +236,3 @@ class Update:
 def to_signed(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns uint8 `images` as `dtype` in [-1, 1]: 0 becomes -1 and 255 becomes 1."""
     return images.to(dtype).div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
-
-
-def _mix32(value: int) -> int:
-    """Returns a well mixed 32-bit number; distinct inputs below 2**32 stay distinct (murmur3's finaliser)."""
-    value = (value ^ value >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    value = (value ^ value >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-    return value ^ value >> 16
-
-
-def _draws(seed: int, position: int, purpose: int, device: torch.device) -> torch.Generator:
-    """Returns a random stream keyed by (seed, position, purpose).
-
-    torch's CPU generator keeps only the low 32 bits of a seed. Those of the key are a bijection of the position's:
-    within a run no two of 4 billion positions share a stream. CUDA's generator keeps all 64.
-    """
-    low, high = position & 0xFFFFFFFF, position >> 32
-    key = _mix32(_mix32(_mix32(seed & 0xFFFFFFFF) ^ seed >> 32 & 0xFFFFFFFF) ^ _mix32(purpose + 1))
-    key = _mix32(key ^ high)
-    return torch.Generator(device).manual_seed(key << 32 | _mix32(low ^ key))
-
-
-def draw_latents(
-    seed: int,
-    position: int,
-    global_batch: int,
-    latent_dim: int,
-    lo: int,
-    hi: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    purpose: int = 0,
-) -> Tensor:
-    """Returns rows [lo, hi) of the N(0, 1) latents [global_batch, latent_dim] that stand at `position`.
-
-    Every rank draws the whole batch and keeps its share, so the world size does not enter. Another `purpose` is another
-    stream (0 trains; others are free for fixed latents and the like). The numbers are a device's own: a CPU and a GPU
-    draw others, and so may two kinds of GPU where a batch has more numbers than one of them has threads.
-    """
-    stream = _draws(seed, position, purpose, device)
-    return torch.randn(global_batch, latent_dim, generator=stream, device=device, dtype=dtype)[lo:hi]
-
-
-def draw_flips(seed: int, position: int, global_batch: int, lo: int, hi: int, device: torch.device) -> Tensor:
-    """Returns bool [hi - lo]: which images of the batch at `position` are mirrored, each with probability one half."""
-    stream = _draws(seed, position, -1, device)
-    return torch.rand(global_batch, generator=stream, device=device)[lo:hi] < 0.5

@@ -56,6 +56,19 @@ def test_yaml_written_reads_back_equal(tmp_path: Path) -> None:
             "data.placement=windowed",
             "data.window_shards: placement windowed needs a window of 1 shard or more, found 0",
         ),
+        ("loss.gradient_penalty=3", "loss.gradient_penalty is a section; set one of its keys: weight, sigma, on,"),
+        ("loss.gradient_penalty.wait=3", "key loss.gradient_penalty.wait; did you mean loss.gradient_penalty.weight?"),
+        (
+            "gradient_penalty.weight=3",
+            "unknown key gradient_penalty.weight; did you mean loss.gradient_penalty.weight?",
+        ),
+        ("loss.gradient_penalty.weight.x=3", "; loss.gradient_penalty.weight is one key and set whole"),
+        ("loss.gradient_penalty.weight=a", "loss.gradient_penalty.weight: expected number, found 'a'"),
+        ("loss.gradient_penalty.share=0.7", "loss.gradient_penalty.share: expected 1, 0.5, 0.333, 0.25, ... (1 over"),
+        (
+            "loss.gradient_penalty.weight=1",
+            "so it has no gradient penalty, found 1.0; set model.d_norm=none or spectral",
+        ),
         ("optim.g_lr=.inf", "optim.g_lr: expected a finite number, found inf"),
         ("train.global_batch", "expected section.key=value, found 'train.global_batch'"),
         ("optim.betas=[0.5", "optim.betas: the value '[0.5' is not valid YAML"),
@@ -117,6 +130,16 @@ def test_numbers_are_numbers_and_all_else_is_text(tmp_path: Path) -> None:
         ("{{ shards }}: x\n", "run.yaml line 1: not valid YAML: a key is a word"),
         ("[" * 5000, "run.yaml: not valid YAML"),
         ("data: \0\n", "run.yaml: not valid YAML"),
+        ("data: {shards: x}\nloss: {gradient_penalty: 3}\n", "loss.gradient_penalty is a section; expected its keys ("),
+        (
+            "data: {shards: x}\nloss: {gradient_penalty: []}\n",
+            "loss.gradient_penalty is a section; expected its keys (",
+        ),
+        ("data: {shards: x}\nloss: {gradient_penalty: {x: 1}}\n", "unknown key loss.gradient_penalty.x; "),
+        (
+            "data: {shards: x}\nloss: {gradient_penalty.weight: 1}\n",
+            "unknown key loss.gradient_penalty.weight; write loss: {gradient_penalty: {weight: ...}}",
+        ),
         ("1: 2\n", "unknown key 1; sections are data,"),
         ("", "expected sections with keys, as in configs/paintings64.yaml, found nothing"),
         ("data: {}\n", "data.shards is missing; name a dataset"),
@@ -148,12 +171,24 @@ def test_paths_expand_where_they_are_used(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_every_key_is_documented() -> None:
-    config = load_config(BASE)
-    for section in type(config).model_fields:
-        value = getattr(config, section)
-        fields = getattr(type(value), "model_fields", {})
-        assert all(field.description for field in fields.values()), section
-    assert "checkpoint.every_minutes" in known_keys(Config)
+    sections: list[tuple[str, object]] = [("", load_config(BASE))]
+    while sections:
+        path, section = sections.pop()
+        for name, field in getattr(type(section), "model_fields", {}).items():
+            sections.append((f"{path}.{name}", getattr(section, name)))
+            assert path == "" or field.description, f"{path}.{name}"
+    assert {"checkpoint.every_minutes", "loss.gradient_penalty", "loss.gradient_penalty.weight"} <= {
+        *known_keys(Config)
+    }
+
+
+def test_a_section_may_lie_in_a_section() -> None:
+    words = ["loss.gradient_penalty.weight=0.05", "loss.gradient_penalty.on=both"]
+    for penalty in ({"sigma": 0.2}, None, {}):
+        base = {**BASE, "model": {"d_norm": "none"}, "loss": {"gradient_penalty": penalty}}
+        found = load_config(base, words).loss.gradient_penalty
+        assert (found.weight, found.on, found.sigma) == (0.05, "both", 0.2 if penalty else 0.1)
+        assert base["loss"] == {"gradient_penalty": penalty}  # what was given stays as it was
 
 
 def test_the_thesis_keeps_no_averaged_generator() -> None:

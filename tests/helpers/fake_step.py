@@ -1,4 +1,6 @@
-"""A whole step on GPUs that do not exist, alone in its process: python -m tests.helpers.fake_step WORLD KERNELS FAULT
+"""A whole step on GPUs that do not exist, alone in its process.
+
+python -m tests.helpers.fake_step WORLD KERNELS [FAULT [GAME]]
 
 Prints, as JSON, what a step launches, reduces and moves at two batch sizes.
 """
@@ -12,19 +14,29 @@ from typing import Any
 import pytest
 import torch
 
-from gan_dist.model.networks import Discriminator, Generator
-from gan_dist.training.update import Update
+from gan_dist.config.schema import load_config
+from gan_dist.training.setup import build_update
 from tests.helpers.dispatch import Log, fake_gpus
 
 BATCHES = (64, 128)
 """Images a rank. Two of them tell what an image costs from what a step does."""
 
 
-def play(size: int, kernels: Any, fault: str, batch: int) -> Log:
-    """Returns the log of rank 0's second step of full width in bf16, `batch` images a rank."""
-    with fake_gpus(size, pytest.MonkeyPatch()) as world:
-        settings: dict[str, Any] = {"precision": "bf16", "batchnorm_kernels": kernels}
-        update = Update(Generator(), Discriminator(), world=world, global_batch=batch * size, **settings)
+GAMES: dict[str, list[str]] = {
+    "thesis": [],
+    "penalty": ["model.d_norm=none", "loss.gradient_penalty.weight=1", "loss.gradient_penalty.on=both"],
+    "spectral": ["model.d_norm=spectral", "loss.gradient_penalty.weight=1", "loss.gradient_penalty.share=0.25"],
+}
+"""What is set besides the defaults."""
+
+
+def play(size: int, kernels: Any, fault: str, batch: int, game: str) -> Log:
+    """Returns the log of rank 0's second step of a game at full width in bf16, `batch` images a rank."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("gan_dist.training.draws._draws", lambda *words: None)  # a generator asks for a real device
+    with fake_gpus(size, patch) as world:
+        config = load_config({"data": {"shards": "/tmp/none"}}, [f"train.global_batch={batch * size}", *GAMES[game]])
+        update = build_update(config, world, "bf16", kernels)
         real = torch.empty(batch, 3, 64, 64, dtype=torch.uint8, device="cuda")
         latents, requests = torch.empty(batch, 100, device="cuda"), torch.zeros(2, device="cuda")
         honest = update.generator_pass
@@ -40,16 +52,17 @@ def play(size: int, kernels: Any, fault: str, batch: int) -> Log:
             return loss, extras
 
         update.generator_pass = faulty  # type: ignore[method-assign]
-        update.step([real], [latents], requests)
+        draws = update.draw(0, 0)
+        update.step([real], [latents], requests, draws)
         log: Any = Log()
         with log:
-            update.step([real], [latents], requests)
+            update.step([real], [latents], requests, draws)
         second: Log = log
         return second
 
 
-def main(size: str, kernels: str, fault: str = "") -> None:
-    small, large = (play(int(size), kernels, fault, batch) for batch in BATCHES)
+def main(size: str, kernels: str, fault: str = "", game: str = "thesis") -> None:
+    small, large = (play(int(size), kernels, fault, batch, game) for batch in BATCHES)
     (launches, few), (same, many) = small.total, large.total
     assert launches == same, "the number of launches depends on the batch"
     an_image = (many - few) / (BATCHES[1] - BATCHES[0])

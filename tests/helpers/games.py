@@ -10,7 +10,8 @@ from torch import Tensor
 from gan_dist.config.schema import DNorm, Init, Upsample
 from gan_dist.distributed.world import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
-from gan_dist.training.update import Update, draw_latents
+from gan_dist.training.draws import draw_latents
+from gan_dist.training.update import NO_REQUESTS, Requests, Update
 
 RESOLUTION, LATENT_DIM, CHANNELS = 32, 8, 4
 CPU = torch.device("cpu")
@@ -46,6 +47,14 @@ def batches(update: Update, step: int) -> tuple[list[Tensor], list[Tensor]]:
         reals.append(pixels[lo:hi].to(world.device))
         latents.append(draw_latents(7, position, size, LATENT_DIM, lo, hi, CPU, torch.float64).to(world.device))
     return reals, latents
+
+
+def moves(
+    update: Update, step: int, requests: Requests = NO_REQUESTS
+) -> tuple[list[Tensor], list[Tensor], Requests, list[Tensor]]:
+    """Returns all that a step takes: reals, latents, requests, and what the game draws beside."""
+    positions = [(step * update.d_steps + k) * update.global_batch for k in range(update.d_steps)]
+    return *batches(update, step), requests, [drawn for at in positions for drawn in update.draw(7, at)]
 
 
 def tensors(update: Update) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ from gan_dist.distributed.world import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
+from gan_dist.training.draws import draw_latents
 from gan_dist.training.statistics import update_ratio
-from gan_dist.training.update import STATS, Update, draw_latents
+from gan_dist.training.update import STATS, Update
 
 BATCH, LATENT = 4, 8
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from gan_dist.distributed.world import World
 from gan_dist.model.batchnorm import BatchNorm
-from tests.helpers.games import CPU, batches, game, tensors, worst
+from gan_dist.model.penalty import GradientPenalty
+from gan_dist.training.draws import draw_noise
+from tests.helpers.games import CPU, batches, game, moves, tensors, worst
 from tests.helpers.ranks import run_ranks
 
 WORLDS = (2, 3, 4)
@@ -36,9 +38,33 @@ CASES |= {
         "model": {"d_norm": "spectral", "upsample": "nearest", "init": "he"},
     },
     "least-squares-no-norm": {"loss": "least_squares", "global_batch": 7, "model": {"d_norm": "none"}},
+    "penalty-third-of-reals": {
+        "global_batch": 7,
+        "d_steps": 2,
+        "model": {"d_norm": "none"},
+        "penalty": GradientPenalty(0.5, 0.1, kinds=1, every=3),
+    },
+    "penalty-all-spectral": {
+        "global_batch": 7,
+        "model": {"d_norm": "spectral"},
+        "penalty": GradientPenalty(0.5, 0.1, kinds=2),
+    },
+    "penalty-exact": {
+        "global_batch": 7,
+        "model": {"d_norm": "none"},
+        "penalty": GradientPenalty(0.5, kinds=2, every=2, method="exact"),
+    },
 }
-CONTROLS = ("local batch norm", "D's reduction skipped", "mean losses on unequal slices", "the same latents everywhere")
-CONTROL_CASE = "non_saturating-d1-batch7"
+PLAIN = "non_saturating-d1-batch7"
+CASE_OF = {
+    "local batch norm": PLAIN,
+    "D's reduction skipped": PLAIN,
+    "mean losses on unequal slices": PLAIN,
+    "the same latents everywhere": PLAIN,
+    "the same noise everywhere": "penalty-third-of-reals",
+    "places counted on each rank": "penalty-third-of-reals",
+}
+"""Each control breaks a case."""
 
 
 def _play(world: World, case: str, control: str = "", requests: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
@@ -59,7 +85,14 @@ def _play(world: World, case: str, control: str = "", requests: tuple[float, flo
             reals, latents = batches(update, step)
         if control == "the same latents everywhere":
             latents = [z[:share] for z in batches(game(None, **CASES[case]), step)[1]]
-        stats = update.step(reals, latents, requests)
+        _, _, _, draws = moves(update, step)
+        if control == "the same noise everywhere":
+            alone = moves(game(None, **CASES[case]), step)[3]
+            draws = [whole[:, : own.shape[1]] for whole, own in zip(alone, draws, strict=True)]
+        if control == "places counted on each rank":
+            update.lo = 0
+            draws = [draw_noise(7, step, (1, share, 3, 32, 32), 3, 0, share, CPU, torch.float64) for _ in draws]
+        stats = update.step(reals, latents, requests, draws)
         if step == 0:
             gradients = {"d": update.d.gradients.values.clone(), "g": update.g.gradients.values.clone()}
     return {"gradients": gradients, "state": tensors(update), "stats": stats}
@@ -143,8 +176,8 @@ def _rank(rank: int, folder: str) -> None:
         results[f"{size} oracle"] = _oracle(world)
         results[f"{size} counts"] = _counts(world)
         if size == 2:
-            for control in CONTROLS:
-                results[control] = _play(world, CONTROL_CASE, control)
+            for control, case in CASE_OF.items():
+                results[control] = _play(world, case, control)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -178,9 +211,9 @@ def test_ranks_play_one_game(ranks: list[dict[str, Any]], alone: dict[str, Any],
             assert torch.equal(other["state"][name], value), f"rank {rank} differs from rank 0 in {name}"
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("control", CASE_OF)
 def test_the_comparison_sees_a_broken_game(ranks: list[dict[str, Any]], alone: dict[str, Any], control: str) -> None:
-    played, reference = ranks[0][control], alone[CONTROL_CASE]
+    played, reference = ranks[0][control], alone[CASE_OF[control]]
     assert worst(played["gradients"], reference["gradients"]) > 1e-3
     assert worst(played["state"], reference["state"]) > 1e-3
 

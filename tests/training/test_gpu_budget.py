@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from gan_dist.training.runner import compiler
+from tests.helpers.fake_step import GAMES
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or compiler() is None, reason="torch.compile needs a C++ compiler"),
@@ -55,8 +56,8 @@ def _step(library: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
 
 
-def _found(library: Path, size: int, kernels: str, fault: str = "") -> dict[str, Any]:
-    done = _step(library, str(size), kernels, fault)
+def _found(library: Path, size: int, kernels: str, fault: str = "", game: str = "thesis") -> dict[str, Any]:
+    done = _step(library, str(size), kernels, fault, game)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -73,6 +74,13 @@ def test_a_step_keeps_its_budget(library: Path, size: int, kernels: str) -> None
     assert found["collectives"] == expected
     for name, most in budget.items():
         assert most * 0.97 <= found[name] <= most, f"{name}: {found[name]:,.0f}, budget {most:,.0f}"
+
+
+@pytest.mark.parametrize("game", [name for name in GAMES if name != "thesis"])
+def test_other_games_stay_on_the_gpu_and_wait_for_nothing(library: Path, game: str) -> None:
+    found = _found(library, 8, "torch", game=game)
+    assert found["elsewhere"] == []
+    assert found["collectives"]["allreduce"] >= 2
 
 
 def test_what_a_step_must_not_do_is_seen(library: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from gan_dist.distributed.world import World, join
+from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training import runner as runners
 from gan_dist.training import setup
 from gan_dist.training.control import ControlRing
@@ -28,7 +29,7 @@ from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.tensors import assert_ranks_agree, state_digest
 from tests import PRECISION
 from tests.helpers.fake_cuda import play_cuda
-from tests.helpers.games import CPU, batches, game, tensors, worst
+from tests.helpers.games import CPU, batches, game, moves, tensors, worst
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import small
 
@@ -42,8 +43,8 @@ def _difference(world: World, backend: str, **settings: Any) -> tuple[float, flo
     eager, compiled = game(world, **settings), game(world, **settings)
     runner = Compiled(compiled, "a test", backend)
     for step in range(STEPS):
-        expected = eager.step(*batches(eager, step))
-        found = runner.step(*batches(compiled, step))
+        expected = eager.step(*moves(eager, step))
+        found = runner.step(*moves(compiled, step))
     return worst(tensors(compiled), tensors(eager)), worst({"stats": found[:8]}, {"stats": expected[:8]})
 
 
@@ -66,7 +67,8 @@ def test_compiled_equals_eager(backend: str) -> None:
 def test_other_games_compile_too(loss: str, d_norm: str) -> None:
     torch._dynamo.reset()  # it compiles a function for 8 games, and then no more
     model = {"d_norm": d_norm, "upsample": "nearest", "init": "he"}
-    assert max(_difference(World(), TRACED, loss=loss, model=model)) < 1e-12
+    penalty = GradientPenalty(0.5, kinds=2, every=2)
+    assert max(_difference(World(), TRACED, loss=loss, model=model, penalty=penalty)) < 1e-12
 
 
 def _rank(rank: int, folder: str, backend: str) -> None:
@@ -173,13 +175,17 @@ def test_captured_compiled_records_the_compiled_passes(monkeypatch: pytest.Monke
     called: list[str] = []
     monkeypatch.setattr(torch, "compile", compiled)
     play_cuda(monkeypatch)
-    update, eager = game(), game()
+    settings: dict[str, Any] = {"model": {"d_norm": "none"}, "penalty": GradientPenalty(0.5, kinds=1)}
+    update, eager = game(**settings), game(**settings)
     runner = Captured(update, "a test", compiled=True)
     assert runner.name == "captured_compiled"
-    runner.step(*batches(update, 0))
+    runner.step(*moves(update, 0))
     assert called == list(runners.PASSES) * (runners.WARM_UP_STEPS + 1)
-    eager.step(*batches(eager, 0))  # what is recorded is done once, by this stand-in for a graph
+    eager.step(*moves(eager, 0))  # what is recorded is done once, by this stand-in for a graph
     assert all(torch.equal(value, tensors(eager)[name]) for name, value in tensors(update).items())
+    runner.step(*moves(update, 1))  # its noise is copied in
+    assert torch.equal(runner.inputs[-1], moves(update, 1)[3][0])
+    assert not torch.equal(runner.inputs[-1], moves(update, 0)[3][0])
     _flaky(update, 1)
     with pytest.raises(GanDistError, match=r"set train\.runner=captured$"):
         Captured(update, "a test", compiled=True).step(*batches(update, 0))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gan_dist.training.update import STATS, draw_flips, draw_latents, to_signed
+from gan_dist.training.draws import draw_flips, draw_latents
+from gan_dist.training.update import STATS, to_signed
 from tests.helpers import games
 from tests.helpers.games import CPU, batches, game, tensors, worst
 
