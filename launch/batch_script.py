@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.options import ClusterOptions, SlurmOptions
+from launch.snapshot import ARCHIVE
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,7 @@ class Batch:
     run: Path
     """The run directory, or DATASET.launch for a preparation: holds logs/ and is the working directory."""
     submission: Path
-    """The directory of this submission: its code, and how each of its starts ended."""
-    code: Path
-    """The checkout or snapshot whose slurm/lib.sh and packages are used."""
+    """The directory of this submission: its code as `snapshot.take` puts it there, and how each of its starts ended."""
     body: tuple[str, ...]
     """Shell lines after the set-up."""
     array: int | str | None = None
@@ -36,7 +35,7 @@ class Batch:
 
 def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | None = None) -> str:
     """Returns the whole script; `slurm` replaces the cluster file's options for a job that needs less than training."""
-    job, code = cluster.job, shlex.quote(str(batch.code))
+    job, code = cluster.job, shlex.quote(str(batch.submission / ARCHIVE))
     srun = (slurm or cluster.slurm).srun
     places = [batch.run, batch.submission, *([batch.output] if batch.output else [])]
     return "\n".join(
@@ -48,7 +47,7 @@ def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | No
             *([f"export GAN_DIST_NOTIFY={shlex.quote(job.notify)}"] if job.notify else []),
             # Where a node has no Python of its own, that of the ranks decides what becomes of the job.
             *([] if job.container else [f"export GAN_DIST_PYTHON={shlex.quote(job.python or sys.executable)}"]),
-            f"source {code}/slurm/lib.sh",
+            f"source {shlex.quote(str(batch.submission))}/slurm/lib.sh",
             f"gan_dist_begin {shlex.join(map(str, places))}",
             *([f"gan_dist_srun_options=({shlex.join(long_options(srun))})"] if srun else []),
             "",

@@ -20,7 +20,7 @@ from launch.options import ClusterOptions, SlurmOptions, gpus_in
 from launch.snapshot import CHECKOUT
 
 CODE_MIB = 50
-"""Room for a snapshot of the code, its compiled form and logs."""
+"""Room for a snapshot of the code, and logs."""
 INTERPRETER_S = 60
 
 
@@ -66,7 +66,7 @@ def check_interpreter(cluster: ClusterOptions) -> None:
         kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env = {**kept, **job.env, "GAN_DIST_ATTEMPT": attempt, "SLURM_PROCID": "0", "PYTHONSAFEPATH": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        words = [python, str(CHECKOUT / "launch" / "job" / "preflight.py")]
+        words = [python, str(CHECKOUT / "launch" / "job"), "preflight"]
         try:
             done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=INTERPRETER_S, check=False)
         except (OSError, subprocess.SubprocessError) as error:

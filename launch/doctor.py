@@ -64,7 +64,7 @@ def trial_script(home: Path, folder: Path, config: Path, cluster: ClusterOptions
         "gan_dist_finish $?",
     )
     quick = cluster.model_copy(update={"job": cluster.job.model_copy(update={"max_requeues": 0})})
-    return batch_script(Batch("gan-dist-doctor", home, folder, folder / "code", body), quick)
+    return batch_script(Batch("gan-dist-doctor", home, folder, body), quick)
 
 
 def run_trial(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[str]:

@@ -59,7 +59,7 @@ def seed_batch(base: Path, name: str, seeds: Sequence[int], cluster: ClusterOpti
     folder = run / "launch" / name
     words = interpreter(cluster, sys.executable)
     body = ("export SUBMITIT_EXECUTOR=slurm", *rank_lines(words, ["-m", "launch.job.rank", "submitit", str(folder)]))
-    batch = Batch(base.name, run, folder, folder / "code", body, array=_as_array(seeds), home=base.parent)
+    batch = Batch(base.name, run, folder, body, array=_as_array(seeds), home=base.parent)
     lines = batch_script(batch, cluster).split("\n")
     quoted = "'\"$SLURM_ARRAY_TASK_ID\"'"
     return "\n".join(line.replace(SEED, "%a" if line.startswith("#SBATCH") else quoted) for line in lines)

@@ -1,17 +1,22 @@
-"""A copy of the code at submission, so that later edits do not change a job that waits."""
+"""The code as it is at submission, in one archive, so that later edits do not change a job that waits."""
 
 from __future__ import annotations
 
-import compileall
+import io
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from gan_dist.utils.errors import UserError
+from gan_dist.utils.files import write_atomically
 
+ARCHIVE = "code.zip"
+"""The file of a submission that holds its code, for PYTHONPATH; earlier versions copied all files to `code`."""
 CHECKOUT = Path(__file__).resolve().parents[1]
 MAX_MIB = 200
 SKIPPED = {"build", "dist", "runs", "data", "wheelhouse", "gan-dist-demo"}
@@ -61,12 +66,10 @@ def is_run(folder: Path) -> bool:
     """Returns whether a directory holds a run, or was submitted as one."""
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         return True
-    return any(any(folder.glob(f"launch/*/{name}")) for name in ("job.json", "code"))
+    return any(any(folder.glob(f"launch/*/{name}")) for name in ("job.json", ARCHIVE, "code"))
 
 
 def _walk(root: Path) -> list[tuple[Path, list[str], list[str]]]:  # Path.walk is Python 3.12's
-    import os
-
     return ((Path(folder), folders, files) for folder, folders, files in os.walk(root))  # type: ignore[return-value]
 
 
@@ -97,17 +100,43 @@ def code_of(root: Path, outputs: Sequence[Path] = ()) -> list[Path]:
     return files
 
 
-def take(root: Path, target: Path, outputs: Sequence[Path] = ()) -> None:
-    """Copies the code to `target` and compiles it there, so that jobs do not write to it. Raises as code_of does."""
-    for name in code_of(root, outputs):
-        source, copy = root / name, target / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():  # a link within the checkout points into the copy
-            inside = not source.readlink().is_absolute() and source.resolve().is_relative_to(root.resolve())
-            copy.symlink_to(source.readlink() if inside else source.resolve())
-        else:
-            shutil.copy2(source, copy)
-    compileall.compile_dir(target, quiet=2)
+def take(root: Path, folder: Path, outputs: Sequence[Path] = ()) -> None:
+    """Writes the code to `folder`, whole or not at all: as one archive, and its shell files. Raises as code_of does.
+
+    Python imports from ARCHIVE as from a directory, and bash reads what is in slurm/. A submission of hundreds of files
+    would cost a shared file system more than the run itself does, and each rank would look for each of them.
+    """
+    files, made = code_of(root, outputs), io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for name in files:
+            for inside in _below(root, name, files):
+                archive.write(root / inside, inside)
+    write_atomically(folder / ARCHIVE, made.getvalue())
+    for script in (name for name in files if name.match("slurm/*.sh") and len(name.parts) == 2):
+        (folder / "slurm").mkdir(exist_ok=True)
+        write_atomically(folder / script, (root / script).read_bytes())
+
+
+def link(taken: Path, folder: Path) -> None:
+    """Makes the snapshot in `taken` that in `folder`, too."""
+    for file in (taken / ARCHIVE, *(taken / "slurm").glob("*")):
+        (folder / file.relative_to(taken)).parent.mkdir(exist_ok=True)
+        os.link(file, folder / file.relative_to(taken))
+
+
+def _below(root: Path, name: Path, files: Sequence[Path]) -> Iterator[Path]:
+    """Yields the files that an entry of the checkout stands for: itself, or those of the directory that it links to.
+
+    Of a directory elsewhere these are its modules, if it is one of modules: not of one with data.
+    """
+    target = (root / name).resolve()
+    if not (root / name).is_dir():
+        yield name
+    elif target.is_relative_to(root.resolve()):
+        at = target.relative_to(root.resolve())
+        yield from (name / each.relative_to(at) for each in files if each.is_relative_to(at) and each != name)
+    elif any(target.glob("*.py")):
+        yield from (name / each.relative_to(target) for each in sorted(target.rglob("*.py")))
 
 
 def _git(root: Path, *words: str) -> str | None:

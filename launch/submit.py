@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -84,10 +83,9 @@ def training_batch(
 ) -> str:
     """Returns the batch script of a training job, exactly as it will be submitted."""
     words = interpreter(cluster, python or sys.executable)
-    code = submission / "code"
     lines = rank_lines(words, ["-m", "launch.job.rank", "submitit", str(submission)])
     body = ("export SUBMITIT_EXECUTOR=slurm", *lines)
-    return batch_script(Batch(name, run, submission, code, body, after=after), cluster)
+    return batch_script(Batch(name, run, submission, body, after=after), cluster)
 
 
 def check_config(config: str, overrides: Sequence[str], cluster: ClusterOptions, run: Path) -> Config:
@@ -219,9 +217,9 @@ def report_of(run: Path, after: str) -> Stage:
 
 def stage_batch(run: Path, submission: Path, stage: Stage, cluster: ClusterOptions) -> str:
     """Returns the batch script of a stage."""
-    lines, code = command_lines(cluster, stage.commands), submission / "code"
+    lines = command_lines(cluster, stage.commands)
     placed = {"array": stage.tasks, "home": Path.cwd(), "output": stage.output, "after": stage.after}
-    batch = Batch(f"{run.name}-{stage.kind}", run, submission, code, lines, **placed)  # type: ignore[arg-type]
+    batch = Batch(f"{run.name}-{stage.kind}", run, submission, lines, **placed)  # type: ignore[arg-type]
     return batch_script(batch, cluster, cluster.stage(stage.kind))
 
 
@@ -316,7 +314,7 @@ def new_submission(run: Path, runs: str | None = None, like: Path | None = None)
     """Yields the directory of a new submission with the snapshot in it; removes it when the submission fails.
 
     `runs` is job.runs, of which the snapshot copies nothing. `like` is another run's part of the same submission: it
-    gives the name, and the code as links to the same files.
+    gives the name, and the snapshot as links to the same files.
     """
     refuse_patterns(run)
     folder = run / "launch" / (like.name if like else new_id())
@@ -327,9 +325,9 @@ def new_submission(run: Path, runs: str | None = None, like: Path | None = None)
         raise UserError(f"cannot write the run directory {run}: {error.strerror}") from None
     try:
         if like:
-            shutil.copytree(like / "code", folder / "code", copy_function=os.link, symlinks=True)
+            snapshot.link(like, folder)
         else:
-            snapshot.take(snapshot.CHECKOUT, folder / "code", [run, runs_home(runs)])
+            snapshot.take(snapshot.CHECKOUT, folder, [run, runs_home(runs)])
         yield folder
     except BaseException as error:
         for made in submissions(run):  # interrupted just after it was queued

@@ -94,7 +94,7 @@ def submit_tensorboard(
         words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch", "tensorboard", str(runs)]
         words += ["--port", str(port)] if port else []
         body = (f"exec {shlex.join(words)}",)
-        batch = Batch("tensorboard", home, folder, folder / "code", body)
+        batch = Batch("tensorboard", home, folder, body)
         text = batch_script(batch, cluster, one_processor(cluster.slurm, explicit))
         job = enqueue(home, folder, "tensorboard", text, [str(runs)], 1).job
         (asked,) = [each for each in jobs_of(home) if each.id == job][-1:]

@@ -39,12 +39,29 @@ gan_dist_preflight() { # PYTHON...
   if (($# == 1)) && ((${#python[@]})); then set -- "${python[@]}"; fi # as older .sbatch files call it
   printf '%s\n' "$job" >"$attempt/here"
   output=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 \
-    --kill-on-bad-exit=0 --mpi=none "${gan_dist_srun_options[@]}" bash -c "$(<"$gan_dist_code/slurm/preflight.sh")" \
-    preflight "$attempt" "$gan_dist_code/launch/job/preflight.py" "$@" 2>&1) || true
+    --kill-on-bad-exit=0 --mpi=none "${gan_dist_srun_options[@]}" \
+    bash -c "$(declare -f gan_dist_examine); gan_dist_examine \"\$@\"" preflight "$attempt" "$gan_dist_code" "$@" 2>&1) || true
   if [[ $output == *bad:* ]]; then
     # One fault of several nodes is told once: node1, node2 cannot run ...
     gan_dist_refuse "$(sed -n 's/^bad: \([^ ]*\) /\1\t/p' <<<"$output" | sort -u | awk -F'\t' '
       { nodes[$2] = nodes[$2] (nodes[$2] ? ", " : "") $1 } END { for (fault in nodes) print nodes[fault], fault }' | paste -sd ';')"
+  fi
+}
+
+gan_dist_examine() { # ATTEMPT CODE PYTHON...: what runs on each node; knows no other name of these files
+  local attempt=$1 code=$2 said
+  shift 2
+  for _ in {1..20}; do
+    [[ -e $attempt/here ]] && break
+    ls "${attempt%/*}" >/dev/null 2>&1 # makes a network file system look again
+    sleep 0.5
+  done
+  if [[ ! -e $attempt/here ]]; then
+    echo "bad: $SLURMD_NODENAME does not see $attempt: put runs on a file system that all nodes share (job.runs)"
+  elif ! command -v "$1" >/dev/null; then
+    echo "bad: $SLURMD_NODENAME cannot run $1 (job.python, job.container)"
+  elif ! said=$("$@" "$code/launch/job" preflight 2>&1); then
+    echo "bad: $SLURMD_NODENAME cannot run gan_dist with $* (job.python, job.container): ${said##*$'\n'}"
   fi
 }
 

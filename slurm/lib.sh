@@ -11,16 +11,17 @@
 # The files of one start are in SUBMISSION/attempts/JOB/RESTART. Beside them `began` has a line for each start (restart,
 # newest checkpoint, time, nodes), and `history` one for each end (restart, outcome, newest checkpoint, reason), by tabs.
 
-gan_dist_code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+gan_dist_code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) # a checkout, or a submission with an archive of one
 # shellcheck source=slurm/checks.sh
 for name in checks plain; do source "$gan_dist_code/slurm/$name.sh"; done
+if [[ ! -d $gan_dist_code/launch ]]; then gan_dist_code+=/code.zip; fi # Python imports from it as from a directory
 
 host_libraries=${LD_LIBRARY_PATH:-} host_path=$PATH # before job.setup
 on_term="" # what the batch shell does on TERM, from a start's beginning until it is decided what becomes of the job
 gan_dist_step() { # NAME ARGUMENTS...: runs a Python step of launch/job; a signal for the job is no reason for it to die
   if [[ -n $on_term ]]; then trap '' TERM USR2; fi # here already: it would end a child that has not yet done so itself
   (trap '' TERM USR2 && LD_LIBRARY_PATH=$host_libraries PATH=$PATH:$host_path exec "$host_python" -ISB \
-    "$gan_dist_code/launch/job/$1.py" "${@:2}")
+    "$gan_dist_code/launch/job" "$@")
   set -- $?
   if [[ -n $on_term ]]; then trap : USR2 && trap '$on_term' TERM; fi
   return "$1"

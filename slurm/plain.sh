@@ -3,12 +3,11 @@
 
 # Checks their arguments, and takes code, interpreter and container from the environment.
 gan_dist_arguments() { # COUNT USAGE ARGUMENTS...
-  local code=${code:?the checkout}
   if (($# - 2 < $1)); then
     echo "gan_dist: expected arguments $2, found $(($# - 2))" >&2
     exit 2
   fi
-  export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
+  export PYTHONPATH=$gan_dist_code${PYTHONPATH:+:$PYTHONPATH}
   read -ra python <<<"${GAN_DIST_CONTAINER:-}"
   python+=("${GAN_DIST_PYTHON:-python}")
 }

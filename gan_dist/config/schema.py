@@ -24,6 +24,7 @@ from gan_dist.config.base import (
     with_overrides,
 )
 from gan_dist.utils.files import expand_source
+from gan_dist.utils.system import own_files
 
 RESOLUTIONS = (32, 64, 128, 256)
 LossName = Literal["minimax", "non_saturating", "least_squares", "hinge", "wasserstein", "relativistic"]
@@ -300,10 +301,11 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
 
 def preset(name: str) -> Config:
     """Returns a configuration that comes with gan_dist: `demo` or `paintings64`."""
-    here = Path(__file__).parents[1]
+    package = own_files()
     # In a wheel the presets lie inside the package; in a checkout, configs/ beside it is the one place to edit them.
-    homes = (here / "configs", here.parent / "configs")
-    return load_config(next((home / f"{name}.yaml" for home in homes if home.is_dir()), homes[0] / f"{name}.yaml"))
+    homes = (package / "configs", package.parent / "configs")
+    home = next((home for home in homes if home.is_dir()), homes[0])
+    return load_config(read_yaml(home / f"{name}.yaml"))
 
 
 def presets() -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from gan_dist.distributed.world import World
 from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.system import own_files
 
 CLOCK_S = 30.0
 """Clocks further apart than this make files of one run look older than those before them."""
@@ -23,11 +24,18 @@ CLOCK_S = 30.0
 @cache
 def sources() -> str:
     """Returns a short hash of the code of gan_dist that this process runs."""
-    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    for name, content in sorted(_modules(own_files())):
+        digest.update(f"{name}\n".encode() + content)
     return digest.hexdigest()[:12]
+
+
+def _modules(folder: Path, within: str = "") -> Iterator[tuple[str, bytes]]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _modules(entry, f"{within}{entry.name}/")
+        elif entry.name.endswith(".py"):
+            yield within + entry.name, entry.read_bytes()
 
 
 def preflight(world: World, dataset: str, task: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from gan_dist.config.diff import changes, flatten
@@ -28,13 +28,14 @@ from gan_dist.telemetry.console import duration
 from gan_dist.telemetry.gallery import dataset_card
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand, write_atomically
+from gan_dist.utils.system import own_files
 
 FILM_BUDGET = 5_500_000
 """Bytes that the films take on a page, over all its runs; a page stays below 10 MB."""
 STILLS_BUDGET = 2_500_000
 LAST = ("loss/discriminator", "loss/generator", "probability/real", "probability/fake", "evaluate/swd")
 """Tags whose newest values the table of several runs shows, where any of them has logged them."""
-HERE = Path(__file__).parent
+HERE = own_files() / "report"
 
 
 def make_report(
@@ -222,7 +223,7 @@ def _shown(value: Any) -> Any:
 
 def _templates() -> Environment:
     made = Environment(
-        loader=FileSystemLoader(HERE / "templates"),
+        loader=FunctionLoader(lambda name: (HERE / "templates" / name).read_text(encoding="utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 MEMORY = {"tmpfs", "ramfs"}
 NETWORK = re.compile(r"nfs|lustre|cifs|smb|beegfs|gpfs|ceph|afs|gluster|panfs|orangefs|9p|fuse\.")
@@ -78,6 +80,11 @@ def _field(path: Path, name: str, default: int) -> int:
 def default_workers() -> int:
     """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def own_files() -> Path:
+    """Returns the folder of this package: a path, or what reads like one in an archive, from which jobs may run."""
+    return cast(Path, files("gan_dist"))
 
 
 def code_version() -> str | None:

@@ -3,7 +3,7 @@
 One place for all doors: `launch submit` and `launch local` drop it before they start anything; the batch script of each
 job, that of a plain sbatch file too, drops or corrects it by what the controller says of the job:
 
-    source <(python3 -I environment.py)       prints the lines for bash
+    source <(python3 -I launch/job environment)       prints the lines for bash
 
 Needs nothing but Python 3.6 and its standard library.
 """

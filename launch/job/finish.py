@@ -1,11 +1,12 @@
 """The step that ends a start of a job, or lets it begin: gathers the facts, asks `verdict`, writes down, requeues.
 
-    finish.py finish ATTEMPT      after srun: decides, and writes `requeue|end|cancel STATUS` to ATTEMPT/verdict
-    finish.py requeue ATTEMPT     asks SLURM to requeue the job; exits with 0 when it will
-    finish.py begin ATTEMPT       before it: `begin 0`, or `end 1` where earlier starts have used up the bounds
-    finish.py term ATTEMPT PID    when SLURM wants the job to end: exits with 0 when srun, PID, cannot be waited for
+    finish finish ATTEMPT      after srun: decides, and writes `requeue|end|cancel STATUS` to ATTEMPT/verdict
+    finish requeue ATTEMPT     asks SLURM to requeue the job; exits with 0 when it will
+    finish begin ATTEMPT       before it: `begin 0`, or `end 1` where earlier starts have used up the bounds
+    finish term ATTEMPT PID    when SLURM wants the job to end: exits with 0 when srun, PID, cannot be waited for
 
-Run by slurm/lib.sh with `python3 -I`, outside any container. Needs nothing but Python 3.6 and its standard library.
+Run by slurm/lib.sh as `python3 -I launch/job finish ...`, outside any container. Needs nothing but Python 3.6 and its
+standard library.
 """
 
 import os
@@ -16,9 +17,6 @@ import time
 from datetime import datetime
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
-
-if not __package__:  # run as a program; -I leaves the checkout out
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.job.verdict import (
     EXIT_FAILED,

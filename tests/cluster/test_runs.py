@@ -27,7 +27,8 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
 
     before = {name: sent(name) for name in linuxproc.hosts}
     run = Run.submit(linuxproc, config, tmp_path / "run", "--max-steps", "20", ranks=2)
-    code = {file: file.stat().st_mtime_ns for file in (run.folder / "code").rglob("*")}
+    submitted = {file: file.stat().st_mtime_ns for file in files_of(run.folder)}
+    assert len(submitted) == 8, sorted(submitted)  # once it was one of each source file, and its compiled form
     words = [sys.executable, "-m", "launch", "logs", "-f", "--rank", "0", str(run.path)]
     following = subprocess.Popen(words, cwd=ROOT, env=linuxproc.environment(), stdout=subprocess.PIPE, text=True)
     run.wait_for("done")
@@ -41,7 +42,7 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     assert master["address"] == linuxproc.hosts["node1"].address and 10000 <= master["port"] < 32768
     # 20 steps of gradients of both networks crossed the bridge; SLURM's own talk is far less.
     assert all(sent(name) - before[name] > 2_000_000 for name in ("node1", "node2"))
-    assert {file: file.stat().st_mtime_ns for file in (run.folder / "code").rglob("*")} == code
+    assert {file: file.stat().st_mtime_ns for file in files_of(run.folder)} == submitted
     status = run.status()
     assert f"job {job} (train, 4 rank(s)): done: 20" in status and "done step=20/20" in status, status
     assert f"==> {logs[3]}\n" in launch(linuxproc, "logs", "--rank", "3", str(run.path)).stdout
@@ -56,6 +57,12 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     name = re.findall(r"launch/(\d{8}-\d{6}-[0-9a-f]{6})/", dry)[0]
     assert (run.folder / "submission.sh").read_text() == dry.replace(name, run.folder.name)
     wait_until(lambda: not leftovers(linuxproc), 30, "empty hosts")
+
+
+def files_of(submission: Path) -> list[Path]:
+    """Returns the files of a submission, but for those of its starts."""
+    files = [file for file in submission.rglob("*") if file.is_file()]
+    return [file for file in files if not file.is_relative_to(submission / "attempts")]
 
 
 def interrupted_once(run: Run, whole: Path, by: str) -> None:

@@ -1,4 +1,4 @@
-"""Batch scripts against recorded text; what options refuse; the snapshot of a checkout."""
+"""Batch scripts against recorded text; what options refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import yaml
 
 from gan_dist.config.schema import load_config, to_yaml
 from gan_dist.utils.errors import UserError
-from launch import snapshot
 from launch.batch_script import Batch, batch_script, interpreter
 from launch.options import SlurmOptions, load_cluster, split_overrides
 from launch.submit import refuse_changes, resolve_parent, training_batch
@@ -77,7 +76,7 @@ def test_the_dry_run_prints_the_batch_script_and_makes_nothing(tmp_path: Path) -
 
 
 def test_arrays_and_dependencies_are_in_the_header(tmp_path: Path) -> None:
-    batch = Batch("prepare", Path("/r"), Path("/r/launch/i"), Path("/c"), ("true",), array=8, after="12:13")
+    batch = Batch("prepare", Path("/r"), Path("/r/launch/i"), ("true",), array=8, after="12:13")
     text = batch_script(batch, load_cluster(None))
     assert "#SBATCH --array=0-7\n" in text and "#SBATCH --output=/r/logs/%A_%a-batch.log\n" in text
     assert "#SBATCH --dependency=afterok:12:13\n" in text and "#SBATCH --kill-on-invalid-dep=yes\n" in text
@@ -210,7 +209,7 @@ def test_a_stage_inherits_neither_gpus_nor_memory_nor_whole_nodes_and_has_keys_o
     training = ["slurm.mem=200G", "slurm.gpus_per_node=4", "slurm.extra={exclusive: true, exclude: n7, qos: art}"]
     words = [*training, "report.slurm.partition=cpu", "prepare.slurm={time: 30, extra: {exclude: false}}"]
     options = load_cluster(None, [*words, "slurm.srun.cpu-bind=cores", "slurm.extra.nice=7"])
-    batch = Batch("r", Path("/r"), Path("/s"), Path("/c"), ())
+    batch = Batch("r", Path("/r"), Path("/s"), ())
     train, prepare, report = (batch_script(batch, options, options.stage(k)) for k in ("train", "prepare", "report"))
     assert {"#SBATCH --mem=200G", "#SBATCH --exclusive", "#SBATCH --nice=7"} <= set(train.splitlines())
     for text in (prepare, report):
@@ -262,124 +261,16 @@ def test_every_kind_of_job_can_be_printed(words: list[str], tmp_path: Path) -> N
 def test_there_is_a_rank_for_each_gpu_however_it_is_asked_for(words: list[str], ranks: int) -> None:
     options = load_cluster(None, words)
     assert options.slurm.ranks_per_node == ranks
-    text = batch_script(Batch("r", Path("/r"), Path("/s"), Path("/c"), ()), options)
+    text = batch_script(Batch("r", Path("/r"), Path("/s"), ()), options)
     assert f"#SBATCH --ntasks-per-node={ranks}\n" in text
 
 
 def test_what_is_left_to_the_cluster_is_not_asked_for() -> None:
     words = ["slurm.cpus_per_task=null", "slurm.gpus_per_node=null", "slurm.nodes=2-4", "slurm.tasks_per_node=2"]
     options = load_cluster(None, words)
-    text = batch_script(Batch("r", Path("/r"), Path("/s"), Path("/c"), ()), options)
+    text = batch_script(Batch("r", Path("/r"), Path("/s"), ()), options)
     assert "cpus-per-task" not in text and "gpus" not in text and "#SBATCH --nodes=2-4\n" in text
     assert (options.slurm.ranks, options.slurm.planned) == (8, None)
-
-
-def git(root: Path, *words: str) -> None:
-    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
-    subprocess.run(["git", "-C", str(root), *identity, *words], check=True, capture_output=True)
-
-
-def test_a_snapshot_holds_what_is_there_and_nothing_that_git_ignores(tmp_path: Path) -> None:
-    root, copy = tmp_path / "checkout", tmp_path / "copy"
-    for name, text in {"a/kept.py": "x = 1\n", "gone.py": "", ".gitignore": "big/\n*.pt\n"}.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    git(root, "init", "-q")
-    git(root, "add", ".")
-    git(root, "commit", "-qm", "first")
-    commit = snapshot.commit_of(root)
-    assert commit and re.fullmatch(r"[0-9a-f]{12}", commit)
-    (root / "a/kept.py").write_text("x = 2\n")
-    (root / "new file.py").write_text("")
-    (root / "gone.py").unlink()
-    for name in ("big/data.bin", "model.pt", "data/paintings64/shard-000000.tar", "a/data/new.py"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    snapshot.take(root, copy)
-    names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file() and file.suffix != ".pyc"}
-    assert names == {"a/kept.py", "a/data/new.py", "new file.py", ".gitignore"}
-    assert (copy / "a/kept.py").read_text() == "x = 2\n"
-    assert snapshot.commit_of(root) == f"{commit}-dirty"
-
-
-def test_a_checkout_of_another_owner_is_read_as_its_owner_reads_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = tmp_path / "checkout"
-    root.mkdir()
-    for name, text in {".gitignore": "/*.zip\n", "code.py": "", "train.zip": "x"}.items():
-        (root / name).write_text(text)
-    git(root, "init", "-q")
-    git(root, "add", ".")
-    git(root, "commit", "-qm", "first")
-    commit = snapshot.commit_of(root)
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to try this as one user
-    refused = subprocess.run(["git", "-C", str(root), "status"], capture_output=True, text=True, check=False)
-    assert "dubious ownership" in refused.stderr
-    assert [str(name) for name in snapshot.files_of(root)] == [".gitignore", "code.py"]
-    assert commit and snapshot.commit_of(root) == commit and not capsys.readouterr().err
-    (root / ".git" / "HEAD").write_text("nonsense")
-    assert Path("train.zip") in snapshot.files_of(root)
-    assert ".gitignore and the commit are not known" in capsys.readouterr().err  # and not in silence
-
-
-def test_a_checkout_without_git_is_copied_without_environments_and_data(tmp_path: Path) -> None:
-    root = tmp_path / "checkout"
-    for name in (
-        "gan_dist/data/a.py",
-        "data/set.tar",
-        "env/pyvenv.cfg",
-        "env/lib/x.py",
-        ".hidden/y.py",
-        "runs/r/state.pt",
-        "README.md",
-    ):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("")
-    assert sorted(map(str, snapshot.files_of(root))) == ["README.md", "gan_dist/data/a.py"]
-    assert snapshot.commit_of(root) is None
-
-
-@pytest.mark.parametrize("with_git", [True, False])
-def test_a_snapshot_holds_no_earlier_run_and_keeps_links(with_git: bool, tmp_path: Path) -> None:
-    root, copy = tmp_path / "checkout", tmp_path / "deep" / "copy"
-    for name in (
-        "launch/cli.py",
-        "configs/config.yaml",
-        "out/notes.py",
-        "out/r1/launch/1/job.json",
-        "out/r1/logs/1-batch.log",
-        "out/r2/launch/2/code/launch/cli.py",  # killed while it was submitted
-        "out/local/checkpoints/latest",
-        "out/local/config.yaml",
-        "out/new/launch/3/config.yaml",
-        "home/doctor/words",
-        "../elsewhere/x.py",
-    ):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("")
-    (root / "same").symlink_to("configs")
-    (root / "other").symlink_to("../elsewhere")
-    (root / "gone").symlink_to("nowhere")
-    if with_git:
-        git(root, "init", "-q")
-        git(root, "init", "-q", "another")  # listed as a directory
-        git(root, "add", "launch", "configs", "same", "other", "gone", "home/doctor/words")
-    snapshot.take(root, copy, [root / "out/new", root / "home", root, tmp_path])
-    names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file() and file.suffix != ".pyc"}
-    tracked = {"home/doctor/words"} if with_git else set()
-    assert (
-        names - {"same/config.yaml", "other/x.py"} == {"launch/cli.py", "configs/config.yaml", "out/notes.py"} | tracked
-    )
-    assert (copy / "same").resolve() == copy / "configs" and (copy / "other").resolve() == tmp_path / "elsewhere"
-
-
-def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "MAX_MIB", 1)
-    (tmp_path / "checkout").mkdir()
-    (tmp_path / "checkout" / "train.zip").write_bytes(b"0" * 2**21)
-    with pytest.raises(UserError, match=r"train\.zip most of all"):
-        snapshot.take(tmp_path / "checkout", tmp_path / "copy")
 
 
 def test_another_game_is_refused_before_it_is_queued(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def test_each_seed_is_a_run_of_its_own_and_an_element_of_one_job(
     for (run, each), seed in zip(made, (3, 7), strict=True):
         folder = run / "launch" / each.id
         assert f"seed: {seed}\n" in (folder / "config.yaml").read_text()
-        assert (folder / f"{each.job}_submitted.pkl").exists() and (folder / "code" / "code.py").exists()
+        assert (folder / f"{each.job}_submitted.pkl").exists() and (folder / "code.zip").exists()
         assert json.loads((folder / "job.json").read_text())["words"][-1] == f"seed={seed}"
-    code = [run / "launch" / each.id / "code" / "code.py" for run, each in made]
+    code = [run / "launch" / each.id / "code.zip" for run, each in made]
     assert code[0].stat().st_ino == code[1].stat().st_ino  # written once
     fake.program("squeue", "echo '71_3|RUNNING|1:00|n1|(None)|N/A'; echo '71_7|PENDING|1:00||(Priority)|N/A'")
     status_command([str(run) for run, _ in made])

@@ -18,7 +18,7 @@
 #SBATCH --signal=USR2@300
 
 export GAN_DIST_MAX_REQUEUES=7 GAN_DIST_MAX_STARTS=3
-source '/scratch/runs/100% art/launch/20261123-120000-abcdef/code'/slurm/lib.sh
+source '/scratch/runs/100% art/launch/20261123-120000-abcdef'/slurm/lib.sh
 gan_dist_begin '/scratch/runs/100% art' '/scratch/runs/100% art/launch/20261123-120000-abcdef'
 
 export NCCL_SOCKET_IFNAME=ib0
@@ -26,7 +26,7 @@ export GREETING='it'"'"'s fine'
 gan_dist_setup
 module load cuda/12.8
 gan_dist_ready
-export PYTHONPATH='/scratch/runs/100% art/launch/20261123-120000-abcdef/code'${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH='/scratch/runs/100% art/launch/20261123-120000-abcdef/code.zip'${PYTHONPATH:+:$PYTHONPATH}
 
 export SUBMITIT_EXECUTOR=slurm
 gan_dist_preflight apptainer exec --nv image.sif /opt/env/bin/python
