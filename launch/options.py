@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +34,8 @@ Seconds = Annotated[int, Field(ge=10)]
 class SlurmOptions(Section):
     """What each job requests from SLURM. A key that is left out has the cluster's default.
 
-    `header` in batch_script.py writes each key into the script; `extra` takes any option that has no key. Small jobs
-    leave out what they do not need: ONE_PROCESS below, `on_cpus` in submit.py, `one_processor` in tensorboard.py.
+    `header` in batch_script.py writes each key into the script; `extra` takes any option that has no key. SMALL_JOBS
+    below says what jobs other than training leave out.
     """
 
     account: str | None = None
@@ -229,12 +229,17 @@ class ClusterOptions(Section):
     prepare: StageOptions = StageOptions()
     report: StageOptions = StageOptions()
 
-    def stage(self, kind: str) -> SlurmOptions:
-        """Returns what a job of this kind (train, prepare, report) requests. Raises UserError naming a wrong key."""
-        if kind not in STAGES:
+    def stage(self, kind: str, explicit: Collection[str] = ()) -> SlurmOptions:
+        """Returns what a job of this kind (train, or one of SMALL_JOBS) requests. Raises UserError naming a wrong key.
+
+        The keys in `explicit` (slurm.mem) were given for this job, and not for training.
+        """
+        if kind not in SMALL_JOBS:
             return self.slurm
-        given = getattr(self, kind).slurm
-        values = {**self.slurm.model_dump(), **ONE_PROCESS, **given}
+        training = self.slurm.model_dump()
+        given = {key: value for key, value in training.items() if f"slurm.{key}" in explicit}
+        given |= getattr(self, kind, StageOptions()).slurm
+        values = {**training, **SMALL_JOBS[kind], **given}
         if isinstance(given.get("extra", {}), dict):
             small = {key: value for key, value in self.slurm.extra.items() if not re.search(LARGE, key)}
             values["extra"] = {**small, **given.get("extra", {})}
@@ -245,9 +250,13 @@ class ClusterOptions(Section):
             raise UserError(re.sub(r"\bslurm\.", f"{kind}.slurm.", line)) from None
 
 
-STAGES = ("prepare", "report")
-ONE_PROCESS = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None, "mem": None}
-"""What a job of one process does not inherit from training."""
+ONE_PROCESS: dict[str, Any] = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None, "mem": None}
+SMALL_JOBS = {
+    "prepare": ONE_PROCESS,
+    "report": ONE_PROCESS,
+    "tensorboard": {**ONE_PROCESS, "cpus_per_task": 1, "constraint": None},
+}
+"""What each kind of job of one process does not inherit from training."""
 LARGE = "gpu|gres|tres|mem|exclusive|ntasks|nodelist|switches"
 """Matches the options of sbatch that ask for more than one processor on any node."""
 
@@ -288,7 +297,7 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
     others = [word for word in overrides if not SINGLE.fullmatch(word)]
     values = _with_single_options(with_overrides(ClusterOptions, values, others), overrides)
     options = validate(ClusterOptions, values, str(path) if path else "cluster options", others)
-    for kind in STAGES:
+    for kind in SMALL_JOBS:
         options.stage(kind)
     return options.model_copy(update={"job": _located(options.job)})
 

@@ -28,7 +28,7 @@ from launch import slurm, snapshot
 from launch.batch_script import Batch, batch_script, interpreter, rank_lines
 from launch.job.rank import TrainJob
 from launch.job.verdict import FINAL
-from launch.options import ClusterOptions, SlurmOptions
+from launch.options import ClusterOptions
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,6 @@ def pickled(
     executor.update_parameters(time=max(1, cluster.slurm.seconds // 60))
     executor.submit(job)
     return executor.made
-
-
-def on_cpus(options: SlurmOptions) -> SlurmOptions:
-    """Returns the options of a job of one process without GPUs on the cluster where training uses `options`."""
-    extra = {key: value for key, value in options.extra.items() if not re.search("gpu|gres|tres", key)}
-    reduced = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "gres": None, "extra": extra}
-    return options.model_copy(update=reduced)
 
 
 def command_lines(cluster: ClusterOptions, commands: Sequence[Sequence[str]]) -> tuple[str, ...]:

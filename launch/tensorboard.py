@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -16,8 +15,8 @@ from pathlib import Path
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.batch_script import Batch, batch_script, interpreter
-from launch.options import LARGE, ClusterOptions, SlurmOptions
-from launch.submit import enqueue, jobs_of, new_submission, on_cpus
+from launch.options import ClusterOptions
+from launch.submit import enqueue, jobs_of, new_submission
 
 START_S = 120
 INTRODUCTION = "On your laptop, one of:"
@@ -70,22 +69,12 @@ def serve(runs: Path, port: int | None = None) -> int:
         raise GanDistError(f"cannot start TensorBoard: {error}") from None
 
 
-def one_processor(options: SlurmOptions, explicit: Collection[str] = ()) -> SlurmOptions:
-    """Returns the options of a job of one processor on the cluster where training uses `options`.
-
-    The keys in `explicit` (slurm.mem) were given for this job and are kept; what else asks for more is dropped.
-    """
-    extra = {key: value for key, value in options.extra.items() if not re.search(LARGE, key)}
-    reduced = {"cpus_per_task": 1, "mem": None, "constraint": None, "extra": extra}
-    kept = {key: getattr(options, key) for key in type(options).model_fields if f"slurm.{key}" in explicit}
-    return on_cpus(options).model_copy(update=reduced | kept)
-
-
 def submit_tensorboard(
     runs: Path, cluster: ClusterOptions, explicit: Collection[str] = (), port: int | None = None
 ) -> list[str]:
     """Returns lines for the console, once TensorBoard runs as a job of one CPU: how to reach it.
 
+    The keys in `explicit` (slurm.mem) were given for this job.
     Raises GanDistError when the job ends at once.
     """
     slurm.require("sbatch", "srun")
@@ -95,7 +84,7 @@ def submit_tensorboard(
         words += ["--port", str(port)] if port else []
         body = (f"exec {shlex.join(words)}",)
         batch = Batch("tensorboard", home, folder, body)
-        text = batch_script(batch, cluster, one_processor(cluster.slurm, explicit))
+        text = batch_script(batch, cluster, cluster.stage("tensorboard", explicit))
         job = enqueue(home, folder, "tensorboard", text, [str(runs)], 1).job
         (asked,) = [each for each in jobs_of(home) if each.id == job][-1:]
     log = home / "logs" / f"{job}-batch.log"

@@ -195,7 +195,8 @@ class TrainConfig(Section):
     ema_half_life_images: NonNegative = 0
     """Images after which an averaged generator has forgotten half; 0 keeps none."""
     threads: Positive | None = None
-    """CPU threads of torch in each rank; null keeps torch's choice (1 under torchrun). Changes bits on CPU."""
+    """CPU threads of torch in each rank; null keeps torch's choice: 1 under torchrun, slurm.cpus_per_task in a job.
+    Changes bits on CPU."""
     deterministic: bool | Literal["auto"] = "auto"
     """Ask torch for deterministic kernels: then the same start gives the same bits on a GPU too, at some cost. auto: on
     a GPU yes; on a CPU no, where the bits are the same without."""

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -94,7 +95,7 @@ class TrainJob:
     def run(self) -> int:
         """Returns 0 when this rank is done or has stopped as asked, otherwise the status of its failure."""
         attempt = Path(os.environ[ATTEMPT])
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, for the same bits under both
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_ranks(os.environ)))
         task: Task | None = None
         try:
             if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -142,8 +143,6 @@ class TrainJob:
         """Returns the trainer's Outcome; the report is left to `report`."""
         from gan_dist.training.trainer import train
 
-        if line := self.idle_processors():
-            print(line, flush=True)
         how = "submit" if "SLURM_JOB_ID" in os.environ else "local"
         return train(
             self.config,
@@ -156,23 +155,6 @@ class TrainJob:
             command=["python", "-m", "launch", how, self.config, *self.overrides],
         )
 
-    def idle_processors(self) -> str:
-        """Returns a line about the processors that this rank has and does not use, for rank 0 on a CPU."""
-        have, use = os.environ.get("SLURM_CPUS_PER_TASK", "1"), os.environ.get("OMP_NUM_THREADS", "1")
-        if os.environ.get("RANK", "0") != "0" or use != "1" or have in ("", "1"):
-            return ""
-        import torch
-
-        from gan_dist.config.schema import load_config
-
-        settings = load_config(self.config, self.overrides).train
-        if settings.threads or (torch.cuda.is_available() and settings.device != "cpu"):
-            return ""
-        return (
-            f"note: torch uses 1 of the {have} processors of each rank (slurm.cpus_per_task), as under torchrun; more "
-            f"threads give other bits: job.env={{OMP_NUM_THREADS: '{have}'}} or train.threads={have}"
-        )
-
     def _write_outcome(self, attempt: Path, outcome: Any) -> None:
         if outcome.stopped is None:
             write_atomically(attempt / "done", f"{outcome.step}\n".encode())
@@ -182,6 +164,12 @@ class TrainJob:
         what = "end" if str(Path(self.run_dir) / "stop") in outcome.stopped else "requeue"
         write_atomically(attempt / "stopped", f"{what} {outcome.stopped}\n".encode())
         print(f"stopped by {outcome.stopped}: step {outcome.step} of {outcome.total_steps} is saved", flush=True)
+
+
+def threads_of_ranks(env: Mapping[str, str], ranks: int = 1) -> int:
+    """Returns the threads of each of a task's ranks: its share of slurm.cpus_per_task, or 1, as under torchrun."""
+    processors = env.get("SLURM_CPUS_PER_TASK", "")
+    return max(1, int(processors) // ranks) if processors.isdigit() else 1
 
 
 def await_report(attempt: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, GanDistError
 from launch.job.addresses import Task, agree_on_master, read_task
 from launch.job.environment import WORLD
-from launch.job.rank import ATTEMPT, MASTER_TIMEOUT_S, note_begun, write_failure
+from launch.job.rank import ATTEMPT, MASTER_TIMEOUT_S, note_begun, threads_of_ranks, write_failure
 from launch.snapshot import CHECKOUT
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -30,9 +30,9 @@ VERDICT_S = 60.0
 """Seconds that a node whose torchrun failed waits for files of the other nodes' ranks, which may have saved."""
 
 
-def run_torchrun(options: Sequence[str], words: Sequence[str]) -> int:
+def run_torchrun(options: Sequence[str], words: Sequence[str], threads: int = 1) -> int:
     """Returns torchrun's exit status after running `launch.job.rank WORDS` under it on this machine."""
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
     # The agent inherits that these are ignored; launch.job.rank installs its own handlers.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in FORWARDED}
     received: set[int] = set()
@@ -122,6 +122,7 @@ def main() -> None:
             f"--master-port={variables['MASTER_PORT']}",
         ],
         words,
+        threads_of_ranks(os.environ, int(ranks)),
     )
     for reservation in reserved:
         reservation.close()

@@ -25,8 +25,8 @@ from launch.cli import cancel, pipeline, status_command, stop, tensorboard
 from launch.cli import submit as submit_command
 from launch.options import load_cluster
 from launch.status import all_runs, status_lines
-from launch.submit import on_cpus, prepare_array, submissions, submit_pipeline, submit_training
-from launch.tensorboard import how_to_reach, one_processor, serve
+from launch.submit import prepare_array, submissions, submit_pipeline, submit_training
+from launch.tensorboard import how_to_reach, serve
 
 
 @dataclass
@@ -447,14 +447,16 @@ def test_tensorboard_asks_for_little_of_what_training_asks_for() -> None:
     training = ["slurm.constraint=h100", "slurm.mem=200G", f"slurm.extra={extra}", "slurm.gres=gpu:4", "slurm.nodes=9"]
     cluster = load_cluster(None, [*training, "slurm.partition=gpu", "slurm.cpus_per_task=8", "slurm.qos=low"])
     open_keys = {"extra": {"exclude": "n7", "reservation": "art"}, "mem": None, "constraint": None, "gres": None}
-    result = one_processor(cluster.slurm).model_dump()
+    result = cluster.stage("tensorboard").model_dump()
+    result_extra = result["extra"]
     assert open_keys.items() <= result.items() and (result["partition"], result["qos"]) == ("gpu", "low")
     assert (result["nodes"], result["cpus_per_task"], result["tasks_per_node"], result["gpus_per_node"]) == (1, 1, 1, 0)
-    result = one_processor(cluster.slurm, {"slurm.mem", "slurm.cpus_per_task", "slurm.extra"}).model_dump()
+    result = cluster.stage("tensorboard", {"slurm.mem", "slurm.cpus_per_task", "slurm.extra"}).model_dump()
     assert (result["mem"], result["cpus_per_task"], result["constraint"]) == ("200G", 8, None) and len(
         result["extra"]
     ) == 5
-    assert on_cpus(cluster.slurm).extra.keys() == {"exclusive", "mem-per-cpu", "exclude", "reservation"}
+    stage = cluster.stage("report")
+    assert (stage.constraint, stage.cpus_per_task, stage.mem) == ("h100", 8, None) and stage.extra == result_extra
 
 
 def test_tensorboard_as_a_job_says_how_to_reach_it_or_why_it_ended(

@@ -74,26 +74,24 @@ def test_wrong_arguments_are_reported_as_bad_usage(tmp_path: Path) -> None:
     assert (tmp_path / "failed-3").read_text().split("\t")[1:4] == ["2", "error", "3"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "env", "told"),
-    [
-        ((), {}, True),
-        (("train.threads=4",), {}, False),
-        ((), {"OMP_NUM_THREADS": "4"}, False),
-        ((), {"SLURM_CPUS_PER_TASK": "1"}, False),
-        ((), {"RANK": "1"}, False),
-    ],
-)
-def test_processors_that_nobody_uses_are_told(
-    overrides: tuple[str, ...], env: dict[str, str], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tmp_path / "art.yaml"
-    config.write_text("data: {shards: x}\ntrain: {device: cpu}\n")
-    for key, value in {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "1", "RANK": "0", **env}.items():
-        monkeypatch.setenv(key, value)
-    line = rank.TrainJob(str(config), overrides, "run").idle_processors()
-    assert line.startswith("note: torch uses 1 of the 8 processors of each rank (slurm.cpus_per_task)") == told
-    assert bool(line) == told
+def test_threads_follow_the_processors_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a person stand; outside of a job there is one, as under torchrun."""
+    cases: list[tuple[dict[str, str], str]] = [
+        ({"SLURM_CPUS_PER_TASK": "8"}, "8"),
+        ({"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "2"}, "2"),
+        ({"SLURM_CPUS_PER_TASK": ""}, "1"),
+        ({}, "1"),
+    ]
+    for env, threads in cases:
+        with monkeypatch.context() as patch:
+            for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"):
+                patch.delenv(name, raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            words_of(ValueError("no"), tmp_path, patch)
+            assert os.environ["OMP_NUM_THREADS"] == threads, env
+    shares = [rank.threads_of_ranks({"SLURM_CPUS_PER_TASK": "8"}, ranks) for ranks in (1, 3, 4, 16)]
+    assert shares == [8, 2, 2, 1]  # of torchrun's ranks, which share one task
 
 
 def test_what_cannot_be_imported_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
