@@ -88,7 +88,7 @@ def test_threads_follow_the_processors_of_a_rank(tmp_path: Path, monkeypatch: py
                 patch.delenv(name, raising=False)
             for name, value in env.items():
                 patch.setenv(name, value)
-            words_of(ValueError("no"), tmp_path, patch)
+            words_of(ValueError("no"), tmp_path, patch)  # type: ignore[arg-type]
             assert os.environ["OMP_NUM_THREADS"] == threads, env
     shares = [rank.threads_of_ranks({"SLURM_CPUS_PER_TASK": "8"}, ranks) for ranks in (1, 3, 4, 16)]
     assert shares == [8, 2, 2, 1]  # of torchrun's ranks, which share one task
