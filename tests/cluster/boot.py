@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gan_dist.utils.files import write_atomically
 from tests.cluster.conf import Layout, cgroup_conf, gres_conf, hosts_file, slurm_conf
@@ -174,12 +174,15 @@ class Cluster:
     proctrack: str = "linuxproc"
     settings: dict[str, Any] = field(default_factory=dict)
     """Other fields of Layout."""
+    running: ClassVar[list[Cluster]] = []
+    networks: ClassVar[set[str]] = set()
 
     def __post_init__(self) -> None:
         self.tag = f"gd{random.SystemRandom().randrange(16**5):05x}"
         self.directory = Path(tempfile.mkdtemp(prefix=f"{self.tag}-"))
         self.directory.chmod(0o755)
-        network = random.SystemRandom().choice(free_networks())
+        network = random.SystemRandom().choice([each for each in free_networks() if each not in Cluster.networks])
+        Cluster.networks.add(network)  # no bridge is there yet, and another thread may choose
         hosts = {f"node{n}": f"{network}.{10 + n}" for n in range(1, self.num_hosts + 1)}
         self.layout = Layout(
             directory=self.directory,
@@ -198,6 +201,7 @@ class Cluster:
         return {**kept, "SLURM_CONF": str(self.directory / "slurm.conf"), "PATH": _path()}
 
     def __enter__(self) -> Cluster:
+        Cluster.running.append(self)
         try:
             self._boot()
         except BaseException:
@@ -206,6 +210,8 @@ class Cluster:
         return self
 
     def __exit__(self, *reason: object) -> None:
+        Cluster.running.remove(self)
+        Cluster.networks.discard(self.layout.head.rpartition(".")[0])
         for host in self.hosts.values():
             host.kill()
         for daemon in reversed(self._daemons):

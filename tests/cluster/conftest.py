@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import queue
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.boot import Cluster, missing
-from tests.cluster.jobs import FIRST_START, STEPS, Run, hook, slowly, small_config
+from tests.cluster.jobs import STEPS, Run, small_config
 
+LANES = 2
 _booted: list[Cluster] = []
+_begun: dict[str, Future[None]] = {}
+"""Tests marked `waits` that run in threads of their own. What they are given is the whole session's."""
 
 
 def _boot(proctrack: str) -> Iterator[Cluster]:
@@ -57,46 +66,55 @@ def other() -> Iterator[Cluster]:
         _booted.remove(cluster)
 
 
-LIMIT = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10")
-LATE = """
-from gan_dist.training.update import Update
-step, save = Update.step, module.save
-Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
-module.save = lambda *words, **more: (words[1]["step"] and time.sleep(100), save(*words, **more))
-"""
-
-
 @pytest.fixture(scope="session")
 def minute() -> Iterator[Cluster]:
-    """A cluster whose jobs meet their time limits while others are tested elsewhere."""
+    """A cluster for runs that wait for something, while others are tested elsewhere."""
     if reason := missing("cgroup"):
         pytest.skip(reason)
     with Cluster(2, "cgroup") as cluster:
         yield cluster
 
 
-@pytest.fixture(scope="session")
-def limited(minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A slow run that meets its time limit."""
-    slow = slowly(tmp_path_factory.mktemp("slowly"))
-    return Run.submit(minute, config, tmp_path_factory.mktemp("limited") / "run", *LIMIT, slow)
-
-
-@pytest.fixture(scope="session")
-def late(minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose first start saves until long after its time limit."""
-    slow = hook(tmp_path_factory.mktemp("late"), "gan_dist.training.checkpointer", LATE, FIRST_START)
-    words = (*LIMIT, slow, "checkpoint.every_steps=100000", "dist.timeout_s=200")
-    return Run.submit(minute, config, tmp_path_factory.mktemp("late") / "run", *words)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that mostly wait come last: they are begun with the first."""
+    items.sort(key=lambda item: item.get_closest_marker("waits") is not None)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _begin_early(request: pytest.FixtureRequest) -> None:
-    """The least that SLURM knows is a minute, in which others can be tested."""
-    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for name in ("limited", "late"):
-        if name in wanted and not missing("cgroup"):
-            request.getfixturevalue(name)
+def _begin_early(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Begins the tests that mostly wait, LANES of them at a time, beside all others."""
+    waiting = [item for item in request.session.items if item.get_closest_marker("waits")]
+    calls: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]] = queue.SimpleQueue()
+    if not missing("cgroup"):
+        for item in waiting:
+            assert isinstance(item, pytest.Function)
+            words = {name: request.getfixturevalue(name) for name in inspect.signature(item.obj).parameters}
+            _begun[item.nodeid] = Future()
+            calls.put((_begun[item.nodeid], partial(item.obj, **words)))
+    for _ in range(LANES if _begun else 0):
+        threading.Thread(target=_work, args=(calls,), daemon=True).start()
+    yield
+    for cluster in list(Cluster.running):  # of a test that was not waited for
+        cluster.__exit__()
+
+
+def _work(calls: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]]) -> None:
+    with suppress(queue.Empty):
+        while True:
+            future, call = calls.get_nowait()
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Waits for a test that was begun early, and fails as it failed; runs any other as ever."""
+    if pyfuncitem.nodeid not in _begun:
+        return None
+    _begun[pyfuncitem.nodeid].result()
+    return True
 
 
 @pytest.fixture(params=["linuxproc", "cgroup"])

@@ -37,22 +37,27 @@ def test_starts_that_never_get_to_a_step_end_and_say_what_to_raise(
     assert linuxproc.wait_for_job(run.job, "FAILED")["Restarts"] == "2"
 
 
-def test_a_report_that_takes_long_fails_no_finished_run(linuxproc: Cluster, config: str, tmp_path: Path) -> None:
+@pytest.mark.waits
+def test_a_report_that_takes_long_fails_no_finished_run(
+    minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Longer than ranks wait for one another, and srun for a rank. The run counts as done before, and has its page."""
+    at = tmp_path_factory.mktemp("report")
     slow = """
         make = module.make_report
         module.make_report = lambda *words, **more: (time.sleep(70), make(*words, **more))[1]
     """
-    words = ("--max-steps", "5", hook(tmp_path / "hook", "gan_dist.training.trainer", slow))
-    run = Run.submit(linuxproc, config, tmp_path / "run", *words)
+    words = ("--max-steps", "5", hook(at / "hook", "gan_dist.training.trainer", slow))
+    run = Run.submit(minute, config, at / "run", *words)
     run.wait(lambda: list(run.folder.glob("attempts/*/0/done")), START_S, "outcome")
     assert not (run.path / "report.html").exists()
     assert run.wait_for("done")[3] == "5" and (run.path / "report.html").exists()
-    linuxproc.wait_for_job(run.job, "COMPLETED")
+    minute.wait_for_job(run.job, "COMPLETED")
 
 
+@pytest.mark.waits
 def test_a_suspended_run_is_said_to_be_one_and_loses_nothing_of_its_budget(
-    linuxproc: Cluster, config: str, tmp_path: Path
+    minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """For longer than its ranks wait for one another, of which they then accuse one another."""
     words = (
@@ -62,13 +67,13 @@ def test_a_suspended_run_is_said_to_be_one_and_loses_nothing_of_its_budget(
         "job.max_starts_without_progress=1",
         "checkpoint.every_steps=5000",
     )
-    run = Run.submit(linuxproc, config, tmp_path / "run", *words)
+    run = Run.submit(minute, config, tmp_path_factory.mktemp("suspended") / "run", *words)
     run.wait_for_step(10)
-    linuxproc.run("scontrol", "suspend", run.job)
+    minute.run("scontrol", "suspend", run.job)
     status = run.status()
     assert "): SUSPENDED on node" in status and "\n  suspended step=" in status, status
     time.sleep(12)
-    linuxproc.run("scontrol", "resume", run.job)
+    minute.run("scontrol", "resume", run.job)
     run.wait_for("done", limit_s=150)
     outcomes = [line[1] for line in run.history()]
     assert outcomes in (["done"], ["lost", "done"]), run.story()

@@ -45,6 +45,7 @@ def test_plain_sbatch_within_another_job_is_as_from_outside(other: Cluster, conf
     ]
     inner = [*words, "slurm/train.sbatch", str(tmp_path / "run"), config, "--max-steps", "5"]
     outer = ["salloc", "-N1", "-n1", "--time=5", "--mem-per-cpu=100M", "srun", "-n1", "-c1", *inner]
+    del env["OMP_NUM_THREADS"]  # these tests' own
     done = subprocess.run(outer, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     run = Run(other, tmp_path / "run", done.stdout.split()[-1])
     run.wait_for_step(5)

@@ -32,12 +32,14 @@ def failing(folder: Path) -> str:
     return hook(folder, "gan_dist.training.update", FAULT, "os.environ.get('SLURM_PROCID') == '1'")
 
 
+@pytest.mark.waits
 def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
-    linuxproc: Cluster, config: str, whole: Path, tmp_path: Path
+    config: str, whole: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Two clusters at once, for most of this is waiting: on one a host is killed, on the other one is cut off."""
+    tmp_path = tmp_path_factory.mktemp("lost")
     slow = slowly(tmp_path / "hook")
-    with Cluster(3) as other:
+    with Cluster(3) as linuxproc, Cluster(3) as other:
         killed = Run.submit(linuxproc, config, tmp_path / "killed", *STEPS, slow)
         cut_off = Run.submit(other, config, tmp_path / "cut off", *STEPS, slow)
         # Of the host with rank 0 and the batch script, nobody is left to tell the tale but SLURM.
@@ -46,17 +48,13 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
         dead.kill()
         cut_off.wait_for_step(22)
         silent.cut()
-        try:
-            for run, lost in ((killed, dead), (cut_off, silent)):
-                run.wait_for("done", limit_s=150)
-                starts = [event["step"] for event in run.events("start")]
-                assert len(starts) == 2 and starts[1] >= 20 and starts[1] % 10 == 0
-                hosts = {file.name.split("-")[2] for file in (run.path / "logs").glob("*-1-*-*.log")}
-                assert hosts == {"node1", "node2", "node3"} - {lost.name}
-                assert_identical(run.path, whole)
-        finally:
-            dead.boot()
-            linuxproc.wait_for_hosts()
+        for run, lost in ((killed, dead), (cut_off, silent)):
+            run.wait_for("done", limit_s=150)
+            starts = [event["step"] for event in run.events("start")]
+            assert len(starts) == 2 and starts[1] >= 20 and starts[1] % 10 == 0
+            hosts = {file.name.split("-")[2] for file in (run.path / "logs").glob("*-1-*-*.log")}
+            assert hosts == {"node1", "node2", "node3"} - {lost.name}
+            assert_identical(run.path, whole)
         # SLURM's own requeueing and the batch script's have not both counted.
         assert [line[1] for line in killed.history()] in (["lost", "done"], ["crashed", "done"])
         assert killed.restarts() == 1 and "rank 1 on node2 was lost" in killed.status()

@@ -14,7 +14,7 @@ import pytest
 
 from gan_dist.runs.checkpoint import find
 from tests.cluster.boot import Cluster, wait_until
-from tests.cluster.jobs import ROOT, STEPS, Run, hook, launch, leftovers, slowly
+from tests.cluster.jobs import FIRST_START, ROOT, STEPS, Run, hook, launch, leftovers, slowly
 from tests.helpers.training import assert_identical
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -27,7 +27,7 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
 
     before = {name: sent(name) for name in linuxproc.hosts}
     run = Run.submit(linuxproc, config, tmp_path / "run", "--max-steps", "20", ranks=2)
-    submitted = {file: file.stat().st_mtime_ns for file in files_of(run.folder)}
+    submitted = {file: file.stat().st_mtime_ns for file in run.folder.rglob("*") if is_submitted(file)}
     assert len(submitted) == 8, sorted(submitted)  # once it was one of each source file, and its compiled form
     words = [sys.executable, "-m", "launch", "logs", "-f", "--rank", "0", str(run.path)]
     following = subprocess.Popen(words, cwd=ROOT, env=linuxproc.environment(), stdout=subprocess.PIPE, text=True)
@@ -42,7 +42,7 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     assert master["address"] == linuxproc.hosts["node1"].address and 10000 <= master["port"] < 32768
     # 20 steps of gradients of both networks crossed the bridge; SLURM's own talk is far less.
     assert all(sent(name) - before[name] > 2_000_000 for name in ("node1", "node2"))
-    assert {file: file.stat().st_mtime_ns for file in files_of(run.folder)} == submitted
+    assert {file: file.stat().st_mtime_ns for file in run.folder.rglob("*") if is_submitted(file)} == submitted
     status = run.status()
     assert f"job {job} (train, 4 rank(s)): done: 20" in status and "done step=20/20" in status, status
     assert f"==> {logs[3]}\n" in launch(linuxproc, "logs", "--rank", "3", str(run.path)).stdout
@@ -59,10 +59,9 @@ def test_two_ranks_on_each_of_two_hosts_train_to_the_end(linuxproc: Cluster, con
     wait_until(lambda: not leftovers(linuxproc), 30, "empty hosts")
 
 
-def files_of(submission: Path) -> list[Path]:
-    """Returns the files of a submission, but for those of its starts."""
-    files = [file for file in submission.rglob("*") if file.is_file()]
-    return [file for file in files if not file.is_relative_to(submission / "attempts")]
+def is_submitted(file: Path) -> bool:
+    """Returns whether a file of a submission is not one of its starts, nor Submitit's, which has one a rank."""
+    return file.is_file() and "attempts" not in file.parts and not file.name.endswith("_result.pkl")
 
 
 def interrupted_once(run: Run, whole: Path, by: str) -> None:
@@ -86,11 +85,31 @@ def test_usr2_saves_requeues_once_and_changes_no_bit(either: Cluster, config: st
     interrupted_once(run, whole, "SIGUSR2")
 
 
-def test_the_time_limit_saves_requeues_and_changes_no_bit(limited: Run, whole: Path) -> None:
-    interrupted_once(limited, whole, "SIGUSR2")
+LIMIT = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10")
+LATE = """
+from gan_dist.training.update import Update
+step, save = Update.step, module.save
+Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
+module.save = lambda *words, **more: (words[1]["step"] and time.sleep(100), save(*words, **more))
+"""
 
 
-def test_a_save_that_overruns_the_time_limit_is_reported_and_requeued(late: Run, whole: Path) -> None:
+@pytest.mark.waits
+def test_the_time_limit_saves_requeues_and_changes_no_bit(
+    minute: Cluster, config: str, whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    at = tmp_path_factory.mktemp("limited")
+    interrupted_once(Run.submit(minute, config, at / "run", *LIMIT, slowly(at / "hook")), whole, "SIGUSR2")
+
+
+@pytest.mark.waits
+def test_a_save_that_overruns_the_time_limit_is_reported_and_requeued(
+    minute: Cluster, config: str, whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    at = tmp_path_factory.mktemp("late")
+    slow = hook(at / "hook", "gan_dist.training.checkpointer", LATE, FIRST_START)
+    words = (*LIMIT, slow, "checkpoint.every_steps=100000", "dist.timeout_s=200")
+    late = Run.submit(minute, config, at / "run", *words)
     late.wait_for("crashed", "done", limit_s=150)
     _, what, checkpoint, why, *_ = late.history()[0]
     assert (what, checkpoint) == ("crashed", "step-00000000"), late.story()

@@ -183,10 +183,12 @@ module.save = slow
 """
 
 
+@pytest.mark.waits
 def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
-    linuxproc: Cluster, config: str, tmp_path: Path
+    config: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Two clusters at once, for most of this is waiting: on one a save takes long, on the other a host is lost."""
+    tmp_path = tmp_path_factory.mktemp("torchrun")
 
     def start(cluster: Cluster, name: str, *more: str) -> Run:
         run = Run(cluster, tmp_path / name, "")
@@ -198,7 +200,7 @@ def test_torchrun_saves_for_as_long_as_it_takes_and_survives_a_lost_host(
 
     hook(tmp_path / "hook-patient", "gan_dist.training.checkpointer", SLOW, "os.environ.get('RANK') == '0'")
     slowly(tmp_path / "hook-robbed")
-    with Cluster(3) as other:
+    with Cluster(2) as linuxproc, Cluster(3) as other:
         patient = start(linuxproc, "patient", "dist.timeout_s=90")
         robbed = start(other, "robbed")
         patient.wait_for_step(20)
