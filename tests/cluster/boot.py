@@ -166,7 +166,7 @@ class Host:
         return [pid for pid, words in self.processes().items() if word in words]
 
 
-@dataclass
+@dataclass(eq=False)
 class Cluster:
     """A running cluster; a context that leaves no process, bridge or file behind."""
 
@@ -210,6 +210,8 @@ class Cluster:
         return self
 
     def __exit__(self, *reason: object) -> None:
+        if self not in Cluster.running:
+            return
         Cluster.running.remove(self)
         Cluster.networks.discard(self.layout.head.rpartition(".")[0])
         for host in self.hosts.values():

@@ -17,7 +17,7 @@ import pytest
 from tests.cluster.boot import Cluster, missing
 from tests.cluster.jobs import STEPS, Run, small_config
 
-LANES = 2
+LANES = 1
 _booted: list[Cluster] = []
 _begun: dict[str, Future[None]] = {}
 """Tests marked `waits` that run in threads of their own. What they are given is the whole session's."""

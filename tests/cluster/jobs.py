@@ -40,7 +40,11 @@ class Hook(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), change(module))
+        def execute_and_change(module):  # in an archive one loader loads all modules of a folder
+            execute(module)
+            if module.__name__ == name:
+                change(module)
+        spec.loader.exec_module = execute_and_change
         return spec
 
 if {when}:
