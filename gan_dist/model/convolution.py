@@ -32,7 +32,7 @@ def to_logits(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     weight: [1, C, 4, 4]; bias: [1] or None.
     """
-    logits = maps.permute(0, 2, 3, 1).flatten(1) @ _rows(weight)[0]
+    logits = maps.permute(0, 2, 3, 1).flatten(1) @ weight.permute(0, 2, 3, 1).flatten()
     return logits if bias is None else logits + bias
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,17 +31,23 @@ def cross_entropy(logits: Tensor, target: float) -> Tensor:
 
 
 def discriminator_loss(
-    real_logits: Tensor, fake_logits: Tensor, name: LossName = "non_saturating", real_target: float = 1.0
+    real_logits: Tensor,
+    fake_logits: Tensor,
+    name: LossName = "non_saturating",
+    real_target: float = 1.0,
+    value: Tensor | None = None,
 ) -> Tensor:
     """Returns the summed loss that D minimises, for r = `real_logits` and f = `fake_logits`, [B] each.
 
     minimax and non_saturating: cross entropy of r against `real_target` (below 1 is one-sided label smoothing) and of f
-    against 0. least_squares: (r - real_target)^2 / 2 + f^2 / 2 (Mao et al. 2017, eq. 9). hinge: max(0, 1 - r) +
-    max(0, 1 + f) (Lim and Ye 2017). wasserstein: f - r (Arjovsky et al. 2017, eq. 2). relativistic:
-    -log sigmoid(r - f), real and fake paired by place in the batch (Jolicoeur-Martineau 2018, section 4.1).
+    against 0; that is (1 - real_target) r - `value`, which is their minimax_value, made here if the caller has none.
+    least_squares: (r - real_target)^2 / 2 + f^2 / 2 (Mao et al. 2017, eq. 9). hinge: max(0, 1 - r) + max(0, 1 + f) (Lim
+    and Ye 2017). wasserstein: f - r (Arjovsky et al. 2017, eq. 2). relativistic: -log sigmoid(r - f), real and fake
+    paired by place in the batch (Jolicoeur-Martineau 2018, section 4.1).
     """
     if name in ("minimax", "non_saturating"):
-        return cross_entropy(real_logits, real_target) + cross_entropy(fake_logits, 0.0)
+        value = minimax_value(real_logits, fake_logits) if value is None else value
+        return -value if real_target == 1 else (1 - real_target) * real_logits.sum() - value
     if name == "least_squares":
         return ((real_logits - real_target).square().sum() + fake_logits.square().sum()) / 2
     if name == "hinge":
@@ -84,5 +91,5 @@ def _unknown(name: str) -> UserError:
 
 
 def minimax_value(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Returns the sums of log D(x) and log(1 - D(G(z))): over the batch, the value V(D, G) that both play for."""
-    return F.logsigmoid(real_logits).sum() + F.logsigmoid(-fake_logits).sum()
+    """Returns the sum of log D(x) and log(1 - D(G(z))): over the batch, the value V(D, G) that both play for."""
+    return F.logsigmoid(torch.cat([real_logits, -fake_logits])).sum()

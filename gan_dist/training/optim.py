@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from gan_dist.distributed.world import World
 
@@ -53,13 +55,20 @@ class Player:
     """A network in training: `update` all-reduces the gradients of a local loss and applies Adam."""
 
     def __init__(
-        self, network: nn.Module, world: World, *, lr: float, betas: tuple[float, float], num_extras: int
+        self,
+        network: nn.Module,
+        world: World,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        num_extras: int,
+        maps: torch.dtype,
     ) -> None:
+        """maps: the dtype of the network's maps. Where weights have another, passes use copies in this one."""
         self.network = network
         self.world = world
         self.full_lr = self.lr = lr
         self.parameters = list(network.parameters())
-        self.buffers = Buffers(network)
         self.gradients = FlatGradients(self.parameters, num_extras)
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=lr, betas=betas, fused=True, capturable=world.device.type == "cuda"
@@ -75,6 +84,15 @@ class Player:
         with torch.no_grad():
             for tensor in (*self.parameters, *network.buffers()):
                 world.broadcast(tensor)
+        self.working = WorkingCopies(network, maps)
+        self.leaves = self.working.leaves
+        self._one = torch.ones((), dtype=self.parameters[0].dtype, device=world.device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the network's result, by the weights that gradients are taken of."""
+        if not self.working.by_name:
+            return self.network(*args, **kwargs)
+        return functional_call(self.network, self.working.by_name, args, kwargs)
 
     def set_lr(self, share: float) -> None:
         """Sets Adam's rate to `share` of the full one, without waiting for the device; a CUDA graph sees it too."""
@@ -87,19 +105,21 @@ class Player:
         else:
             group["lr"] = torch.full((), self.lr, device=self.world.device)
 
-    def update(self, loss: Tensor, extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def update(self, loss: Tensor, *extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (gradient norm, skipped, extras summed over the ranks), having updated the network or skipped it.
 
         skipped: float32 scalar on the device, 1 where the world's gradient or loss (the first extra) was not finite. It
         is computed from what was reduced, so it is the same on all ranks, and nobody waits for it.
         """
-        self.gradients.fill(torch.autograd.grad(loss, self.parameters), extras)
+        self.gradients.fill(torch.autograd.grad(loss, self.leaves, self._one), extras)
         self.world.all_reduce(self.gradients.flat)
         norm = torch.linalg.vector_norm(self.gradients.values)
-        skipped = (~torch.isfinite(norm + self.gradients.extras[0])).float()
+        both = norm + self.gradients.extras[0]
+        skipped = (both - both).ne(0).float()  # what is not finite leaves NaN, which equals nothing
         # GradScaler's hook: where it is 1, a fused Adam does nothing, its step counters included.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
+        self.working.refresh()
         return norm, skipped, self.gradients.extras
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,6 +137,46 @@ class Player:
             for index, parameter in enumerate(self.parameters):
                 for name, value in self.optimizer.state[parameter].items():
                     value.copy_(moments[index][name])
+        self.working.refresh()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within it no gradient is computed for the network's weights; gradients still pass through to its input."""
+        for weight in (*self.parameters, *self.leaves):
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in (*self.parameters, *self.leaves):
+                weight.requires_grad_(True)
+
+
+class WorkingCopies:
+    """Weights of convolutions in the dtype of the maps, all made anew at once after each update.
+
+    Autocast would cast each weight in each pass, and each gradient back.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        """Where the weights have that dtype already there are no copies: `leaves` are the parameters themselves."""
+        self.by_name: dict[str, Tensor] = {}
+        self._sources: list[Tensor] = []
+        self.leaves: list[Tensor] = list(network.parameters())
+        for prefix, module in network.named_modules():
+            # A parametrised weight is computed anew in each pass, in full precision.
+            plain = isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not is_parametrized(module)
+            if plain and module.weight.dtype != dtype:
+                weight: Any = module.weight
+                copy = weight.detach().to(dtype).requires_grad_()
+                self.by_name[f"{prefix}.weight"] = copy
+                self._sources.append(weight)
+                self.leaves = [copy if leaf is weight else leaf for leaf in self.leaves]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the copies equal the weights again, in place."""
+        if self._sources:
+            torch._foreach_copy_(list(self.by_name.values()), self._sources)
 
 
 class FlatGradients:
@@ -133,35 +193,49 @@ class FlatGradients:
             self.views.append(torch.as_strided(self.flat, parameter.shape, parameter.stride(), offset))
             offset += parameter.numel()
 
-    def fill(self, gradients: Sequence[Tensor], extras: Tensor) -> None:
-        """Overwrites everything."""
-        torch._foreach_copy_(self.views, list(gradients))
-        self.extras.copy_(extras)
+    def fill(self, gradients: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
+        """Overwrites everything, in one launch for each dtype that the gradients have."""
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            pairs = [pair for pair in zip(self.views, gradients, strict=True) if pair[1].dtype == dtype]
+            torch._foreach_copy_([view for view, _ in pairs], [gradient for _, gradient in pairs])
+        torch.cat(list(extras), out=self.extras)
 
 
 class Buffers:
-    """A network's running statistics, moved into flat tensors so that keeping and restoring them is a copy or two."""
+    """All running statistics of some networks, moved into one flat tensor: keeping or restoring them is one launch."""
 
-    def __init__(self, network: nn.Module) -> None:
-        buffers = list(network.buffers())
-        self.flats = []
-        for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
-            chosen = [buffer for buffer in buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.detach().flatten() for buffer in chosen])
-            offset = 0
-            for buffer in chosen:
-                buffer.data = flat[offset : offset + buffer.numel()].view(buffer.shape)
-                offset += buffer.numel()
-            self.flats.append(flat)
+    ALIGNMENT = 16
 
-    def snapshot(self) -> list[Tensor]:
-        """Returns copies of the values."""
-        return [flat.clone() for flat in self.flats]
+    def __init__(self, *networks: nn.Module) -> None:
+        places: list[tuple[Tensor, int]] = []
+        self.parts: list[slice] = []
+        """Of `flat`, by network."""
+        end = 0
+        for network in networks:
+            begin = end
+            # The largest numbers first: torch.compile compares places in elements, whatever their sizes, and what it
+            # takes for overlapping it refuses.
+            for buffer in sorted(network.buffers(), key=lambda buffer: -buffer.element_size()):
+                places.append((buffer, end))
+                end += -(-buffer.numel() * buffer.element_size() // self.ALIGNMENT) * self.ALIGNMENT
+            self.parts.append(slice(begin // 8, end // 8))
+        content = torch.zeros(end, dtype=torch.uint8, device=next(networks[0].parameters()).device)
+        for buffer, begin in places:
+            size = buffer.numel() * buffer.element_size()
+            view = content[begin : begin + size].view(buffer.dtype).view(buffer.shape)
+            view.copy_(buffer.detach())
+            buffer.data = view
+        self.flat = content.view(torch.int64)
+        """Their bits: nothing is computed with them here."""
 
-    def restore(self, kept: list[Tensor], condition: Tensor) -> None:
-        """Puts `kept` back where the scalar `condition` on the device is not 0."""
-        for flat, values in zip(self.flats, kept, strict=True):
-            flat.copy_(torch.where(condition != 0, values, flat))
+    def snapshot(self) -> Tensor:
+        """Returns a copy of the values."""
+        return self.flat.clone()
+
+    def restore(self, kept: Tensor, condition: Tensor, part: slice = slice(None)) -> None:
+        """Puts `kept` back, or a part of it, where the scalar `condition` on the device is not 0."""
+        values = self.flat[part]
+        torch.where(condition != 0, kept[part], values, out=values)
 
 
 class EMA:
@@ -194,13 +268,3 @@ class EMA:
         torch._foreach_lerp_(self._mine, self._theirs, weight)
         for mine, theirs in self._counts:
             mine.copy_(theirs)
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Within it no gradient is computed for the network's parameters; gradients still pass through to its input."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)

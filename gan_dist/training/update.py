@@ -21,7 +21,7 @@ from gan_dist.model.losses import discriminator_loss, generator_loss, minimax_va
 from gan_dist.model.networks import IMAGE_CHANNELS
 from gan_dist.model.penalty import NO_PENALTY, GradientPenalty
 from gan_dist.training.draws import draw_noise
-from gan_dist.training.optim import CONSTANT, Player, Schedule, frozen
+from gan_dist.training.optim import CONSTANT, Buffers, Player, Schedule
 from gan_dist.utils.tensors import copy_state, to_host
 
 Precision = Literal["bf16", "tf32", "fp32", "fp64"]
@@ -98,8 +98,10 @@ class Update:
             network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
             prepare(network, world if sync_batchnorm else World(device=world.device), batchnorm_kernels)
         # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
-        self.g = Player(generator, world, lr=g_lr, betas=g_betas, num_extras=4)
-        self.d = Player(discriminator, world, lr=d_lr, betas=d_betas, num_extras=4)
+        self.maps = maps = maps_dtype(precision)
+        self.g = Player(generator, world, lr=g_lr, betas=g_betas, num_extras=4, maps=maps)
+        self.d = Player(discriminator, world, lr=d_lr, betas=d_betas, num_extras=4, maps=maps)
+        self.buffers = Buffers(generator, discriminator)
 
     def begin(self, images_seen: int) -> None:
         """Sets what a step at this position takes from the host: the learning rates. To be called before each step."""
@@ -129,30 +131,28 @@ class Update:
         Requests or a tensor [2]; draws: what `draw` returned for each of the d_steps, one after another. An all-reduce
         a network and update carries gradients, statistics and requests.
         """
-        d, g = self.d, self.g
-        skipped = torch.zeros((), device=self.world.device)
+        d, g, buffers = self.d, self.g, self.buffers
+        of_d = buffers.parts[1]
+        num_skipped: list[Tensor] = []
         each = len(draws) // self.d_steps
         for k, (real, z) in enumerate(zip(reals, latents, strict=True)):
             last = k == self.d_steps - 1
             # A skipped update also undoes what its forward passes did to batch norm's running statistics.
-            d_kept, g_kept = d.buffers.snapshot(), g.buffers.snapshot()
+            kept = buffers.snapshot()
             with torch.set_grad_enabled(last):
                 fake = self.generate(z)
             d_loss, d_extras = self.discriminator_pass(real, fake.detach(), *draws[k * each : (k + 1) * each])
             d_norm, d_bad, d_sums = d.update(d_loss, d_extras)
-            d.buffers.restore(d_kept, d_bad)
-            if not last:  # the last fakes belong to G's update
-                g.buffers.restore(g_kept, d_bad)
-            skipped += d_bad
-        d_kept = d.buffers.snapshot()
-        with frozen(d.network):
+            buffers.restore(kept, d_bad, of_d if last else slice(None))  # the last fakes belong to G's update
+            num_skipped.append(d_bad)
+        kept[of_d] = buffers.flat[of_d]
+        with d.frozen():
             g_loss, g_extras = self.generator_pass(fake, real)
             if not isinstance(requests, Tensor):  # filled by kernels: a copy from the host would wait for the device
                 requests = torch.cat([g_extras.new_full((1,), value) for value in requests])
-            g_norm, g_bad, g_sums = g.update(g_loss, torch.cat([g_extras, requests.to(self.dtype)]))
-        g.buffers.restore(g_kept, g_bad)
-        d.buffers.restore(d_kept, g_bad)
-        skipped += g_bad
+            g_norm, g_bad, g_sums = g.update(g_loss, g_extras, requests)
+        buffers.restore(kept, g_bad)
+        skipped = sum(num_skipped, g_bad)
         values = [d_sums[0], g_sums[0], d_sums[1], d_sums[2], g_sums[1], d_sums[3], d_norm, g_norm]
         values += [g_sums[2], g_sums[3], skipped]
         return torch.stack([value.to(self.dtype) for value in values])
@@ -163,7 +163,7 @@ class Update:
     def generate(self, latents: Tensor) -> Tensor:
         """Returns fakes [b, 3, S, S] in [-1, 1]."""
         with self._autocast():
-            images: Tensor = self.g.network(latents.to(self.dtype))
+            images: Tensor = self.g(latents.to(self.maps))
         return images
 
     def discriminator_pass(self, real: Tensor, fake: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -171,20 +171,25 @@ class Update:
 
         noise: what the gradient penalty by finite differences takes, [kinds, n, 3, S, S]; its images join the pass.
         """
-        kinds = [to_signed(real, fake.dtype), fake]
-        images = torch.cat(kinds if noise is None else [*kinds, *self.penalty.noisy(kinds, noise, self.lo)])
+        images = real_and_fake(real, fake)
+        if noise is not None:
+            images = torch.cat([images, *self.penalty.noisy(images.chunk(2), noise, self.lo)])
         if self.penalty.kinds and noise is None:
             images.requires_grad_()
         with self._autocast():
-            logits = self.d.network(images, groups=2).to(self.dtype)
-        batch = len(real)
-        real_logits, fake_logits = (logits[: 2 * batch] if self.penalty.kinds else logits).chunk(2)
-        loss = discriminator_loss(real_logits, fake_logits, self.loss, self.real_target) / self.global_batch
-        if self.penalty.kinds:
-            loss = loss + self.penalty(logits, images, batch, self.lo, self.global_batch)
+            logits = self.d(images, groups=2)
+        logits, batch = logits.to(self.dtype), len(real)
+        plain = logits[: 2 * batch] if self.penalty.kinds else logits
+        real_logits, fake_logits = plain.chunk(2)
+        value = minimax_value(real_logits, fake_logits)
+        loss = discriminator_loss(real_logits, fake_logits, self.loss, self.real_target, value)
         with torch.no_grad():
-            sums = [real_logits.sigmoid().sum(), fake_logits.sigmoid().sum(), minimax_value(real_logits, fake_logits)]
-            extras = torch.stack([loss.detach(), *(value / self.global_batch for value in sums)])
+            extras = torch.cat([loss[None], plain.sigmoid().view(2, -1).sum(1), value[None]]).div_(self.global_batch)
+        loss = loss / self.global_batch
+        if self.penalty.kinds:
+            penalty = self.penalty(logits, images, batch, self.lo, self.global_batch)
+            loss = loss + penalty
+            extras[0] += penalty.detach()
         return loss, extras
 
     def generator_pass(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,12 +200,12 @@ class Update:
         paired = self.loss == "relativistic"
         images = torch.cat([to_signed(real, fake.dtype), fake]) if paired else fake
         with self._autocast():
-            logits = self.d.network(images, groups=2 if paired else 1).to(self.dtype)
+            logits = self.d(images, groups=2 if paired else 1).to(self.dtype)
         real_logits, logits = logits.chunk(2) if paired else (None, logits)
-        loss = generator_loss(logits, self.loss, self.generator_target, real_logits) / self.global_batch
+        loss = generator_loss(logits, self.loss, self.generator_target, real_logits)
         with torch.no_grad():
-            extras = torch.stack([loss.detach(), logits.sigmoid().sum() / self.global_batch])
-        return loss, extras
+            extras = torch.stack([loss, logits.sigmoid().sum()])
+        return loss / self.global_batch, extras.div_(self.global_batch)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -234,5 +239,21 @@ class Update:
 
 
 def to_signed(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns uint8 `images` as `dtype` in [-1, 1]: 0 becomes -1 and 255 becomes 1."""
-    return images.to(dtype).div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
+    """Returns uint8 `images` as `dtype` in [-1, 1], in channels_last: 0 becomes -1 and 255 becomes 1."""
+    return _write_signed(images, _empty(images.shape, images.device, dtype))
+
+
+def real_and_fake(real: Tensor, fake: Tensor) -> Tensor:
+    """Returns the batch [2 b, 3, S, S] of uint8 `real` images made signed, then `fake` ones, in the dtype of these."""
+    both = _empty((2 * len(fake), *fake.shape[1:]), fake.device, fake.dtype)
+    _write_signed(real, both[: len(fake)])  # in its place: neither is copied once more
+    both[len(fake) :].copy_(fake)
+    return both
+
+
+def _write_signed(images: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(images).sub_(127.5).div_(127.5)  # exact but for the division, in bfloat16 too
+
+
+def _empty(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), device=device, dtype=dtype, memory_format=torch.channels_last)

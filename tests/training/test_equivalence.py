@@ -105,7 +105,7 @@ def _oracle(world: World) -> dict[str, Tensor]:
     (real,), (z,) = batches(update, 0)
     fake = update.generate(z).detach()
     loss, extras = update.discriminator_pass(real, fake)
-    update.d.gradients.fill(torch.autograd.grad(loss, update.d.parameters), extras)
+    update.d.gradients.fill(torch.autograd.grad(loss, update.d.parameters), [extras])
     world.all_reduce(update.d.gradients.flat)
     ours = update.d.gradients.values.clone()
     network = game(World(), global_batch=8).d.network.eval()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gan_dist.training.draws import draw_flips, draw_latents
-from gan_dist.training.update import STATS, to_signed
+from gan_dist.training.update import STATS, Update, real_and_fake, to_signed
 from tests.helpers import games
 from tests.helpers.games import CPU, batches, game, tensors, worst
 
@@ -193,6 +193,38 @@ def test_a_saved_state_continues_bit_for_bit_and_in_the_default_layout(precision
     assert not torch.equal(state["generator"]["convt1.weight"], after["generator.convt1.weight"])  # a copy, not a view
 
 
+def _by_autocast(update: Update) -> Update:
+    """Returns the update with weights that autocast casts in each pass, instead of copies."""
+    assert update.g.working.by_name
+    for player in (update.g, update.d):
+        player.working.by_name.clear()
+        player.working._sources.clear()
+        player.leaves = list(player.parameters)
+    return update
+
+
+@pytest.mark.parametrize("model", [{}, {"upsample": "nearest", "d_norm": "spectral"}, {"d_norm": "none"}])
+def test_working_copies_change_no_bit(model: dict[str, Any]) -> None:
+    ours, autocast = (game(precision="bf16", model=model) for _ in range(2))
+    _by_autocast(autocast)
+    for step in range(3):
+        assert torch.equal(*(each.step(*batches(each, step)) for each in (ours, autocast)))
+    reference = tensors(autocast)
+    for name, value in tensors(ours).items():
+        assert value.dtype == reference[name].dtype
+        assert torch.equal(value, reference[name]), name
+
+
+def test_working_copies_follow_a_state_that_is_loaded() -> None:
+    old, new = game(precision="bf16"), game(precision="bf16")
+    old.step(*batches(old, 0))
+    new.load_state_dict(old.state_dict())
+    for player in (new.g, new.d):
+        for name, copy_ in player.working.by_name.items():
+            assert torch.equal(copy_, player.network.get_parameter(name).to(torch.bfloat16)), name
+            assert copy_.stride() == player.network.get_parameter(name).stride()
+
+
 def test_new_learning_rates_win_over_a_states() -> None:
     old, new = game(), game(g_lr=5e-4)
     old.step(*batches(old, 0))
@@ -238,6 +270,17 @@ def test_draws_are_normal_and_positions_do_not_correlate() -> None:
     neighbours = (many[1:] * many[:-1]).mean().item()
     assert abs(neighbours) < 0.02
     assert len({tuple(row[:4].tolist()) for row in many}) == 500
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_reals_and_fakes_are_one_batch(dtype: torch.dtype) -> None:
+    real = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    fake = torch.rand(3, 3, 8, 8).to(dtype)
+    both = real_and_fake(real, fake)
+    assert both.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(both, torch.cat([to_signed(real, dtype), fake]))
+    # one rounding in all
+    assert torch.equal(both[:3], ((real.double() - 127.5) / 127.5).to(dtype))
 
 
 def test_pixels_span_the_signed_range() -> None:
