@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -30,6 +31,10 @@ def evaluate(
         str | None,
         typer.Option(metavar="DATASET", help="Images the run has never seen, to test its discriminator on."),
     ] = None,
+    encoder: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="An encoder's file; auto: the dataset's own; none: go without."),
+    ] = "auto",
     inception: Annotated[
         str, typer.Option(metavar="FILE", help="Inception's weights; auto: download them; none: go without.")
     ] = "auto",
@@ -47,16 +52,15 @@ def evaluate(
 ) -> None:
     """Measure the quality of a run's generator.
 
-    Sliced Wasserstein distance, FID, KID, precision, recall, and signs of collapse and copying. Under torchrun the
-    ranks share the work; the figures are the same. They are kept in RUN/evaluations.jsonl, and `gan-dist report RUN`
-    shows them.
+    Sliced Wasserstein distance, FID, KID, precision, recall, the feature distance where the dataset has an encoder, and
+    signs of collapse and copying. Under torchrun the ranks share the work; the figures are the same. They are kept in
+    RUN/evaluations.jsonl, and `gan-dist report RUN` shows them.
     """
     from gan_dist.distributed.world import join
     from gan_dist.evaluation.evaluate import EvaluationOptions, evaluate_run
     from gan_dist.evaluation.protocol import warnings
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device: expected auto, cpu or cuda, found {device}")
+    check_device(device)
     options = EvaluationOptions(
         step=step,
         all_checkpoints=all_checkpoints,
@@ -64,6 +68,7 @@ def evaluate(
         seed=seed,
         dataset=dataset,
         held_out=held_out,
+        encoder=encoder,
         inception=inception,
         averaged=averaged,
         published=published,
@@ -87,6 +92,45 @@ def evaluate(
             print_table(heads, ([_cell(row.get(key)) for key in heads] for row in rows))
         for line in warnings(rows[-1], max((row["diversity"] for row in rows[:-1]), default=0.0)):
             print(f"WARNING: {line}", file=sys.stderr)
+
+
+def encoder(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="What `gan-dist prepare` wrote, or its address.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where it is written. [default: DATASET/encoder.safetensors]")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images to learn from, in as many epochs as it takes.")] = 200_000,
+    seed: Annotated[int, typer.Option(help="Keys the weights at the start, the order and the views.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Learn the features that `gan-dist evaluate` compares, from the dataset itself.
+
+    Once a dataset, without labels and without a network; some minutes. Where a dataset has an encoder, every evaluation
+    has the feature distance, precision and recall. Figures of two encoders do not compare.
+    """
+    from gan_dist.config.base import check_seed
+    from gan_dist.data.dataset import open_dataset
+    from gan_dist.distributed.world import choose_device
+    from gan_dist.evaluation.encoder import FILE, make_encoder
+    from gan_dist.utils.files import expand, is_address
+    from gan_dist.utils.progress import progress
+
+    check_seed(seed)
+    check_device(device)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("gan-dist encoder learns in one process; start it without torchrun")
+    if out is None and is_address(dataset):
+        raise UserError(f"{dataset} is an address; name a file for the encoder with --out FILE")
+    path = expand(out) if out else expand(dataset) / FILE
+    with open_dataset(dataset) as real, progress() as shown:
+        new = make_encoder(real, path, images, seed, choose_device(device, 0), shown)
+    print(f"{'wrote' if new else 'there already:'} {path}")
+
+
+def check_device(device: str) -> None:
+    """Raises UserError unless --device is one that there may be."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu or cuda, found {device}")
 
 
 def _cell(value: Any) -> str:

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from gan_dist.cli.bench import bench
 from gan_dist.cli.common import print_error, print_lines
 from gan_dist.cli.data import prepare, verify
-from gan_dist.cli.evaluate import evaluate
+from gan_dist.cli.evaluate import encoder, evaluate
 from gan_dist.cli.runs import demo, report, sample, train
 from gan_dist.utils.errors import EXIT_FAILED, GanDistError, exit_at_once
 
@@ -53,7 +53,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         raise typer.Exit(EXIT_FAILED)
 
 
-for command in (doctor, demo, prepare, verify, train, sample, evaluate, report):
+for command in (doctor, demo, prepare, verify, train, sample, encoder, evaluate, report):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

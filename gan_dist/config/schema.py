@@ -229,6 +229,9 @@ class EvaluateConfig(Section):
     """Steps between evaluations during training; 0 evaluates never."""
     samples: Positive = 10000
     """Generated and real images that an evaluation compares."""
+    encoder: str = "auto"
+    """A file that `gan-dist encoder` wrote: adds the feature distance. auto: the one in the dataset's folder, where
+    there is one; none: go without."""
     held_out: str | None = None
     """A dataset that is not trained on: does the discriminator know its images as it knows the others?"""
 
@@ -293,9 +296,9 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     else:
         values, origin = read_yaml(Path(expand_source(str(source)))), str(source)
     values = with_overrides(Config, values, overrides)
-    for head, key in (("data", "shards"), ("data", "cache_dir"), ("evaluate", "held_out")):
+    for head, key in (("data", "shards"), ("data", "cache_dir"), ("evaluate", "held_out"), ("evaluate", "encoder")):
         section = values.get(head)
-        if isinstance(section, dict) and isinstance(section.get(key), str):
+        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key] not in ("auto", "none"):
             values[head] = {**section, key: expand_source(section[key])}
     return validate(Config, values, origin, overrides)
 

@@ -13,7 +13,8 @@ from typing import Any
 from gan_dist.config.base import check_seed
 from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.distributed.world import World
-from gan_dist.evaluation import inception
+from gan_dist.evaluation import encoder, inception
+from gan_dist.evaluation.encoder import Encoder, load_encoder
 from gan_dist.evaluation.inception import Inception, load_inception
 from gan_dist.evaluation.protocol import FEWEST, Evaluation, accuracy, check_samples
 from gan_dist.model.networks import Discriminator
@@ -22,7 +23,7 @@ from gan_dist.runs.naming import run_path
 from gan_dist.runs.record import merged, read_evaluations
 from gan_dist.sampling.generate import build_generator
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import write_atomically
+from gan_dist.utils.files import expand, write_atomically
 from gan_dist.utils.locks import FileLock
 from gan_dist.utils.stop import never_cancelled
 
@@ -51,6 +52,9 @@ class EvaluationOptions:
     """The real images to compare with; None: the dataset that the run was trained on."""
     held_out: str | None = None
     """A dataset that the run has never seen, on which its discriminator is tried."""
+    encoder: str = AUTO
+    """A file that `gan-dist encoder` wrote. `auto`: the one in the folder of the real images, where there is one.
+    `none`: go without."""
     inception: str = AUTO
     """A file of Inception's weights, which has to be there. `auto`: the public weights, downloaded once; without a
     network, a note and the other metrics alone. `none`: the other metrics alone."""
@@ -100,6 +104,7 @@ def evaluate_run(
             seed=options.seed,
             learned_from=own,
             features=_load_inception(world, samples, options, log),
+            encoder=choose_encoder(world, options.encoder, "--encoder", real, samples, log),
             published=options.published,
             floor=options.floor,
             log=log,
@@ -197,6 +202,20 @@ def _load_inception(world: World, samples: int, options: EvaluationOptions, log:
             raise
         log(f"note: {error}; sliced Wasserstein distance alone")
         return None
+
+
+def choose_encoder(world: World, wanted: str, option: str, real: Dataset, samples: int, log: Log) -> Encoder | None:
+    """Returns the encoder that `wanted` names: a file, `auto` (the one in the folder of the real images, where there is
+    one) or `none`. A collective. Raises UserError, about `option`, for a file that holds none, and for few samples."""
+    path = real.root / encoder.FILE if wanted == AUTO else expand(wanted)
+    if wanted == NONE or (wanted == AUTO and not world.from_first(path.is_file)):
+        return None
+    if samples < encoder.FEWEST and wanted == AUTO:
+        log(f"note: {path} is not used: its figures need {encoder.FEWEST} samples or more, found {samples}")
+        return None
+    if samples < encoder.FEWEST:
+        raise UserError(f"{option}: its figures need {encoder.FEWEST} samples or more, found {samples}")
+    return world.together(lambda: load_encoder(path, real.resolution, world.device))
 
 
 def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, own: Dataset | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from gan_dist.data.order import Order, rank_slice
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import inception, swd
 from gan_dist.evaluation.diversity import pairwise_distance, repeated
+from gan_dist.evaluation.encoder import FEWEST as FEWEST_FOR_ENCODER
+from gan_dist.evaluation.encoder import Encoder
 from gan_dist.sampling.generate import generate
 from gan_dist.sampling.neighbours import copies, nearest
 from gan_dist.utils.errors import UserError
@@ -62,6 +65,24 @@ class Protocol:
     resizer: str = "torch-fidelity's bilinear (tensorflow 1) to 299, for Inception alone"
     inception: str | None = None
     """The sha256 of Inception's weights, where they were used."""
+    encoder: str | None = None
+    """The sha256 of the encoder's file, where one was used."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as plain values, for JSON; as it was before there were encoders where none was used."""
+        values = asdict(self)
+        return values if self.encoder else {key: value for key, value in values.items() if key != "encoder"}
+
+
+class Features(typing.Protocol):
+    """A network whose features are compared; `weights` names it."""
+
+    @property
+    def weights(self) -> str: ...
+
+    def features(self, images: Tensor) -> Tensor:
+        """Returns float32 [N, F], on the CPU, for uint8 [N, 3, S, S]."""
+        ...
 
 
 class _Stopped(Exception):
@@ -88,15 +109,18 @@ class Evaluation:
         seed: int = 0,
         learned_from: Dataset | None = None,
         features: inception.Inception | None = None,
+        encoder: Encoder | None = None,
         published: bool = False,
         floor: bool = False,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        check_samples(samples, dataset, max(inception.FEWEST if features else FEWEST, world.size), floor=floor)
+        fewest = max(FEWEST, world.size, inception.FEWEST if features else 0, FEWEST_FOR_ENCODER if encoder else 0)
+        check_samples(samples, dataset, fewest, floor=floor)
         self._world, self._dataset, self._samples, self._seed = world, dataset, samples, seed
-        self._features, self._published, self._log = features, published, log
+        self._features, self._encoder, self._published, self._log = features, encoder, published, log
         self._wants_floor = floor
         self._floor: float | None = None
+        self._feature_floor: float | None = None
         self._lo, self._hi = rank_slice(samples, world.rank, world.size)
         self._where = swd.positions(samples, dataset.resolution, seed)
         self._real: list[Tensor] | None = None
@@ -116,7 +140,8 @@ class Evaluation:
         Keys: swd (lower is better), swd_<side> a level, diversity (pairwise distance of samples over that of reals),
         repeated (share of samples nearly the same as another one), near_copies (share of samples), protocol; with
         `published` also swd_progan and its levels, with `floor` swd_floor; with Inception fid, kid, kid_std, precision,
-        recall. Changes neither the generator nor any shared random state.
+        recall; with an encoder feature_distance, feature_precision and feature_recall, with `floor` its floor, too.
+        Changes neither the generator nor any shared random state.
         """
         try:
             with float32_products("ieee"):
@@ -138,7 +163,9 @@ class Evaluation:
         if self._real is None:
             self._real_images, self._real = self._share(self._reals, check)
         if self._wants_floor and self._floor is None:
-            _, others = self._share(lambda lo, hi: self._reals(self._samples + lo, self._samples + hi), check)
+            self._other_images, others = self._share(
+                lambda lo, hi: self._reals(self._samples + lo, self._samples + hi), check
+            )
             self._floor = fmean(swd.sliced_wasserstein(self._world, self._real, others, self._seed, check))
         distances = swd.sliced_wasserstein(self._world, self._real, described, self._seed, check)
         figures: dict[str, Any] = {"swd": fmean(distances)}
@@ -158,11 +185,35 @@ class Evaluation:
         if self._published:
             figures |= self._as_published(images, check)
         if self._features is not None:
-            real, fake = self._real_features(), self._gathered(self._features.features(images))
-            figures |= self._world.from_first(lambda: inception.distances(real, fake))
-        weights = self._features.weights if self._features else None
-        protocol = Protocol(self._samples, self._dataset.identity, averaged, self._seed, inception=weights)
-        return {**figures, "protocol": asdict(protocol)}
+            real, fake = (
+                self._real_features("inception", self._features),
+                self._gathered(self._features.features(images)),
+            )
+            figures |= self._world.from_first(partial(inception.distances, real, fake))
+        if self._encoder is not None:
+            figures |= self._by_encoder(self._encoder, images)
+        weights = [network.weights if network else None for network in (self._features, self._encoder)]
+        protocol = Protocol(
+            self._samples, self._dataset.identity, averaged, self._seed, inception=weights[0], encoder=weights[1]
+        )
+        return {**figures, "protocol": protocol.to_dict()}
+
+    def _by_encoder(self, encoder: Encoder, images: Tensor) -> dict[str, float]:
+        """Returns the figures on the encoder's features for this rank's `images`."""
+        real, fake = self._real_features("encoder", encoder), self._gathered(encoder.features(images))
+
+        def figures() -> dict[str, float]:
+            precision, recall = inception.precision_recall(real, fake)
+            distance = inception.frechet(real, fake)
+            return {"feature_distance": distance, "feature_precision": precision, "feature_recall": recall}
+
+        found: dict[str, float] = self._world.from_first(figures)
+        if self._wants_floor:
+            if self._feature_floor is None:
+                others = self._gathered(encoder.features(self._other_images))
+                self._feature_floor = self._world.from_first(lambda: inception.frechet(real, others))
+            found["feature_distance_floor"] = self._feature_floor
+        return found
 
     def _first(self, count: int, images: Tensor, generator: nn.Module, latents: Tensor) -> Tensor:
         """Returns the first `count` samples, for rank 0, whose share is `images`; made again where that is shorter."""
@@ -224,14 +275,13 @@ class Evaluation:
         _, distances, usual = nearest(images, self._learned_from, self._world, check)
         return copies(images, distances, usual) / len(images)
 
-    def _real_features(self) -> Tensor:
+    def _real_features(self, name: str, network: Features) -> Tensor:
         """Returns the real images' features, from beside the dataset where they have been computed before."""
-        assert self._features is not None
-        key = json.dumps([self._samples, self._seed, self._dataset.identity, self._features.weights])
-        path = self._dataset.root / f"inception-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        key = json.dumps([self._samples, self._seed, self._dataset.identity, network.weights])
+        path = self._dataset.root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         features = self._world.from_first(lambda: _read_features(path))
         if features is None:
-            features = self._gathered(self._features.features(self._real_images))
+            features = self._gathered(network.features(self._real_images))
             if self._world.rank == 0:
                 self._keep_features(path, features)
         return features

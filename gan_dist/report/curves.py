@@ -145,6 +145,17 @@ def _evaluations(run: Run, marks: Sequence[float]) -> list[Chart]:
             high=1.0,
         ),
         chart(
+            "Feature distance",
+            ["feature_distance", "feature_distance_floor"],
+            "Frechet distance of the features of an encoder that learned from the dataset; lower is nearer.",
+        ),
+        chart(
+            "Precision and recall of the encoder's features",
+            ["feature_precision", "feature_recall"],
+            "The share of samples that might be real, and of real images that might be samples.",
+            high=1.0,
+        ),
+        chart(
             "Accuracy of the discriminator",
             ["accuracy_training", "accuracy_held_out"],
             "The share of real images that it takes for real; if they differ much, it has learned its own by heart.",

@@ -17,6 +17,8 @@ from gan_dist.runs.metrics_file import PROTOCOL, notable_events, read_metrics
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand
 
+NETWORKS = ("inception", "encoder")
+"""Whose features some figures are of: a protocol names the weights of each that was used."""
 LIVE_WITHIN_S = 600
 """A run without an end or a stop counts as running while its files are younger than this."""
 
@@ -129,7 +131,7 @@ def _evaluations(root: Path, lines: Sequence[dict[str, Any]]) -> tuple[dict[str,
 def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns rows of evaluations by step, with rows of the same step and protocol merged; later figures win.
 
-    Rows with different Inception weights or held-out sets stay apart; a row without either joins one that has them.
+    Rows with different NETWORKS or held-out sets stay apart; a row without joins one that has them.
     """
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -138,43 +140,53 @@ def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if earlier is None:
             alike.append(dict(row))
         else:
-            fuller = row if inception_of(row) else earlier
-            earlier.update({**row, "protocol": fuller.get("protocol")})
+            protocol = {**_protocol(earlier), **{key: one for key, one in _protocol(row).items() if one is not None}}
+            earlier.update({**row, "protocol": protocol or None})
     return sorted((row for alike in groups.values() for row in alike), key=lambda row: int(row["step"]))
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    pairs = ((inception_of(one), inception_of(other)), (one.get("held_out"), other.get("held_out")))
+    pairs = [(weights_of(one, name), weights_of(other, name)) for name in NETWORKS]
+    pairs.append((one.get("held_out"), other.get("held_out")))
     return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
-def inception_of(row: Mapping[str, Any]) -> str | None:
-    """Returns the hash of the Inception weights behind a row's FID, KID, precision and recall, or None."""
-    return (row.get("protocol") or {}).get("inception")
+def weights_of(row: Mapping[str, Any], network: str) -> str | None:
+    """Returns the hash of the weights of one of NETWORKS behind a row's figures, or None."""
+    return _protocol(row).get(network)
+
+
+def _protocol(row: Mapping[str, Any]) -> dict[str, Any]:
+    return row.get("protocol") or {}
 
 
 def comparable(row: Mapping[str, Any]) -> str:
     """Returns the part of the protocol that two rows must share for their swd to be compared."""
-    return json.dumps({**(row.get("protocol") or {}), "inception": None}, sort_keys=True)
+    return json.dumps({key: one for key, one in _protocol(row).items() if key not in NETWORKS}, sort_keys=True)
 
 
 def by_protocol(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Returns rows of evaluations in groups that may be compared, the largest group first, steps in order.
 
-    Rows without Inception join those of the weights that were used most.
+    Rows without one of NETWORKS join those of the weights that were used most.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(comparable(row), []).append(row)
     tables: list[list[dict[str, Any]]] = []
     for group in groups.values():
-        used = Counter(weights for row in group if (weights := inception_of(row)))
-        most = max(used, key=used.__getitem__, default=None)
-        split: dict[str | None, list[dict[str, Any]]] = {}
+        most = [_most_used(group, name) for name in NETWORKS]
+        split: dict[tuple[str | None, ...], list[dict[str, Any]]] = {}
         for row in group:
-            split.setdefault(inception_of(row) or most, []).append(row)
+            used = (weights_of(row, name) or usual for name, usual in zip(NETWORKS, most, strict=True))
+            split.setdefault(tuple(used), []).append(row)
         tables += split.values()
     return sorted(tables, key=len, reverse=True)
+
+
+def _most_used(rows: Sequence[dict[str, Any]], network: str) -> str | None:
+    used = Counter(weights for row in rows if (weights := weights_of(row, network)))
+    return max(used, key=used.__getitem__, default=None)
 
 
 def step_of(path: Path) -> int:

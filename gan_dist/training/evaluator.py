@@ -13,6 +13,7 @@ from torch import nn
 
 from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.distributed.world import World
+from gan_dist.evaluation.evaluate import choose_encoder
 from gan_dist.evaluation.protocol import Evaluation, accuracy, warnings
 from gan_dist.runs.checkpoint import read_best
 from gan_dist.runs.metrics_file import PROTOCOL
@@ -28,6 +29,7 @@ class Evaluator:
 
     generator: the network that draws (the averaged one where there is one); discriminator: the one that learns; judge:
     a network like it, alone in its world, since rank 0 judges for all and running statistics change as it does;
+    encoder: as evaluate.choose_encoder takes it;
     checkpoints: the folder that may hold an earlier best; held_out: address of a dataset that is not trained on;
     complete: whether all of `dataset` is at hand. Raises UserError for options that exclude each other.
     """
@@ -47,8 +49,10 @@ class Evaluator:
         latent_dim: int,
         averaged: bool,
         complete: bool,
+        encoder: str,
         held_out: str | None,
         cache_dir: str | None,
+        log: Callable[[str], None],
     ) -> None:
         self._every, self._images_per_step = every_steps, images_per_step
         self._latent_dim, self._averaged = latent_dim, averaged
@@ -66,7 +70,8 @@ class Evaluator:
                 "evaluate.every_steps: a windowed placement keeps only a part of the dataset here; "
                 "set evaluate.every_steps=0, and `gan-dist evaluate RUN --all-checkpoints` afterwards"
             )
-        self._evaluation = Evaluation(world, dataset, samples)
+        chosen = choose_encoder(world, encoder, "evaluate.encoder", dataset, samples, log)
+        self._evaluation = Evaluation(world, dataset, samples, encoder=chosen)
         if held_out:
             self._held_out = world.together(lambda: open_dataset(held_out, cache_dir))
             _check_held_out(self._held_out, dataset, held_out)
@@ -98,7 +103,8 @@ class Evaluator:
         if protocol != self._protocol:
             telemetry.event(PROTOCOL, step, **protocol)
             self._protocol = protocol
-        key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+        swd_depends_on = {name: value for name, value in protocol.items() if name != "encoder"}
+        key = hashlib.sha256(json.dumps(swd_depends_on, sort_keys=True).encode()).hexdigest()[:16]
         leads = self._best is None or self._best["protocol"] != key or figures["swd"] < self._best["swd"]
         if leads:
             self._best = {"step": step, "swd": figures["swd"], "protocol": key}

@@ -208,6 +208,7 @@ def build_run(
 
     # Its place on disk.
     windowed = config.data.placement == "windowed" or (dataset.cache is not None and dataset.cache.windowed)
+    notes = [*start.notes]
     evaluator = Evaluator(
         world,
         dataset,
@@ -221,8 +222,10 @@ def build_run(
         latent_dim=config.model.latent_dim,
         averaged=ema is not None,
         complete=not windowed,
+        encoder=config.evaluate.encoder,
         held_out=config.evaluate.held_out,
         cache_dir=config.data.cache_dir,
+        log=notes.append,
     )
     resolved = {
         "device": world.device.type,
@@ -234,7 +237,7 @@ def build_run(
         "ranks": world.size,
     }
     facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
-    notes = [*start.notes, *([] if start.fresh else resolved_changes(directory, resolved))]
+    notes += [] if start.fresh else resolved_changes(directory, resolved)
     world.from_first(lambda: check_disk(directory, update.snapshot()))
     world.from_first(lambda: write_start(directory, to_yaml(config), facts))
 
