@@ -2,12 +2,11 @@
 
 Without labels, by contrast (SimCLR, Chen et al. 2020): two views of one picture shall lie near one another, and far
 from those of all others. On its features the Frechet distance, precision and recall are computed as on Inception's. The
-figures of two encoders do not compare, so the sha256 of an encoder's file is part of the protocol.
+figures of two encoders do not compare, so the sha256 of its weights is part of the protocol.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from gan_dist.data.dataset import Dataset, gather
 from gan_dist.data.order import Order
 from gan_dist.utils.errors import UserError, first_line
 from gan_dist.utils.files import write_atomically
+from gan_dist.utils.tensors import state_digest
 
 FILE = "encoder.safetensors"
 """Its place in the folder of the dataset that it was learned on."""
@@ -64,7 +64,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A network that has learned; `weights` is its file's sha256."""
+    """A network that has learned; `weights` is the sha256 of its tensors."""
 
     network: Network
     weights: str
@@ -187,11 +187,10 @@ def load_encoder(path: Path, resolution: int, device: torch.device) -> Encoder:
         )
     network = Network(resolution)
     try:
-        content = path.read_bytes()
-        network.load_state_dict(load(content))
+        network.load_state_dict(load(path.read_bytes()))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} holds no encoder: {first_line(error)}") from None
-    return Encoder(network.to(device).eval(), hashlib.sha256(content).hexdigest())
+    return Encoder(network.to(device).eval(), state_digest(network.state_dict()))
 
 
 def _described(path: Path) -> dict[str, str]:

@@ -66,7 +66,7 @@ class Protocol:
     inception: str | None = None
     """The sha256 of Inception's weights, where they were used."""
     encoder: str | None = None
-    """The sha256 of the encoder's file, where one was used."""
+    """The sha256 of the encoder's weights, where one was used."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as plain values, for JSON; as it was before there were encoders where none was used."""

@@ -70,7 +70,18 @@ def test_help_tells_what_there_is(command: str) -> None:
 
 def test_help_lists_commands_in_the_order_in_which_one_uses_them() -> None:
     listed = re.findall(r"^  ([a-z]+)  ", run("--help").stdout.split("Commands:")[1], re.MULTILINE)
-    assert listed == ["doctor", "demo", "prepare", "verify", "train", "sample", "evaluate", "report", "bench"]
+    assert listed == [
+        "doctor",
+        "demo",
+        "prepare",
+        "verify",
+        "train",
+        "sample",
+        "encoder",
+        "evaluate",
+        "report",
+        "bench",
+    ]
 
 
 def test_an_unknown_command_names_the_nearest() -> None:
