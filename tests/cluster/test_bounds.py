@@ -23,9 +23,8 @@ def test_starts_that_never_get_to_a_step_end_and_say_what_to_raise(
 ) -> None:
     """Staging takes longer than a job may run; here the signal before the limit comes when the data are asked for."""
     slow, here = tmp_path / "slow", tmp_path / "here"
-    slow.write_text(
-        f"case $1 in *.tar) touch {here}-${{SLURM_RESTART_COUNT:-0}}; sleep 300;; esac\ncat {shlex.quote(str(dataset))}/$1\n"
-    )
+    staging = f"touch {here}-${{SLURM_RESTART_COUNT:-0}}; sleep 300"
+    slow.write_text(f"case $1 in *.tar) {staging};; esac\ncat {shlex.quote(str(dataset))}/$1\n")
     words = (f"data.shards=pipe:bash {slow} {{}}", f"data.cache_dir={tmp_path / 'cache'}")
     run = Run.submit(linuxproc, config, tmp_path / "run", *words, nodes=1)
     for number in range(3):

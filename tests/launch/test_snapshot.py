@@ -185,6 +185,19 @@ def test_no_file_of_gan_dist_is_looked_for_beside_a_module() -> None:
     assert asking == {"system.py"}  # whether the code is a git checkout
 
 
+def test_the_definition_of_the_image_copies_what_there_is() -> None:
+    """CI runs its %post without a network; what it needs of the checkout is in every checkout."""
+    text = (ROOT / "slurm" / "gan-dist.def").read_text()
+    sections = dict(re.findall(r"^%(\w+)\n((?:(?:    .*)?\n)*)", text, re.MULTILINE))
+    assert list(sections) == ["arguments", "files", "post", "environment", "runscript", "test"]
+    copied = [line.split() for line in sections["files"].splitlines() if line and "{{" not in line]
+    assert copied and all((ROOT / source).exists() and at == f"/opt/source/{source}" for source, at in copied)
+    for name in ("post", "runscript", "test"):
+        subprocess.run(["bash", "-n"], input=sections[name], text=True, check=True)
+    arguments = re.findall(r"(\w+)=", sections["arguments"])
+    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == set(arguments) == {"base", "wheelhouse"}
+
+
 def test_steps_of_a_job_run_from_a_checkout_and_from_an_archive(taken: Path, tmp_path: Path) -> None:
     """By any Python 3, without any package."""
     for code in (ROOT, taken / "code.zip"):
