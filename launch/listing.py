@@ -31,8 +31,8 @@ class Row:
     step: int
     total_steps: int
     images_per_second: float | None
-    gpu_utilization: float | None
-    """Percent, where the run logs it."""
+    data_wait: float | None
+    """Share of the time in which the device waited for data, 0 to 1."""
     best_swd: float | None
     node: str | None
     reason: str | None
@@ -57,17 +57,18 @@ def list_runs(runs: str | None = None) -> list[Row]:
 
 def make_row(run: Path, queue: Queue) -> Row:
     """Returns the row of one run."""
-    known: dict[str, Any] = dict.fromkeys(("job", "images_per_second", "gpu_utilization", "best_swd", "node", "reason"))
-    state, step, total, updated = "empty", 0, 0, None
+    known: dict[str, Any] = dict.fromkeys(("job", "images_per_second", "data_wait", "best_swd", "node", "reason"))
+    state, step, total, updated, starting = "empty", 0, 0, None, True
     if (run / "config.yaml").is_file():
         record = read_run(run)
         newest = record.points[-1] if record.points else {}
         state, step, total, updated = record.state, record.step, record.total, max(time.time() - record.touched, 0)
         known["images_per_second"] = newest.get("throughput/images_per_second")
-        known["gpu_utilization"] = next((newest[tag] for tag in newest if "gpu_utilization" in tag), None)
+        known["data_wait"] = newest.get("throughput/data_wait_fraction")
         known["best_swd"] = min((row["swd"] for row in record.evaluations if row.get("swd") is not None), default=None)
         known["node"] = record.environment.get("host") if state == "running" else None
         known["reason"] = record.why or None
+        starting = not newest
     made, jobs = submissions(run), jobs_of(run)
     if made:
         known["job"] = made[-1].job
@@ -78,6 +79,8 @@ def make_row(run: Path, queue: Queue) -> Row:
         job, line = next((pair for pair in lines if pair[1].state == "RUNNING"), lines[0])
         state, known["job"], known["node"] = line.state.lower(), job.id, line.nodes or None
         known["reason"] = line.reason.strip("()") if line.reason.startswith("(") and line.reason != "(None)" else None
+        if starting and line.state == "RUNNING":
+            known["reason"] = "no step is logged yet"
     elif queue.unknown and state == "running":
         known["reason"] = queue.unknown
     elif state == "running" and made and not queue.view.hidden.intersection(jobs):
@@ -88,15 +91,15 @@ def make_row(run: Path, queue: Queue) -> Row:
 def table_lines(rows: Sequence[Row]) -> list[str]:
     """Returns the rows as the lines of a table."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("run", "state", "step", "images/s", "GPU %", "best swd", "node", "job", "why"):
-        table.add_column(heading, justify="right" if heading in ("images/s", "GPU %", "best swd") else "left")
+    for heading in ("run", "state", "step", "images/s", "data wait", "best swd", "node", "job", "why"):
+        table.add_column(heading, justify="right" if heading in ("images/s", "data wait", "best swd") else "left")
     for row in rows:
         table.add_row(
             row.name,
             row.state,
             f"{row.step}/{row.total_steps}" if row.total_steps else "",
             _number(row.images_per_second, ",.0f"),
-            _number(row.gpu_utilization, ".0f"),
+            _number(row.data_wait, ".0%"),
             _number(row.best_swd, ".4g"),
             row.node or "",
             row.job or "",
@@ -111,4 +114,4 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return "-" if value is None else format(value, form)

@@ -150,7 +150,10 @@ def _environment_int(name: str) -> int:
 
 
 LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""What parallel launchers that make no world tell each process of their number."""
+"""What parallel launchers that make no world tell each process of their number.
+
+All that gan_dist reads of any of them, and only to refuse: whoever starts it so has not gone through launch/.
+"""
 
 
 def refuse_worlds_of_one() -> None:

@@ -27,7 +27,11 @@ def make_run(home: Path, name: str, job: str, event: str, history: str = "", swd
         (run / "config.yaml").write_text("seed: 0\n")
         (run / "environment.json").write_text('{"host": "node7"}')
         lines: list[dict[str, object]] = [{"event": "start", "step": 0, "time": 0, "total_steps": 90}]
-        figures = {"throughput/images_per_second": 512.4, **({"evaluate/swd": swd} if swd else {})}
+        figures = {
+            "throughput/images_per_second": 512.4,
+            "throughput/data_wait_fraction": 0.031,
+            **({"evaluate/swd": swd} if swd else {}),
+        }
         lines += [{"step": 40, "images_seen": 640, **figures}, {"step": 50, "images_seen": 800, **figures}]
         lines += [{"event": event, "step": 50, "time": 0}] if event != "start" else []
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -40,10 +44,12 @@ def test_every_run_has_a_row_that_says_what_it_does_and_why(tmp_path: Path, monk
     make_run(tmp_path, "broke", "4", "start", "0 | failed | - | rank 1 on b: no disk")
     make_run(tmp_path, "gone", "5", "start")
     make_run(tmp_path, "new", "6", "")
+    make_run(tmp_path, "starts", "7", "")
     (tmp_path / ".doctor-1" / "launch").mkdir(parents=True)
     lines = (
         slurm.Queued("1", "RUNNING", "5:00", "node7", "node7", "N/A"),
         slurm.Queued("2", "PENDING", "5:00", "", "(Priority)", "N/A"),
+        slurm.Queued("7", "RUNNING", "5:00", "node8", "node8", "N/A"),
     )
     asked: list[int] = []
 
@@ -53,7 +59,7 @@ def test_every_run_has_a_row_that_says_what_it_does_and_why(tmp_path: Path, monk
 
     monkeypatch.setattr(slurm, "look", look)
     rows = {row.name: row for row in list_runs(str(tmp_path))}
-    assert asked == [6]
+    assert asked == [7]
     found = {name: (row.state, row.job, row.step, row.node, row.reason) for name, row in rows.items()}
     assert found == {
         "trains": ("running", "1", 50, "node7", None),
@@ -62,12 +68,14 @@ def test_every_run_has_a_row_that_says_what_it_does_and_why(tmp_path: Path, monk
         "broke": ("failed", "4", 50, "node7", "rank 1 on b: no disk"),
         "gone": ("interrupted", "5", 50, "node7", None),
         "new": ("empty", "6", 0, None, None),
+        "starts": ("running", "7", 0, "node8", "no step is logged yet"),
     }
     row = rows["trains"]
-    assert (row.best_swd, row.images_per_second, row.total_steps, row.gpu_utilization) == (0.25, 512.4, 90, None)
+    assert (row.best_swd, row.images_per_second, row.total_steps, row.data_wait) == (0.25, 512.4, 90, 0.031)
     text = table_lines([row, rows["broke"]])
-    assert text[0].split() == ["run", "state", "step", "images/s", "GPU", "%", "best", "swd", "node", "job", "why"]
-    assert text[1].split() == ["trains", "running", "50/90", "512", "0.25", "node7", "1"]
+    assert text[0].split() == ["run", "state", "step", "images/s", "data", "wait", "best", "swd", "node", "job", "why"]
+    assert text[1].split() == ["trains", "running", "50/90", "512", "3%", "0.25", "node7", "1"]
+    assert table_lines([rows["starts"]])[1].split()[:5] == ["starts", "running", "-", "-", "-"]
     assert text[2].endswith("rank 1 on b: no disk") and json.dumps(asdict(row))
 
 
