@@ -7,21 +7,27 @@ import io
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import ModuleType
 
+import numpy as np
 from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin
 
-from gan_dist.data.prepare import jpeg, png, structure, tiff
+from gan_dist.data.prepare import icons, jpeg, png, structure, tiff
 from gan_dist.data.prepare.account import Rejected
 
 MEMORY_LIMIT = 800 * 2**20
 """Bytes that one image may take: its encoded data, its decoded pixels and the decoder's own buffers together."""
 
 _SHORT = re.compile(r"truncat|unexpected end|end of file|eof|incomplete|not enough (image )?data|unpack", re.I)
-_UNSUPPORTED = re.compile(r"unsupported|unknown (raw|pixel) mode|not supported|cannot handle|unrecognized image mode")
+_UNSUPPORTED = re.compile(
+    r"unsupported|unimplemented|unknown (raw|pixel|pcx) mode|unknown pixel format|not supported|cannot handle"
+    r"|unrecognized image mode|reformat failed|SyntaxError: \(?\d+(, \d+)?\)?$",  # (of modes, a number alone)
+    re.I,
+)
+_HEIC = re.compile(rb"hei[cxms]|hev[cxms]")
 _LONGEST_TEXT = 2**26
 """Bytes of a PNG's text or profile. Pillow's own limit is 1 MiB."""
 
@@ -34,6 +40,7 @@ _OTHER_BYTES_PER_PIXEL = 8
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "DDS", "PCX")
 _RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XBM", "XPM")
 _KNOWN_BUT_UNREAD = {b"ftyp": 4, b"JXL ": 4, b"\xff\x0a": 0, b"%!PS": 0, b"GRIB": 0, b"II*\0": 0, b"MM\0*": 0}
+_KNOWN_BUT_UNREAD |= {b"BA(\0\0\0": 0, b"BA\\\0\0\0": 0, b"CI\x1a\0\0\0": 0, b"IC\x1a\0\0\0": 0}  # of OS/2
 _LOOSE_ALPHA = ("BMP", "DIB", "TGA", "DDS")
 """Formats whose writers often leave the fourth byte of a pixel at zero, whatever the header says about it."""
 
@@ -73,12 +80,21 @@ def decode(data: bytes, edge: int | None = None, min_side: int = 1, keep_truncat
         if rejected.reason != "truncated" or not keep_truncated:
             raise
     with _switched(ImageFile, "LOAD_TRUNCATED_IMAGES", True):
-        decoded = _decode(data, edge, min_side, patient=True)
+        decoded = _decode(structure.filled_up(data), edge, min_side, patient=True)
+    if not np.asarray(decoded.image).any():
+        raise Rejected("truncated", f"{decoded.format}: nothing of it could be decoded")
     decoded.flags.append("truncated")
     return decoded
 
 
 def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Decoded:
+    data, inner = icons.as_icon(data), None
+    with suppress(Exception):  # opening it will tell
+        inner = icons.inner_file(data)
+    if inner is not None:
+        if not patient:
+            png.check_inner(data)
+        return replace(_decode(inner, edge, min_side, patient), format="ICNS" if data[:4] == b"icns" else "ICO")
     if data.startswith(png.SIGNATURE):
         data = png.checked(data, patient)
     header = _open(data)
@@ -100,15 +116,18 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Deco
         flags = ["oriented"] if told.turned else []
         if not patient:
             tiff.check(header, data)
-            if format in ("ICO", "ICNS"):
+            if format == "ICO":
                 png.check_inner(data)
             if (place := structure.hole(data, format, image)) is not None:
                 raise Rejected("corrupt", f"{format}: its pixels are overwritten from byte {place} on")
             if structure.odd(data, format):
                 flags.append("odd_structure")
-        if format == "PNG" and mode == "L" and data[24] < 8 and "transparency" in image.info:
-            # Pillow scales the grey of 2 and 4 bits to 8, but not the one that is transparent
-            image.info["transparency"] *= 255 // (2 ** data[24] - 1)
+        if format == "PNG" and "transparency" in image.info:
+            if png.is_deep(data) and mode != "P":
+                image = png.without_transparent_colour(image, data)
+            elif mode == "L" and data[24] < 8:
+                # Pillow scales the grey of 2 and 4 bits to 8, but not the one that is transparent
+                image.info["transparency"] *= 255 // (2 ** data[24] - 1)
         orientation = _orientation(header)
         image, white = tiff.corrected(image, told)
         if format == "XBM":
@@ -136,8 +155,17 @@ def _load(header: Image.Image, data: bytes, patient: bool) -> Image.Image:
         image.info = header.info
         return image
     stream = getattr(header, "fp", None)
-    header.load()
-    if header.format == "QOI" and stream and (rest := data[stream.tell() :]) not in (b"", bytes(7) + b"\1"):
+    try:
+        header.load()
+    except OSError:
+        if not patient or header.format != "TIFF" or header.tile:  # libtiff fails after what it could decode
+            raise
+    if (
+        header.format == "QOI"
+        and not patient
+        and stream
+        and (rest := data[stream.tell() :]) not in (b"", bytes(7) + b"\1")
+    ):
         raise Rejected("corrupt", f"QOI: {len(rest)} bytes are left when the picture is complete")
     return header
 
@@ -181,6 +209,8 @@ def _open(data: bytes) -> Image.Image:
                     if name == "PNG":
                         with _switched(PngImagePlugin, "MAX_TEXT_CHUNK", _LONGEST_TEXT):
                             return factory(io.BytesIO(data), "")
+                    if name in ("ICO", "ICNS"):
+                        return icons.opened(data)
                     return tiff.opened(data) if name == "TIFF" else factory(io.BytesIO(data), "")
             except Rejected as rejected:
                 failure = failure or rejected
@@ -227,7 +257,9 @@ def named_failures(name: str, data: bytes = b"", image: Image.Image | None = Non
         text = f"{name}: {type(error).__name__}: {error}"
         if _SHORT.search(text):
             reason = "truncated"
-        elif _UNSUPPORTED.search(text):
+        elif _UNSUPPORTED.search(text) or tiff.codec_missing(getattr(image, "info", {}).get("compression", "")):
+            reason = "unsupported"
+        elif "Invalid ftyp" in text and _HEIC.search(data[:64]):
             reason = "unsupported"
         else:
             reason = "truncated" if structure.cut_short(data, name, getattr(image, "tag_v2", None)) else "corrupt"

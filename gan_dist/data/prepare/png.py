@@ -5,7 +5,11 @@ Pillow checks no checksum of pixel data, and refuses a picture for a fault in an
 
 from __future__ import annotations
 
+import io
 import zlib
+
+import numpy as np
+from PIL import Image, PngImagePlugin
 
 from gan_dist.data.prepare.account import Rejected
 
@@ -61,6 +65,31 @@ def checked(data: bytes, keep_truncated: bool = False) -> bytes:
     if not begun:
         raise Rejected("truncated", "PNG: it ends before its pixels begin")
     return data if sum(map(len, kept)) == len(data) else b"".join(kept)
+
+
+def is_deep(data: bytes) -> bool:
+    """Returns whether a PNG has 16 bits a channel."""
+    return data[24] == 16
+
+
+def without_transparent_colour(image: Image.Image, data: bytes) -> Image.Image:
+    """Returns a loaded PNG of 16 bits, gray or RGB, of which one colour is transparent, as LA or RGBA of 8 bits.
+
+    Pillow would compare the colour with what is left of the pixels, or not at all."""
+    colour = image.info["transparency"]
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        shown = values != colour
+        bands = [Image.fromarray(np.rint(values * np.float32(255 / 65535)).astype(np.uint8))]
+    else:
+        low = PngImagePlugin.PngImageFile(io.BytesIO(data))
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # the other byte of each value
+        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        shown = (values != np.array(colour, np.uint16)).any(2)
+        bands = list(image.split())
+    made = Image.merge("LA" if len(bands) == 1 else "RGBA", [*bands, Image.fromarray(shown.astype(np.uint8) * 255)])
+    made.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return made
 
 
 def check_inner(data: bytes) -> None:

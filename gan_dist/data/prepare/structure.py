@@ -17,6 +17,9 @@ _FLAT_PIXELS = 192
 _FLAT_PIXELS_LOSSLESS = 2
 """The same of a lossless WebP, where each pixel has codes: of a product on white, 4; of a photograph, less than 1."""
 
+_MOST_FILLED = 2**29
+"""Bytes of a file that zeros may fill up."""
+
 
 def cut_short(data: bytes, format: str, tags: Any = None) -> bool:
     """Returns whether a file ends before its pixels do, by its own account. `tags`: those of a TIFF, if it has any."""
@@ -36,6 +39,25 @@ def cut_short(data: bytes, format: str, tags: Any = None) -> bool:
         case "QOI":
             return not data.endswith(bytes(7) + b"\1")
     return False
+
+
+def filled_up(data: bytes) -> bytes:
+    """Returns a file that is cut off with zeros in place of what is missing, where its decoder would otherwise give
+    nothing of it; any other file as it is."""
+    end, last = len(data), b""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        end = 8 + int.from_bytes(data[4:8], "little")
+    elif data[4:8] == b"ftyp":
+        end = _last_box_end(data)
+    elif b"\xff\x4f\xff\x51" in data[:4096]:  # JPEG 2000: up to the end of the part of a tile
+        part = data.rfind(b"\xff\x90\0\n")
+        end, last = part + int.from_bytes(data[part + 6 : part + 10], "big"), b"\xff\xd9"
+    elif data[:4] in (b"qoif", b"DDS "):  # at most four bytes a pixel
+        sides = struct.unpack(
+            ">II" if data[:4] == b"qoif" else "<8xII", data[4:12] if data[:4] == b"qoif" else data[4:20]
+        )
+        end += 4 * sides[0] * sides[1]
+    return data + bytes(end - len(data)) + last if len(data) < end < _MOST_FILLED else data
 
 
 def odd(data: bytes, format: str) -> str | None:

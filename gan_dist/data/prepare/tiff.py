@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
@@ -14,6 +15,8 @@ from gan_dist.data.prepare.account import Rejected
 
 _CHECKED = ("tiff_adobe_deflate", "tiff_deflate", "jpeg")
 _NATIVE = {"F;32BF": "F;32NF", "I;16BS": "I;16NS", "I;32BS": "I;32NS"}
+_BIG_ENDIAN, _MISREAD = b"MM\0\x2b", b"MM\x2b\0"
+TiffImagePlugin.PREFIXES.append(_MISREAD)
 # A mode that Pillow can read but does not list: 16-bit gray, big-endian, white as zero.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 
@@ -29,10 +32,30 @@ class Facts:
     turned: bool
 
 
+class _BigEndian(io.BytesIO):
+    """A big-endian BigTIFF as Pillow, which looks for its number in the wrong byte, can open it; libtiff is given the
+    true bytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell() == 0 and size == 8:
+            return _MISREAD + super().read(size)[4:]
+        return super().read(size)
+
+
+def _pillow(data: bytes) -> TiffImagePlugin.TiffImageFile:
+    if not data.startswith(_BIG_ENDIAN):
+        return TiffImagePlugin.TiffImageFile(io.BytesIO(data), "")
+    image = TiffImagePlugin.TiffImageFile(_BigEndian(data), "")
+    image._exif = Image.Exif()  # it would be looked for by the wrong byte again
+    image._exif._loaded = True
+    image._exif[0x0112] = image.tag_v2.get(0x0112, 1)
+    return image
+
+
 def opened(data: bytes) -> ImageFile.ImageFile:
     """Returns a TIFF, opened so that Pillow reads it right. Raises whatever Pillow raises."""
     try:
-        image = TiffImagePlugin.TiffImageFile(io.BytesIO(data), "")
+        image = _pillow(data)
         by_planes = image.tag_v2.get(284) == 2 and any(tile.codec_name == "raw" for tile in image.tile)
     except (SyntaxError, IndexError):
         by_planes = True
@@ -42,7 +65,7 @@ def opened(data: bytes) -> ImageFile.ImageFile:
     # Pillow's own reader takes a plane of 16 bits for one of 8, and knows few kinds of planes. libtiff's is right.
     before, TiffImagePlugin.READ_LIBTIFF = TiffImagePlugin.READ_LIBTIFF, True
     try:
-        image = TiffImagePlugin.TiffImageFile(io.BytesIO(data), "")
+        image = _pillow(data)
     finally:
         TiffImagePlugin.READ_LIBTIFF = before
     _in_native_order(image)
@@ -97,6 +120,18 @@ def check(image: Image.Image, data: bytes) -> None:
             raise Rejected("corrupt", f"TIFF: {error}") from None
         if not unpacking.eof:
             raise Rejected("truncated", "TIFF: a strip ends early")
+
+
+@lru_cache(maxsize=16)
+def codec_missing(compression: str) -> bool:
+    """Returns whether this libtiff cannot unpack what is compressed so, whatever the bytes."""
+    if compression not in ("webp", "zstd", "lzma", "lerc"):
+        return False
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), "TIFF", compression=compression)
+    except Exception:
+        return True
+    return False
 
 
 def corrected(image: Image.Image, told: Facts) -> tuple[Image.Image, float | None]:

@@ -19,6 +19,7 @@ from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from tests.bench import damage
 from tests.helpers.images import ORANGE, encode, plain
+from tests.helpers.tiff import tiff as tiff_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's remarks on odd files
 RECIPE = Recipe(32)
@@ -252,6 +253,54 @@ def test_what_is_cut_is_truncated(ending: str) -> None:
     options = {"compression": "tiff_lzw"} if ending == "TIFF" else {}
     data = encode(texture(), ending, **options)
     assert {reason(data[: len(data) * part // 10]) for part in (3, 5, 7, 9)} == {"truncated"}
+
+
+KEPT = {
+    "JPEG": {},
+    "PNG": {},
+    "GIF": {},
+    "WEBP": {"quality": 90},
+    "WEBP, lossless": {"lossless": True},
+    "AVIF": {},
+    "JPEG2000": {"quality_mode": "rates", "quality_layers": [8]},
+    "JPEG2000, tiles": {"tile_size": (64, 64)},
+    "QOI": {},
+    "DDS": {},
+    "TGA": {"compression": "tga_rle"},
+    "BMP": {},
+    "PPM": {},
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_there_is_of_a_truncated_file_can_be_kept(name: str) -> None:
+    """Of a file that lacks its last third, at least one part in six is as in the whole (a BMP begins at its foot)."""
+    format, keep, whole = name.split(",")[0], Recipe(64, keep_truncated=True), texture()
+    data = encode(whole, format, **KEPT[name])  # type: ignore[arg-type]
+    expected, made = square(data, Recipe(64)).pixels.astype(int), square(data[: 2 * len(data) // 3], keep)
+    assert made.flags == ["truncated"] and reason(data[: 2 * len(data) // 3]) == "truncated"
+    apart = np.abs(made.pixels - expected).mean((0, 2))
+    if name == "JPEG2000":  # it is sharpened from one end of the file to the other
+        assert apart.mean() < 10
+    else:
+        assert np.count_nonzero(apart < 3) >= 64 // 6
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_what_there_is_of_a_truncated_tiff_can_be_kept(deflated: bool) -> None:
+    """As long as its directory is there: some programs write it last."""
+    gray, keep = texture(mode="L"), Recipe(64, keep_truncated=True)
+    data = tiff_of(np.asarray(gray), deflated=deflated, rows=16)
+    made = square(data[: 2 * len(data) // 3], keep)
+    apart = np.abs(made.pixels.astype(int) - square(data, Recipe(64)).pixels).mean((0, 2))
+    assert made.flags == ["truncated"] and np.count_nonzero(apart < 3) > 20
+    assert reason(encode(gray, "TIFF", compression="tiff_lzw")[:-2000], keep) == "truncated"
+
+
+def test_a_truncated_file_without_any_pixels_is_not_kept() -> None:
+    data = encode(texture(), "BMP")
+    assert reason(data[:60], Recipe(64, keep_truncated=True)) == "truncated"
+    assert reason(encode(texture(), "WEBP")[:24], Recipe(64, keep_truncated=True)) in ("truncated", "corrupt")
 
 
 def test_files_that_hold_more_than_they_say_are_flagged() -> None:

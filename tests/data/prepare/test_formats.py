@@ -249,3 +249,78 @@ def test_the_transparent_gray_of_a_shallow_png(bits: int) -> None:
     ]
     shown = np.where(values == middle, 255, values.astype(int) * 255 // (2**bits - 1))
     assert same(b"\x89PNG\r\n\x1a\n" + b"".join(chunks), np.repeat(shown[..., None], 3, 2))
+
+
+def deep_png(values: NDArray[np.uint16], transparent: tuple[int, ...], interlaced: bool = False) -> bytes:
+    """Returns a PNG of 16 bits, gray or RGB, of which one colour is transparent."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = values.shape[:2]
+    passes = [values]
+    if interlaced:
+        steps = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+        passes = [values[top::down, left::right] for top, left, down, right in steps]
+    rows = [b"\0" + row.astype(">u2").tobytes() for part in passes for row in part]
+    kind = 0 if values.ndim == 2 else 2
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, interlaced)
+    chunks = chunk(b"IHDR", head) + chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_transparent_colour_of_a_deep_png(channels: int, interlaced: bool) -> None:
+    """Only what equals it in all 16 bits is transparent, which shows as white."""
+    values = deepened(gray() if channels == 1 else colours(), "u2")
+    values[:32] = 0x1234
+    values[:32, :32] = 0x1299  # the same in 8 bits
+    expected = np.rint(values * (255 / 65535)).astype(np.uint8)
+    expected[:32, 32:] = 255
+    assert same(deep_png(values, (0x1234,) * channels, interlaced), expected, 0.6)
+    one_off = (0x1234,) * (channels - 1) + (0x1235,)
+    expected[:32, 32:] = 0x12
+    assert same(deep_png(values, one_off, interlaced), expected, 0.6)
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_big_tiffs(kind: str, big_endian: bool, orientation: int) -> None:
+    """Of more than 4 GB, or written as if they were."""
+    order = ">" if big_endian else "<"
+    values = deepened(gray(), kind)
+    tags = {256: (3, SIZE), 257: (3, SIZE), 258: (3, 8 * values.itemsize), 259: (3, 1), 262: (3, 1), 273: (16, 0)}
+    tags |= {274: (3, orientation), 277: (3, 1), 278: (3, SIZE), 279: (16, values.nbytes)}
+    start = 16 + 8 + 20 * len(tags) + 8
+    tags[273] = (16, start)
+    entries = b"".join(
+        struct.pack(f"{order}HHQ", tag, of, 1) + struct.pack(order + ("Q" if of == 16 else "H6x"), value)
+        for tag, (of, value) in sorted(tags.items())
+    )
+    magic = (b"MM\0\x2b" if big_endian else b"II\x2b\0") + struct.pack(f"{order}HHQQ", 8, 0, 16, len(tags))
+    data = magic + entries + bytes(8) + values.astype(values.dtype.newbyteorder(order)).tobytes()
+    assert same(data, gray() if orientation == 1 else np.rot90(gray(), -1))
+    assert ("oriented" in square(data, RECIPE).flags) == (orientation == 6)
+
+
+def rejected_as(data: bytes) -> str:
+    with pytest.raises(Rejected) as rejected:
+        square(data, RECIPE)
+    return str(rejected.value.reason)
+
+
+def test_what_this_pillow_cannot_read_is_unsupported_and_not_damaged() -> None:
+    packed = {
+        compression: tiff(gray(), packed=b"x" * 500, tags={259: (3, [compression])}) for compression in (50001, 9)
+    }
+    assert rejected_as(packed[9]) == "unsupported"
+    assert rejected_as(packed[50001]) == ("unsupported" if tiff_module.codec_missing("webp") else "corrupt")
+    bitfields = bytearray(encode(Image.fromarray(colours()), "BMP"))
+    bitfields[28:34] = struct.pack("<HI", 16, 3)  # 16 bits, by masks that are nonsense
+    assert rejected_as(bytes(bitfields)) == "unsupported"
+    psd = b"8BPS" + struct.pack(">H6xHIIHH", 1, 4, SIZE, SIZE, 16, 4) + bytes(16 + 8 * SIZE * SIZE)
+    assert rejected_as(psd) == "unsupported"
+    heic = b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic" + bytes(8) + b"\0\0\0\x08mdat"
+    assert rejected_as(heic) == "unsupported"
