@@ -257,13 +257,18 @@ def named_failures(name: str, data: bytes = b"", image: Image.Image | None = Non
         text = f"{name}: {type(error).__name__}: {error}"
         if _SHORT.search(text):
             reason = "truncated"
-        elif _UNSUPPORTED.search(text) or tiff.codec_missing(getattr(image, "info", {}).get("compression", "")):
-            reason = "unsupported"
-        elif "Invalid ftyp" in text and _HEIC.search(data[:64]):
+        elif _unsupported(text, data, image):
             reason = "unsupported"
         else:
             reason = "truncated" if structure.cut_short(data, name, getattr(image, "tag_v2", None)) else "corrupt"
         raise Rejected(reason, text) from None
+
+
+def _unsupported(text: str, data: bytes, image: Image.Image | None) -> bool:
+    """Returns whether a failure, by its text, is the lack of a decoder here and no damage."""
+    if _UNSUPPORTED.search(text) or (image and tiff.codec_missing(image.info.get("compression", ""))):
+        return True
+    return "Invalid ftyp" in text and _HEIC.search(data[:64]) is not None
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from gan_dist.data.prepare.decode import recognised
 from gan_dist.utils.errors import UserError
 
 _ENDINGS = """
-    jpg jpeg jpe jfif jif png apng webp gif bmp dib tif tiff ppm pgm pbm pnm pfm pam tga ico cur icns jp2 j2k jpf jpx jpc
-    avif avifs heic heif jxl qoi dds pcx sgi ras psd fits xbm xpm mpo
+    jpg jpeg jpe jfif jif png apng webp gif bmp dib tif tiff ppm pgm pbm pnm pfm pam tga ico cur icns jp2 j2k jpf jpx
+    jpc avif avifs heic heif jxl qoi dds pcx sgi ras psd fits xbm xpm mpo
 """
 IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 """Files that claim to be images: each is written or rejected, never skipped, whether it can be decoded here or not."""

@@ -53,10 +53,8 @@ def filled_up(data: bytes) -> bytes:
         part = data.rfind(b"\xff\x90\0\n")
         end, last = part + int.from_bytes(data[part + 6 : part + 10], "big"), b"\xff\xd9"
     elif data[:4] in (b"qoif", b"DDS "):  # at most four bytes a pixel
-        sides = struct.unpack(
-            ">II" if data[:4] == b"qoif" else "<8xII", data[4:12] if data[:4] == b"qoif" else data[4:20]
-        )
-        end += 4 * sides[0] * sides[1]
+        width, height = struct.unpack_from(*((">II", data, 4) if data[:4] == b"qoif" else ("<II", data, 12)))
+        end += 4 * width * height
     return data + bytes(end - len(data)) + last if len(data) < end < _MOST_FILLED else data
 
 
