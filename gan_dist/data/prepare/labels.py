@@ -6,7 +6,7 @@ import csv
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +14,9 @@ from gan_dist.data.prepare.matching import match
 from gan_dist.data.prepare.sources import IMAGE_ENDINGS, Entry, Source
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand
+
+_MOST_DIGITS = 1000
+"""Longer names are no numbers, even if all of them is digits: Python reads at most 4,300."""
 
 
 @dataclass
@@ -66,7 +69,7 @@ def label(
             )
     names = [name and unicodedata.normalize("NFC", name) for name in names]  # one class, however it is spelt
     known = {name for name in names if name}
-    numeric = all(name.isdecimal() for name in known)
+    numeric = all(name.isdecimal() and len(name) < _MOST_DIGITS for name in known)
     classes = tuple(sorted(known, key=lambda name: (int(name), name)) if numeric else sorted(known))
     ids = {name: i for i, name in enumerate(classes)}
     labelled = [ids[name] if name else None for name in names]
@@ -107,7 +110,9 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
     line = 1
     try:
         with _long_cells(), path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
-            rows = csv.reader(stream, strict=True)
+            mark = _separator(stream.readline(), file_column, label_column)
+            stream.seek(0)
+            rows = csv.reader(stream, strict=True, delimiter=mark)
             columns = next(rows, [])
             if "\ufffd" in "".join(columns):
                 raise UserError(f"--labels {spec}: {path} is not a table in UTF-8")
@@ -115,7 +120,7 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
             for row in rows:
                 began, line = line + 1, rows.line_num
                 if line > began:
-                    _check_cells(spec, path, row, began, len(columns))
+                    _check_cells(spec, path, row, began, len(columns), mark)
                 file, name = (row[place].strip() if place < len(row) else "" for place in places)
                 if "\ufffd" in file + name:
                     raise UserError(f"--labels {spec}: {path} is not UTF-8 (line {line}): convert it")
@@ -129,6 +134,16 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
     return table, f"{path.name}:{file_column}:{label_column}"
 
 
+def _separator(first_line: str, *columns: str) -> str:
+    """Returns what separates the columns of a table: the first of comma, semicolon, tab and bar by which its first line
+    has these columns, else the comma."""
+    for mark in ",;\t|":
+        with suppress(csv.Error):
+            if set(columns) <= set(next(csv.reader([first_line], strict=True, delimiter=mark), [])):
+                return mark
+    return ","
+
+
 def _column(spec: str, path: Path, columns: Sequence[str], name: str) -> int:
     """Returns the place of a column. Raises UserError unless there is one of that name."""
     if (count := columns.count(name)) == 1:
@@ -140,11 +155,11 @@ def _column(spec: str, path: Path, columns: Sequence[str], name: str) -> int:
     raise UserError(f"--labels {spec}: no column {name!r} in {path}; it has {', '.join(columns)}")
 
 
-def _check_cells(spec: str, path: Path, row: Sequence[str], began: int, columns: int) -> None:
+def _check_cells(spec: str, path: Path, row: Sequence[str], began: int, columns: int, mark: str) -> None:
     """Raises UserError when a cell of several lines holds rows: a quote was not closed, and another one closed it."""
     for cell in row:
         for inner in cell.splitlines()[1:]:
-            ends = [PurePosixPath(part.strip()).suffix.lower() for part in inner.split(",")]
+            ends = [PurePosixPath(part.strip()).suffix.lower() for part in inner.split(mark)]
             if len(ends) >= columns and any(ending in IMAGE_ENDINGS for ending in ends):
                 raise UserError(
                     f"--labels {spec}: {path} has a cell in line {began} that swallows whole rows: close its quote"

@@ -50,6 +50,7 @@ _NOT_READ = {
     b"PK\7\x08": _JOIN,
 }
 """What a source may be by mistake, by its first bytes, and what to do."""
+_PACKED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _PART = re.compile(r"\.(z\d\d|\d{3}|part\d+(\.rar)?|tar\.\w*a[a-z])$", re.I)
 
 
@@ -440,6 +441,10 @@ def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], 
                     found = f"{len(members.entries)} images"
                     listing.notes.append(f"{source.name} has no end mark: it may be cut short after {found}")
                 start = _after_zeros(raw, end)
+                if start < size and not _may_be_archive(raw, start):
+                    stray = f"{size - start:,} bytes after its end mark that are no archive"
+                    listing.notes.append(f"{source.name} has {stray}: left out")
+                    break
     except Exception as error:
         raise UserError(
             f"source {source.path} is a tar that is damaged or cut short ({_one_line(error)}): fetch it again"
@@ -503,6 +508,24 @@ def _after_zeros(raw: IO[bytes], place: int) -> int:
             return place + (len(block) - len(rest)) // 512 * 512
         place += len(block)
     return place
+
+
+def _may_be_archive(raw: IO[bytes], start: int) -> bool:
+    """Returns whether a tar, whole or damaged, or another archive may be in the bytes from `start` on."""
+    raw.seek(start)
+    first = raw.read(512)
+    if first.lstrip(b"\0").startswith((b"PK\3\4", *_PACKED, *_NOT_READ)):
+        return True
+    with contextlib.suppress(tarfile.HeaderError):  # a tar of the oldest kind has no signature
+        tarfile.TarInfo.frombuf(first, "utf-8", "surrogateescape")
+        return True
+    raw.seek(start)
+    tail = b""
+    while block := raw.read(2**20):
+        if b"ustar" in tail + block:
+            return True
+        tail = block[-4:]
+    return False
 
 
 def _one_line(error: Exception) -> str:

@@ -304,3 +304,32 @@ def test_zips_one_after_the_other_are_not_lost(tmp_path: Path) -> None:
             prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
     (tmp_path / "in.zip").write_bytes(b"#!/bin/sh\n" * 50 + zips[0])  # one that unpacks itself
     assert prepare(tmp_path / "in.zip", tmp_path / "out", workers=0).written == 1
+
+
+def tar_dataset(tmp_path: Path, name: str, content: bytes) -> tuple[list[str], list[str]]:
+    """Returns the paths that are written of a tar of this content, and the notes."""
+    (tmp_path / f"{name}.tar").write_bytes(content)
+    account = prepare(tmp_path / f"{name}.tar", tmp_path / name, workers=0)
+    return paths(tmp_path / name), account.notes
+
+
+@pytest.mark.parametrize("stray", [b"signature 0123", b"\xff" * 700, os.urandom(5000), b"text of a log\n" * 40_000])
+def test_stray_bytes_after_a_tar_are_said_and_passed_over(tmp_path: Path, stray: bytes) -> None:
+    found, notes = tar_dataset(tmp_path, "t", tar({"a.png": encode(1), "b.png": encode(2)}) + stray)
+    assert found == ["a.png", "b.png"]
+    assert [note for note in notes if "no archive: left out" in note] == notes and f"{len(stray):,} bytes" in notes[0]
+
+
+def test_what_may_be_a_second_archive_after_a_tar_is_not_passed_over(tmp_path: Path) -> None:
+    """Damaged at its beginning, or of another kind."""
+    first, second = tar({"a.png": encode(1)}), tar({"b.png": encode(2), "c.png": encode(3)})
+    broken = b"?" * 300 + second[300:]
+    old = bytearray(tar({"b.png": encode(2)}))
+    old[257:500] = bytes(243)  # version 7 has no signature
+    old[148:156] = b"%06o\0 " % (sum(old[:148]) + 8 * 32 + sum(old[156:512]))
+    assert tar_dataset(tmp_path, "two", first + bytes(old))[0] == ["a.png", "b.png"]
+    for number, more in enumerate(
+        (broken, b"junk" + second, gzip.compress(second), bz2.compress(second), b"PK\3\4zip")
+    ):
+        with pytest.raises(UserError, match="damaged or cut short"):
+            tar_dataset(tmp_path, f"t{number}", first + more)

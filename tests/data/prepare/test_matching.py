@@ -150,3 +150,21 @@ def test_a_compressed_tar_stands_for_a_folder_of_its_name(tmp_path: Path) -> Non
     sources = [tmp_path / "a.tar.gz", tmp_path / "b.tar.gz"]
     account = prepare(sources, tmp_path / "out", labels=f"{tmp_path}/t.csv:file:style", workers=0)
     assert account.classes == {"x": 1, "y": 1}
+
+
+def test_numbers_that_are_too_long_are_names(tmp_path: Path) -> None:
+    long = "1" * 5000
+    (tmp_path / "in").mkdir()
+    for name in ("9", "10", "3"):
+        (tmp_path / "in" / f"{name}.png").write_bytes(encode(1))
+    (tmp_path / "t.csv").write_text(f"file,style\n9.png,9\n10.png,10\n3.png,{long}\n")
+    account = prepare(tmp_path / "in", tmp_path / "out", labels=f"{tmp_path}/t.csv:file:style", workers=0)
+    assert list(account.classes) == ["10", long, "9"]
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_tables_are_separated_by_what_their_first_line_is(tmp_path: Path, mark: str) -> None:
+    table = f'\ufeff"file"{mark}style\r\na.png{mark}"x, y"\r\nb.png{mark}z\r\n'
+    assert label(tmp_path, ["a.png", "b.png"], table) == {"a.png": "x, y", "b.png": "z"}
+    with pytest.raises(UserError, match="swallows whole rows"):
+        label(tmp_path, ["a.png"], f'file{mark}style\na.png{mark}"x\nb.png{mark}y\nc.png{mark}"\n', "other")
