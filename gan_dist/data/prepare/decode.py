@@ -158,8 +158,8 @@ def _load(header: Image.Image, data: bytes, patient: bool) -> Image.Image:
     try:
         header.load()
     except OSError:
-        if not patient or header.format != "TIFF" or header.tile:  # libtiff fails after what it could decode
-            raise
+        if not patient or header.format != "TIFF" or getattr(header, "tile", True):
+            raise  # (libtiff fails after what it could decode)
     if (
         header.format == "QOI"
         and not patient

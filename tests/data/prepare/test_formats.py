@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -289,7 +289,7 @@ def test_the_transparent_colour_of_a_deep_png(channels: int, interlaced: bool) -
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_big_tiffs(kind: str, big_endian: bool, orientation: int) -> None:
     """Of more than 4 GB, or written as if they were."""
-    order = ">" if big_endian else "<"
+    order: Literal["<", ">"] = ">" if big_endian else "<"
     values = deepened(gray(), kind)
     tags = {256: (3, SIZE), 257: (3, SIZE), 258: (3, 8 * values.itemsize), 259: (3, 1), 262: (3, 1), 273: (16, 0)}
     tags |= {274: (3, orientation), 277: (3, 1), 278: (3, SIZE), 279: (16, values.nbytes)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def shown(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA"])
 def test_a_png_in_an_icon_is_read_as_a_png(mode: str) -> None:
     """Palettes, and one colour that is transparent, too."""
-    options = {"transparency": 3} if mode == "P" else {}
+    options: dict[str, Any] = {"transparency": 3} if mode == "P" else {}
     image = picture("RGB").quantize(8) if mode == "P" else picture(mode)
     file = encode(image, **options)
     expected = shown(file)
