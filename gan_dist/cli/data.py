@@ -44,6 +44,9 @@ def prepare(
             help="Decode JPEGs at full scale: slower; with bilinear, equal to torchvision's Resize and CenterCrop.",
         ),
     ] = False,
+    fast_checks: Annotated[
+        bool, typer.Option("--fast-checks", help="Leave out checks that are dear: those of TIFFs' packed strips.")
+    ] = False,
 ) -> None:
     """Turn images into a dataset of WebDataset shards.
 
@@ -80,6 +83,7 @@ def prepare(
                 min_side=min_side,
                 keep_truncated=keep_truncated,
                 full_decode=full_decode,
+                fast_checks=fast_checks,
                 progress=partial(show, "preparing"),
                 listed=lambda files: show("listing", files, 0),
             )

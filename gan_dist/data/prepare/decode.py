@@ -13,7 +13,7 @@ from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin
+from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from gan_dist.data.prepare import icons, jpeg, png, structure, tiff
 from gan_dist.data.prepare.account import Rejected
@@ -63,11 +63,14 @@ class Decoded:
     flags: list[str] = field(default_factory=list)
 
 
-def decode(data: bytes, edge: int | None = None, min_side: int = 1, keep_truncated: bool = False) -> Decoded:
+def decode(
+    data: bytes, edge: int | None = None, min_side: int = 1, keep_truncated: bool = False, fast_checks: bool = False
+) -> Decoded:
     """Returns the picture in `data`.
 
     `edge`: a JPEG is decoded at the smallest scale that leaves its short edge at least this long (None: at full scale).
-    `keep_truncated`: what can be decoded of a truncated file is returned, with the flag `truncated`.
+    `keep_truncated`: what can be decoded of a truncated file is returned, with the flag `truncated`; `fast_checks`:
+    damage that is dear to find is not looked for.
 
     Raises:
         Rejected: there is none, or it is damaged. Nothing else is raised, whatever the bytes are.
@@ -75,26 +78,27 @@ def decode(data: bytes, edge: int | None = None, min_side: int = 1, keep_truncat
     if not data:
         raise Rejected("empty")
     try:
-        return _decode(data, edge, min_side, patient=False)
+        return _decode(data, edge, min_side, False, fast_checks)
     except Rejected as rejected:
         if rejected.reason != "truncated" or not keep_truncated:
             raise
     with _switched(ImageFile, "LOAD_TRUNCATED_IMAGES", True):
-        decoded = _decode(structure.filled_up(data), edge, min_side, patient=True)
+        decoded = _decode(structure.filled_up(data), edge, min_side, True, fast_checks)
     if not np.asarray(decoded.image).any():
         raise Rejected("truncated", f"{decoded.format}: nothing of it could be decoded")
     decoded.flags.append("truncated")
     return decoded
 
 
-def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Decoded:
+def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: bool) -> Decoded:
     data, inner = icons.as_icon(data), None
     with suppress(Exception):  # opening it will tell
         inner = icons.inner_file(data)
     if inner is not None:
         if not patient:
             png.check_inner(data)
-        return replace(_decode(inner, edge, min_side, patient), format="ICNS" if data[:4] == b"icns" else "ICO")
+        name = "ICNS" if data[:4] == b"icns" else "ICO"
+        return replace(_decode(inner, edge, min_side, patient, fast), format=name)
     if data.startswith(png.SIGNATURE):
         data = png.checked(data, patient)
     header = _open(data)
@@ -112,10 +116,9 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Deco
         _refuse_large(header, len(data), width * height)
         told = tiff.facts(header)
         # The pixels first: Pillow loads them to read EXIF, too, and what fails there would not be heard of.
-        image = _load(header, data, patient)
+        image = _load(header, data, patient, fast)
         flags = ["oriented"] if told.turned else []
         if not patient:
-            tiff.check(header, data)
             if format == "ICO":
                 png.check_inner(data)
             if (place := structure.hole(data, format, image)) is not None:
@@ -143,7 +146,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool) -> Deco
     return Decoded(image, width, height, mode, format, orientation, extent, white, flags)
 
 
-def _load(header: Image.Image, data: bytes, patient: bool) -> Image.Image:
+def _load(header: Image.Image, data: bytes, patient: bool, fast: bool) -> Image.Image:
     """Returns the pixels of an opened picture, with its info. JPEGs are decoded by a library that tells of damage."""
     if isinstance(header, JpegImagePlugin.JpegImageFile):
         image = None if patient else jpeg.decode(data, header.mode, header.size)
@@ -154,6 +157,9 @@ def _load(header: Image.Image, data: bytes, patient: bool) -> Image.Image:
             image = ImageChops.invert(image)  # only those with Adobe's marker are stored inverted
         image.info = header.info
         return image
+    if isinstance(header, TiffImagePlugin.TiffImageFile) and not patient:
+        tiff.load(header, data, fast)
+        return header
     stream = getattr(header, "fp", None)
     try:
         header.load()

@@ -43,13 +43,15 @@ become 64x3840000."""
 class Recipe:
     """How pictures become squares. `resolution`: S; `resample`: a name in RESAMPLE; `min_side`: the least short edge;
     `keep_truncated`: keep, flagged, what can be decoded of a truncated file; `full_decode`: no scaled decoding and no
-    box reduction (bilinear pixels then equal torchvision's Resize + CenterCrop)."""
+    box reduction (bilinear pixels then equal torchvision's Resize + CenterCrop); `fast_checks`: do not look for damage
+    that is dear to find."""
 
     resolution: int = 64
     resample: str = "lanczos"
     min_side: int = 1
     keep_truncated: bool = False
     full_decode: bool = False
+    fast_checks: bool = False
 
 
 @dataclass
@@ -74,7 +76,7 @@ def square(data: bytes, recipe: Recipe) -> Square:
     """
     began = perf_counter()
     edge = None if recipe.full_decode else _SCALED_EDGE * recipe.resolution
-    opened = decode(data, edge, recipe.min_side, recipe.keep_truncated)
+    opened = decode(data, edge, recipe.min_side, recipe.keep_truncated, recipe.fast_checks)
     decoded = perf_counter()
     flags = opened.flags
     with opened.image, named_failures(opened.format):

@@ -22,7 +22,8 @@ _ABOUT_HEADERS = re.compile(r"JFIF revision|Adobe color|Invalid SOS|ICC marker|b
 _NO_END = "Premature end of JPEG file"
 _END = b"\xff\xd9"
 _HOLE = bytes(64)
-_MARKER = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_PROGRESSIVE = (0xC2, 0xCA)
 _LOW = range(1, 6)
 """AC coefficients without which a picture is no better than blocks."""
 
@@ -112,10 +113,14 @@ def _without_metadata(data: bytes) -> bytes:
 
 def _plainly_whole(data: bytes, components: int) -> bool:
     """Returns whether a JPEG has neither a hole nor scans that might be missing: a quick look, for nearly all files."""
-    if _HOLE in data or b"\xff\xc2" in data or b"\xff\xca" in data:
+    if _HOLE in data:
         return False
-    last = data.rfind(b"\xff\xda")  # before the last picture's scan others may be inside metadata
-    return last > 0 and data[last + 4 : last + 5] == bytes((components,))
+    for marker, place, _ in _segments(data):
+        if marker in _PROGRESSIVE:
+            return False
+        if marker == 0xDA:
+            return data[place + 4] == components
+    return False
 
 
 def _look_for_damage(data: bytes) -> None:
@@ -128,7 +133,7 @@ def _look_for_damage(data: bytes) -> None:
         if marker == 0xC4:
             first |= _first_symbols(content)
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC) and not sent:
-            progressive = marker in (0xC2, 0xCA)
+            progressive = marker in _PROGRESSIVE
             sent = {content[6 + 3 * i]: {} for i in range(content[5])}
         elif marker == 0xDA and not progressive:
             tables = {content[2 + 2 * i] for i in range(content[0])}

@@ -134,7 +134,7 @@ def make_plan(
     # label the entries, describe it all
     cls = {(i, path): name for i, listing in enumerate(listings) for path, name in listing.classes.items()}
     labels = label(options.labels, entries, sources, cls)
-    recipe = asdict(options.image) | {
+    recipe = _of_image(options.image) | {
         "background": list(BACKGROUND),
         "shard_samples": options.shard_samples,
         "labels": labels.origin,
@@ -175,6 +175,15 @@ def make_plan(
     plan.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     plan.accepted = frozenset({plan.digest})
     return plan
+
+
+def _of_image(image: Recipe) -> dict[str, Any]:
+    """Returns the recipe of images for the manifest. An option that was added later stands there only if it is used:
+    datasets that were begun before it can be continued."""
+    values = asdict(image)
+    if not image.fast_checks:
+        del values["fast_checks"]
+    return values
 
 
 class _Ticks:

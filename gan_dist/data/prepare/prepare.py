@@ -40,6 +40,7 @@ REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timi
 STAGED = "staged"
 _PLAN_LOCK, _FINISH_LOCK, _STAGE_LOCK = 2**30, 2**30 + 1, 2**30 + 2
 _NO_LOCKS = "this file system has no locks: make sure that no two runs prepare the same part at once"
+_FAST = "--fast-checks: deflated and JPEG strips of TIFFs were not checked for damage"
 _NOT_ALL = "the dataset is complete when all shards are done: by the other tasks, or by this command without --task"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -63,6 +64,7 @@ def prepare(
     min_side: int = 1,
     keep_truncated: bool = False,
     full_decode: bool = False,
+    fast_checks: bool = False,
     progress: Progress | None = None,
     listed: Callable[[int], None] = lambda files: None,
 ) -> Account:
@@ -84,7 +86,7 @@ def prepare(
     """
     began = perf_counter()
     # check the arguments
-    recipe = Recipe(resolution, resample, min_side, keep_truncated, full_decode)
+    recipe = Recipe(resolution, resample, min_side, keep_truncated, full_decode, fast_checks)
     extra = str(expand(replacements)) if replacements else None
     options = Options(recipe, extra, _absolute(labels), dedupe, shard_samples)
     processes = default_workers() if workers is None else workers
@@ -344,6 +346,7 @@ class _Run:
             source_bytes=bytes_done,
             notes=[
                 *plan.notes,
+                *([_FAST] if plan.image.fast_checks else []),
                 *([_NO_LOCKS] if self.locks.missing else []),
                 *([_NOT_ALL] if len(parts) < plan.num_shards else []),
             ],

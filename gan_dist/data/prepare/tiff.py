@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -97,29 +98,41 @@ def facts(image: Image.Image) -> Facts:
     )
 
 
-def check(image: Image.Image, data: bytes) -> None:
-    """Raises Rejected for damage of a TIFF's deflated strips or tiles, which have checksums, or of its JPEG ones, which
-    libjpeg warns of: libtiff stops reading when it has all rows."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile) or image.info.get("compression") not in _CHECKED:
-        return
+def load(image: ImageFile.ImageFile, data: bytes, fast: bool = False) -> None:
+    """Loads the pixels of an opened TIFF; `fast`: without the checks, for which they are unpacked twice.
+
+    Raises whatever Pillow raises, and Rejected for damage of deflated strips or tiles, which have checksums, or of JPEG
+    ones, which libjpeg warns of: libtiff stops reading when it has all rows."""
+    assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    image.load()
+    checked = not fast and image.info.get("compression") in _CHECKED
+    for strip in _strips(image, data) if checked else ():
+        jpeg.check(strip) if image.info["compression"] == "jpeg" else _inflate(strip)
+
+
+def _strips(image: TiffImagePlugin.TiffImageFile, data: bytes) -> Iterator[bytes]:
+    """Yields the strips or tiles of a TIFF; JPEG ones with the tables that they share."""
     tags = image.tag_v2
     starts, sizes = (tags.get(273), tags.get(279)) if 273 in tags else (tags.get(324), tags.get(325))
     for start, size in zip(starts or (), sizes or (), strict=False):
-        if not size:  # an extra plane that is not stored
-            continue
         strip = data[start : start + size]
-        if image.info["compression"] == "jpeg":
-            jpeg.check(tags.get(347, b"\xff\xd8\xff\xd9")[:-2] + strip[2:])
-            continue
-        unpacking = zlib.decompressobj()
-        try:
-            while strip and not unpacking.eof:
-                unpacking.decompress(strip, 2**20)
-                strip = unpacking.unconsumed_tail
-        except zlib.error as error:
-            raise Rejected("corrupt", f"TIFF: {error}") from None
-        if not unpacking.eof:
-            raise Rejected("truncated", "TIFF: a strip ends early")
+        if size and image.info["compression"] == "jpeg":
+            strip = tags.get(347, b"\xff\xd8\xff\xd9")[:-2] + strip[2:]
+        if size:  # else an extra plane that is not stored
+            yield strip
+
+
+def _inflate(strip: bytes) -> None:
+    """Raises Rejected unless a deflated strip is whole and has the right checksum."""
+    unpacking = zlib.decompressobj()
+    try:
+        while strip and not unpacking.eof:
+            unpacking.decompress(strip, 2**20)
+            strip = unpacking.unconsumed_tail
+    except zlib.error as error:
+        raise Rejected("corrupt", f"TIFF: {error}") from None
+    if not unpacking.eof:
+        raise Rejected("truncated", "TIFF: a strip ends early")
 
 
 @lru_cache(maxsize=16)

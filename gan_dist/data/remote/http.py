@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
@@ -104,7 +105,7 @@ def read(address: str, stall_s: float, transfer: Transfer) -> Iterator[bytes]:
                 request.add_header("If-Range", transfer.version)
         with _OPENER.open(request, timeout=stall_s) as response:
             _check_start(response, transfer, start if start or overlap else 0)
-            while data := response.read1(CHUNK):
+            for data in _unpacked(response, transfer):
                 if overlap:
                     common = min(len(data), len(overlap))
                     if data[:common] != overlap[:common]:
@@ -123,9 +124,8 @@ def read(address: str, stall_s: float, transfer: Transfer) -> Iterator[bytes]:
             raise AttemptFailed("the file changed meanwhile") from None
         if error.code >= 500 or error.code in TRANSIENT:
             raise AttemptFailed(f"HTTP status {error.code} {error.reason}") from None
-        raise UserError(
-            f"{redacted(address)}: HTTP status {error.code} {error.reason}; is the address right?"
-        ) from None
+        said = " ".join(str(error.reason).split())
+        raise UserError(f"{redacted(address)}: HTTP status {error.code} {said}; is the address right?") from None
     except TimeoutError:
         raise AttemptFailed(f"stalled: no data for {stall_s:g} s after {transfer.received} bytes") from None
     except (InvalidURL, ValueError) as error:
@@ -137,11 +137,34 @@ def read(address: str, stall_s: float, transfer: Transfer) -> Iterator[bytes]:
         raise AttemptFailed(f"connection lost after {transfer.received} of {transfer.total} bytes")
 
 
+def _unpacked(response: Any, transfer: Transfer) -> Iterator[bytes]:
+    """Yields what an answer holds, also if the server compressed it, which it was not asked for."""
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding in ("", "identity"):
+        yield from iter(lambda: response.read1(CHUNK), b"")
+        return
+    if coding not in ("gzip", "x-gzip"):
+        raise ValueError(f"the server compressed it ({coding})")
+    transfer.total, transfer.ranges = None, False  # they are of what is compressed
+    unpacking, began = zlib.decompressobj(31), False
+    try:
+        while packed := response.read1(CHUNK):
+            began = True
+            if data := unpacking.decompress(packed):
+                yield data
+    except zlib.error as error:
+        raise AttemptFailed(f"it cannot be unpacked ({error})") from None
+    if began and not unpacking.eof:
+        raise AttemptFailed("connection lost: what the server compressed is not complete")
+
+
 def _check_start(response: Any, transfer: Transfer, start: int) -> None:
     """Reads what the headers say of the file. Raises AttemptFailed unless the answer begins at byte `start` of the same
     file."""
     headers = response.headers
     if transfer.received == 0:
+        if response.status == 206:
+            raise AttemptFailed("the server sent a part of the file that was not asked for")
         length, tag = headers.get("Content-Length", ""), headers.get("ETag", "")
         transfer.total = int(length) if re.fullmatch(r"[0-9]{1,18}", length.strip()) else None
         transfer.version = tag if tag.startswith('"') else headers.get("Last-Modified", "")

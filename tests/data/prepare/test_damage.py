@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from PIL import Image
 from gan_dist.data.prepare import jpeg, structure, tiff
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
+from gan_dist.data.prepare.prepare import prepare
 from tests.bench import damage
 from tests.helpers.images import ORANGE, encode, plain
 from tests.helpers.tiff import tiff as tiff_of
@@ -312,12 +315,12 @@ def test_files_that_hold_more_than_they_say_are_flagged() -> None:
 
 
 def broken(check: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    target, name, result = {
-        "hole": (structure, "hole", None),
-        "strips": (tiff, "check", None),
-        "jpeg": (jpeg, "_look_for_damage", None),
+    target, name, instead = {
+        "hole": (structure, "hole", lambda *_: None),
+        "strips": (tiff, "_strips", lambda *_: ()),
+        "jpeg": (jpeg, "_look_for_damage", lambda *_: None),
     }[check]
-    return lambda: monkeypatch.setattr(target, name, lambda *_: result)
+    return lambda: monkeypatch.setattr(target, name, instead)
 
 
 @pytest.mark.parametrize("check", ["hole", "strips", "jpeg"])
@@ -335,3 +338,17 @@ def test_each_check_is_needed(check: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert unfound() == 0
     broken(check, monkeypatch)()
     assert unfound() > 0
+
+
+@pytest.mark.parametrize("name", ["TIFF, deflate", "TIFF, JPEG"])
+def test_fast_checks_leave_out_what_is_dear_and_say_so(name: str, tmp_path: Path) -> None:
+    data = damage.encode(0, name)
+    bad = data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
+    assert reason(bad) == "corrupt" and reason(bad, Recipe(32, fast_checks=True)) == ""
+    assert np.array_equal(square(data, RECIPE).pixels, square(data, Recipe(32, fast_checks=True)).pixels)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.tif").write_bytes(data)
+    careful, fast = (prepare(tmp_path / "in", tmp_path / str(f), workers=0, fast_checks=f) for f in (False, True))
+    assert any("--fast-checks" in note for note in fast.notes) and not careful.notes
+    recipes = [json.loads((tmp_path / str(f) / "manifest.json").read_bytes())["recipe"] for f in (False, True)]
+    assert [recipe.get("fast_checks") for recipe in recipes] == [None, True]  # older datasets can be continued

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,3 +203,50 @@ def test_a_password_in_a_redirect_is_used_there() -> None:
         with server(first) as address:
             get(address + "/a.tar")
     assert seen == ["Basic bWU6bWluZQ=="]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "x-gzip"])
+def test_what_a_server_compresses_unasked_is_unpacked(coding: str) -> None:
+    """Also where the connection breaks in the middle."""
+    packed, count = gzip.compress(DATA), 0
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        nonlocal count
+        count += 1
+        request.send_response(200)
+        request.send_header("Content-Encoding", coding)
+        request.send_header("Accept-Ranges", "bytes")
+        request.end_headers()  # without a length: only what is unpacked tells whether it is whole
+        request.wfile.write(packed[: 100_000 if count == 1 else None])
+
+    with server(handle) as address:
+        assert get(address) == DATA and count == 2
+
+
+def test_a_part_that_was_not_asked_for_and_unknown_codings_are_refused() -> None:
+    def answer(status: int, name: str, value: str) -> Handle:
+        def handle(request: BaseHTTPRequestHandler) -> None:
+            request.send_response(status)
+            request.send_header(name, value)
+            request.send_header("Content-Length", "100")
+            request.end_headers()
+            request.wfile.write(DATA[:100])
+
+        return handle
+
+    part, brotli = answer(206, "Content-Range", "bytes 100-199/500000"), answer(200, "Content-Encoding", "br")
+    with server(part) as address, pytest.raises(GanDistError, match="a part of the file that was not asked for"):
+        get(address)
+    with server(brotli) as address, pytest.raises(UserError, match=r"compressed it \(br\)"):
+        get(address)
+
+
+def test_a_redirect_that_goes_round_is_one_line() -> None:
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(302)
+        request.send_header("Location", request.path)
+        request.end_headers()
+
+    with server(handle) as address, pytest.raises(UserError, match="infinite loop") as caught:
+        get(f"{address}/a")
+    assert "\n" not in str(caught.value)
