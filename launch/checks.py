@@ -128,11 +128,14 @@ def check_disk(settings: Config, run: Path) -> None:
 def checkpoint_bytes(settings: Config) -> int:
     """Returns about how large a checkpoint is: float32 weights of both networks, Adam's two moments, the average of G.
 
-    Of the weights of a DCGAN, those of its 4x4 convolutions are nearly all.
+    Of the weights of a DCGAN, those of its convolutions are nearly all: 4x4 between two widths, and in residual blocks
+    3x3 of each.
     """
     model = settings.model
     halvings = max(model.resolution.bit_length() - 4, 0)  # from the widest layer, at 4x4, to the narrowest
     per_pair = sum(16 * (2 << 2 * n) for n in range(halvings))
+    if model.blocks == "residual":
+        per_pair += sum(9 << 2 * n for n in range(halvings + 1))
     widest = 1 << halvings
     generator = 16 * model.latent_dim * widest * model.g_channels + per_pair * model.g_channels**2
     discriminator = 16 * widest * model.d_channels + per_pair * model.d_channels**2

@@ -94,6 +94,12 @@ def sample(
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="Each row goes from one latent to another.")
     ] = False,
+    truncation: Annotated[
+        float, typer.Option(metavar="PSI", help="Scale latents by this, up to 1: less variety, more usual images.")
+    ] = 1.0,
+    standing_statistics: Annotated[
+        bool, typer.Option("--standing-statistics", help="First measure batch norm's statistics on these weights.")
+    ] = False,
     individual: Annotated[Path | None, typer.Option(help="Also write each image into this directory.")] = None,
     export: Annotated[Path | None, typer.Option(help="Also write the generator, with a card, as .safetensors.")] = None,
     animation: Annotated[Path | None, typer.Option(help="Also write the run's grids as a GIF.")] = None,
@@ -110,6 +116,8 @@ def sample(
         seed=seed,
         out=image,
         interpolate=interpolate,
+        truncation=truncation,
+        standing_statistics=standing_statistics,
         individual=individual,
         export=export,
         animation=animation,

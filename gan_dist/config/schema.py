@@ -32,8 +32,11 @@ LossName = Literal["minimax", "non_saturating", "least_squares", "hinge", "wasse
 WITH_GENERATOR_TARGET: tuple[LossName, ...] = ("non_saturating", "least_squares")
 WITH_REAL_TARGET: tuple[LossName, ...] = ("minimax", *WITH_GENERATOR_TARGET)
 """Those that have a target on generated, and on real images."""
+WITH_SIGN: tuple[LossName, ...] = ("minimax", "non_saturating", "hinge")
+"""Those with which a logit above 0 means: real."""
 Upsample = Literal["transposed", "nearest"]
 DNorm = Literal["batch", "none", "spectral"]
+Blocks = Literal["plain", "residual"]
 Init = Literal["dcgan", "he"]
 """Choices of the networks, which model/networks.py builds."""
 PenaltyMethod = Literal["finite", "exact"]
@@ -41,6 +44,29 @@ PenaltyMethod = Literal["finite", "exact"]
 
 Target = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AugmentConfig(Section):
+    colour: bool = False
+    """Change brightness, saturation and contrast, of real and generated images alike (Zhao et al. 2020)."""
+    translation: bool = False
+    """Move images by up to an eighth of their side."""
+    cutout: bool = False
+    """Cut a square of half their side out of images."""
+    probability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """That of each change for an image; with a target, the most that it becomes."""
+    target: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Adapt the probability, from 0 on, so that the mean sign of D's logits of real images is this: 0.6 (Karras et al.
+    2020). null keeps it."""
+
+    @model_validator(mode="after")
+    def _target_has_an_effect(self) -> AugmentConfig:
+        if self.target is not None and not (self.colour or self.translation or self.cutout):
+            raise ValueError(
+                f"data.augment.target: expected a change whose probability it moves, found {self.target} and none; "
+                "set data.augment.translation=true, or data.augment.target=null"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -57,6 +83,8 @@ class DataConfig(Section):
     has room, until the last job that uses them ends."""
     x_flip: bool = False
     """Mirror each real image with probability one half."""
+    augment: AugmentConfig = AugmentConfig()
+    """What D sees of real and generated images is changed at random, so that it cannot learn a small set by heart."""
 
 
 class ModelConfig(Section):
@@ -75,6 +103,11 @@ class ModelConfig(Section):
     convolution, which leave no checkerboard (Odena et al. 2016)."""
     d_norm: DNorm = "batch"
     """What D's hidden layers are normalised by. none and spectral (Miyato et al. 2018) give its layers biases."""
+    blocks: Blocks = "plain"
+    """residual: each hidden resolution of both networks has one more 3x3 convolution, beside a way past it. Nearly
+    three times the work."""
+    minibatch_std: bool = False
+    """D is also told how much the images of the whole batch differ (Karras et al. 2018), against collapse."""
     init: Init = "dcgan"
     """dcgan: weights start as N(0, init_std^2), batch-norm weights as N(1, init_std^2). he: weights start as
     N(0, gain^2 / fan-in), batch-norm weights as 1 (He et al. 2015). Biases start as 0."""
@@ -162,8 +195,21 @@ class OptimConfig(Section):
     """The generator's own; null means betas."""
     d_betas: Annotated[tuple[Beta, Beta] | None, Field(strict=False)] = None
     """The discriminator's own; null means betas."""
+    beta2_to: Beta | None = None
+    """What the second decay rate of both networks moves to, from that of betas; null leaves it (R3GAN: 0.9 to 0.99)."""
+    beta2_images: NonNegative = 0
+    """Images over which it moves, linearly."""
     d_steps: Positive = 1
     """Discriminator updates for each generator update (Goodfellow 2014, algorithm 1's k)."""
+
+    @model_validator(mode="after")
+    def _a_ramp_has_an_end(self) -> OptimConfig:
+        if (self.beta2_to is None) != (self.beta2_images == 0):
+            raise ValueError(
+                "optim.beta2_images: expected 1 or more with an optim.beta2_to, and 0 with null, found "
+                f"{self.beta2_images} with {'null' if self.beta2_to is None else self.beta2_to}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_fall_has_an_end(self) -> OptimConfig:
@@ -194,6 +240,9 @@ class TrainConfig(Section):
     start finds them right, else torch's."""
     ema_half_life_images: NonNegative = 0
     """Images after which an averaged generator has forgotten half; 0 keeps none."""
+    ema_statistics: Literal["averaged", "standing"] = "averaged"
+    """Batch norm's statistics in the averaged generator. averaged: they are averaged too. standing: measured on the
+    averaged weights, over 1,024 fixed latents, whenever they draw (Brock et al. 2019)."""
     threads: Positive | None = None
     """CPU threads of torch in each rank; null keeps torch's choice: 1 under torchrun, slurm.cpus_per_task in a job.
     Changes bits on CPU."""
@@ -202,6 +251,15 @@ class TrainConfig(Section):
     a GPU yes; on a CPU no, where the bits are the same without."""
     stop_after_minutes: PositiveFloat | None = None
     """Save and end with status 75 after this long; null runs to the end."""
+
+    @model_validator(mode="after")
+    def _statistics_have_an_average(self) -> TrainConfig:
+        if self.ema_statistics == "standing" and self.ema_half_life_images == 0:
+            raise ValueError(
+                "train.ema_statistics: standing statistics are the averaged generator's, found no average; set "
+                "train.ema_half_life_images=10000, or train.ema_statistics=averaged"
+            )
+        return self
 
 
 class LogConfig(Section):
@@ -265,12 +323,26 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _target_fits_the_loss(self) -> Config:
+        if self.data.augment.target is not None and self.loss.name not in WITH_SIGN:
+            raise ValueError(
+                f"data.augment.target: the sign of a logit means nothing with loss.name={self.loss.name}, found "
+                f"{self.data.augment.target}; set it to null, or choose {', '.join(WITH_SIGN)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _penalty_fits_the_rest(self) -> Config:
         penalty = self.loss.gradient_penalty
         if penalty.weight and self.model.d_norm == "batch":
             raise ValueError(
                 "loss.gradient_penalty.weight: batch norm makes D's judgement of an image depend on the others, so it "
                 f"has no gradient penalty, found {penalty.weight}; set model.d_norm=none or spectral"
+            )
+        if penalty.weight and self.model.minibatch_std:
+            raise ValueError(
+                "model.minibatch_std: makes D's judgement of an image depend on the others, which then has no gradient "
+                "penalty, found true; set it to false, or loss.gradient_penalty.weight=0"
             )
         if penalty.weight and penalty.method == "exact" and self.train.runner != "eager":
             raise ValueError(

@@ -17,7 +17,7 @@ from gan_dist.evaluation import encoder, inception
 from gan_dist.evaluation.encoder import Encoder, load_encoder
 from gan_dist.evaluation.inception import Inception, load_inception
 from gan_dist.evaluation.protocol import FEWEST, Evaluation, accuracy, check_samples
-from gan_dist.model.networks import Discriminator
+from gan_dist.model.networks import build_discriminator
 from gan_dist.runs.checkpoint import Loaded, find, load, step_directories
 from gan_dist.runs.naming import run_path
 from gan_dist.runs.record import merged, read_evaluations
@@ -234,9 +234,7 @@ def _accuracies(
     world: World, loaded: Loaded, own: Dataset | None, held_out: Dataset, samples: int, seed: int
 ) -> dict[str, Any]:
     """Returns the accuracy of a checkpoint's discriminator on its training images and on held-out ones."""
-    model = loaded.state["config"]["model"]
-    norm = model.get("d_norm", "batch")  # runs from before this key had batch norm
-    judge = Discriminator(model["resolution"], model["d_channels"], model["leaky_slope"], norm)
+    judge = build_discriminator(loaded.state["config"]["model"])
     judge.load_state_dict(loaded.state["discriminator"])
     judge.to(device=world.device).eval()
     training = {"accuracy_training": accuracy(judge, own, samples, seed)} if own else {}

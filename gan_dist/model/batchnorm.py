@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gan_dist.distributed.world import World
+from gan_dist.model.minibatch_std import MinibatchStd
 from gan_dist.utils.errors import UserError, first_line
 
 Kernels = Literal["torch", "triton"]
@@ -158,11 +159,14 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
 
 
 def prepare(module: nn.Module, world: World, kernels: Kernels = "torch") -> None:
-    """Makes every BatchNorm in `module` normalise over the ranks of `world`, by these kernels."""
+    """Makes what has statistics of the batch in `module` share them among the ranks of `world`; BatchNorm by these
+    kernels."""
     fused = import_module("gan_dist.model.batchnorm_triton").norm_and_activation if kernels == "triton" else None
     for part in module.modules():
         if isinstance(part, BatchNorm):
             part.process_group, part.fused = world.group, fused
+        elif isinstance(part, MinibatchStd):
+            part.process_group = world.group
 
 
 def resolve_kernels(name: str, world: World, dtype: torch.dtype) -> tuple[Kernels, str]:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from gan_dist.config.schema import RESOLUTIONS, DNorm, Init, Upsample
+from gan_dist.config.base import validate
+from gan_dist.config.schema import RESOLUTIONS, Blocks, DNorm, Init, ModelConfig, Upsample
 from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.convolution import conv_down, conv_up, fold, from_latents, to_logits
+from gan_dist.model.minibatch_std import MinibatchStd
 from gan_dist.utils.errors import UserError
 
 IMAGE_CHANNELS = 3
@@ -36,21 +39,48 @@ def _widths(resolution: int, narrowest: int) -> list[int]:
     return widths
 
 
+class Block(nn.Module):
+    """One more 3x3 convolution of maps that stay as large, and the maps themselves beside it (He et al. 2016)."""
+
+    def __init__(self, channels: int, slope: float, norm: DNorm) -> None:
+        super().__init__()
+        self.slope = slope
+        self.conv = nn.Conv2d(channels, channels, 3, 1, 1, bias=norm != "batch")
+        self.bn = BatchNorm(channels) if norm == "batch" else None
+
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        """Returns leaky ReLU of `x` [groups * n, C, H, W] plus the normalised convolution of it."""
+        with torch.autocast(x.device.type, enabled=False):  # as in the discriminator
+            weight, bias = self.conv.weight, self.conv.bias
+        change = nn.functional.conv2d(x, weight, bias, padding=1)
+        if self.bn is not None:
+            change = self.bn(change, groups)
+        return nn.functional.leaky_relu(x + change, self.slope)
+
+
 class Generator(nn.Module):
     """Latents to images: one 4x4 projection, then layers that each double the side."""
 
     def __init__(
-        self, resolution: int = 64, latent_dim: int = 100, channels: int = 64, upsample: Upsample = "transposed"
+        self,
+        resolution: int = 64,
+        latent_dim: int = 100,
+        channels: int = 64,
+        upsample: Upsample = "transposed",
+        blocks: Blocks = "plain",
     ) -> None:
         super().__init__()
         self.resolution = resolution
         self.latent_dim = latent_dim
         self.upsample = upsample
+        self.blocks = blocks
         widths = _widths(resolution, channels)
         self.depth = len(widths) + 1
         self.convt1 = nn.ConvTranspose2d(latent_dim, widths[0], 4, 1, 0, bias=False)
         for i, (wide, narrow) in enumerate(zip(widths, [*widths[1:], IMAGE_CHANNELS], strict=True), start=1):
             self.add_module(f"bn{i}", BatchNorm(wide))
+            if blocks == "residual":
+                self.add_module(f"block{i}", Block(wide, 0.0, "batch"))
             side = 3 if upsample == "nearest" else 4
             self.add_module(f"convt{i + 1}", nn.ConvTranspose2d(wide, narrow, side, 2, 1, bias=False))
 
@@ -59,6 +89,8 @@ class Generator(nn.Module):
         x = from_latents(latents, self.convt1.weight)
         for i in range(1, self.depth):
             x = getattr(self, f"bn{i}")(x, slope=0.0)
+            if self.blocks == "residual":
+                x = getattr(self, f"block{i}")(x)
             weight = getattr(self, f"convt{i + 1}").weight
             x = conv_up(x, fold(weight) if self.upsample == "nearest" else weight)
         return torch.tanh(x)
@@ -68,12 +100,19 @@ class Discriminator(nn.Module):
     """Images to logits: layers that each halve the side, down to 4x4, then one number."""
 
     def __init__(
-        self, resolution: int = 64, channels: int = 64, leaky_slope: float = 0.2, norm: DNorm = "batch"
+        self,
+        resolution: int = 64,
+        channels: int = 64,
+        leaky_slope: float = 0.2,
+        norm: DNorm = "batch",
+        blocks: Blocks = "plain",
+        minibatch_std: bool = False,
     ) -> None:
         super().__init__()
         self.resolution = resolution
         self.leaky_slope = leaky_slope
         self.norm = norm
+        self.blocks = blocks
         widths = _widths(resolution, channels)[::-1]
         self.depth = len(widths) + 1
         biased = norm != "batch"  # batch norm would take any bias before it away
@@ -82,9 +121,13 @@ class Discriminator(nn.Module):
             self.add_module(f"conv{i}", nn.Conv2d(narrow, wide, 4, 2, 1, bias=biased))
             if norm == "batch":
                 self.add_module(f"bn{i}", BatchNorm(wide))
-        self.add_module(f"conv{self.depth}", nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=biased))
+        if blocks == "residual":
+            for i, width in enumerate(widths, start=1):
+                self.add_module(f"block{i}", Block(width, leaky_slope, norm))
+        self.minibatch_std = MinibatchStd() if minibatch_std else None
+        self.add_module(f"conv{self.depth}", nn.Conv2d(widths[-1] + minibatch_std, 1, 4, 1, 0, bias=biased))
         if norm == "spectral":
-            for layer in self.children():
+            for layer in [part for part in self.modules() if isinstance(part, nn.Conv2d)]:
                 spectral_norm(layer)  # its vectors are random, until `initialise` starts them from the seed's numbers
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
@@ -98,12 +141,39 @@ class Discriminator(nn.Module):
             weights = [(layer.weight, layer.bias) for layer in layers]
         x = nn.functional.leaky_relu_(conv_down(images, *weights[0]), self.leaky_slope)
         for i in range(2, self.depth):
+            if self.blocks == "residual":
+                x = getattr(self, f"block{i - 1}")(x, groups)
             x = conv_down(x, *weights[i - 1])
             if self.norm == "batch":
                 x = getattr(self, f"bn{i}")(x, groups, self.leaky_slope)
             else:
                 x = nn.functional.leaky_relu_(x, self.leaky_slope)
+        if self.blocks == "residual":
+            x = getattr(self, f"block{self.depth - 1}")(x, groups)
+        if self.minibatch_std is not None:
+            x = self.minibatch_std(x, groups)
         return to_logits(x, *weights[-1])
+
+
+def build_generator(model: Mapping[str, Any]) -> Generator:
+    """Returns a generator as the `model` section of a configuration describes it. Raises UserError for unknown keys."""
+    described = validate(ModelConfig, model, "model")  # which gives an older run's the defaults of newer keys
+    return Generator(
+        described.resolution, described.latent_dim, described.g_channels, described.upsample, described.blocks
+    )
+
+
+def build_discriminator(model: Mapping[str, Any]) -> Discriminator:
+    """Returns a discriminator as the `model` section of a configuration describes it."""
+    described = validate(ModelConfig, model, "model")
+    return Discriminator(
+        described.resolution,
+        described.d_channels,
+        described.leaky_slope,
+        described.d_norm,
+        described.blocks,
+        described.minibatch_std,
+    )
 
 
 def initialise(module: nn.Module, std: float, generator: torch.Generator, init: Init = "dcgan") -> None:

@@ -55,11 +55,12 @@ def export_generator(generator: Generator, out: str | Path, facts: Mapping[str, 
 
     facts: what the card lists (run, step, images_seen, config, dataset, ...); nested mappings become lists.
     Weights are float32, under the names of the thesis' code. Raises UserError for a name that does not end in
-    .safetensors.
+    .safetensors, and for a generator with residual blocks.
     """
     path = expand(out)
     if path.suffix != ".safetensors":
         raise UserError(f"--export: expected a file name ending in .safetensors, found {path.name}")
+    check_exportable(generator)
     weights = {name: _plain(value) for name, value in generator.state_dict().items()}
     shape = {"resolution": generator.resolution, "latent_dim": generator.latent_dim}
     described = {"format": "gan_dist generator 1", **{key: str(value) for key, value in shape.items()}}
@@ -68,6 +69,15 @@ def export_generator(generator: Generator, out: str | Path, facts: Mapping[str, 
     write_atomically(path, content, make_folder=True)
     write_atomically(path.with_suffix(".md"), card.encode())
     return path, path.with_suffix(".md")
+
+
+def check_exportable(generator: Generator) -> None:
+    """Raises UserError unless `generator` is a plain stack of layers, which other programs can load."""
+    if generator.blocks != "plain":
+        raise UserError(
+            f"--export: a generator with model.blocks={generator.blocks} is no plain stack of layers, which other "
+            "programs could load; draw from the run itself, or train with model.blocks=plain"
+        )
 
 
 def _plain(value: Tensor) -> Tensor:

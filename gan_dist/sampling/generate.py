@@ -11,10 +11,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from gan_dist.model import networks
 from gan_dist.model.networks import Generator
 from gan_dist.runs.checkpoint import find
 from gan_dist.runs.naming import run_path
 from gan_dist.runs.record import read_run
+from gan_dist.sampling.standing import estimate_statistics
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.pictures import grid, save_gif, save_png, to_uint8
 
@@ -50,13 +52,21 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 
 def build_generator(state: Mapping[str, Any], device: torch.device | str = "cpu") -> Generator:
-    """Returns the generator of a checkpoint's `state` in eval mode: the averaged one where there is one."""
-    model = state["config"]["model"]
-    upsample = model.get("upsample", "transposed")  # which runs from before this key had
-    generator = Generator(model["resolution"], model["latent_dim"], model["g_channels"], upsample)
+    """Returns the generator of a checkpoint's `state` in eval mode: the averaged one where there is one, with the
+    statistics that the run asks for."""
+    generator = networks.build_generator(state["config"]["model"])
     generator.load_state_dict(state.get("generator_ema") or state["generator"])
     generator.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
-    return generator.to(device).eval()
+    generator.to(device).eval()
+    if has_standing_statistics(state):
+        estimate_statistics(generator)
+    return generator
+
+
+def has_standing_statistics(state: Mapping[str, Any]) -> bool:
+    """Returns whether the statistics of a checkpoint's generator are measured on its averaged weights."""
+    statistics = state["config"].get("train", {}).get("ema_statistics")
+    return statistics == "standing" and bool(state.get("generator_ema"))
 
 
 def load_generator(run: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> Generator:
@@ -67,15 +77,15 @@ def load_generator(run: str | Path, step: int | None = None, device: torch.devic
     return build_generator(find(run_path(run), step).state, device)
 
 
-def draw_latents(latent_dim: int, count: int, seed: int, walk: bool = False) -> Tensor:
+def draw_latents(latent_dim: int, count: int, seed: int, walk: bool = False, truncation: float = 1.0) -> Tensor:
     """Returns latents [count, latent_dim] keyed by `seed`; with `walk`, each row of a square grid goes from one to
-    another."""
+    another. `truncation` scales them: below 1 they lie nearer to the origin, and images nearer to the usual."""
     source = torch.Generator().manual_seed(seed)
     if not walk:
-        return torch.randn(count, latent_dim, generator=source)
+        return truncation * torch.randn(count, latent_dim, generator=source)
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    ends = torch.randn(2 * rows, latent_dim, generator=source)
+    ends = truncation * torch.randn(2 * rows, latent_dim, generator=source)
     return torch.cat([interpolate(ends[2 * row], ends[2 * row + 1], columns) for row in range(rows)])[:count]
 
 
@@ -88,12 +98,13 @@ def draw(
     out: Path,
     walk: bool = False,
     individual: Path | None = None,
+    truncation: float = 1.0,
 ) -> Tensor:
     """Returns `count` images, uint8 [count, 3, S, S], after writing their grid to `out` and, if asked, each alone.
 
-    Latents are keyed by `seed`. With `walk` each row of the grid goes from one latent to another.
+    Latents are keyed by `seed` and scaled by `truncation`. With `walk` each row goes from one latent to another.
     """
-    images = generate(generator, draw_latents(latent_dim, count, seed, walk))
+    images = generate(generator, draw_latents(latent_dim, count, seed, walk, truncation))
     save_png(grid(images), out)
     if individual is not None:
         for number, image in enumerate(images):

@@ -13,11 +13,14 @@ from gan_dist.data.dataset import open_dataset
 from gan_dist.model.networks import Generator
 from gan_dist.runs.checkpoint import find, load
 from gan_dist.runs.naming import run_path
-from gan_dist.sampling.export import export_generator, load_weights
-from gan_dist.sampling.generate import animate, build_generator, draw
+from gan_dist.sampling.export import check_exportable, export_generator, load_weights
+from gan_dist.sampling.generate import animate, build_generator, draw, has_standing_statistics
 from gan_dist.sampling.neighbours import draw_neighbours
+from gan_dist.sampling.standing import NUM_LATENTS, estimate_statistics
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand
+
+MEASURED = f"measured on these weights, over {NUM_LATENTS:,} latents"
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ def find_source(run: str | Path, step: int | None = None, device: torch.device |
     config = loaded.state["config"]
     home = loaded.path.parent.parent
     averaged = bool(loaded.state.get("generator_ema"))
+    standing = has_standing_statistics(loaded.state)
     facts = {
         "run": home.name,
         "step": loaded.step,
         "images seen": loaded.state["images_seen"],
         "weights": "averaged over training" if averaged else "as trained",
+        "batch norm's statistics": MEASURED if standing else "averaged too" if averaged else "as trained",
         "dataset (sha256 of its manifest)": loaded.manifest.get("dataset"),
         "torch": loaded.manifest.get("torch"),
         "model": config["model"],
@@ -69,6 +74,8 @@ def sample_run(
     seed: int = 0,
     out: str | Path = "grid.png",
     interpolate: bool = False,
+    truncation: float = 1.0,
+    standing_statistics: bool = False,
     individual: str | Path | None = None,
     export: str | Path | None = None,
     animation: str | Path | None = None,
@@ -77,19 +84,25 @@ def sample_run(
 ) -> list[str]:
     """Returns a line for each file or folder written.
 
-    Always the grid `out` of `count` images. Besides, as asked: each image alone in the folder `individual`; the
-    generator as `export` (safetensors, with a card beside it); the run's own grids as the GIF `animation`; each sample
-    beside its nearest real image as the PNG `neighbours`, from `dataset` (default: the one the run was trained on).
+    Always the grid `out` of `count` images, of latents scaled by `truncation`; `standing_statistics` first measures
+    batch norm's statistics on the weights, over such latents. Besides, as asked: each image alone in the folder
+    `individual`; the generator as `export` (safetensors, with a card beside it); the run's own grids as the GIF
+    `animation`; each sample beside its nearest real image as the PNG `neighbours`, from `dataset` (default: the one the
+    run was trained on).
     Raises UserError for options that do not fit, before anything is written.
     """
     if count < 1:
         raise UserError(f"--count: expected 1 or more, found {count}")
     check_seed(seed)
+    if not 0 < truncation <= 1:
+        raise UserError(f"--truncation: expected a number above 0 and up to 1, found {truncation:g}")
     source = find_source(run, step)
     if animation is not None and source.run is None:
         raise UserError(f"--animation: {source.name} has no training to show; name a run")
     if export is not None and expand(export).suffix != ".safetensors":
         raise UserError(f"--export: expected a file name ending in .safetensors, found {export}")
+    if export is not None:
+        check_exportable(source.generator)
     reals = None
     if neighbours is not None:
         if dataset is None and source.dataset is None:
@@ -100,6 +113,10 @@ def sample_run(
                 f"--neighbours: {source.name} draws {source.generator.resolution} pixels a side, "
                 f"{reals.root} holds {reals.resolution}; give the dataset it was trained on"
             )
+    if standing_statistics:
+        estimate_statistics(source.generator, truncation)
+        scaled = "" if truncation == 1 else f" scaled by {truncation:g}"
+        source.facts["batch norm's statistics"] = f"{MEASURED}{scaled}"
     try:
         images = draw(
             source.generator,
@@ -108,6 +125,7 @@ def sample_run(
             seed=seed,
             out=expand(out),
             walk=interpolate,
+            truncation=truncation,
             individual=expand(individual) if individual is not None else None,
         )
         lines = [f"{count} images of {source.name} in {out}"]

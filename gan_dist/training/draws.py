@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLIPS, LATENTS, NOISE = -1, 0, -2
+FLIPS, LATENTS, NOISE, AUGMENT = -1, 0, -2, -3
 """Purposes that are taken; the others are free for fixed latents and the like."""
 
 
@@ -74,3 +74,17 @@ def draw_noise(
     kinds, global_batch, *rest = shape
     count, first, end = (-(-number // every) for number in (global_batch, lo, hi))
     return torch.randn(kinds, count, *rest, generator=stream, device=device, dtype=dtype)[:, first:end]
+
+
+def draw_uniform(
+    seed: int,
+    position: int,
+    shape: tuple[int, int, int],
+    lo: int,
+    hi: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Returns columns [lo, hi) of the numbers in [0, 1) that augment the batch at `position`, of `shape` [kinds,
+    global_batch, numbers]."""
+    return torch.rand(shape, generator=_draws(seed, position, AUGMENT, device), device=device, dtype=dtype)[:, lo:hi]

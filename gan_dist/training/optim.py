@@ -51,6 +51,60 @@ class Schedule:
 CONSTANT = Schedule()
 
 
+@dataclass(frozen=True)
+class Beta2Ramp:
+    """How Adam's second decay rate moves, linearly, to `to` over the first `images` (Huang et al. 2024,
+    arXiv:2501.05441): early gradients, of a game that changes fast, are forgotten sooner. 0 images: it stays."""
+
+    to: float = 0.999
+    images: int = 0
+
+    def __call__(self, start: float, images_seen: int) -> float:
+        """Returns the rate for a step that begins when D has seen so many images, `start` being that of the first."""
+        return start + (self.to - start) * min(1.0, images_seen / self.images) if self.images else start
+
+
+STILL = Beta2Ramp()
+
+
+class RampedAdam(torch.optim.Adam):
+    """Adam whose second decay rate is a scalar on the device, which a CUDA graph reads anew at each replay.
+
+    The step is what torch's computes when its betas are set anew before it, and nothing where `found_inf` is not 0.
+    torch's fused one takes this rate as a number of the host.
+    """
+
+    beta2: Tensor
+    found_inf: Tensor
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates the parameters by their gradients."""
+        (group,) = self.param_groups
+        parameters = group["params"]
+        states = [self.state[parameter] for parameter in parameters]
+        means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        done = 1 - self.found_inf
+        # Gradients of a skipped update may be anything; the weights of all that follows are 0 then.
+        gradients = [torch.where(done != 0, parameter.grad, 0.0) for parameter in parameters]
+        torch._foreach_add_(steps, [done] * len(steps))
+        dtype, beta1 = parameters[0].dtype, group["betas"][0]
+        done, beta2, count = (value.to(dtype) for value in (done, self.beta2, steps[0].clamp(min=1)))
+        for moments, values, decay in (
+            (means, gradients, beta1),
+            (squares, torch._foreach_mul(gradients, gradients), beta2),
+        ):
+            weight = (1 - decay) * done
+            torch._foreach_mul_(moments, 1 - weight)
+            torch._foreach_add_(moments, torch._foreach_mul(values, weight))
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, (1 - beta2**count).sqrt())
+        torch._foreach_add_(roots, group["eps"])
+        moves = torch._foreach_div(means, roots)
+        torch._foreach_mul_(moves, group["lr"] / (1 - beta1**count) * done)
+        torch._foreach_sub_(parameters, moves)
+
+
 class Player:
     """A network in training: `update` all-reduces the gradients of a local loss and applies Adam."""
 
@@ -63,6 +117,7 @@ class Player:
         betas: tuple[float, float],
         num_extras: int,
         maps: torch.dtype,
+        beta2_moves: bool = False,
     ) -> None:
         """maps: the dtype of the network's maps. Where weights have another, passes use copies in this one."""
         self.network = network
@@ -70,9 +125,11 @@ class Player:
         self.full_lr = self.lr = lr
         self.parameters = list(network.parameters())
         self.gradients = FlatGradients(self.parameters, num_extras)
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=lr, betas=betas, fused=True, capturable=world.device.type == "cuda"
-        )
+        self.betas = betas
+        adam = RampedAdam if beta2_moves else torch.optim.Adam
+        self.optimizer = adam(self.parameters, lr=lr, betas=betas, fused=True, capturable=world.device.type == "cuda")
+        if isinstance(self.optimizer, RampedAdam):
+            self.optimizer.beta2 = torch.full((), betas[1], dtype=torch.float64, device=world.device)
         for parameter, gradient in zip(self.parameters, self.gradients.views, strict=True):
             parameter.grad = gradient
             # Adam makes its state in its first step; a CUDA graph needs it to be there before.
@@ -104,6 +161,10 @@ class Player:
             group["lr"].fill_(self.lr)
         else:
             group["lr"] = torch.full((), self.lr, device=self.world.device)
+
+    def set_beta2(self, beta2: float) -> None:
+        """Sets the second decay rate of a RampedAdam, without waiting for the device; a CUDA graph sees it too."""
+        self.optimizer.beta2.fill_(beta2)  # type: ignore[attr-defined]
 
     def update(self, loss: Tensor, *extras: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (gradient norm, skipped, extras summed over the ranks), having updated the network or skipped it.

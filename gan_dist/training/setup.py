@@ -27,18 +27,20 @@ from gan_dist.distributed.failures import device_may_hang, naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.distributed.preflight import preflight
 from gan_dist.distributed.world import World, join
+from gan_dist.model.augment import Augment
 from gan_dist.model.batchnorm import Kernels, resolve_kernels
-from gan_dist.model.networks import Discriminator, Generator, initialise
+from gan_dist.model.networks import build_discriminator, build_generator, initialise
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.runs.checkpoint import check_disk
 from gan_dist.runs.lease import Lease, claim
 from gan_dist.runs.run_dir import Start, prepare_start, resolved_changes, write_start
+from gan_dist.sampling.standing import Standing
 from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.control import StopWatcher
 from gan_dist.training.evaluator import Evaluator
-from gan_dist.training.optim import EMA, Schedule
+from gan_dist.training.optim import EMA, STILL, Beta2Ramp, Schedule
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
 from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.torch_settings import resolve_deterministic, torch_settings
@@ -68,6 +70,8 @@ class Run:
     update: Update
     runner: Runner
     ema: EMA | None
+    standing: Standing | None
+    """What draws instead of the average, where its statistics are to be its own."""
     checkpointer: Checkpointer
     evaluator: Evaluator
     telemetry: Telemetry
@@ -204,7 +208,10 @@ def build_run(
     ema = build_ema(config, update, start)
     if world.size > 1:
         assert_ranks_agree(world.gather_objects(state_digest(update.snapshot(), config.train.sync_batchnorm)))
-    drawing = update.g.network if ema is None else ema.network
+    drawing, standing = update.g.network if ema is None else ema.network, None
+    if config.train.ema_statistics == "standing":
+        standing = Standing(drawing, build_generator(config.model.model_dump()))
+        drawing = standing.network
 
     # Its place on disk.
     windowed = config.data.placement == "windowed" or (dataset.cache is not None and dataset.cache.windowed)
@@ -214,7 +221,7 @@ def build_run(
         dataset,
         drawing,
         update.d.network,
-        build_discriminator(config).to(next(update.d.network.parameters())),
+        build_discriminator(config.model.model_dump()).to(next(update.d.network.parameters())),
         directory / "checkpoints",
         every_steps=config.evaluate.every_steps,
         samples=config.evaluate.samples,
@@ -300,6 +307,7 @@ def build_run(
             update=update,
             runner=runner,
             ema=ema,
+            standing=standing,
             checkpointer=checkpointer,
             evaluator=evaluator,
             telemetry=telemetry,
@@ -409,7 +417,8 @@ def build_update(config: Config, world: World, precision: Precision, kernels: Ke
     Weights are drawn from `config.seed` on the CPU, so that they are alike on every device.
     """
     model, optim, source = config.model, config.optim, torch.Generator().manual_seed(config.seed)
-    generator, discriminator = build_generator(config), build_discriminator(config)
+    described = model.model_dump()
+    generator, discriminator = build_generator(described), build_discriminator(described)
     for network in (generator, discriminator):
         initialise(network, model.init_std, source, model.init)
     return Update(
@@ -421,28 +430,18 @@ def build_update(config: Config, world: World, precision: Precision, kernels: Ke
         real_target=config.loss.real_target,
         generator_target=config.loss.generator_target,
         penalty=build_penalty(config),
+        augment=Augment(**config.data.augment.model_dump()),
         g_lr=optim.g_lr,
         d_lr=optim.d_lr,
         g_betas=optim.g_betas or optim.betas,
         d_betas=optim.d_betas or optim.betas,
         schedule=Schedule(optim.warmup_images, optim.decay, optim.decay_images, optim.decay_to),
+        beta2_ramp=STILL if optim.beta2_to is None else Beta2Ramp(optim.beta2_to, optim.beta2_images),
         d_steps=optim.d_steps,
         precision=precision,
         sync_batchnorm=config.train.sync_batchnorm,
         batchnorm_kernels=kernels,
     )
-
-
-def build_generator(config: Config) -> Generator:
-    """Returns a generator of the configuration's shape."""
-    model = config.model
-    return Generator(model.resolution, model.latent_dim, model.g_channels, model.upsample)
-
-
-def build_discriminator(config: Config) -> Discriminator:
-    """Returns a discriminator of the configuration's shape."""
-    model = config.model
-    return Discriminator(model.resolution, model.d_channels, model.leaky_slope, model.d_norm)
 
 
 def build_penalty(config: Config) -> GradientPenalty:
@@ -459,7 +458,9 @@ def build_ema(config: Config, update: Update, start: Start) -> EMA | None:
         return None
     per_step = config.optim.d_steps * config.train.global_batch
     # A run that began with another's weights has no meaningless first ones to forget.
-    ema = EMA(update.g.network, build_generator(config), half_life, per_step, ramp=start.parent is None)
+    ema = EMA(
+        update.g.network, build_generator(config.model.model_dump()), half_life, per_step, ramp=start.parent is None
+    )
     if start.loaded is not None and "generator_ema" in start.loaded.state:
         ema.network.load_state_dict(start.loaded.state["generator_ema"])
     return ema

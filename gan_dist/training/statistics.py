@@ -21,6 +21,7 @@ class StepStatistics:
 
     def __init__(self, update: Update, num_samples: int) -> None:
         self._players = {"generator": update.g, "discriminator": update.d}
+        self._adapted = update.probability if update.augment.adapts else None
         self._num_samples = num_samples
         self._stall: float | None = None
         self._noted: dict[int, _Mark] = {}
@@ -44,8 +45,10 @@ class StepStatistics:
         """
         rates = {f"learning_rate/{name}": player.lr for name, player in self._players.items()}
         self._noted[step] = _Mark(time.monotonic(), step, images_seen, wait_seconds, rates)
-        ratios = [update_ratio(player.optimizer) for player in self._players.values()]
-        return torch.cat([stats, torch.stack(ratios).to(stats)])
+        more = [update_ratio(player.optimizer) for player in self._players.values()]
+        if self._adapted is not None:
+            more.append(self._adapted)
+        return torch.cat([stats, torch.stack(more).to(stats)])
 
     def compute(self, step: int, read: Sequence[float], skipped: int) -> tuple[int, dict[str, float]] | None:
         """Returns (images seen, {tag: value}) of a step that was noted, else None; `read` is what `note` returned."""
@@ -59,8 +62,9 @@ class StepStatistics:
         values["throughput/data_wait_fraction"] = min(1.0, (mark.wait_seconds - last.wait_seconds) / seconds)
         values["throughput/step_seconds"] = seconds / max(1, step - last.step)
         values |= mark.rates
-        for name, ratio in zip(self._players, read[len(STATS) :], strict=True):
-            values[f"update_ratio/{name}"] = ratio
+        more = [f"update_ratio/{name}" for name in self._players]
+        more += ["augment/probability"] if self._adapted is not None else []
+        values |= dict(zip(more, read[len(STATS) :], strict=True))
         values["updates/skipped"] = skipped
         values["progress/epoch"] = mark.images_seen / self._num_samples
         if self._stall is not None:
@@ -92,6 +96,7 @@ def update_ratio(optimizer: torch.optim.Adam) -> Tensor:
     weights: list[Tensor] = []
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
+        beta2 = getattr(optimizer, "beta2", beta2)  # one that moves is a tensor
         moved = [parameter for parameter in group["params"] if optimizer.state.get(parameter)]
         if not moved:
             continue

@@ -163,6 +163,8 @@ def _loop(run: Run) -> str | None:
         # Evaluate.
         results: Mapping[str, float] = {}
         if due and not stops:
+            if run.standing is not None:
+                run.standing.refresh()
             results = run.evaluator.evaluate(run.step, run.telemetry, lambda: _wants_stop(run))
 
         # Log what was heard.
@@ -262,6 +264,8 @@ def _draw_samples(run: Run) -> None:
     """Draws the fixed latents' grid of this step, once; on rank 0 alone, in eval mode."""
     if run.is_first and run.drawn_step != run.step:
         run.drawn_step = run.step
+        if run.standing is not None:
+            run.standing.refresh()
         run.gallery.draw(run.step)
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from gan_dist.config.schema import LossName
 from gan_dist.data.order import rank_slice
 from gan_dist.distributed.world import World
+from gan_dist.model.augment import NO_AUGMENT, NUMBERS, Augment
 from gan_dist.model.batchnorm import Kernels, prepare
 from gan_dist.model.losses import discriminator_loss, generator_loss, minimax_value
 from gan_dist.model.networks import IMAGE_CHANNELS
 from gan_dist.model.penalty import NO_PENALTY, GradientPenalty
-from gan_dist.training.draws import draw_noise
-from gan_dist.training.optim import CONSTANT, Buffers, Player, Schedule
+from gan_dist.training.draws import draw_noise, draw_uniform
+from gan_dist.training.optim import CONSTANT, STILL, Beta2Ramp, Buffers, Player, Schedule
 from gan_dist.utils.tensors import copy_state, to_host
 
 Precision = Literal["bf16", "tf32", "fp32", "fp64"]
@@ -67,11 +68,13 @@ class Update:
         real_target: float = 1.0,
         generator_target: float | None = None,
         penalty: GradientPenalty = NO_PENALTY,
+        augment: Augment = NO_AUGMENT,
         g_lr: float = 2e-4,
         d_lr: float = 2e-4,
         g_betas: tuple[float, float] = (0.5, 0.999),
         d_betas: tuple[float, float] = (0.5, 0.999),
         schedule: Schedule = CONSTANT,
+        beta2_ramp: Beta2Ramp = STILL,
         d_steps: int = 1,
         precision: Precision = "fp32",
         sync_batchnorm: bool = True,
@@ -91,32 +94,44 @@ class Update:
         self.real_target = real_target
         self.generator_target = generator_target
         self.penalty = penalty
+        self.augment = augment
+        self.probability = torch.full((), 0.0 if augment.adapts else augment.probability, device=world.device)
         self.lo, self.hi = rank_slice(global_batch, world.rank, world.size)
         self.schedule = schedule
+        self.beta2_ramp = beta2_ramp
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         for network in (generator, discriminator):
             network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
             prepare(network, world if sync_batchnorm else World(device=world.device), batchnorm_kernels)
         # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
         self.maps = maps = maps_dtype(precision)
-        self.g = Player(generator, world, lr=g_lr, betas=g_betas, num_extras=4, maps=maps)
-        self.d = Player(discriminator, world, lr=d_lr, betas=d_betas, num_extras=4, maps=maps)
+        shared: dict[str, Any] = {"maps": maps, "beta2_moves": beta2_ramp.images > 0}
+        self.g = Player(generator, world, lr=g_lr, betas=g_betas, num_extras=4, **shared)
+        extras = 5 if augment.adapts else 4
+        self.d = Player(discriminator, world, lr=d_lr, betas=d_betas, num_extras=extras, **shared)
         self.buffers = Buffers(generator, discriminator)
 
     def begin(self, images_seen: int) -> None:
-        """Sets what a step at this position takes from the host: the learning rates. To be called before each step."""
-        if not self.schedule.constant:
-            for player in (self.g, self.d):
+        """Sets what a step at this position takes from the host: learning rates and decay rates. To be called before
+        each step."""
+        for player in (self.g, self.d):
+            if not self.schedule.constant:
                 player.set_lr(self.schedule(images_seen))
+            if self.beta2_ramp.images:
+                player.set_beta2(self.beta2_ramp(player.betas[1], images_seen))
 
     def draw(self, seed: int, position: int) -> list[Tensor]:
         """Returns the random numbers that D's update at `position` takes beside its latents: this rank's share."""
+        draws = []
+        if self.augment:
+            numbers = (2, self.global_batch, NUMBERS)
+            draws.append(draw_uniform(seed, position, numbers, self.lo, self.hi, self.world.device, self.dtype))
         if not self.penalty.kinds or self.penalty.method == "exact":
-            return []
+            return draws
         side: Any = self.d.network.resolution
         shape = (self.penalty.kinds, self.global_batch, IMAGE_CHANNELS, side, side)
         every, device = self.penalty.every, self.world.device
-        return [draw_noise(seed, position, shape, every, self.lo, self.hi, device, self.dtype)]
+        return [*draws, draw_noise(seed, position, shape, every, self.lo, self.hi, device, self.dtype)]
 
     def step(
         self,
@@ -141,13 +156,16 @@ class Update:
             kept = buffers.snapshot()
             with torch.set_grad_enabled(last):
                 fake = self.generate(z)
-            d_loss, d_extras = self.discriminator_pass(real, fake.detach(), *draws[k * each : (k + 1) * each])
+            drawn = draws[k * each : (k + 1) * each]
+            d_loss, d_extras = self.discriminator_pass(real, fake.detach(), *drawn)
             d_norm, d_bad, d_sums = d.update(d_loss, d_extras)
+            if self.augment.adapts:
+                self.augment.adapt(self.probability, d_sums[4], self.global_batch, d_bad)
             buffers.restore(kept, d_bad, of_d if last else slice(None))  # the last fakes belong to G's update
             num_skipped.append(d_bad)
         kept[of_d] = buffers.flat[of_d]
         with d.frozen():
-            g_loss, g_extras = self.generator_pass(fake, real)
+            g_loss, g_extras = self.generator_pass(fake, real, *drawn)
             if not isinstance(requests, Tensor):  # filled by kernels: a copy from the host would wait for the device
                 requests = torch.cat([g_extras.new_full((1,), value) for value in requests])
             g_norm, g_bad, g_sums = g.update(g_loss, g_extras, requests)
@@ -166,15 +184,18 @@ class Update:
             images: Tensor = self.g(latents.to(self.maps))
         return images
 
-    def discriminator_pass(self, real: Tensor, fake: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def discriminator_pass(self, real: Tensor, fake: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
         """Returns D's loss and [loss, D(x), D(G(z)), V(D, G)], for uint8 `real` and `fake` in [-1, 1].
 
-        noise: what the gradient penalty by finite differences takes, [kinds, n, 3, S, S]; its images join the pass.
+        draws: what `draw` returned. D is to be smooth where it looks: noise comes upon what augmentation made.
         """
         images = real_and_fake(real, fake)
-        if noise is not None:
-            images = torch.cat([images, *self.penalty.noisy(images.chunk(2), noise, self.lo)])
-        if self.penalty.kinds and noise is None:
+        if self.augment:
+            images = torch.cat(list(self._augmented(images.chunk(2), draws)))
+        exact = self.penalty.method == "exact"
+        if self.penalty.kinds and not exact:
+            images = torch.cat([images, *self.penalty.noisy(images.chunk(2), draws[-1], self.lo)])
+        if self.penalty.kinds and exact:
             images.requires_grad_()
         with self._autocast():
             logits = self.d(images, groups=2)
@@ -184,7 +205,10 @@ class Update:
         value = minimax_value(real_logits, fake_logits)
         loss = discriminator_loss(real_logits, fake_logits, self.loss, self.real_target, value)
         with torch.no_grad():
-            extras = torch.cat([loss[None], plain.sigmoid().view(2, -1).sum(1), value[None]]).div_(self.global_batch)
+            sums = [loss[None], plain.sigmoid().view(2, -1).sum(1), value[None]]
+            if self.augment.adapts:
+                sums.append(real_logits.sign().sum()[None])
+            extras = torch.cat(sums).div_(self.global_batch)
         loss = loss / self.global_batch
         if self.penalty.kinds:
             penalty = self.penalty(logits, images, batch, self.lo, self.global_batch)
@@ -192,13 +216,15 @@ class Update:
             extras[0] += penalty.detach()
         return loss, extras
 
-    def generator_pass(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    def generator_pass(self, fake: Tensor, real: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
         """Returns G's loss and [loss, D(G(z))], through the discriminator as it stands.
 
-        The uint8 `real` images count only where the loss compares pairs.
+        The uint8 `real` images count only where the loss compares pairs. Images are augmented as in D's last pass.
         """
         paired = self.loss == "relativistic"
-        images = torch.cat([to_signed(real, fake.dtype), fake]) if paired else fake
+        reals = [to_signed(real, fake.dtype)] if paired else []
+        kinds = self._augmented([*reals, fake], draws)
+        images = torch.cat(list(kinds)) if paired else kinds[0]
         with self._autocast():
             logits = self.d(images, groups=2 if paired else 1).to(self.dtype)
         real_logits, logits = logits.chunk(2) if paired else (None, logits)
@@ -206,6 +232,13 @@ class Update:
         with torch.no_grad():
             extras = torch.stack([loss, logits.sigmoid().sum()])
         return loss / self.global_batch, extras.div_(self.global_batch)
+
+    def _augmented(self, kinds: Sequence[Tensor], draws: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns each of the `kinds`, of which the last is fakes, augmented if it is to be."""
+        if not self.augment:
+            return kinds
+        numbers = draws[0][-len(kinds) :].unbind()
+        return [self.augment(one, each, self.probability) for one, each in zip(kinds, numbers, strict=True)]
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -224,6 +257,8 @@ class Update:
             "optimizer_g": g["optimizer"],
             "optimizer_d": d["optimizer"],
         }
+        if self.augment.adapts:
+            state["augment"] = {"probability": self.probability}
         copied: dict[str, Any] = copy_state(state, into)
         return copied
 
@@ -236,6 +271,8 @@ class Update:
         """Takes over a state, bit for bit. Learning rates and betas stay those that this Update was made with."""
         self.g.load_state_dict({"network": state["generator"], "optimizer": state["optimizer_g"]})
         self.d.load_state_dict({"network": state["discriminator"], "optimizer": state["optimizer_d"]})
+        if self.augment.adapts and "augment" in state:  # a run that begins with another's weights may find none
+            self.probability.copy_(state["augment"]["probability"])
 
 
 def to_signed(images: Tensor, dtype: torch.dtype) -> Tensor:

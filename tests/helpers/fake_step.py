@@ -26,6 +26,8 @@ GAMES: dict[str, list[str]] = {
     "thesis": [],
     "penalty": ["model.d_norm=none", "loss.gradient_penalty.weight=1", "loss.gradient_penalty.on=both"],
     "spectral": ["model.d_norm=spectral", "loss.gradient_penalty.weight=1", "loss.gradient_penalty.share=0.25"],
+    "augment": [f"data.augment.{key}" for key in ("colour=true", "translation=true", "cutout=true", "target=0.6")]
+    + ["model.minibatch_std=true", "model.blocks=residual", "optim.beta2_to=0.99", "optim.beta2_images=1000"],
 }
 """What is set besides the defaults."""
 
@@ -41,18 +43,19 @@ def play(size: int, kernels: Any, fault: str, batch: int, game: str) -> Log:
         latents, requests = torch.empty(batch, 100, device="cuda"), torch.zeros(2, device="cuda")
         honest = update.generator_pass
 
-        def faulty(fake: torch.Tensor, real: torch.Tensor) -> Any:
-            loss, extras = honest(fake, real)
+        def faulty(fake: torch.Tensor, real: torch.Tensor, *draws: torch.Tensor) -> Any:
+            loss, extras = honest(fake, real, *draws)
             if fault == "waits":
                 loss.item()
             if fault == "mixes devices":
                 loss = loss * torch.ones(1)
             if fault == "copies":
-                loss, extras = honest(fake.clone(), real)
+                loss, extras = honest(fake.clone(), real, *draws)
             return loss, extras
 
         update.generator_pass = faulty  # type: ignore[method-assign]
         draws = update.draw(0, 0)
+        update.begin(0)
         update.step([real], [latents], requests, draws)
         log: Any = Log()
         with log:

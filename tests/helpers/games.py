@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gan_dist.config.schema import DNorm, Init, Upsample
+from gan_dist.config.schema import Blocks, DNorm, Init, Upsample
 from gan_dist.distributed.world import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.training.draws import draw_latents
@@ -18,12 +18,19 @@ CPU = torch.device("cpu")
 
 
 def networks(
-    seed: int = 0, std: float = 0.1, *, upsample: Upsample = "transposed", d_norm: DNorm = "batch", init: Init = "dcgan"
+    seed: int = 0,
+    std: float = 0.1,
+    *,
+    upsample: Upsample = "transposed",
+    d_norm: DNorm = "batch",
+    init: Init = "dcgan",
+    blocks: Blocks = "plain",
+    minibatch_std: bool = False,
 ) -> tuple[Generator, Discriminator]:
     """Returns small networks; a wide initialisation keeps gradients well away from zero."""
     stream = torch.Generator().manual_seed(seed)
-    generator = Generator(RESOLUTION, LATENT_DIM, CHANNELS, upsample)
-    discriminator = Discriminator(RESOLUTION, CHANNELS, 0.2, d_norm)
+    generator = Generator(RESOLUTION, LATENT_DIM, CHANNELS, upsample, blocks)
+    discriminator = Discriminator(RESOLUTION, CHANNELS, 0.2, d_norm, blocks, minibatch_std)
     initialise(generator, std, stream, init)
     initialise(discriminator, std, stream, init)
     return generator, discriminator
@@ -64,6 +71,7 @@ def tensors(update: Update) -> dict[str, Tensor]:
     for part in ("optimizer_g", "optimizer_d"):
         for index, moments in state[part]["state"].items():
             named |= {f"{part}.{index}.{name}": value for name, value in moments.items()}
+    named |= {f"augment.{name}": value for name, value in state.get("augment", {}).items()}
     return named
 
 

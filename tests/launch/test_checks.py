@@ -99,13 +99,13 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused(tmp_path: Path, monk
 
 
 def test_the_size_of_a_checkpoint_is_what_it_takes(tmp_path: Path) -> None:
-    from gan_dist.training.setup import build_discriminator, build_generator
+    from gan_dist.model.networks import build_discriminator, build_generator
 
-    for words in (SIZE, ["model.resolution=128", "model.g_channels=16"], []):
+    for words in (SIZE, ["model.resolution=128", "model.g_channels=16"], [], ["model.blocks=residual"]):
         config = load_config({"data": {"shards": "x"}}, words)
-        counts = [
-            sum(p.numel() for p in build(config).parameters()) for build in (build_generator, build_discriminator)
-        ]
+        described = config.model.model_dump()
+        networks = build_generator(described), build_discriminator(described)
+        counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
         exact = 4 * (3 * sum(counts) + counts[0])
         assert abs(checks.checkpoint_bytes(config) / exact - 1) < 0.1, (words, exact)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -9,12 +12,27 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gan_dist.config.schema import Config, DNorm, Init, LossName, PenaltyMethod, Upsample, load_config
+from gan_dist.config.diff import continuation
+from gan_dist.config.schema import (
+    WITH_SIGN,
+    Blocks,
+    Config,
+    DNorm,
+    Init,
+    LossName,
+    PenaltyMethod,
+    Upsample,
+    load_config,
+)
 from gan_dist.distributed.world import World
+from gan_dist.runs.checkpoint import find
+from gan_dist.sampling.generate import build_generator
 from gan_dist.training.setup import build_update
+from gan_dist.training.trainer import train
 from gan_dist.training.update import Update
 from gan_dist.utils.errors import UserError
 from tests.helpers.games import LATENT_DIM, RESOLUTION, batches, moves, tensors
+from tests.helpers.training import assert_identical, final_state, small
 
 SMALL = {"resolution": RESOLUTION, "latent_dim": LATENT_DIM, "g_channels": 2, "d_channels": 2}
 TARGETS = st.one_of(st.just(1.0), st.sampled_from([0.8, 0.9]))
@@ -23,6 +41,15 @@ MODELS = st.fixed_dictionaries(
         "upsample": st.sampled_from(get_args(Upsample)),
         "d_norm": st.sampled_from(get_args(DNorm)),
         "init": st.sampled_from(get_args(Init)),
+        "blocks": st.sampled_from(get_args(Blocks)),
+        "minibatch_std": st.booleans(),
+    }
+)
+AUGMENTS = st.fixed_dictionaries(
+    {
+        **{kind: st.booleans() for kind in ("colour", "translation", "cutout")},
+        "probability": st.sampled_from([0.3, 1.0]),
+        "target": st.sampled_from([None, 0.6]),
     }
 )
 PENALTIES = st.fixed_dictionaries(
@@ -47,20 +74,26 @@ LOSSES = st.fixed_dictionaries(
 def configured(**sections: Any) -> Config:
     sections["model"] = {**SMALL, **sections.get("model", {})}
     sections["train"] = {"global_batch": 4, **sections.get("train", {})}
-    return load_config({"data": {"shards": "/tmp/none"}, **sections})
+    return load_config({**sections, "data": {"shards": "/tmp/none", **sections.get("data", {})}})
 
 
 def built(config: Config) -> Update:
-    return build_update(config, World(), "fp32")
+    update = build_update(config, World(), "fp32")
+    update.augment = replace(update.augment, images_to_full=16)  # so that ten steps move it
+    return update
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(model=MODELS, loss=LOSSES, d_steps=st.integers(1, 2), runner=st.sampled_from(["auto", "eager"]))
+@given(
+    model=MODELS, loss=LOSSES, augment=AUGMENTS, d_steps=st.integers(1, 2), runner=st.sampled_from(["auto", "eager"])
+)
 def test_what_the_schema_allows_is_played_and_the_rest_is_refused(
-    model: dict[str, Any], loss: dict[str, Any], d_steps: int, runner: str
+    model: dict[str, Any], loss: dict[str, Any], augment: dict[str, Any], d_steps: int, runner: str
 ) -> None:
     try:
-        config = configured(model=model, loss=loss, optim={"d_steps": d_steps}, train={"runner": runner})
+        config = configured(
+            model=model, loss=loss, data={"augment": augment}, optim={"d_steps": d_steps}, train={"runner": runner}
+        )
     except UserError as error:
         line, penalty = str(error), loss["gradient_penalty"]
         assert "\n" not in line
@@ -68,6 +101,11 @@ def test_what_the_schema_allows_is_played_and_the_rest_is_refused(
             assert penalty["weight"] and (
                 model["d_norm"] == "batch" or (penalty["method"], runner) == ("exact", "auto")
             )
+        elif line.startswith("configuration: model.minibatch_std"):
+            assert penalty["weight"] and model["minibatch_std"]
+        elif line.startswith("configuration: data.augment.target"):
+            changes = augment["colour"] or augment["translation"] or augment["cutout"]
+            assert augment["target"] and (loss["name"] not in WITH_SIGN or not changes)
         else:
             assert loss["name"] in line and (loss["generator_target"] is not None or loss["real_target"] != 1)
         return
@@ -77,12 +115,14 @@ def test_what_the_schema_allows_is_played_and_the_rest_is_refused(
         assert torch.isfinite(stats).all() and stats[-1] == 0, (step, stats)
 
 
+@pytest.mark.parametrize("blocks", get_args(Blocks))
 @pytest.mark.parametrize("d_norm", get_args(DNorm))
 @pytest.mark.parametrize("upsample", get_args(Upsample))
-def test_a_state_continues_bit_for_bit(d_norm: DNorm, upsample: Upsample) -> None:
+def test_a_state_continues_bit_for_bit(d_norm: DNorm, upsample: Upsample, blocks: Blocks) -> None:
     penalty = {"weight": 0.0 if d_norm == "batch" else 0.1, "share": 0.5}
     loss = {"name": "hinge", "gradient_penalty": penalty}
-    config = configured(model={"d_norm": d_norm, "upsample": upsample}, loss=loss)
+    model = {"d_norm": d_norm, "upsample": upsample, "blocks": blocks, "minibatch_std": d_norm == "batch"}
+    config = configured(model=model, loss=loss, data={"augment": {"translation": True, "cutout": True, "target": 0.6}})
     through, first = built(config), built(config)
     for step in range(4):
         through.step(*moves(through, step))
@@ -109,3 +149,52 @@ def test_a_skipped_step_leaves_nothing_behind(d_norm: DNorm) -> None:
     after = tensors(update)
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
+
+
+KIT = [
+    "model.d_norm=none",
+    "loss.gradient_penalty.weight=0.1",
+    "loss.gradient_penalty.share=0.5",
+    "data.augment.translation=true",
+    "data.augment.colour=true",
+    "data.augment.target=0.6",
+    "train.ema_half_life_images=32",
+    "train.ema_statistics=standing",
+]
+
+
+def test_a_run_with_all_of_it_that_is_interrupted_ends_as_one_that_is_not(dataset: Path, tmp_path: Path) -> None:
+    train(small(dataset), KIT, run_dir=tmp_path / "through", max_steps=8, console=False)
+    train(small(dataset), KIT, run_dir=tmp_path / "cut", max_steps=3, console=False)
+    train(small(dataset), KIT, run_dir=tmp_path / "cut", max_steps=8, console=False)
+    assert_identical(tmp_path / "through", tmp_path / "cut")
+    for one in ("through", "cut"):
+        assert final_state(tmp_path / one)["augment"]["probability"] > 0
+    pictures = [(tmp_path / one / "samples" / "step-00000008.png").read_bytes() for one in ("through", "cut")]
+    assert pictures[0] == pictures[1]
+    metrics = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    moved = [line["augment/probability"] for line in metrics if "augment/probability" in line]
+    assert len(moved) > 2 and 0 <= moved[0] < moved[-1] <= 1
+
+
+@pytest.mark.parametrize("word", ["loss.gradient_penalty.share=1", "data.augment.colour=false"])
+def test_that_comparison_sees_another_game(dataset: Path, tmp_path: Path, word: str) -> None:
+    train(small(dataset), KIT, run_dir=tmp_path / "one", max_steps=2, console=False)
+    train(small(dataset), [*KIT, word], run_dir=tmp_path / "other", max_steps=2, console=False)
+    with pytest.raises(AssertionError):
+        assert_identical(tmp_path / "one", tmp_path / "other")
+
+
+def test_a_run_from_before_these_keys_goes_on(dataset: Path, tmp_path: Path) -> None:
+    """Its checkpoint's configuration lacks them, which means their defaults."""
+    train(small(dataset), run_dir=tmp_path / "run", max_steps=3, console=False)
+    file = find(tmp_path / "run").path / "state.pt"
+    state = torch.load(file)
+    del state["config"]["loss"]["gradient_penalty"], state["config"]["data"]["augment"]
+    for key in ("blocks", "minibatch_std", "upsample", "d_norm", "init"):
+        del state["config"]["model"][key]
+    refused, notes = continuation(state["config"], load_config(small(dataset)).to_dict())
+    assert not refused and not notes
+    refused, _ = continuation(state["config"], load_config(small(dataset), ["data.augment.colour=true"]).to_dict())
+    assert refused == ["data.augment.colour was False, now True"]
+    assert build_generator(state).blocks == "plain"

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gan_dist.distributed.world import World
+from gan_dist.model.augment import Augment
 from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training.draws import draw_noise
+from gan_dist.training.optim import Beta2Ramp
 from tests.helpers.games import CPU, batches, game, moves, tensors, worst
 from tests.helpers.ranks import run_ranks
 
@@ -49,6 +51,24 @@ CASES |= {
         "model": {"d_norm": "spectral"},
         "penalty": GradientPenalty(0.5, 0.1, kinds=2),
     },
+    "augment-adapted": {
+        "global_batch": 7,
+        "d_steps": 2,
+        "augment": Augment(True, True, True, target=0.1, images_to_full=20),
+    },
+    "augment-relativistic": {"global_batch": 7, "loss": "relativistic", "augment": Augment(True, True, True, 0.7)},
+    "augment-penalty": {
+        "global_batch": 7,
+        "model": {"d_norm": "none"},
+        "augment": Augment(True, True, True, 0.7),
+        "penalty": GradientPenalty(0.5, 0.1, kinds=2, every=2),
+    },
+    "minibatch-std": {"global_batch": 7, "model": {"minibatch_std": True}},
+    "minibatch-std-residual": {
+        "global_batch": 7,
+        "model": {"minibatch_std": True, "d_norm": "spectral", "blocks": "residual"},
+    },
+    "ramped-adam": {"global_batch": 7, "g_betas": (0.0, 0.9), "d_betas": (0.0, 0.9), "beta2_ramp": Beta2Ramp(0.99, 20)},
     "penalty-exact": {
         "global_batch": 7,
         "model": {"d_norm": "none"},
@@ -63,6 +83,8 @@ CASE_OF = {
     "the same latents everywhere": PLAIN,
     "the same noise everywhere": "penalty-third-of-reals",
     "places counted on each rank": "penalty-third-of-reals",
+    "the same changes everywhere": "augment-relativistic",
+    "local deviations": "minibatch-std",
 }
 """Each control breaks a case."""
 
@@ -72,11 +94,14 @@ def _play(world: World, case: str, control: str = "", requests: tuple[float, flo
     update = game(world, sync_batchnorm=control != "local batch norm", **CASES[case])
     if control == "D's reduction skipped":
         update.d.world = World()
+    if control == "local deviations":
+        update.d.network.get_submodule("minibatch_std").process_group = None  # type: ignore[assignment]
     share = batches(update, 0)[0][0].shape[0]
     if control == "mean losses on unequal slices":
         update.global_batch, draw_from = share * world.size, update.global_batch
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):
+        update.begin(step * update.global_batch)
         if control == "mean losses on unequal slices":
             update.global_batch, mean_of = draw_from, update.global_batch
             reals, latents = batches(update, step)
@@ -86,7 +111,7 @@ def _play(world: World, case: str, control: str = "", requests: tuple[float, flo
         if control == "the same latents everywhere":
             latents = [z[:share] for z in batches(game(None, **CASES[case]), step)[1]]
         _, _, _, draws = moves(update, step)
-        if control == "the same noise everywhere":
+        if control in ("the same noise everywhere", "the same changes everywhere"):
             alone = moves(game(None, **CASES[case]), step)[3]
             draws = [whole[:, : own.shape[1]] for whole, own in zip(alone, draws, strict=True)]
         if control == "places counted on each rank":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gan_dist.model.augment import NO_AUGMENT
 from gan_dist.runs.checkpoint import find
 from gan_dist.training import checkpointer, trainer
 from gan_dist.training.control import WORD_LAG, ControlRing
@@ -55,7 +56,7 @@ def test_what_a_log_needs_is_queued_without_waiting_for_the_device() -> None:
                 moments = {name: torch.empty_like(weight) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[weight] = {"step": torch.empty((), device="cuda"), **moments}
             players.append(SimpleNamespace(optimizer=optimizer, parameters=weights, lr=2e-4))
-        update: Any = SimpleNamespace(g=players[0], d=players[1])
+        update: Any = SimpleNamespace(g=players[0], d=players[1], augment=NO_AUGMENT)
         noted = StepStatistics(update, 10).note(1, 8, 0.0, torch.empty(len(STATS), device="cuda"))
         assert noted.device.type == "cuda" and noted.shape == (len(STATS) + 2,)
 

@@ -239,7 +239,7 @@ def test_the_generators_step_gives_the_discriminator_no_gradient() -> None:
     needed: list[bool] = []
     honest = update.generator_pass
 
-    def watched(fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(fake: Tensor, real: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
         needed.extend(parameter.requires_grad for parameter in update.d.parameters)
         return honest(fake, real)
 

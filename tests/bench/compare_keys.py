@@ -1,0 +1,96 @@
+"""What each key of a game costs, beside the thesis' step and in turn with it: python -m tests.bench.compare_keys
+
+All play 64x64 at full width, with the random numbers that the game draws. Ratios are medians over the rounds of a
+key's step over the thesis' step of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from gan_dist.config.schema import load_config
+from gan_dist.distributed.world import World
+from gan_dist.sampling.standing import estimate_statistics
+from gan_dist.training.draws import draw_latents
+from gan_dist.training.setup import build_update
+from tests.bench.compare_step import timed
+
+PENALTY = ["model.d_norm=none", "loss.gradient_penalty.weight=1"]
+KEYS: dict[str, list[str]] = {
+    "thesis": [],
+    "model.upsample=nearest": ["model.upsample=nearest"],
+    "model.d_norm=none": ["model.d_norm=none"],
+    "model.d_norm=spectral": ["model.d_norm=spectral"],
+    "gradient_penalty, share 0.25": [*PENALTY, "loss.gradient_penalty.share=0.25"],
+    "gradient_penalty, share 1": PENALTY,
+    "gradient_penalty, on both, share 1": [*PENALTY, "loss.gradient_penalty.on=both"],
+    "gradient_penalty, on both, exact": [
+        *PENALTY,
+        *(f"loss.gradient_penalty.{word}" for word in ("on=both", "method=exact")),
+        "train.runner=eager",
+    ],
+    "loss.name=relativistic": ["loss.name=relativistic"],
+    "data.augment, all": [f"data.augment.{kind}=true" for kind in ("colour", "translation", "cutout")],
+    "model.minibatch_std": ["model.minibatch_std=true"],
+    "model.blocks=residual": ["model.blocks=residual"],
+    "optim.beta2_to": ["optim.beta2_to=0.99", "optim.beta2_images=1000"],
+}
+
+
+def step_of(words: list[str], batch: int, precision: str) -> Callable[[], object]:
+    """Returns a step of the game that `words` set, drawing included."""
+    config = load_config({"data": {"shards": "none"}}, [f"train.global_batch={batch}", *words])
+    chosen = "bf16" if precision == "bf16" else "fp32"
+    update = build_update(config, World(), chosen)  # type: ignore[arg-type]
+    real = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8)
+
+    def step() -> object:
+        latents = draw_latents(0, 0, batch, 100, 0, batch, torch.device("cpu"))
+        return update.step([real], [latents], draws=update.draw(0, 0))
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    steps = {name: step_of(words, args.batch, args.precision) for name, words in KEYS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(args.rounds + 1):
+        for name, step in steps.items():
+            found = timed(step, torch.device("cpu"))
+            if index:
+                seconds[name].append(found)
+    ratios = {
+        name: statistics.median(one / thesis for one, thesis in zip(found, seconds["thesis"], strict=True))
+        for name, found in seconds.items()
+    }
+    config = load_config({"data": {"shards": "none"}})
+    generator = build_update(config, World(), "fp32").g.network
+    standing = timed(lambda: estimate_statistics(generator), torch.device("cpu"))  # type: ignore[arg-type]
+    result = {
+        "batch": args.batch,
+        "precision": args.precision,
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "thesis_seconds": statistics.median(seconds["thesis"]),
+        "ratio_to_thesis": {name: round(ratio, 2) for name, ratio in ratios.items()},
+        "standing_statistics_seconds": round(standing, 2),
+        "load_average": os.getloadavg()[0],
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
