@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from gan_dist.distributed.exchange import resolve_collectives
 from gan_dist.distributed.world import World
 from gan_dist.model.batchnorm import resolve_kernels
 from gan_dist.model.networks import Discriminator, Generator, initialise
@@ -121,7 +122,13 @@ def build(
         initialise(network, 0.02, source)
     chosen, _ = resolve_kernels(kernels, world, maps_dtype(precision))
     update = Update(
-        generator, discriminator, world=world, global_batch=batch, precision=precision, batchnorm_kernels=chosen
+        generator,
+        discriminator,
+        world=world,
+        global_batch=batch,
+        precision=precision,
+        batchnorm_kernels=chosen,
+        collectives=resolve_collectives(world),
     )
     share = (world.rank + 1) * batch // world.size - world.rank * batch // world.size
     side = shape["resolution"]
@@ -152,6 +159,7 @@ def _measure(
         "runner": runner.name,
         "runner_reason": runner.reason,
         "batchnorm_kernels": update.batchnorm_kernels,
+        "collectives": update.collectives.reason or None,
         "precision": precision,
         "milliseconds": {"step": 1e3 * median, **parts},
         "gflop_per_image": gflop / share,

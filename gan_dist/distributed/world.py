@@ -55,6 +55,11 @@ class World:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def all_reduce_aside(self, tensor: torch.Tensor) -> Any:
+        """Begins to sum `tensor` over the ranks, in place, and returns what waits for it: `.wait()`, on a GPU by its
+        stream alone. Only where there are other ranks."""
+        return dist.all_reduce(tensor, group=self.group, async_op=True)
+
     def all_gather_into(self, out: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """Returns `out` [size, n, ...], filled with every rank's `tensor` [n, ...], in rank order."""
         if self.group is None:

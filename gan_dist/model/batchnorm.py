@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gan_dist.distributed.exchange import OneShot, gathered, summed
 from gan_dist.distributed.world import World
 from gan_dist.model.minibatch_std import MinibatchStd
 from gan_dist.utils.errors import UserError, first_line
@@ -40,6 +41,7 @@ class BatchNorm(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.process_group: dist.ProcessGroup | None = None
+        self.one_shot: OneShot | None = None
         self.fused: Any = None
         """batchnorm_triton.norm_and_activation, where that is to be used."""
         self.weight = nn.Parameter(torch.ones(channels))
@@ -68,6 +70,7 @@ class BatchNorm(nn.Module):
                 eps=self.eps,
                 slope=slope,
                 group=self.process_group,
+                one_shot=self._one_shot(),
             )
             return fused
         y = self._normalise(x, groups)
@@ -90,13 +93,18 @@ class BatchNorm(nn.Module):
                 for part in (x.chunk(groups) if groups > 1 else (x,))
             ]
             return torch.cat(parts) if groups > 1 else parts[0]
-        y, mean, var_unbiased = _SynchronisedNorm.apply(x, self.weight, self.bias, groups, self.eps, self.process_group)
+        y, mean, var_unbiased = _SynchronisedNorm.apply(
+            x, self.weight, self.bias, groups, self.eps, self.process_group, self._one_shot()
+        )
         with torch.no_grad():
             for g in range(groups):
                 self.running_mean.lerp_(mean[g], self.momentum)
                 self.running_var.lerp_(var_unbiased[g], self.momentum)
         out: Tensor = y.to(x.dtype)
         return out
+
+    def _one_shot(self) -> OneShot | None:
+        return None if torch.compiler.is_compiling() else self.one_shot  # a compiled pass has the group's collectives
 
 
 class _SynchronisedNorm(torch.autograd.Function):
@@ -108,16 +116,21 @@ class _SynchronisedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, group: dist.ProcessGroup
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        group: dist.ProcessGroup,
+        one_shot: OneShot | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         parts = _by_group(x.to(weight.dtype), groups)
-        channels, size = x.shape[1], dist.get_world_size(group)
+        channels = x.shape[1]
         var, mean = torch.var_mean(parts, dim=(1, 3, 4), correction=0)
         count = parts.numel() // (groups * channels)
         local = torch.cat([mean, var * count, torch.full_like(mean[:, :1], count)], dim=1)
-        gathered = local.new_empty((size * groups, 2 * channels + 1))
-        dist.all_gather_into_tensor(gathered, local, group=group)
-        ranks = gathered.view(size, groups, 2 * channels + 1)
+        ranks = gathered(local, group, one_shot)
         means, m2s, counts = ranks[..., :channels], ranks[..., channels:-1], ranks[..., -1:]
         total = counts.sum(0)
         mean = (means * counts).sum(0) / total
@@ -125,7 +138,7 @@ class _SynchronisedNorm(torch.autograd.Function):
         invstd = torch.rsqrt(m2 / total + eps)
         var_unbiased = m2 / (total - 1)
         ctx.save_for_backward(x, weight, mean, invstd, total)
-        ctx.groups, ctx.group = groups, group
+        ctx.groups, ctx.group, ctx.one_shot = groups, group, one_shot
         ctx.mark_non_differentiable(mean, var_unbiased)
         if not torch.compiler.is_compiling():  # which knows nothing of it, and leaves unused zeros out by itself
             ctx.set_materialize_grads(False)  # else zeros for those two, at each layer
@@ -141,11 +154,10 @@ class _SynchronisedNorm(torch.autograd.Function):
         xhat = (x.to(weight.dtype) - _spread(mean, x)) * _spread(invstd, x)
         sums = [_by_group(values, ctx.groups).sum((1, 3, 4)) for values in (dy, dy * xhat)]
         local = torch.stack(sums)
-        summed = local.clone()
-        dist.all_reduce(summed, group=ctx.group)
-        mean_dy, mean_dy_xhat = summed[0] / total, summed[1] / total
+        total_dy, total_dy_xhat = summed(local.clone(), ctx.group, ctx.one_shot)
+        mean_dy, mean_dy_xhat = total_dy / total, total_dy_xhat / total
         dx = (dy - _spread(mean_dy, x) - xhat * _spread(mean_dy_xhat, x)) * _spread(invstd * weight, x)
-        return dx.to(x.dtype), local[1].sum(0), local[0].sum(0), None, None, None
+        return dx.to(x.dtype), local[1].sum(0), local[0].sum(0), None, None, None, None
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -158,13 +170,14 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
     return values.repeat_interleave(x.shape[0] // values.shape[0], 0)[:, :, None, None]
 
 
-def prepare(module: nn.Module, world: World, kernels: Kernels = "torch") -> None:
+def prepare(module: nn.Module, world: World, kernels: Kernels = "torch", one_shot: OneShot | None = None) -> None:
     """Makes what has statistics of the batch in `module` share them among the ranks of `world`; BatchNorm by these
-    kernels."""
+    kernels and exchanges."""
     fused = import_module("gan_dist.model.batchnorm_triton").norm_and_activation if kernels == "triton" else None
     for part in module.modules():
         if isinstance(part, BatchNorm):
             part.process_group, part.fused = world.group, fused
+            part.one_shot = None if world.group is None else one_shot
         elif isinstance(part, MinibatchStd):
             part.process_group = world.group
 

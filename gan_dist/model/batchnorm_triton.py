@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gan_dist.distributed.exchange import OneShot, gathered, summed
+
 TILE = 4096
 """Values that a program has in hand at a time: sixteen a thread, so that each load and store can be of 16 bytes."""
 MAX_CHANNELS = 64
@@ -407,16 +409,15 @@ class _NormAndActivation(torch.autograd.Function):
         eps: float,
         slope: float,
         group: dist.ProcessGroup | None,
+        one_shot: OneShot | None,
     ) -> tuple[Tensor, Tensor]:
         ops = torch.ops.gan_dist
         record = ops.batch_statistics(x, groups)
         if group is not None:
-            gathered = record.new_empty((dist.get_world_size(group) * groups, record.shape[1]))
-            dist.all_gather_into_tensor(gathered, record, group=group)
-            record = ops.merge_records(gathered.view(-1, *record.shape))
+            record = ops.merge_records(gathered(record, group, one_shot))
         y = ops.normalise(x, record, weight, bias, eps, slope)
         ctx.save_for_backward(x, record, weight, bias)
-        ctx.eps, ctx.slope, ctx.group = eps, slope, group
+        ctx.eps, ctx.slope, ctx.group, ctx.one_shot = eps, slope, group, one_shot
         ctx.mark_non_differentiable(record)
         if not torch.compiler.is_compiling():  # which knows nothing of it, and leaves unused zeros out by itself
             ctx.set_materialize_grads(False)
@@ -428,9 +429,9 @@ class _NormAndActivation(torch.autograd.Function):
         x, record, weight, bias = ctx.saved_tensors
         sums, dweight, dbias = ops.gradient_sums(dy, x, record, weight, bias, ctx.eps, ctx.slope)
         if ctx.group is not None:  # the parameters' gradients stay local: the flat buffer sums them like all others
-            dist.all_reduce(sums, group=ctx.group)
+            sums = summed(sums, ctx.group, ctx.one_shot)
         dx = ops.input_gradient(dy, x, record, weight, bias, sums, ctx.eps, ctx.slope)
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 def norm_and_activation(
@@ -446,13 +447,14 @@ def norm_and_activation(
     eps: float,
     slope: float,
     group: dist.ProcessGroup | None,
+    one_shot: OneShot | None = None,
 ) -> Tensor:
     """Returns leaky_relu(batch_norm(x), slope) for `x` [groups * n, C, H, W], in its dtype and in channels_last.
 
     Each of the groups is normalised by its own statistics, merged over the ranks of `group`, and moves the running
     ones, in place. slope 0 is ReLU, and 1 no activation at all. Gradients can be taken once, not of gradients.
     """
-    y, record = _NormAndActivation.apply(x, weight, bias, groups, eps, slope, group)
+    y, record = _NormAndActivation.apply(x, weight, bias, groups, eps, slope, group, one_shot)
     torch.ops.gan_dist.track(running_mean, running_var, num_batches, record, momentum)
     normalised: Tensor = y
     return normalised

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 
 from gan_dist.distributed.world import World
+from gan_dist.training.gradients import FlatGradients
 
 EMA_RAMP = 0.05
 """Early on the half-life is this share of the images seen so far (Karras et al. 2020, arXiv:2006.06676): the average
@@ -118,13 +119,16 @@ class Player:
         num_extras: int,
         maps: torch.dtype,
         beta2_moves: bool = False,
+        num_buckets: int = 1,
     ) -> None:
-        """maps: the dtype of the network's maps. Where weights have another, passes use copies in this one."""
+        """maps: the dtype of the network's maps. Where weights have another, passes use copies in this one.
+        num_buckets: in how many parts gradients are summed over the ranks.
+        """
         self.network = network
         self.world = world
         self.full_lr = self.lr = lr
         self.parameters = list(network.parameters())
-        self.gradients = FlatGradients(self.parameters, num_extras)
+        self.gradients = FlatGradients(self.parameters, num_extras, num_buckets)
         self.betas = betas
         adam = RampedAdam if beta2_moves else torch.optim.Adam
         self.optimizer = adam(self.parameters, lr=lr, betas=betas, fused=True, capturable=world.device.type == "cuda")
@@ -172,8 +176,7 @@ class Player:
         skipped: float32 scalar on the device, 1 where the world's gradient or loss (the first extra) was not finite. It
         is computed from what was reduced, so it is the same on all ranks, and nobody waits for it.
         """
-        self.gradients.fill(torch.autograd.grad(loss, self.leaves, self._one), extras)
-        self.world.all_reduce(self.gradients.flat)
+        self.gradients.take(loss, self.leaves, self._one, extras, self.world)
         norm = torch.linalg.vector_norm(self.gradients.values)
         both = norm + self.gradients.extras[0]
         skipped = (both - both).ne(0).float()  # what is not finite leaves NaN, which equals nothing
@@ -238,28 +241,6 @@ class WorkingCopies:
         """Makes the copies equal the weights again, in place."""
         if self._sources:
             torch._foreach_copy_(list(self.by_name.values()), self._sources)
-
-
-class FlatGradients:
-    """All gradients of a network and a few scalars behind them in one buffer, so that one all-reduce takes them all."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], num_extras: int) -> None:
-        count = sum(parameter.numel() for parameter in parameters)
-        self.flat = parameters[0].new_zeros(count + num_extras)
-        self.values = self.flat[:count]
-        self.extras = self.flat[count:]
-        self.views: list[Tensor] = []
-        offset = 0
-        for parameter in parameters:  # each view is strided like its parameter, as fused kernels want it
-            self.views.append(torch.as_strided(self.flat, parameter.shape, parameter.stride(), offset))
-            offset += parameter.numel()
-
-    def fill(self, gradients: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
-        """Overwrites everything, in one launch for each dtype that the gradients have."""
-        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-            pairs = [pair for pair in zip(self.views, gradients, strict=True) if pair[1].dtype == dtype]
-            torch._foreach_copy_([view for view, _ in pairs], [gradient for _, gradient in pairs])
-        torch.cat(list(extras), out=self.extras)
 
 
 class Buffers:

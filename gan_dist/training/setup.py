@@ -23,6 +23,7 @@ from gan_dist.data.order import Order, check_ranks, rank_slice
 from gan_dist.data.remote.fetch import redacted
 from gan_dist.data.shards import check_resolution
 from gan_dist.data.stream import Stream, choose_placement, stage
+from gan_dist.distributed.exchange import PLAIN, Collectives, resolve_collectives
 from gan_dist.distributed.failures import device_may_hang, naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.distributed.preflight import preflight
@@ -201,7 +202,8 @@ def build_run(
     # The game: networks, update, average; the same on all ranks.
     precision, why_precision = resolve_precision(config.train.precision, world.device)
     kernels, why_kernels = resolve_kernels(config.train.batchnorm_kernels, world, maps_dtype(precision))
-    update = build_update(config, world, precision, kernels)
+    collectives = resolve_collectives(world)
+    update = build_update(config, world, precision, kernels, collectives)
     runner = make_runner(config.train.runner, update)
     if start.loaded is not None:
         update.load_state_dict(start.loaded.state)
@@ -239,6 +241,7 @@ def build_run(
         "precision": precision,
         "runner": runner.name,
         "batchnorm_kernels": kernels,
+        **({"collectives": collectives.reason} if collectives.reason else {}),
         "deterministic": resolve_deterministic(config.train.deterministic, world.device),
         "threads": torch.get_num_threads(),
         "ranks": world.size,
@@ -330,7 +333,11 @@ def build_run(
             step=step,
             images_seen=images_seen,
         )
-        choices = (f"precision {precision}: {why_precision}", f"batch norm by {kernels}: {why_kernels}")
+        choices: tuple[str, ...] = (
+            f"precision {precision}: {why_precision}",
+            f"batch norm by {kernels}: {why_kernels}",
+        )
+        choices += (f"collectives: {collectives.reason}",) if collectives.reason else ()
         _announce(run, total_steps, config.train.epochs, choices, notes)
         try:
             yield run
@@ -411,7 +418,13 @@ def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancel
     return placement
 
 
-def build_update(config: Config, world: World, precision: Precision, kernels: Kernels = "torch") -> Update:
+def build_update(
+    config: Config,
+    world: World,
+    precision: Precision,
+    kernels: Kernels = "torch",
+    collectives: Collectives = PLAIN,
+) -> Update:
     """Returns the update of freshly initialised networks, on the world's device in the (resolved) precision.
 
     Weights are drawn from `config.seed` on the CPU, so that they are alike on every device.
@@ -441,6 +454,7 @@ def build_update(config: Config, world: World, precision: Precision, kernels: Ke
         precision=precision,
         sync_batchnorm=config.train.sync_batchnorm,
         batchnorm_kernels=kernels,
+        collectives=collectives,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gan_dist.config.schema import LossName
 from gan_dist.data.order import rank_slice
+from gan_dist.distributed.exchange import PLAIN, Collectives
 from gan_dist.distributed.world import World
 from gan_dist.model.augment import NO_AUGMENT, NUMBERS, Augment
 from gan_dist.model.batchnorm import Kernels, prepare
@@ -79,10 +80,11 @@ class Update:
         precision: Precision = "fp32",
         sync_batchnorm: bool = True,
         batchnorm_kernels: Kernels = "torch",
+        collectives: Collectives = PLAIN,
     ) -> None:
         """Moves both networks to the world's device and broadcasts rank 0's parameters and buffers.
 
-        batchnorm_kernels: what batchnorm.resolve_kernels returned.
+        batchnorm_kernels and collectives: what batchnorm.resolve_kernels and exchange.resolve_collectives returned.
         """
         self.world = world
         self.global_batch = global_batch
@@ -90,6 +92,7 @@ class Update:
         self.sync_batchnorm = sync_batchnorm
         self.precision = precision
         self.batchnorm_kernels = batchnorm_kernels
+        self.collectives = collectives
         self.loss = loss
         self.real_target = real_target
         self.generator_target = generator_target
@@ -102,10 +105,12 @@ class Update:
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         for network in (generator, discriminator):
             network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
-            prepare(network, world if sync_batchnorm else World(device=world.device), batchnorm_kernels)
+            alone = World(device=world.device)
+            prepare(network, world if sync_batchnorm else alone, batchnorm_kernels, collectives.one_shot)
         # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
         self.maps = maps = maps_dtype(precision)
-        shared: dict[str, Any] = {"maps": maps, "beta2_moves": beta2_ramp.images > 0}
+        shared: dict[str, Any] = {"maps": maps, "num_buckets": collectives.gradient_buckets}
+        shared["beta2_moves"] = beta2_ramp.images > 0
         self.g = Player(generator, world, lr=g_lr, betas=g_betas, num_extras=4, **shared)
         extras = 5 if augment.adapts else 4
         self.d = Player(discriminator, world, lr=d_lr, betas=d_betas, num_extras=extras, **shared)

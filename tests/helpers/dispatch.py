@@ -48,6 +48,8 @@ class Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.launches: Counter[str] = Counter()
         self.num_bytes: Counter[str] = Counter()
         self.collectives: Counter[str] = Counter()
+        self.order: list[tuple[str, int]] = []
+        """Each collective and how many numbers it takes in."""
         self.reduced = 0
         """Bytes that collectives take in."""
         self.elsewhere: list[str] = []
@@ -61,7 +63,9 @@ class Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.elsewhere.append(str(func))
         if name.startswith("c10d::"):
             self.collectives[name.removeprefix("c10d::").rstrip("_")] += 1
-            self.reduced += _bytes(_tensors(args[1] if "gather" in name else args[0]))
+            taken = _tensors(args[1] if "gather" in name else args[0])
+            self.order.append((name, sum(tensor.numel() for tensor in taken)))
+            self.reduced += _bytes(taken)
         elif name.startswith(("aten::", "gan_dist::")) and name not in NOTHING and not func.is_view:
             self.launches[name] += KERNELS.get(name, 1)
             written = written or [tensor for tensor in read if "!" in str(func._schema)]
@@ -95,8 +99,8 @@ def _replace(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module
 
 
 @contextmanager
-def fake_gpus(size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """Yields rank 0 of a world of `size` GPUs that do not exist; tensors made within it are fake.
+def fake_gpus(size: int, monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> Iterator[World]:
+    """Yields a rank of a world of `size` GPUs that do not exist; tensors made within it are fake.
 
     A fake tensor has a shape and a device, and no values: what asks for one raises.
     """
@@ -106,11 +110,11 @@ def fake_gpus(size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(nn.Module, "_apply", _replace)
     group: Any = None
     if size > 1:
-        dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         group = dist.distributed_c10d._get_default_group()
     try:
         with FakeTensorMode():
-            yield World(0, size, device=torch.device("cuda", 0), group=group)
+            yield World(rank, size, device=torch.device("cuda", 0), group=group)
     finally:
         if size > 1:
             dist.destroy_process_group()

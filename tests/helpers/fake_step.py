@@ -1,6 +1,6 @@
 """A whole step on GPUs that do not exist, alone in its process.
 
-python -m tests.helpers.fake_step WORLD KERNELS [FAULT [GAME]]
+python -m tests.helpers.fake_step WORLD KERNELS [FAULT [GAME [RANK]]]
 
 Prints, as JSON, what a step launches, reduces and moves at two batch sizes.
 """
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gan_dist.config.schema import load_config
+from gan_dist.distributed.exchange import PLAIN, ROOM, Collectives, OneShot
 from gan_dist.training.setup import build_update
 from tests.helpers.dispatch import Log, fake_gpus
 
@@ -30,15 +31,24 @@ GAMES: dict[str, list[str]] = {
     + ["model.minibatch_std=true", "model.blocks=residual", "optim.beta2_to=0.99", "optim.beta2_images=1000"],
 }
 """What is set besides the defaults."""
+EXCHANGES = ("buckets", "one_shot")
+"""Games of the thesis with other collectives."""
 
 
-def play(size: int, kernels: Any, fault: str, batch: int, game: str) -> Log:
-    """Returns the log of rank 0's second step of a game at full width in bf16, `batch` images a rank."""
+def play(size: int, kernels: Any, fault: str, batch: int, game: str, rank: int = 0) -> Log:
+    """Returns the log of a rank's second step of a game at full width in bf16, `batch` images a rank."""
     patch = pytest.MonkeyPatch()
     patch.setattr("gan_dist.training.draws._draws", lambda *words: None)  # a generator asks for a real device
-    with fake_gpus(size, patch) as world:
-        config = load_config({"data": {"shards": "/tmp/none"}}, [f"train.global_batch={batch * size}", *GAMES[game]])
-        update = build_update(config, world, "bf16", kernels)
+    with fake_gpus(size, patch, rank) as world:
+        config = load_config(
+            {"data": {"shards": "/tmp/none"}}, [f"train.global_batch={batch * size}", *GAMES.get(game, [])]
+        )
+        buffer = torch.zeros(ROOM, device="cuda")
+        collectives = {
+            "buckets": Collectives(3),
+            "one_shot": Collectives(1, OneShot(buffer, rank, size, torch.clone)),  # the true one asks for a device
+        }.get(game, PLAIN)
+        update = build_update(config, world, "bf16", kernels, collectives)
         real = torch.empty(batch, 3, 64, 64, dtype=torch.uint8, device="cuda")
         latents, requests = torch.empty(batch, 100, device="cuda"), torch.zeros(2, device="cuda")
         honest = update.generator_pass
@@ -64,14 +74,15 @@ def play(size: int, kernels: Any, fault: str, batch: int, game: str) -> Log:
         return second
 
 
-def main(size: str, kernels: str, fault: str = "", game: str = "thesis") -> None:
-    small, large = (play(int(size), kernels, fault, batch, game) for batch in BATCHES)
+def main(size: str, kernels: str, fault: str = "", game: str = "thesis", rank: str = "0") -> None:
+    small, large = (play(int(size), kernels, fault, batch, game, int(rank)) for batch in BATCHES)
     (launches, few), (same, many) = small.total, large.total
     assert launches == same, "the number of launches depends on the batch"
     an_image = (many - few) / (BATCHES[1] - BATCHES[0])
     found = {
         "launches": launches,
         "collectives": dict(large.collectives),
+        "order": large.order,
         "reduced": large.reduced,
         "an_image": an_image,
         "a_step": many - BATCHES[1] * an_image,

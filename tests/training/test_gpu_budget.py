@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gan_dist.training.runner import compiler
-from tests.helpers.fake_step import GAMES
+from tests.helpers.fake_step import EXCHANGES, GAMES
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or compiler() is None, reason="torch.compile needs a C++ compiler"),
@@ -56,8 +56,10 @@ def _step(library: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
 
 
-def _found(library: Path, size: int, kernels: str, fault: str = "", game: str = "thesis") -> dict[str, Any]:
-    done = _step(library, str(size), kernels, fault, game)
+def _found(
+    library: Path, size: int, kernels: str, fault: str = "", game: str = "thesis", rank: str = "0"
+) -> dict[str, Any]:
+    done = _step(library, str(size), kernels, fault, game, rank)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -81,6 +83,20 @@ def test_other_games_stay_on_the_gpu_and_wait_for_nothing(library: Path, game: s
     found = _found(library, 8, "torch", game=game)
     assert found["elsewhere"] == []
     assert found["collectives"]["allreduce"] >= 2
+
+
+@pytest.mark.parametrize("game", EXCHANGES)
+def test_other_collectives_are_the_same_on_all_ranks_and_wait_for_nothing(library: Path, game: str) -> None:
+    first, last = (_found(library, 8, "triton", "", game, rank) for rank in ("0", "7"))
+    assert first["elsewhere"] == []
+    assert first["order"] == last["order"]
+    # D's gradients in three parts; G's in two, since a layer is not divided
+    expected = {"buckets": {"_allgather_base": 10, "allreduce": 10 + 3 + 2}, "one_shot": {"allreduce": 2}}
+    assert first["collectives"] == expected[game]
+    assert first["reduced"] <= BUDGET[8, "triton"]["reduced"]
+    # a foreach copy for each bucket and dtype; a copy and a sum for each gather and each sum
+    most = BUDGET[8, "triton"]["launches"] + {"buckets": 8, "one_shot": 40}[game]
+    assert first["launches"] == last["launches"] <= most
 
 
 def test_what_a_step_must_not_do_is_seen(library: Path) -> None:

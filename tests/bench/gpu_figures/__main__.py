@@ -54,7 +54,11 @@ COMMANDS: dict[str, dict[str, Part]] = {
         "compiled": (choices.compiled, 195),
     },
     "job": {"headline": (job.headline, 390), "evaluation": (job.evaluation, 170)},
-    "ranks": {"scaling": (ranks.scaling, 240), "endings": (ranks.endings, 300)},
+    "ranks": {
+        "scaling": (ranks.scaling, 160),
+        "collectives": (ranks.collectives, 170),
+        "endings": (ranks.endings, 240),
+    },
 }
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,43 @@ import torch
 
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.synthetic import paint_folder
+from gan_dist.distributed.exchange import BUCKETS, SMALL
 from tests.bench.gpu_figures.job import CONFIG
-from tests.bench.gpu_figures.plan import Plan
+from tests.bench.gpu_figures.plan import Plan, keep
 from tests.helpers.processes import Ranks
 from tests.helpers.training import wait_for_step
 
 
 def scaling(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
     """Returns bench step's figures under torchrun, on all GPUs."""
+    return _bench(plan, (plan.batches[0], plan.large_batch))
+
+
+def collectives(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
+    """Returns a step's milliseconds by what its ranks exchange tensors with, at the smallest batch."""
+    found: dict[str, Any] = {}
+    for name, words in {
+        "group": {},
+        "one_shot": {SMALL: "one_shot"},
+        "two_buckets": {BUCKETS: "2"},
+        "both": {SMALL: "one_shot", BUCKETS: "2"},
+    }.items():
+        figures = _bench(plan, plan.batches[:1], words)
+        found[name] = {key: figures[key] for key in ("milliseconds", "images_per_second", "spread", "collectives")}
+        keep(work, found)
+    return found
+
+
+def _bench(plan: Plan, batches: Sequence[int], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Returns what bench step says of all GPUs, at so many images for each of them."""
     count = 2 if plan.dry else torch.cuda.device_count()
-    batches = [word for batch in (plan.batches[0], plan.large_batch) for word in ("--batch", str(batch * count))]
+    words = [word for batch in batches for word in ("--batch", str(batch * count))]
     told = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        + ["-m", "gan_dist", "bench", "step", *batches, "--runner", plan.runners[-1], "--precision", plan.precision]
+        + ["-m", "gan_dist", "bench", "step", *words, "--runner", plan.runners[-1], "--precision", plan.precision]
         + ["--device", plan.device.type, "--seconds", str(plan.seconds), "--json"]
         + (["--resolution", "32"] if plan.dry else []),
+        env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
