@@ -66,13 +66,13 @@ def _play(world: World, collectives: Collectives, compiled: bool = False) -> dic
                     return _function(*args, **kwargs)
 
                 setattr(dist, name, noted)
-        update.step(*batches(update, step))
+        stats = update.step(*batches(update, step))
         if step == 0:
             gradients = {"d": update.d.gradients.values.clone(), "g": update.g.gradients.values.clone()}
     for name, function in honest.items():
         setattr(dist, name, function)
     sums = 2 * len(update.d.gradients.buckets) + len(update.g.gradients.buckets)  # of gradients, in a step
-    return {"gradients": gradients, "state": tensors(update), "calls": calls, "sums": sums}
+    return {"gradients": gradients, "state": tensors(update), "stats": stats, "calls": calls, "sums": sums}
 
 
 def _resolved(world: World, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -146,8 +146,10 @@ def test_the_game_is_the_same(ranks: list[dict[str, Any]], alone: dict[str, Any]
     first = ranks[0][f"{size} {choice}"]
     assert worst(first["gradients"], alone["gradients"]) < 1e-12
     assert worst(first["state"], alone["state"]) < 1e-12
+    torch.testing.assert_close(first["stats"], alone["stats"], rtol=1e-11, atol=0)
     for other in (ranks[rank][f"{size} {choice}"] for rank in range(1, size)):
         assert other["calls"] == first["calls"]
+        assert torch.equal(other["stats"], first["stats"])
         for name, value in first["state"].items():
             assert torch.equal(other["state"][name], value), name
 

@@ -155,6 +155,17 @@ def test_an_update_that_is_not_finite_is_skipped_with_its_buffers(
     assert stats[STAT["control/stop"]] == 1  # the control word survives
     if who == "generator":
         assert torch.equal(before["generator.bn1.running_mean"], after["generator.bn1.running_mean"]) == (d_steps == 1)
+    # Passes that batch norm still counts: G's whose fakes an update used that was played, the last ones being its own
+    # update's; two for each update of D that was (real and fake), and one for G's.
+    counts = [f"{network}.bn2.num_batches_tracked" for network in ("generator", "discriminator")]
+    passes = {name.split(".")[0]: int(after[name] - before[name]) for name in counts}
+    if who == "generator":
+        assert passes == {"generator": d_steps - 1, "discriminator": 2 * d_steps}
+    else:
+        assert passes == {"generator": 1, "discriminator": 1}
+    for network in ("generator", "discriminator"):
+        same = torch.equal(before[f"{network}.bn2.running_var"], after[f"{network}.bn2.running_var"])
+        assert same == (passes[network] == 0)
     monkeypatch.undo()
     stats = update.step(*batches(update, 2))
     assert stats[STAT["control/skipped"]] == 0
