@@ -36,13 +36,15 @@ class Augment:
     images_to_full: int = 500_000
     """Images over which an adapted probability goes from 0 to 1 at the fastest (Karras' own value)."""
 
-    def __bool__(self) -> bool:
+    @property
+    def changes(self) -> bool:
+        """Whether there are any. (No __bool__: torch 2.11's compiler does not trace it.)"""
         return self.colour or self.translation or self.cutout
 
     @property
     def adapts(self) -> bool:
         """Whether the probability moves."""
-        return bool(self) and self.target is not None
+        return self.changes and self.target is not None
 
     def __call__(self, images: Tensor, numbers: Tensor, probability: Tensor) -> Tensor:
         """Returns `images` [b, 3, S, S] in [-1, 1], changed, in their dtype and channels_last.

@@ -128,7 +128,7 @@ class Update:
     def draw(self, seed: int, position: int) -> list[Tensor]:
         """Returns the random numbers that D's update at `position` takes beside its latents: this rank's share."""
         draws = []
-        if self.augment:
+        if self.augment.changes:
             numbers = (2, self.global_batch, NUMBERS)
             draws.append(draw_uniform(seed, position, numbers, self.lo, self.hi, self.world.device, self.dtype))
         if not self.penalty.kinds or self.penalty.method == "exact":
@@ -195,7 +195,7 @@ class Update:
         draws: what `draw` returned. D is to be smooth where it looks: noise comes upon what augmentation made.
         """
         images = real_and_fake(real, fake)
-        if self.augment:
+        if self.augment.changes:
             images = torch.cat(list(self._augmented(images.chunk(2), draws)))
         exact = self.penalty.method == "exact"
         if self.penalty.kinds and not exact:
@@ -240,7 +240,7 @@ class Update:
 
     def _augmented(self, kinds: Sequence[Tensor], draws: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns each of the `kinds`, of which the last is fakes, augmented if it is to be."""
-        if not self.augment:
+        if not self.augment.changes:
             return kinds
         numbers = draws[0][-len(kinds) :].unbind()
         return [self.augment(one, each, self.probability) for one, each in zip(kinds, numbers, strict=True)]
