@@ -89,7 +89,7 @@ LIMIT = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10")
 LATE = """
 from gan_dist.training.update import Update
 step, save = Update.step, module.save
-Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
+Update.step = lambda *words: (time.sleep(1.2), step(*words))[1]
 module.save = lambda *words, **more: (words[1]["step"] and time.sleep(100), save(*words, **more))
 """
 
@@ -117,9 +117,17 @@ def test_a_save_that_overruns_the_time_limit_is_reported_and_requeued(
 ) -> None:
     at = tmp_path_factory.mktemp("late")
     slow = hook(at / "hook", "gan_dist.training.checkpointer", LATE, FIRST_START)
-    words = (*LIMIT, slow, "checkpoint.every_steps=100000", "dist.timeout_s=200")
+    # Two minutes: on a busy machine the first may end before there is anything to save.
+    words = (
+        *STEPS,
+        "slurm.time=2",
+        "slurm.signal_lead_s=10",
+        "checkpoint.every_steps=100000",
+        "dist.timeout_s=200",
+        slow,
+    )
     late = Run.submit(minute, config, at / "run", *words)
-    late.wait_for("crashed", "done", limit_s=150)
+    late.wait_for("crashed", "done", limit_s=210)
     give_time(late)
     _, what, checkpoint, why, *_ = late.history()[0]
     assert (what, checkpoint) == ("crashed", "step-00000000"), late.story()
