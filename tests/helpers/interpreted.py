@@ -181,7 +181,7 @@ def without_triton() -> None:
 
 
 def interpreted(
-    call: str, *arguments: object, path: Path | None = None, limit: float = 250
+    call: str, *arguments: object, path: Path | None = None, limit: float = 550
 ) -> subprocess.CompletedProcess[str]:
     """Returns a finished process that imported this module under the interpreter and ran `call`, e.g. main('/tmp').
 

@@ -18,6 +18,7 @@ from tests.helpers.games import worst
 from tests.helpers.interpreted import EPS, EXAMPLES, MOMENTUM, SHARED, SIZES, Example, interpreted, share, step_state
 
 pytest.importorskip("triton", reason="needs Triton, which torch brings on Linux")
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all that is played, ten minutes on a busy machine
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 0.01}
 """Of a result's norm. bfloat16 rounds to 8 bits what is written, y and dx; the rest stays float32."""
