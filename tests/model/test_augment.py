@@ -26,7 +26,7 @@ def test_nothing_is_changed_where_nothing_is_to_be() -> None:
     images, numbers = _images(5), _numbers(5)
     assert torch.equal(Augment(translation=True, cutout=True)(images, numbers, NEVER), images)
     torch.testing.assert_close(ALL(images, numbers, NEVER), images, rtol=0, atol=1e-15)
-    assert not Augment() and not Augment(target=0.6).adapts and ALL
+    assert not Augment().changes and not Augment(target=0.6).adapts and ALL.changes
     assert ALL(images.bfloat16(), numbers.float(), ALWAYS).dtype == torch.bfloat16
 
 
