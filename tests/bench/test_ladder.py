@@ -65,6 +65,6 @@ def test_checkpoints_are_chosen_by_one_half_and_told_by_the_other() -> None:
     rows = [
         {"step": step, "images_seen": 10 * step, "swd": swd} for step, swd in ((0, 1.0), (1, 5.0), (2, 4.0), (3, 6.0))
     ]
-    line = {"select": rows, "report": [{**row, "swd": 10 * row["swd"]} for row in rows]}
-    assert best_row(line)["swd"] == 40 and best_row(line, limit=10)["swd"] == 50
+    line = {"select": rows, "report": [{**row, "swd": 100 - row["swd"]} for row in rows]}
+    assert best_row(line)["swd"] == 96 and best_row(line, limit=10)["swd"] == 95
     assert nearest_row(line, 25)["step"] == 2

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gan_dist.model.convolution import conv_down, conv_up, from_latents, to_logits
+from gan_dist.model.convolution import conv_down, conv_up, fold, from_latents, to_logits
+from tests.helpers.dispatch import Log
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
     "from_latents": (
@@ -96,3 +98,10 @@ def test_a_frozen_weight_costs_no_product(case: str) -> None:
     with FlopCounterMode(display=False) as free:
         torch.autograd.grad(ours(maps, weight.requires_grad_()).sum(), [maps, weight])
     assert free.get_total_flops() == 1.5 * frozen.get_total_flops()
+
+
+def test_a_folded_weight_takes_nothing_from_the_host() -> None:
+    """A CUDA graph cannot record a copy out of pageable memory."""
+    with FakeTensorMode(), Log() as log:
+        assert fold(torch.empty(5, 4, 3, 3, device="cuda")).shape == (5, 4, 4, 4)
+    assert log.launches and not log.elsewhere
