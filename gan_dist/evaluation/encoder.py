@@ -8,6 +8,7 @@ figures of two encoders do not compare, so the sha256 of its weights is part of 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,8 @@ def make_encoder(
 ) -> bool:
     """Returns whether a new encoder was learned and written to `out`; False where that very one is there already.
 
-    Raises UserError where another one is there: figures that it measured could not be compared with new ones.
+    Raises UserError where another one is there: figures that it measured could not be compared with new ones; and
+    where it cannot be written, before anything is learned.
     """
     facts = {"dataset": dataset.identity, "images": images, "seed": seed, "resolution": dataset.resolution}
     described = {"format": FORMAT, **{key: str(value) for key, value in facts.items()}}
@@ -169,9 +171,15 @@ def make_encoder(
         if _described(out) == described:
             return False
         raise UserError(f"{out} is there, and is not this encoder; name another --out, or remove it to learn it anew")
-    network = learn(dataset, images, seed, device, shown).cpu()
-    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-    write_atomically(out, save(weights, metadata=described), make_folder=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+        network = learn(dataset, images, seed, device, shown).cpu()
+        weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+        write_atomically(out, save(weights, metadata=described))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; name another --out") from None
     return True
 
 

@@ -98,6 +98,9 @@ def test_one_dataset_has_one_encoder(shards: Path, tmp_path: Path) -> None:
         assert make_encoder(real, tmp_path / "other.safetensors", 4 * encoder.BATCH, 1, CPU)
         with pytest.raises(UserError, match=r"expected a file name ending in .safetensors, found encoder.pt"):
             make_encoder(real, tmp_path / "encoder.pt", encoder.BATCH, 0, CPU)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match=r"cannot write .*; name another --out"):  # and hours are not spent before
+            make_encoder(real, tmp_path / "file" / "encoder.safetensors", 10**9, 0, CPU)
     assert (shards / encoder.FILE).read_bytes() == kept
     files = (shards / encoder.FILE, tmp_path / "again.safetensors", tmp_path / "other.safetensors")
     one, again, other = (load_encoder(file, 32, CPU).weights for file in files)
