@@ -2,7 +2,10 @@
 
 The peer is the step as tutorials write it: Sequential networks with sigmoid, three separate D passes, BCELoss, Adam,
 float32, torch's default layout, `.item()` on what is printed. It runs in a process of its own, as it would by itself;
-"tutorial_settled" is the same in ours, with what machine.py asks of the C library. All play batch 128 of 64x64.
+"tutorial_settled" is the same in ours, with what torch_settings.py asks of the C library. All play batch 128 of 64x64.
+
+With `--before CHECKOUT`, another checkout of this project plays the first of the runners too, as "before", in a process
+of its own: whether a change made the step slower is told by one run, in which both take turns.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,7 +131,45 @@ def elsewhere(batch: int, device: torch.device) -> Iterator[Callable[[], float]]
         process.join()
 
 
-def compare(batch: int, device: torch.device, runners: list[str], precision: str, rounds: int) -> dict[str, Any]:
+PLAY = """
+import sys, torch
+from tests.bench.compare_step import our_step, timed
+from gan_dist.training.torch_settings import torch_settings
+batch, name, runner, precision, threads = sys.argv[1:]
+device = torch.device(name)
+torch.set_num_threads(int(threads))
+with torch_settings(device):
+    step = our_step(int(batch), device, runner, precision)
+    for _ in sys.stdin:
+        print(timed(step, device), flush=True)
+"""
+
+
+@contextmanager
+def another_checkout(root: Path | None, batch: int, device: torch.device, runner: str, precision: str) -> Iterator[Any]:
+    """Yields what returns the seconds of a step of the project in `root`, or None where there is no other checkout."""
+    if root is None:
+        yield None
+        return
+    words = [sys.executable, "-c", PLAY, str(batch), str(device), runner, precision, str(torch.get_num_threads())]
+    env = {**os.environ, "PYTHONPATH": str(root.resolve())}
+    with subprocess.Popen(
+        words, cwd=root, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout
+        asked, told = process.stdin, process.stdout
+
+        def ask() -> float:
+            print(file=asked, flush=True)
+            return float(told.readline())
+
+        yield ask
+        asked.close()
+
+
+def compare(
+    batch: int, device: torch.device, runners: list[str], precision: str, rounds: int, before: Path | None = None
+) -> dict[str, Any]:
     """Returns medians of interleaved rounds: the peer's and each runner's images/s and the ratios."""
     chosen, why = resolve_precision(precision, device)
     shape = {"resolution": 64, "latent_dim": 100, "channels": 64}
@@ -134,8 +178,10 @@ def compare(batch: int, device: torch.device, runners: list[str], precision: str
     arithmetic: Any = partial(float32_products, "tf32" if chosen == "tf32" else "ieee")
     with arithmetic():
         limits = machine_limits(device, chosen)
-    with torch_settings(device), elsewhere(batch, device) as peer:
+    theirs = another_checkout(before, batch, device, runners[0], chosen)
+    with torch_settings(device), elsewhere(batch, device) as peer, theirs as earlier:
         steps: dict[str, Callable[[], float]] = {"tutorial": peer}
+        steps |= {"before": earlier} if earlier else {}
         in_this_process = {"tutorial_settled": tutorial_step(batch, device)}
         in_this_process |= {runner: our_step(batch, device, runner, chosen) for runner in runners}
         steps |= {name: partial(timed, step, device) for name, step in in_this_process.items()}
@@ -157,6 +203,7 @@ def compare(batch: int, device: torch.device, runners: list[str], precision: str
         "images_per_second": {name: round(batch / median, 1) for name, median in medians.items()},
         "spread": {n: [round(batch / max(f), 1), round(batch / min(f), 1)] for n, f in seconds.items()},
         "times_the_tutorial": {n: round(medians["tutorial"] / m, 2) for n, m in medians.items() if n != "tutorial"},
+        "times_before": {n: round(medians["before"] / medians[n], 3) for n in runners if "before" in medians},
         # What a step without anything but its multiplications at the measured matmul rate would be.
         "ceiling_times_the_tutorial": round(medians["tutorial"] * limits["matmul_gflop_per_second"] / gflop, 2),
         "matmul_share": {n: share_of(gflop / m, limits["matmul_gflop_per_second"]) for n, m in medians.items()},
@@ -172,13 +219,15 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--before", type=Path, help="another checkout of this project, whose step takes its turn too")
     parser.add_argument("--at-least", type=float, default=None, help="exit with 1 when the best ratio is lower")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = compare(args.batch, torch.device(args.device), args.runners.split(","), args.precision, args.rounds)
+    runners = args.runners.split(",")
+    found = compare(args.batch, torch.device(args.device), runners, args.precision, args.rounds, args.before)
     print(json.dumps(found, indent=2))
-    if args.at_least and max(found["times_the_tutorial"][name] for name in args.runners.split(",")) < args.at_least:
+    if args.at_least and max(found["times_the_tutorial"][name] for name in runners) < args.at_least:
         raise SystemExit(1)
 
 

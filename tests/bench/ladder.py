@@ -66,7 +66,7 @@ class Ladder:
                 print(line, flush=True)
 
     def _run(self, name: str, seed: int) -> str:
-        run, steps = self.home / "runs" / f"{name}-s{seed}", self._steps()
+        run, steps = self.home / "runs" / f"{name}-s{seed}", self._steps(name)
         words = [f"seed={seed}", f"data.shards={self.args.data}", f"train.epochs={self._epochs()}"]
         every = max(1, steps // self.args.points)
         words += ["checkpoint.keep_epochs=false", f"checkpoint.every_steps={every}", "checkpoint.every_minutes=0"]
@@ -92,8 +92,8 @@ class Ladder:
         with open_dataset(self.args.data) as dataset:
             return float(self.args.images / dataset.num_samples)
 
-    def _steps(self) -> int:
-        batch: int = load_config(self.recipes["base"], self.recipes["common"]).train.global_batch
+    def _steps(self, name: str) -> int:
+        batch: int = load_config(self.recipes["base"], words_of(self.recipes, name)).train.global_batch
         return math.ceil(round(int(self.args.images) / batch, 6))
 
     def _measure(self, run: Path, dataset: str) -> list[dict[str, float]]:
