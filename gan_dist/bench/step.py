@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -38,6 +38,7 @@ def bench_step(
     resolution: int = 64,
     latent_dim: int = 100,
     channels: int = 64,
+    max_channels: int | None = None,
     seconds: float = 5.0,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def bench_step(
     chosen, why = resolve_precision(precision, world.device)
     if small := [batch for batch in batches if batch < world.size]:
         raise UserError(f"--batch {small[0]}: expected an image a rank or more, found {world.size} ranks")
-    shape = {"resolution": resolution, "latent_dim": latent_dim, "channels": channels}
+    shape = {"resolution": resolution, "latent_dim": latent_dim, "channels": channels, "max_channels": max_channels}
     limits = machine_limits(world.device, chosen)
     rows: list[dict[str, Any]] = []
     for batch in batches:
@@ -113,11 +114,12 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def build(
-    world: World, batch: int, precision: Any, shape: dict[str, int], kernels: str = "auto"
+    world: World, batch: int, precision: Any, shape: Mapping[str, Any], kernels: str = "auto"
 ) -> tuple[Update, list[Tensor], list[Tensor]]:
     source = torch.Generator().manual_seed(0)
-    generator = Generator(shape["resolution"], shape["latent_dim"], shape["channels"])
-    discriminator = Discriminator(shape["resolution"], shape["channels"])
+    widest = shape.get("max_channels")
+    generator = Generator(shape["resolution"], shape["latent_dim"], shape["channels"], max_channels=widest)
+    discriminator = Discriminator(shape["resolution"], shape["channels"], max_channels=widest)
     for network in (generator, discriminator):
         initialise(network, 0.02, source)
     chosen, _ = resolve_kernels(kernels, world, maps_dtype(precision))
@@ -138,7 +140,13 @@ def build(
 
 
 def _measure(
-    world: World, batch: int, name: str, precision: Any, shape: dict[str, int], seconds: float, limits: dict[str, float]
+    world: World,
+    batch: int,
+    name: str,
+    precision: Any,
+    shape: Mapping[str, Any],
+    seconds: float,
+    limits: dict[str, float],
 ) -> dict[str, Any]:
     """Returns a row of the sweep: the rate is the runner's own, undisturbed; the parts are of eager steps after it."""
     _release(world.device)
@@ -308,7 +316,7 @@ def _best(device: torch.device, function: Callable[[], Any], rounds: int = 8) ->
 
 
 def _scaling(
-    world: World, rows: list[dict[str, Any]], precision: Any, shape: dict[str, int], seconds: float
+    world: World, rows: list[dict[str, Any]], precision: Any, shape: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Returns what the ranks gain over one of them: rank 0 plays alone while the others wait."""
     alone: dict[str, float] = {}
@@ -347,7 +355,7 @@ def _scaling(
     }
 
 
-def _largest_that_fits(world: World, too_large: int, name: str, precision: Any, shape: dict[str, int]) -> int:
+def _largest_that_fits(world: World, too_large: int, name: str, precision: Any, shape: Mapping[str, Any]) -> int:
     """Returns the largest batch below `too_large` that plays, to a sixteenth; 0 when not even one image a rank does."""
     low, high = 0, too_large
     while high - low > max(1, high // 16):

@@ -105,6 +105,8 @@ def bench_step(
     precision: Annotated[str, typer.Option(help="auto, bf16, tf32, fp32 or fp64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resolution: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
+    channels: Annotated[int, typer.Option(min=1, help="model.g_channels and model.d_channels.")] = 64,
+    max_channels: Annotated[int | None, typer.Option(min=1, help="model.max_channels. [default: no cap]")] = None,
     seconds: Annotated[float, typer.Option(help="Seconds of each measurement.")] = 5.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch. [default: torch's choice]")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure a range of batches.")] = False,
@@ -136,6 +138,8 @@ def bench_step(
             runners=runner or ["auto"],
             precision=precision,
             resolution=resolution,
+            channels=channels,
+            max_channels=max_channels,
             seconds=seconds,
             log=(lambda line: print(line, file=sys.stderr)) if first else (lambda line: None),
         )

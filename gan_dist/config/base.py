@@ -34,7 +34,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class _Loader(yaml.SafeLoader):
     """YAML as people write it, and each key once.
 
-    YAML 1.1 would take `2e-4` for text, `24:00:00` for 86,400, `010` for 8, and fail on a folder called 2020-13-45.
+    YAML 1.1 would take `2e-4` for text, `24:00:00` for 86,400, `010` for 8, the key `on` for true, and fail on a folder
+    called 2020-13-45.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -42,6 +43,8 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key is a word", key_node.start_mark)
+            if key_node.tag == "tag:yaml.org,2002:bool":
+                key_node.tag = "tag:yaml.org,2002:str"
             key = self.construct_object(key_node, deep=deep)
             if key in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)

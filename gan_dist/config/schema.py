@@ -96,6 +96,9 @@ class ModelConfig(Section):
     """Width of the generator's last hidden layer; earlier layers double it down to 4x4 pixels."""
     d_channels: Positive = 64
     """Width of the discriminator's first layer; later layers double it down to 4x4 pixels."""
+    max_channels: Positive | None = None
+    """What no layer of either network is wider than: 512 in StyleGAN, fmaps_max. null leaves the doubling alone, which
+    at 128 and 256 pixels gives 4 and 16 times the weights of 64."""
     leaky_slope: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Slope of LeakyReLU below zero."""
     upsample: Upsample = "transposed"
@@ -123,7 +126,8 @@ class ModelConfig(Section):
 
 class GradientPenaltyConfig(Section):
     weight: NonNegativeFloat = 0.0
-    """What D's loss adds: weight * E |grad D(x)|^2, so half of R1's gamma (Mescheder et al. 2018); 0 adds nothing."""
+    """What D's loss adds: weight * E |grad D(x)|^2, so half of R1's gamma (Mescheder et al. 2018); 0 adds nothing. It
+    grows with the image: StyleGAN2-ADA starts from 0.0001 resolution^2 / batch (Karras et al. 2020)."""
     sigma: PositiveFloat = 0.1
     """Deviation of the noise between whose two ends finite differences are taken; pixels lie in [-1, 1]."""
     on: Literal["real", "both"] = "real"
@@ -375,8 +379,11 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     return validate(Config, values, origin, overrides)
 
 
+PRESETS = ("paintings64", "paintings128", "paintings256", "demo")
+
+
 def preset(name: str) -> Config:
-    """Returns a configuration that comes with gan_dist: `demo` or `paintings64`."""
+    """Returns a configuration that comes with gan_dist: one of PRESETS."""
     package = own_files()
     # In a wheel the presets lie inside the package; in a checkout, configs/ beside it is the one place to edit them.
     homes = (package / "configs", package.parent / "configs")
@@ -386,7 +393,7 @@ def preset(name: str) -> Config:
 
 def presets() -> dict[str, dict[str, Any]]:
     """Returns the configurations that come with gan_dist by name, as plain nested values."""
-    return {name: preset(name).to_dict() for name in ("paintings64", "demo")}
+    return {name: preset(name).to_dict() for name in PRESETS}
 
 
 def to_yaml(config: Config) -> str:

@@ -2,8 +2,8 @@
 
 Strided and fractionally strided convolutions, no pooling, no dense layer; batch norm everywhere but at G's output and
 D's input, or what the keys of `model` put in its place. A doubling of the resolution adds a layer to each network at
-its small end, so the widest is resolution / 8 times the narrowest, as 512 to 64 channels at 64 pixels. Layers are named
-as in the thesis' own code: convt1, bn1, ...
+its small end, so the widest is resolution / 8 times the narrowest, as 512 to 64 channels at 64 pixels, unless a cap
+holds it. Layers are named as in the thesis' own code: convt1, bn1, ...
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ SPECTRAL_STEPS = 15
 """Power iterations before the first step, as torch's own; each pass in train mode adds one."""
 
 
-def _widths(resolution: int, narrowest: int) -> list[int]:
-    """Returns the channels of the hidden layers from the 4x4 end outwards, for example [512, 256, 128, 64]."""
+def layer_widths(resolution: int, narrowest: int, widest: int | None = None) -> list[int]:
+    """Returns the channels of the hidden layers from the 4x4 end outwards, for example [512, 256, 128, 64].
+
+    narrowest: those of the largest maps, which have half the image's side; each layer further in has twice as many, up
+    to `widest` where that is given (fmaps_max of Karras et al. 2018).
+    """
     if resolution not in RESOLUTIONS:
         raise UserError(f"resolution: expected a power of two from 32 to 256, found {resolution}")
-    widths = [narrowest]
-    while widths[0] < narrowest * resolution // 8:
-        widths.insert(0, 2 * widths[0])
-    return widths
+    count = (resolution // 4).bit_length() - 1
+    doubled = [narrowest << i for i in reversed(range(count))]
+    return doubled if widest is None else [min(width, widest) for width in doubled]
 
 
 class Block(nn.Module):
@@ -68,13 +71,14 @@ class Generator(nn.Module):
         channels: int = 64,
         upsample: Upsample = "transposed",
         blocks: Blocks = "plain",
+        max_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.resolution = resolution
         self.latent_dim = latent_dim
         self.upsample = upsample
         self.blocks = blocks
-        widths = _widths(resolution, channels)
+        widths = layer_widths(resolution, channels, max_channels)
         self.depth = len(widths) + 1
         self.convt1 = nn.ConvTranspose2d(latent_dim, widths[0], 4, 1, 0, bias=False)
         for i, (wide, narrow) in enumerate(zip(widths, [*widths[1:], IMAGE_CHANNELS], strict=True), start=1):
@@ -107,13 +111,14 @@ class Discriminator(nn.Module):
         norm: DNorm = "batch",
         blocks: Blocks = "plain",
         minibatch_std: bool = False,
+        max_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.resolution = resolution
         self.leaky_slope = leaky_slope
         self.norm = norm
         self.blocks = blocks
-        widths = _widths(resolution, channels)[::-1]
+        widths = layer_widths(resolution, channels, max_channels)[::-1]
         self.depth = len(widths) + 1
         biased = norm != "batch"  # batch norm would take any bias before it away
         self.conv1 = nn.Conv2d(IMAGE_CHANNELS, widths[0], 4, 2, 1, bias=biased)
@@ -159,7 +164,12 @@ def build_generator(model: Mapping[str, Any]) -> Generator:
     """Returns a generator as the `model` section of a configuration describes it. Raises UserError for unknown keys."""
     described = validate(ModelConfig, model, "model")  # which gives an older run's the defaults of newer keys
     return Generator(
-        described.resolution, described.latent_dim, described.g_channels, described.upsample, described.blocks
+        described.resolution,
+        described.latent_dim,
+        described.g_channels,
+        described.upsample,
+        described.blocks,
+        described.max_channels,
     )
 
 
@@ -173,6 +183,7 @@ def build_discriminator(model: Mapping[str, Any]) -> Discriminator:
         described.d_norm,
         described.blocks,
         described.minibatch_std,
+        described.max_channels,
     )
 
 

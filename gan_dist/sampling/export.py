@@ -139,7 +139,8 @@ def load_weights(source: str | Path, device: torch.device | str = "cpu") -> Gene
         sides = ", ".join(map(str, RESOLUTIONS))
         raise UserError(f"{path}: {depth} transposed convolutions; a generator of {sides} pixels has 4, 5, 6 or 7")
     resolution, latent_dim = 4 * 2 ** (depth - 1), wide.shape[0]
-    generator = Generator(resolution, latent_dim, weights[f"convt{depth}.weight"].shape[0])
+    narrowest, widest = weights[f"convt{depth}.weight"].shape[0], wide.shape[1] if wide.dim() > 1 else None
+    generator = Generator(resolution, latent_dim, narrowest, max_channels=widest)
     expected = generator.state_dict()
     for name, value in expected.items():
         if name not in weights and name.endswith("num_batches_tracked"):

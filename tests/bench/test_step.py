@@ -50,6 +50,14 @@ def test_the_work_of_the_papers_shapes_is_counted_and_the_generators_step_makes_
     gflop, _ = bench.work(update, reals, latents)
     assert gflop / 2 == pytest.approx(2.275, abs=0.001)  # with D's weight gradients in the G step it is 2.48
 
+    capped = {"resolution": 128, "latent_dim": 8, "channels": 2, "max_channels": 8}
+    networks = bench.build(World(), 2, "fp32", capped)[0]
+    widest = [
+        max(len(bias) for name, bias in one.network.named_parameters() if "bias" in name)
+        for one in (networks.g, networks.d)
+    ]
+    assert widest == [8, 8]
+
     small = game()
     lean, _ = bench.work(small, *batches(small, 0))
     honest = small.generator_pass

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gan_dist.cli.main import main
-from gan_dist.config.schema import preset
+from gan_dist.config.schema import PRESETS, preset
 from tests.helpers.training import config_file
 
 
@@ -189,4 +189,5 @@ def test_presets_are_valid_and_the_thesis_is_kept_to_the_letter() -> None:
     assert (thesis.train.global_batch, thesis.train.epochs, thesis.model.resolution) == (128, 30, 64)
     assert (thesis.optim.g_lr, thesis.optim.d_lr, thesis.optim.betas) == (2e-4, 2e-4, (0.5, 0.999))
     assert (thesis.loss.real_target, thesis.loss.generator_target, thesis.model.leaky_slope) == (0.9, 0.9, 0.2)
-    assert json.dumps(preset("demo").to_dict())
+    for name in PRESETS:
+        assert json.dumps(preset(name).to_dict())

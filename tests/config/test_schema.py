@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from gan_dist.config.base import known_keys
 from gan_dist.config.diff import change_rule, changes
-from gan_dist.config.schema import Config, load_config, preset, to_yaml
+from gan_dist.config.schema import PRESETS, Config, load_config, preset, presets, to_yaml
+from gan_dist.model.networks import layer_widths
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand_source
 
@@ -50,6 +52,7 @@ def test_yaml_written_reads_back_equal(tmp_path: Path) -> None:
         ("data.x_flip=1", "data.x_flip: expected boolean, found 1"),
         ("train.deterministic=1", "train.deterministic: expected boolean or 'auto', found 1"),
         ("model.resolution=48", "model.resolution: expected a power of two from 32 to 256, found 48"),
+        ("model.max_channels=0", "model.max_channels: expected greater than or equal to 1, found 0"),
         ("loss.name=hing", "'wasserstein' or 'relativistic', found 'hing'"),
         ("model.d_norm=layer", "model.d_norm: expected 'batch', 'none' or 'spectral', found 'layer'"),
         (
@@ -110,6 +113,16 @@ def test_a_file_is_not_blamed_for_what_was_said_beside_it(tmp_path: Path) -> Non
     assert refusal(file, "data.placement=windowed").startswith("data.window_shards: placement windowed")
     file.write_text("data: {shards: x}\ntrain: 3\n")
     assert refusal(file, "train.epochs=3").startswith(f"{file}: train is a section; expected its keys (device, epochs")
+
+
+def test_on_is_a_key_like_others(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {shards: x}\nmodel: {d_norm: none}\nloss: {gradient_penalty: {weight: 1, on: both}}\n")
+    assert load_config(file).loss.gradient_penalty.on == "both"
+    file.write_text("data: {shards: x}\nYes: 3\n")
+    assert refusal(file).startswith(f"{file}: unknown key Yes; ")
+    file.write_text("data: {shards: x, x_flip: on}\n")
+    assert load_config(file).data.x_flip is True
 
 
 def test_numbers_are_numbers_and_all_else_is_text(tmp_path: Path) -> None:
@@ -193,6 +206,32 @@ def test_a_section_may_lie_in_a_section() -> None:
 
 def test_the_thesis_keeps_no_averaged_generator() -> None:
     assert preset("paintings64").train.ema_half_life_images == 0
+
+
+def test_every_preset_is_there_and_gives_every_value_its_source() -> None:
+    home = Path(__file__).parent.parent.parent / "configs"
+    assert sorted(PRESETS) == sorted(presets()) == sorted(file.stem for file in home.glob("*.yaml"))
+    for name in PRESETS:
+        if name.startswith("paintings"):
+            values = [
+                line for line in (home / f"{name}.yaml").read_text().splitlines() if re.match(r"\s*\w+: ?\S", line)
+            ]
+            assert len(values) > 30 and [line for line in values if "#" not in line] == [], name
+            assert preset(name).model.resolution == int(name.removeprefix("paintings"))
+
+
+def test_the_penalty_of_larger_presets_grows_with_the_image_and_they_keep_their_widths() -> None:
+    small, large = preset("paintings128"), preset("paintings256")
+    for one in (small, large):
+        rule = 0.0001 * one.model.resolution**2 / one.train.global_batch
+        assert one.loss.gradient_penalty.weight == pytest.approx(rule)
+        assert one.optim.decay_images == one.train.epochs * 103_250
+    widths = [
+        layer_widths(one.model.resolution, one.model.g_channels, one.model.max_channels) for one in (small, large)
+    ]
+    assert widths[0] == widths[1][:-1] == [512, 512, 256, 128, 64]
+    thesis = preset("paintings64").model
+    assert thesis.max_channels is None and layer_widths(64, thesis.g_channels) == [512, 256, 128, 64]
 
 
 def test_changes_and_their_rules() -> None:

@@ -176,7 +176,7 @@ def test_what_reads_files_of_its_own_finds_them_in_the_archive(taken: Path, tmp_
     env = {**os.environ, "PYTHONPATH": str(taken / "code.zip"), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", READS], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{sources()} ['demo', 'paintings64']"
+    assert done.stdout.strip() == f"{sources()} ['demo', 'paintings128', 'paintings256', 'paintings64']"
 
 
 def test_no_file_of_gan_dist_is_looked_for_beside_a_module() -> None:

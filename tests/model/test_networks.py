@@ -9,7 +9,7 @@ from torch import nn
 
 from gan_dist.config.schema import RESOLUTIONS
 from gan_dist.model.convolution import conv_down, conv_up, fold
-from gan_dist.model.networks import Discriminator, Generator, initialise
+from gan_dist.model.networks import Discriminator, Generator, initialise, layer_widths
 from gan_dist.utils.errors import UserError
 
 
@@ -21,6 +21,21 @@ def test_shapes_and_ranges_at_every_resolution(resolution: int) -> None:
     assert images.abs().max() <= 1
     assert discriminator(images).shape == (3,)
     assert generator.convt1.weight.shape[1] == 2 * resolution // 8
+
+
+def test_no_layer_is_wider_than_the_cap() -> None:
+    assert layer_widths(64, 64) == [512, 256, 128, 64]
+    assert layer_widths(256, 64) == [2048, 1024, 512, 256, 128, 64]
+    assert layer_widths(256, 64, 512) == [512, 512, 512, 256, 128, 64]
+    assert layer_widths(32, 6, 4) == [4, 4, 4]
+    assert layer_widths(64, 64, 512) == layer_widths(64, 64)  # where the doubling stays below it, it changes nothing
+    for upsample in ("transposed", "nearest"):
+        generator = Generator(128, 10, 2, upsample, "residual", 8)
+        assert [generator.get_parameter(f"convt{i}.weight").shape[0] for i in range(2, 7)] == [8, 8, 8, 4, 2]
+        assert generator(torch.randn(2, 10)).shape == (2, 3, 128, 128)
+    discriminator = Discriminator(128, 2, norm="spectral", minibatch_std=True, max_channels=8)
+    assert [discriminator.get_submodule(f"conv{i}").out_channels for i in range(1, 7)] == [2, 4, 8, 8, 8, 1]
+    assert discriminator(torch.randn(2, 3, 128, 128)).shape == (2,)
 
 
 def test_state_names_and_shapes_are_the_thesis_generators() -> None:

@@ -181,3 +181,19 @@ def test_what_doubles_by_nearest_neighbours_is_exported_as_plain_transposed_conv
     latents = torch.randn(5, 8)
     with torch.no_grad():
         torch.testing.assert_close(loaded(latents), generator(latents), rtol=1e-4, atol=1e-5)
+
+
+def test_a_generator_whose_width_was_capped_comes_back(tmp_path: Path) -> None:
+    generator = Generator(64, 8, 4, "nearest", max_channels=10).eval()  # 10, 10, 8 and 4 maps
+    export_generator(generator, tmp_path / "g.safetensors", {})
+    latents = torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_weights(tmp_path / "g.safetensors")(latents), generator(latents), rtol=0, atol=1e-5
+        )
+    torch.save(
+        {"convt1.weight": torch.zeros(8), **{f"convt{i}.weight": torch.zeros(4, 4) for i in (2, 3, 4)}},
+        tmp_path / "x.pt",
+    )
+    with pytest.raises(UserError, match=r"convt1.weight has shape \[8\]"):
+        load_weights(tmp_path / "x.pt")
