@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.options import ClusterOptions, SlurmOptions
-from launch.snapshot import ARCHIVE
+from launch.snapshot import ARCHIVE, UNPACKED
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Batch:
 
 def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | None = None) -> str:
     """Returns the whole script; `slurm` replaces the cluster file's options for a job that needs less than training."""
-    job, code = cluster.job, shlex.quote(str(batch.submission / ARCHIVE))
+    job = cluster.job
+    code = batch.submission / (UNPACKED if job.unpack else ARCHIVE)
+    shell = code if job.unpack else batch.submission
     srun = (slurm or cluster.slurm).srun
     places = [batch.run, batch.submission, *([batch.output] if batch.output else [])]
     return "\n".join(
@@ -47,13 +49,13 @@ def batch_script(batch: Batch, cluster: ClusterOptions, slurm: SlurmOptions | No
             *([f"export GAN_DIST_NOTIFY={shlex.quote(job.notify)}"] if job.notify else []),
             # Where a node has no Python of its own, that of the ranks decides what becomes of the job.
             *([] if job.container else [f"export GAN_DIST_PYTHON={shlex.quote(job.python or sys.executable)}"]),
-            f"source {shlex.quote(str(batch.submission))}/slurm/lib.sh",
+            f"source {shlex.quote(str(shell))}/slurm/lib.sh",
             f"gan_dist_begin {shlex.join(map(str, places))}",
             *([f"gan_dist_srun_options=({shlex.join(long_options(srun))})"] if srun else []),
             "",
             *(f"export {key}={shlex.quote(value)}" for key, value in job.env.items()),
             *(["gan_dist_setup", *job.setup, "gan_dist_ready"] if job.setup else []),
-            f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
             "",
             *batch.body,
             "",

@@ -159,7 +159,7 @@ def submit(
     if dry_run:
         check_config(config, overrides, options, run)
         resolve_parent(from_run, options)
-        code_of(CHECKOUT, [run, runs_home(options.job.runs)])
+        code_of(CHECKOUT, [run, runs_home(options.job.runs)], options.job.unpack)
         print(training_batch(run, run / "launch" / new_id(), options, run.name), end="")
         return
     made = submit_training(config, overrides, options, run, max_steps=max_steps, from_run=from_run, check=check)

@@ -77,7 +77,7 @@ def run_trial(home: Path, cluster: ClusterOptions, limit_s: float) -> Iterator[s
     """
     slurm.require("sbatch", "srun", "scontrol")
     ranks = cluster.slurm.ranks
-    with new_submission(home) as folder:
+    with new_submission(home, cluster.job) as folder:
         gpus = bool(cluster.slurm.gpus)
         text = trial_script(home, folder, write_trial(folder, ranks, gpus), cluster)
         write_atomically(folder / "submission.sh", text.encode())

@@ -18,6 +18,13 @@ from gan_dist.utils.errors import UserError
 from launch.status import Queue, attempts_of, last_word, look
 from launch.submit import jobs_of, submissions
 
+FIGURES = {
+    "images_per_second": "throughput/images_per_second",
+    "gpu_utilization": "throughput/gpu_utilization",
+    "data_wait": "throughput/data_wait_fraction",
+}
+"""Columns that a run's newest point has, and their tags."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -31,6 +38,8 @@ class Row:
     step: int
     total_steps: int
     images_per_second: float | None
+    gpu_utilization: float | None
+    """Share of time in which rank 0's GPU ran a kernel, 0 to 1, where its driver tells."""
     data_wait: float | None
     """Share of the time in which the device waited for data, 0 to 1."""
     best_swd: float | None
@@ -57,23 +66,23 @@ def list_runs(runs: str | None = None) -> list[Row]:
 
 def make_row(run: Path, queue: Queue) -> Row:
     """Returns the row of one run."""
-    known: dict[str, Any] = dict.fromkeys(("job", "images_per_second", "data_wait", "best_swd", "node", "reason"))
+    known: dict[str, Any] = dict.fromkeys((*FIGURES, "job", "best_swd", "node", "reason"))
     state, step, total, updated, starting = "empty", 0, 0, None, True
     if (run / "config.yaml").is_file():
         record = read_run(run)
         newest = record.points[-1] if record.points else {}
         state, step, total, updated = record.state, record.step, record.total, max(time.time() - record.touched, 0)
-        known["images_per_second"] = newest.get("throughput/images_per_second")
-        known["data_wait"] = newest.get("throughput/data_wait_fraction")
+        known |= {key: newest.get(tag) for key, tag in FIGURES.items()}
         known["best_swd"] = min((row["swd"] for row in record.evaluations if row.get("swd") is not None), default=None)
         known["node"] = record.environment.get("host") if state == "running" else None
         known["reason"] = record.why or None
         starting = not newest
     made, jobs = submissions(run), jobs_of(run)
+    ending = last_word(attempts_of(run, made[-1])) if made else None
     if made:
         known["job"] = made[-1].job
-        if ending := last_word(attempts_of(run, made[-1])):
-            state, known["reason"] = ending.outcome, None if ending.outcome == "done" else ending.reason
+    if ending:
+        state, known["reason"] = ending.outcome, None if ending.outcome == "done" else ending.reason
     lines = [(job, line) for job in jobs for line in queue.view.of(job)]
     if lines:
         job, line = next((pair for pair in lines if pair[1].state == "RUNNING"), lines[0])
@@ -81,9 +90,9 @@ def make_row(run: Path, queue: Queue) -> Row:
         known["reason"] = line.reason.strip("()") if line.reason.startswith("(") and line.reason != "(None)" else None
         if starting and line.state == "RUNNING":
             known["reason"] = "no step is logged yet"
-    elif queue.unknown and state == "running":
-        known["reason"] = queue.unknown
-    elif state == "running" and made and not queue.view.hidden.intersection(jobs):
+    elif jobs and not ending and (unseen := queue.why_unseen(jobs[-1])):
+        known["reason"] = unseen
+    elif state == "running" and made:
         state = "interrupted"  # its job is gone
     return Row(name=run.name, run=str(run), state=state, step=step, total_steps=total, updated_s=updated, **known)
 
@@ -91,14 +100,16 @@ def make_row(run: Path, queue: Queue) -> Row:
 def table_lines(rows: Sequence[Row]) -> list[str]:
     """Returns the rows as the lines of a table."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("run", "state", "step", "images/s", "data wait", "best swd", "node", "job", "why"):
-        table.add_column(heading, justify="right" if heading in ("images/s", "data wait", "best swd") else "left")
+    figures = ("images/s", "gpu", "data wait", "best swd")
+    for heading in ("run", "state", "step", *figures, "node", "job", "why"):
+        table.add_column(heading, justify="right" if heading in figures else "left")
     for row in rows:
         table.add_row(
             row.name,
             row.state,
             f"{row.step}/{row.total_steps}" if row.total_steps else "",
             _number(row.images_per_second, ",.0f"),
+            _number(row.gpu_utilization, ".0%"),
             _number(row.data_wait, ".0%"),
             _number(row.best_swd, ".4g"),
             row.node or "",

@@ -179,6 +179,9 @@ class JobOptions(Section):
     with blanks stays as it is, and so does a path within a word (-B ./data:/data)."""
     runs: str | None = None
     """The directory of all runs, on a file system that all nodes share; null: $GAN_DIST_RUNS, or ./runs."""
+    unpack: bool = False
+    """Whether a submission holds its code as a directory of files instead of one archive: for code of yours that opens
+    files beside its modules, or compiled extensions in the checkout."""
     notify: str | None = None
     """Shell command that the batch script runs once a job has ended for good: done, failed, stopped or cancelled.
 

@@ -93,7 +93,7 @@ def submit_seeds(
         folders: dict[int, Path] = {}
         for seed, run in runs.items():
             like = folders.get(seeds[0])
-            folders[seed] = opened.enter_context(new_submission(run, cluster.job.runs, like))
+            folders[seed] = opened.enter_context(new_submission(run, cluster.job, like))
             (run / "stop").unlink(missing_ok=True)
             write_atomically(folders[seed] / "config.yaml", to_yaml(settings[seed]).encode())
         text = seed_batch(base, folders[seeds[0]].name, seeds, cluster)
@@ -115,7 +115,7 @@ def _enqueue(
     runs: dict[int, Path], folders: dict[int, Path], text: str, words: Sequence[str], ranks: int
 ) -> dict[int, Submission]:
     """Returns each seed's submission, once all are queued and recorded, each in its own run."""
-    commit = snapshot.commit_of(snapshot.CHECKOUT)
+    commit = snapshot.commit_in(next(iter(folders.values())))
     known = [each.job.partition("_")[0] for run in runs.values() for each in submissions(run)]
     for folder in folders.values():
         write_atomically(folder / "submission.sh", text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import shutil
@@ -10,14 +11,19 @@ import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.resources import files as package_files
 from pathlib import Path
 
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import write_atomically
+from gan_dist.utils.system import COMMIT, DESCRIBE, git_command
 
 ARCHIVE = "code.zip"
-"""The file of a submission that holds its code, for PYTHONPATH; earlier versions copied all files to `code`."""
-CHECKOUT = Path(__file__).resolve().parents[1]
+"""The file of a submission that holds its code, for PYTHONPATH."""
+UNPACKED = "code"
+"""The directory of a submission that holds its code where an archive would not do (job.unpack)."""
+CHECKOUT = Path(str(package_files("launch"))).resolve().parent
+_COMMIT = f"gan_dist/{COMMIT}"
 MAX_MIB = 200
 SKIPPED = {"build", "dist", "runs", "data", "wheelhouse", "gan-dist-demo"}
 """Directories at the top of a checkout that are copied only where git tracks them: builds, data and runs."""
@@ -75,7 +81,7 @@ def _walk(root: Path) -> list[tuple[Path, list[str], list[str]]]:  # Path.walk i
 
 def commit_of(root: Path) -> str | None:
     """Returns the commit of the checkout, with `-dirty` when files differ from it; None without git."""
-    text = _git(root, "describe", "--always", "--dirty", "--abbrev=12") if is_tracked(root) else None
+    text = _git(root, *DESCRIBE) if is_tracked(root) else None
     return text.strip() if text else None
 
 
@@ -87,9 +93,14 @@ def is_tracked(root: Path) -> bool:
     return (root / ".git").exists()
 
 
-def code_of(root: Path, outputs: Sequence[Path] = ()) -> list[Path]:
-    """Returns what files_of does. Raises UserError when the files are too large to be code only."""
-    files = files_of(root, outputs)
+def code_of(root: Path, outputs: Sequence[Path] = (), unpacked: bool = False) -> list[Path]:
+    """Returns the files of a snapshot, relative to `root`: those of files_of, and what links to directories stand for.
+
+    Prints a note on those that an archive would break, unless it is to be `unpacked`. Raises UserError when the files
+    are too large to be code only.
+    """
+    given = files_of(root, outputs)
+    files = [inside for name in given for inside in _below(root, name, given)]
     sizes = {name: (root / name).stat().st_size for name in files}
     if sum(sizes.values()) > MAX_MIB * 2**20:
         largest = max(sizes, key=lambda name: sizes[name])
@@ -97,30 +108,82 @@ def code_of(root: Path, outputs: Sequence[Path] = ()) -> list[Path]:
             f"the checkout {root} holds {sum(sizes.values()) / 2**20:,.0f} MiB, {largest} most of all; expected at "
             f"most {MAX_MIB} MiB of code: move data elsewhere or name it in .gitignore"
         )
+    if not unpacked and (lost := lost_in_archive(root, files)):
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        _note(
+            f"jobs import their code from an archive, in which this will fail: {', '.join(lost[:3])}{more}; read such "
+            "files by importlib.resources, install extensions in the environment, or submit with job.unpack=true"
+        )
     return files
 
 
-def take(root: Path, folder: Path, outputs: Sequence[Path] = ()) -> None:
-    """Writes the code to `folder`, whole or not at all: as one archive, and its shell files. Raises as code_of does.
+def lost_in_archive(root: Path, files: Sequence[Path]) -> list[str]:
+    """Returns what does not work from an archive: extensions, and modules that look for files beside themselves.
 
-    Python imports from ARCHIVE as from a directory, and bash reads what is in slurm/. A submission of hundreds of files
-    would cost a shared file system more than the run itself does, and each rank would look for each of them.
+    Tests and documentation are no part of a job.
     """
-    files, made = code_of(root, outputs), io.BytesIO()
+    lost = []
+    for name in files:
+        if any(part in ("tests", "docs") or part.startswith(".") for part in name.parts[:-1]):
+            continue
+        if name.suffix in (".so", ".pyd", ".dylib"):
+            lost.append(f"{name} (a compiled extension)")
+        elif name.suffix == ".py" and (where := _looks_beside_itself(root / name)):
+            lost.append(f"{name} ({where})")
+    return lost
+
+
+def _looks_beside_itself(file: Path) -> str | None:
+    """Returns the name by which a module asks where it is: __file__, or a package's __path__; None when it does not."""
+    try:
+        text = file.read_bytes()
+        if b"__file__" not in text and b"__path__" not in text:
+            return None
+        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return next((name for name in ("__file__", "__path__") if name in names), None)
+
+
+def take(root: Path, folder: Path, outputs: Sequence[Path] = (), unpacked: bool = False) -> None:
+    """Writes the code to `folder`, whole or not at all, and its commit with it. Raises as code_of does.
+
+    It becomes one archive, with the shell files beside it: Python imports from ARCHIVE as from a directory, and bash
+    reads what is in slurm/. A submission of hundreds of files would cost a shared file system more than the run itself
+    does, and each rank would look for each of them. `unpacked` makes it the directory UNPACKED after all.
+    """
+    files = code_of(root, outputs, unpacked)
+    commit = f"{commit_of(root) or ''}\n"
+    if unpacked:
+        for name in files:
+            (folder / UNPACKED / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, folder / UNPACKED / name)
+        write_atomically(folder / UNPACKED / _COMMIT, commit.encode(), make_folder=True)
+        return
+    made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         for name in files:
-            for inside in _below(root, name, files):
-                archive.write(root / inside, inside)
+            archive.write(root / name, name)
+        archive.writestr(_COMMIT, commit)
     write_atomically(folder / ARCHIVE, made.getvalue())
     for script in (name for name in files if name.match("slurm/*.sh") and len(name.parts) == 2):
         (folder / "slurm").mkdir(exist_ok=True)
         write_atomically(folder / script, (root / script).read_bytes())
 
 
+def commit_in(folder: Path) -> str | None:
+    """Returns the commit of the snapshot in `folder`, as commit_of did that of its checkout."""
+    if (folder / UNPACKED).is_dir():
+        return (folder / UNPACKED / _COMMIT).read_text().strip() or None
+    with zipfile.ZipFile(folder / ARCHIVE) as archive:
+        return archive.read(_COMMIT).decode().strip() or None
+
+
 def link(taken: Path, folder: Path) -> None:
     """Makes the snapshot in `taken` that in `folder`, too."""
-    for file in (taken / ARCHIVE, *(taken / "slurm").glob("*")):
-        (folder / file.relative_to(taken)).parent.mkdir(exist_ok=True)
+    kept = (taken / ARCHIVE, *(taken / "slurm").rglob("*"), *(taken / UNPACKED).rglob("*"))
+    for file in filter(Path.is_file, kept):
+        (folder / file.relative_to(taken)).parent.mkdir(parents=True, exist_ok=True)
         os.link(file, folder / file.relative_to(taken))
 
 
@@ -140,17 +203,10 @@ def _below(root: Path, name: Path, files: Sequence[Path]) -> Iterator[Path]:
 
 
 def _git(root: Path, *words: str) -> str | None:
-    """Returns what git prints, or None, with a line on stderr, when it fails.
-
-    git would refuse a checkout that belongs to another user, lest its configuration runs programs. Whoever submits from
-    a checkout runs its code anyway; the two settings that make these commands run a program are switched off still.
-    """
-    trusted = [f"safe.directory={root}", f"safe.directory={root.resolve()}", "core.fsmonitor=false", "core.pager=cat"]
-    options = [word for setting in trusted for word in ("-c", setting)]
+    """Returns what git prints, or None, with a line on stderr, when it fails."""
+    command = git_command(root, *words)
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *options, *words], capture_output=True, text=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(error)
     else:

@@ -74,6 +74,14 @@ class Queue:
     view: slurm.View
     unknown: str | None = None
 
+    def why_unseen(self, job: slurm.Job) -> str | None:
+        """Returns why SLURM says nothing of a job that may be there all the same; None where it would."""
+        if job in self.view.hidden:
+            return f"cannot be seen: SLURM shows jobs to their owners only (PrivateData); ask {job.user}"
+        if job in self.view.elsewhere:
+            return f"not known here: a job of cluster {job.cluster}, and this is {slurm.cluster_name()}"
+        return self.unknown
+
 
 def look(runs: Sequence[Path]) -> Queue:
     """Returns what SLURM shows of all jobs of these runs, by one call of squeue."""
@@ -87,9 +95,10 @@ def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
     """Returns the status of a run as lines: its progress, its jobs, their restarts, and why the last start ended."""
     queue = queue or look([run])
     made, jobs = submissions(run), jobs_of(run)
-    states = {line.state for job in jobs for line in queue.view.of(job)}
-    if queue.unknown or (not states and queue.view.hidden.intersection(jobs)):
-        states = {"RUNNING"}  # for all that is known
+    states: set[str] | None = {line.state for job in jobs for line in queue.view.of(job)}
+    going_on = [job for each, job in zip(made, jobs, strict=True) if not last_word(attempts_of(run, each))]
+    if not states and (not made or any(map(queue.why_unseen, going_on))):
+        states = None
     lines = [f"{run.name} at {run}", f"  {_progress(run, states)}"]
     for each, job in zip(made, jobs, strict=True):
         lines += [f"  {line}" for line in _submission_lines(run, each, job, made, queue)]
@@ -98,8 +107,8 @@ def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
     return lines
 
 
-def _progress(run: Path, states: set[str]) -> str:
-    """Returns how far a run is; `states` are those of its jobs in the queue."""
+def _progress(run: Path, states: set[str] | None) -> str:
+    """Returns how far a run is; `states` are those of its jobs in the queue, or None where that does not tell."""
     from gan_dist.runs.record import read_run
     from gan_dist.telemetry.console import status_line
 
@@ -108,6 +117,8 @@ def _progress(run: Path, states: set[str]) -> str:
         age = time.time() - read_run(run).touched
     except GanDistError:
         return "not begun"
+    if states is None:
+        return f"{line}, updated {max(age, 0):,.0f} s ago"
     if "RUNNING" in states and line.startswith(
         "stopped "
     ):  # what the last start left; this one has not said a word yet
@@ -130,12 +141,8 @@ def _submission_lines(
         yield f"{title}: " + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     elif ending := last_word(attempts):
         yield f"{title}: {ending.outcome}: {ending.reason}"
-    elif job in queue.view.hidden:
-        yield f"{title}: cannot be seen: SLURM shows jobs to their owners only (PrivateData); ask {job.user}"
-    elif job in queue.view.elsewhere:
-        yield f"{title}: not known here: a job of cluster {job.cluster}, and this is {slurm.cluster_name()}"
     else:
-        yield f"{title}: {queue.unknown or _last_known(run, each, job, made)}"
+        yield f"{title}: {queue.why_unseen(job) or _last_known(run, each, job, made)}"
     restarted = [attempt for attempt in attempts if attempt.outcome in ("requeued", "crashed", "lost")]
     if restarted:
         last = restarted[-1]

@@ -28,7 +28,7 @@ from launch import slurm, snapshot
 from launch.batch_script import Batch, batch_script, interpreter, rank_lines
 from launch.job.rank import TrainJob
 from launch.job.verdict import FINAL
-from launch.options import ClusterOptions
+from launch.options import ClusterOptions, JobOptions
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def submit_training(
     check(settings, cluster, run)
     if alone:
         refuse_busy(run)
-    with new_submission(run, cluster.job.runs) as folder:
+    with new_submission(run, cluster.job) as folder:
         (run / "stop").unlink(missing_ok=True)  # one that came too late for an earlier job
         write_atomically(folder / "config.yaml", to_yaml(settings).encode())
         ranks, text = cluster.slurm.ranks, training_batch(run, folder, cluster, run.name, after)
@@ -219,7 +219,7 @@ def stage_batch(run: Path, submission: Path, stage: Stage, cluster: ClusterOptio
 def submit_stage(run: Path, stage: Stage, cluster: ClusterOptions) -> Submission:
     """Returns the submission of a stage."""
     slurm.require("sbatch", "srun", "scontrol")
-    with new_submission(run, cluster.job.runs) as folder:
+    with new_submission(run, cluster.job) as folder:
         text = stage_batch(run, folder, stage, cluster)
         words = [word for command in stage.commands for word in command]
         return enqueue(run, folder, stage.kind, text, words, stage.tasks or 1, stage.after)
@@ -303,11 +303,11 @@ def refuse_busy(run: Path) -> None:
 
 
 @contextmanager
-def new_submission(run: Path, runs: str | None = None, like: Path | None = None) -> Iterator[Path]:
+def new_submission(run: Path, job: JobOptions, like: Path | None = None) -> Iterator[Path]:
     """Yields the directory of a new submission with the snapshot in it; removes it when the submission fails.
 
-    `runs` is job.runs, of which the snapshot copies nothing. `like` is another run's part of the same submission: it
-    gives the name, and the snapshot as links to the same files.
+    The snapshot copies nothing of `job.runs`. `like` is another run's part of the same submission: it gives the name,
+    and the snapshot as links to the same files.
     """
     refuse_patterns(run)
     folder = run / "launch" / (like.name if like else new_id())
@@ -320,7 +320,7 @@ def new_submission(run: Path, runs: str | None = None, like: Path | None = None)
         if like:
             snapshot.link(like, folder)
         else:
-            snapshot.take(snapshot.CHECKOUT, folder, [run, runs_home(runs)])
+            snapshot.take(snapshot.CHECKOUT, folder, [run, runs_home(job.runs)], job.unpack)
         yield folder
     except BaseException as error:
         for made in submissions(run):  # interrupted just after it was queued
@@ -346,7 +346,7 @@ def enqueue(
     run: Path, folder: Path, kind: str, text: str, words: Sequence[str], ranks: int, after: str | None = None
 ) -> Submission:
     """Returns the submission of the batch script `text`: both queued and recorded in its directory, or neither."""
-    commit = snapshot.commit_of(snapshot.CHECKOUT)  # before there is a job: git may be slow
+    commit = snapshot.commit_in(folder)
     write_atomically(folder / "submission.sh", text.encode())
     made: list[Submission] = []
 

@@ -79,7 +79,7 @@ def submit_tensorboard(
     """
     slurm.require("sbatch", "srun")
     home = runs / ".tensorboard"
-    with new_submission(home, cluster.job.runs) as folder:
+    with new_submission(home, cluster.job) as folder:
         words = [*interpreter(cluster, sys.executable), "-u", "-m", "launch", "tensorboard", str(runs)]
         words += ["--port", str(port)] if port else []
         body = (f"exec {shlex.join(words)}",)

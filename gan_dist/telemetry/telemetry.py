@@ -46,6 +46,7 @@ CUSTOM_CHARTS = {
     "Throughput": {
         "Images a second": ["Multiline", ["throughput/images_per_second"]],
         "Share of time spent waiting for data": ["Multiline", ["throughput/data_wait_fraction"]],
+        "Share of time in which the GPU was busy": ["Multiline", ["throughput/gpu_utilization"]],
         "Seconds a step": ["Multiline", ["throughput/step_seconds"]],
         "Device memory (GiB)": ["Multiline", ["memory/device_gib"]],
     },

@@ -24,6 +24,7 @@ class StepStatistics:
         self._adapted = update.probability if update.augment.adapts else None
         self._num_samples = num_samples
         self._stall: float | None = None
+        self._driver_tells = True
         self._noted: dict[int, _Mark] = {}
 
     def start(self, step: int, images_seen: int, wait_seconds: float) -> None:
@@ -71,7 +72,21 @@ class StepStatistics:
             values["checkpoint/stall_seconds"], self._stall = self._stall, None
         if self._players["generator"].parameters[0].is_cuda:
             values["memory/device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if (busy := self._gpu_utilization()) is not None:
+                values["throughput/gpu_utilization"] = busy
         return mark.images_seen, values
+
+    def _gpu_utilization(self) -> float | None:
+        """Returns the share of the last sample period, up to a second, in which this rank's GPU ran a kernel, 0 to 1.
+
+        Asks the driver, and not the device. None where the driver does not tell: of a MIG slice, without NVML.
+        """
+        if self._driver_tells:
+            try:
+                return torch.cuda.utilization() / 100
+            except Exception:  # whatever NVML's bindings or AMD's raise; the figure is no part of training
+                self._driver_tells = False
+        return None
 
 
 @dataclass(frozen=True)

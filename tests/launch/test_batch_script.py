@@ -57,6 +57,23 @@ def test_the_batch_script_is_the_recorded_one(tmp_path: Path) -> None:
     assert text == recorded.read_text()
 
 
+def test_code_that_is_to_be_unpacked_is_that_of_its_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "launch" / "1"
+    scripts = [
+        training_batch(tmp_path / "run", folder, load_cluster(None, words), "run")
+        for words in ([], ["job.unpack=true"])
+    ]
+    packed, unpacked = (
+        {line for line in script.splitlines() if "lib.sh" in line or "PYTHONPATH" in line} for script in scripts
+    )
+    assert packed == {
+        f"source {folder}/slurm/lib.sh",
+        f"export PYTHONPATH={folder}/code.zip${{PYTHONPATH:+:$PYTHONPATH}}",
+    }
+    code = folder / "code"  # as in a checkout, lib.sh finds the steps of launch/job two folders above itself
+    assert unpacked == {f"source {code}/slurm/lib.sh", f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"}
+
+
 def test_the_dry_run_prints_the_batch_script_and_makes_nothing(tmp_path: Path) -> None:
     config = tmp_path / "art.yaml"
     config.write_text(yaml.safe_dump({"data": {"shards": str(tmp_path / "set")}}))

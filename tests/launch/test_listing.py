@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def make_run(home: Path, name: str, job: str, event: str, history: str = "", swd
         figures = {
             "throughput/images_per_second": 512.4,
             "throughput/data_wait_fraction": 0.031,
+            **({"throughput/gpu_utilization": 0.97} if swd else {}),
             **({"evaluate/swd": swd} if swd else {}),
         }
         lines += [{"step": 40, "images_seen": 640, **figures}, {"step": 50, "images_seen": 800, **figures}]
@@ -72,9 +74,25 @@ def test_every_run_has_a_row_that_says_what_it_does_and_why(tmp_path: Path, monk
     }
     row = rows["trains"]
     assert (row.best_swd, row.images_per_second, row.total_steps, row.data_wait) == (0.25, 512.4, 90, 0.031)
+    assert row.gpu_utilization == 0.97 and rows["broke"].gpu_utilization is None  # trained on a CPU
+    keys = "name run state job step total_steps images_per_second gpu_utilization data_wait best_swd node reason"
+    assert list(asdict(row)) == [*keys.split(), "updated_s"]  # scripts read them
     text = table_lines([row, rows["broke"]])
-    assert text[0].split() == ["run", "state", "step", "images/s", "data", "wait", "best", "swd", "node", "job", "why"]
-    assert text[1].split() == ["trains", "running", "50/90", "512", "3%", "0.25", "node7", "1"]
+    assert text[0].split() == [
+        "run",
+        "state",
+        "step",
+        "images/s",
+        "gpu",
+        "data",
+        "wait",
+        "best",
+        "swd",
+        "node",
+        "job",
+        "why",
+    ]
+    assert text[1].split() == ["trains", "running", "50/90", "512", "97%", "3%", "0.25", "node7", "1"]
     assert table_lines([rows["starts"]])[1].split()[:5] == ["starts", "running", "-", "-", "-"]
     assert text[2].endswith("rank 1 on b: no disk") and json.dumps(asdict(row))
 
@@ -88,3 +106,28 @@ def test_a_home_without_runs_is_one_line_and_a_silent_squeue_is_said(
     monkeypatch.setattr("launch.listing.look", lambda runs: status.Queue(slurm.View(), "not known: squeue failed"))
     (row,) = list_runs(str(tmp_path))
     assert (row.state, row.reason) == ("running", "not known: squeue failed")
+
+
+def test_what_cannot_be_seen_is_not_taken_for_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A colleague's jobs (PrivateData), and those of another cluster: `ls` and `status` say so, unless they ended."""
+    make_run(tmp_path, "begins", "1", "")
+    make_run(tmp_path, "trains", "2", "start")
+    make_run(tmp_path, "ended", "3", "stop", "0 | stopped | step-00000050 | the file stop")
+    monkeypatch.setattr(slurm, "cluster_name", lambda: "here")
+    monkeypatch.setattr(slurm, "look", lambda jobs: slurm.View(hidden=frozenset(jobs)))
+    rows = {row.name: (row.state, row.reason) for row in list_runs(str(tmp_path))}
+    hidden = f"cannot be seen: SLURM shows jobs to their owners only (PrivateData); ask {slurm.user_name()}"
+    assert rows == {"begins": ("empty", hidden), "trains": ("running", hidden), "ended": ("stopped", "the file stop")}
+    lines = status.status_lines(tmp_path / "ended")
+    assert lines[1].startswith("  stopped step=50/90") and lines[2].endswith(
+        "(train, 1 rank(s)): stopped: the file stop"
+    )
+    assert hidden in status.status_lines(tmp_path / "begins")[2]
+    assert status.status_lines(tmp_path / "trains")[1].startswith("  running step=50/90")
+    shutil.rmtree(tmp_path / "trains" / "launch")  # one that `launch local` trains just now has no job at all
+    (tmp_path / "trains" / "metrics.jsonl").touch()
+    assert status.status_lines(tmp_path / "trains")[1].startswith("  running step=50/90")
+    make_run(tmp_path, "other", "2", "start")
+    monkeypatch.setattr(slurm, "look", lambda jobs: slurm.View(elsewhere=frozenset(jobs)))
+    elsewhere = "not known here: a job of cluster None, and this is here"
+    assert {row.name: row.reason for row in list_runs(str(tmp_path))}["other"] == elsewhere

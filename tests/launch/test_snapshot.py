@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from gan_dist.config.schema import presets
 from gan_dist.distributed.preflight import sources
 from gan_dist.utils.errors import UserError
+from gan_dist.utils.system import code_version
 from launch import snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -43,9 +45,10 @@ def test_a_snapshot_holds_what_is_there_and_nothing_that_git_ignores(tmp_path: P
         (root / name).write_bytes(b"")
     snapshot.take(root, copy)
     archive = zipfile.ZipFile(copy / "code.zip")
-    assert set(archive.namelist()) == {"a/kept.py", "a/data/new.py", "new file.py", ".gitignore"}
+    assert set(archive.namelist()) == {"a/kept.py", "a/data/new.py", "new file.py", ".gitignore", "gan_dist/COMMIT"}
     assert archive.read("a/kept.py") == b"x = 2\n"
-    assert snapshot.commit_of(root) == f"{commit}-dirty"
+    assert snapshot.commit_of(root) == snapshot.commit_in(copy) == f"{commit}-dirty"
+    assert archive.read("gan_dist/COMMIT").decode() == f"{commit}-dirty\n"
 
 
 def test_a_checkout_of_another_owner_is_read_as_its_owner_reads_it(
@@ -121,7 +124,45 @@ def test_a_snapshot_holds_no_earlier_run_and_follows_links_to_code(with_git: boo
     names = set(zipfile.ZipFile(copy / "code.zip").namelist())
     tracked = {"home/doctor/words"} if with_git else set()
     links = {"same/config.yaml", "other/x.py"}  # of a directory elsewhere its modules, of one without any nothing
-    assert names == {"launch/cli.py", "configs/config.yaml", "out/notes.py"} | links | tracked
+    assert names == {"launch/cli.py", "configs/config.yaml", "out/notes.py", "gan_dist/COMMIT"} | links | tracked
+    assert snapshot.commit_in(copy) is None
+
+
+def test_what_an_archive_would_break_is_told_before_anything_is_queued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "checkout"
+    beside = "from pathlib import Path\n\ntable = Path(__file__).with_name('table.csv').read_text()\n"
+    texts = {
+        "gan_dist/model/mine.py": beside,
+        "gan_dist/model/table.csv": "1,2\n",
+        "gan_dist/words.py": "text = '__file__ of torch'  # __file__\nimport torch\nwhere = torch.__file__\n",
+        "gan_dist/broken.py": "__file__ = (",
+        "mylib/__init__.py": "print(__path__)\n",
+        "mylib/fast.cpython-311-x86_64-linux-gnu.so": "ELF",
+        "tests/test_mine.py": beside,
+        ".ci/smoke.py": beside,
+    }
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    for name in ("archive", "files"):
+        (tmp_path / name).mkdir()
+    snapshot.take(root, tmp_path / "archive")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "gan_dist/model/mine.py (__file__), mylib/__init__.py (__path__), mylib/fast.cpython-311" in line
+    assert line.startswith("note: ") and "job.unpack=true" in line and "words.py" not in line and "test_" not in line
+    snapshot.take(root, tmp_path / "files", unpacked=True)
+    assert not capsys.readouterr().err
+    words = [sys.executable, "-c", "import mine; print(mine.table)"]
+    done = subprocess.run(words, cwd=tmp_path / "files/code/gan_dist/model", capture_output=True, text=True, check=True)
+    assert done.stdout == "1,2\n\n"
+    snapshot.link(tmp_path / "files", tmp_path / "another")
+    assert (tmp_path / "another/code/gan_dist/model/table.csv").stat().st_nlink == 2
+
+
+def test_nothing_of_this_checkout_needs_to_be_unpacked() -> None:
+    assert snapshot.lost_in_archive(ROOT, snapshot.files_of(ROOT)) == []
 
 
 def test_data_in_the_checkout_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +208,8 @@ assert Config.model_fields["seed"].description
 for name in ("run", "runs", "page", "parts"):
     templates.get_template(name + ".html")
 templates.globals["asset"]("report.js")
-print(sources(), sorted(presets()))
+from gan_dist.utils.system import code_version
+print(sources(), sorted(presets()), code_version())
 """
 
 
@@ -176,13 +218,38 @@ def test_what_reads_files_of_its_own_finds_them_in_the_archive(taken: Path, tmp_
     env = {**os.environ, "PYTHONPATH": str(taken / "code.zip"), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", READS], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{sources()} ['demo', 'paintings128', 'paintings256', 'paintings64']"
+    commit = snapshot.commit_of(snapshot.CHECKOUT)
+    assert code_version() == commit  # what a run's environment.json says
+    assert done.stdout.strip() == f"{sources()} {sorted(presets())} {commit}"
+
+
+COMPILES = """
+import torch
+from gan_dist.config.schema import Config
+from gan_dist.model import batchnorm_triton, networks
+from tests.model.test_batchnorm_kernels_compiled import _compile
+
+for module in (batchnorm_triton, networks):
+    assert ".zip/" in module.__file__
+assert ".visible .entry _normalise_kernel" in _compile("_normalise_kernel", "fp32", 90).asm["ptx"]
+model = Config(data={"shards": "anywhere"}, model={"resolution": 32, "g_channels": 8}).model
+generator, latents = networks.build_generator(model.model_dump()).eval(), torch.randn(2, model.latent_dim)
+assert torch.equal(torch.compile(generator, backend="eager", fullgraph=True)(latents), generator(latents))
+"""
+
+
+def test_kernels_and_graphs_compile_from_the_archive(taken: Path, tmp_path: Path) -> None:
+    """Triton and torch.compile read the source of what they compile, where the archive's importer has it."""
+    pytest.importorskip("triton", reason="needs Triton, which torch brings on Linux")
+    env = {**os.environ, "PYTHONPATH": str(taken / "code.zip"), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, "-c", COMPILES], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_file_of_gan_dist_is_looked_for_beside_a_module() -> None:
     """In an archive there is nothing beside it: `own_files` finds what belongs to the package."""
-    asking = {file.name for file in (ROOT / "gan_dist").rglob("*.py") if "__file__" in file.read_text()}
-    assert asking == {"system.py"}  # whether the code is a git checkout
+    assert not [file.name for file in (ROOT / "gan_dist").rglob("*.py") if "__file__" in file.read_text()]
 
 
 def test_the_definition_of_the_image_copies_what_there_is() -> None:

@@ -178,11 +178,11 @@ def test_what_ends_a_submission_while_sbatch_works_takes_the_job_back(
 def test_ctrl_c_before_sbatch_is_asked_leaves_nothing(
     fake: Slurm, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(root: Path) -> None:
-        assert not fake.calls("sbatch")  # git may take its time: a job would be queued and in no book
+    def interrupted(folder: Path) -> None:
+        assert not fake.calls("sbatch")  # or a job would be queued and in no book
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(snapshot, "commit_of", interrupted)
+    monkeypatch.setattr(snapshot, "commit_in", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit_training(config, [], load_cluster(None), tmp_path / "run")
     assert not fake.calls("sbatch") and not (tmp_path / "run").exists()
@@ -415,7 +415,7 @@ def test_runs_in_the_checkout_are_no_code(fake: Slurm, config: str, tmp_path: Pa
         (run / "samples").mkdir(parents=True, exist_ok=True)
         (run / "samples" / "1.png").touch()
         made = submit_training(config, [], load_cluster(None, [f"job.runs={home}"]), run)
-        assert zipfile.ZipFile(run / "launch" / made.id / "code.zip").namelist() == ["code.py"]
+        assert zipfile.ZipFile(run / "launch" / made.id / "code.zip").namelist() == ["code.py", "gan_dist/COMMIT"]
 
 
 def queue(fake: Slurm, *lines: str) -> None:

@@ -46,7 +46,7 @@ def test_the_update_ratio_is_the_newest_moves(fused: bool) -> None:
         torch.testing.assert_close(update_ratio(optimizer), expected, rtol=1e-4, atol=0)
 
 
-def test_what_a_log_needs_is_queued_without_waiting_for_the_device() -> None:
+def test_what_a_log_needs_is_queued_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():  # on which every look at a value raises
         players = []
         for _ in range(2):
@@ -57,8 +57,25 @@ def test_what_a_log_needs_is_queued_without_waiting_for_the_device() -> None:
                 optimizer.state[weight] = {"step": torch.empty((), device="cuda"), **moments}
             players.append(SimpleNamespace(optimizer=optimizer, parameters=weights, lr=2e-4))
         update: Any = SimpleNamespace(g=players[0], d=players[1], augment=NO_AUGMENT)
-        noted = StepStatistics(update, 10).note(1, 8, 0.0, torch.empty(len(STATS), device="cuda"))
-        assert noted.device.type == "cuda" and noted.shape == (len(STATS) + 2,)
+        statistics = StepStatistics(update, 10)
+        statistics.start(0, 0, 0.0)
+        busy: list[Any] = [97, RuntimeError("NVML: not supported"), 50]
+
+        def utilization() -> int:
+            answer = busy.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return int(answer)
+
+        monkeypatch.setattr(torch.cuda, "utilization", utilization)
+        told = []
+        for step in (1, 2, 3):
+            noted = statistics.note(step, 8 * step, 0.0, torch.empty(len(STATS), device="cuda"))
+            assert noted.device.type == "cuda" and noted.shape == (len(STATS) + 2,)
+            computed = statistics.compute(step, [0.0] * (len(STATS) + 2), 0)
+            assert computed is not None
+            told.append(computed[1].get("throughput/gpu_utilization"))
+        assert told == [0.97, None, None] and busy == [50]  # a driver that does not tell is not asked again
 
 
 class LateRing(ControlRing):
