@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import mmap
 import os
@@ -95,6 +96,28 @@ class Dataset:
             self.cache.fetch_sidecar(i)
         with (self.root / self.manifest.shards[i].sidecar).open("rb") as stream:
             return [json.loads(line) for line in stream]
+
+    def labels(self, i: int) -> NDArray[np.int64]:
+        """Returns the labels of shard `i`, int64 [n_i]: indices into the manifest's classes, -1 where there is none.
+
+        Raises:
+            UserError: its sidecar is missing, or not what the manifest says.
+        """
+        shard = self.manifest.shards[i]
+        if self.cache is not None:
+            self.cache.fetch_sidecar(i)
+        path, fault = self.root / shard.sidecar, "is damaged"
+        try:
+            content = path.read_bytes()
+            if not shard.sidecar_sha256 or hashlib.sha256(content).hexdigest() == shard.sidecar_sha256:
+                found = np.array([json.loads(line).get("label", -1) for line in content.splitlines()], np.int64)
+                if found.shape == (shard.samples,) and found.min() >= -1 and found.max() < len(self.manifest.classes):
+                    return found
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror})"
+        except (ValueError, TypeError, AttributeError, OverflowError):
+            pass
+        raise UserError(f"{path} {fault}: it has the labels of its shard; {MEND}")
 
     def close(self) -> None:
         """Unmaps the shards and leaves the cache, which its last user removes unless its place was configured.

@@ -1,4 +1,5 @@
-"""Dataset and order -> uint8 batches on the device, gathered ahead by one thread into reused buffers.
+"""Dataset and order -> uint8 batches on the device, gathered ahead by one thread into reused buffers; where they are
+asked for, the classes of their images as well.
 
 Samples wait in one of three placements: `device`, the whole set in GPU memory; `memory`, the mapped shards; `windowed`,
 only the shards that the order uses now and next, fetched ahead of need and dropped afterwards.
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
+from gan_dist.data.classes import Labels
 from gan_dist.data.dataset import Dataset, Gather
 from gan_dist.data.order import Order, rank_slice
 from gan_dist.data.remote.cache import FETCHERS, in_parallel
@@ -106,24 +109,29 @@ def stage(
 class Resident:
     """The whole set and each epoch's permutation in device memory: a batch is one gather there."""
 
-    def __init__(self, dataset: Dataset, order: Order, device: torch.device) -> None:
+    def __init__(self, dataset: Dataset, order: Order, device: torch.device, labels: Labels | None = None) -> None:
         self._order, self._device, size = order, device, dataset.resolution
         self._samples = torch.empty(dataset.num_samples, 3, size, size, dtype=torch.uint8, device=device)
         done = 0
         for i, count in enumerate(dataset.shard_sizes):
             self._samples[done : done + count].copy_(dataset.shard_view(i))
             done += count
+        self._classes: torch.Tensor | None = None
+        if labels is not None:
+            self._classes = torch.from_numpy(labels.of(np.arange(dataset.num_samples))).to(device)
         self._permutation = lru_cache(maxsize=2)(self._upload)
 
-    def batch(self, start: int, stop: int) -> torch.Tensor:
-        """Returns the samples at positions [start, stop), uint8 [stop - start, 3, S, S]."""
+    def batch(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the samples at positions [start, stop), uint8 [stop - start, 3, S, S], and their classes, if asked."""
         parts, num = [], self._order.num_samples
         while start < stop:
             epoch, place = divmod(start, num)
             end = min(stop - start + place, num)
             parts.append(self._permutation(epoch)[place:end])
             start += end - place
-        return torch.index_select(self._samples, 0, torch.cat(parts) if len(parts) > 1 else parts[0])
+        places = torch.cat(parts) if len(parts) > 1 else parts[0]
+        classes = None if self._classes is None else torch.index_select(self._classes, 0, places)
+        return torch.index_select(self._samples, 0, places), classes
 
     def _upload(self, epoch: int) -> torch.Tensor:
         num = self._order.num_samples
@@ -133,6 +141,10 @@ class Resident:
         if self._device.type == "cuda":
             permutation = permutation.pin_memory()  # the step does not wait for the copy
         return permutation.to(self._device, non_blocking=True)
+
+
+Ready = Callable[[int, Callable[[], bool]], None]
+"""Makes a shard ready for random access, unless that is cancelled."""
 
 
 @dataclass
@@ -145,12 +157,12 @@ class _Window:
     failure: list[BaseException] = field(default_factory=list)
     thread: threading.Thread | None = None
 
-    def fetch(self, dataset: Dataset, cancelled: Callable[[], bool]) -> None:
+    def fetch(self, ready: Ready, cancelled: Callable[[], bool]) -> None:
         """Starts to make the shards ready."""
 
         def work() -> None:
             try:
-                in_parallel(dataset.warm, self.shards, FETCHERS, cancelled)
+                in_parallel(ready, self.shards, FETCHERS, cancelled)
             except BaseException as error:  # raised by wait()
                 self.failure.append(error)
 
@@ -180,9 +192,11 @@ class Windows:
         *,
         cancelled: Callable[[], bool],
         leave: Callable[[int], None],
+        labels: Labels | None = None,
     ) -> None:
-        """`leave(shard)` is called before a shard is dropped, which may not be read afterwards."""
-        self._dataset, self._cancelled, self._leave = dataset, cancelled, leave
+        """`leave(shard)` is called before a shard is dropped, which may not be read afterwards. `labels` are loaded
+        ahead of need, too."""
+        self._dataset, self._cancelled, self._leave, self._labels = dataset, cancelled, leave, labels
         self._to_come = _windows_from(order, position)
         self._present: deque[_Window] = deque()
 
@@ -208,8 +222,13 @@ class Windows:
             if window.thread is not None:
                 window.thread.join()
 
+    def _ready(self, shard: int, cancelled: Callable[[], bool]) -> None:
+        self._dataset.warm(shard, cancelled)
+        if self._labels is not None:
+            self._labels.load(shard)
+
     def _begin(self, window: _Window) -> None:
-        window.fetch(self._dataset, self._cancelled)
+        window.fetch(self._ready, self._cancelled)
         self._present.append(window)
 
     def _drop(self, window: _Window) -> None:
@@ -234,15 +253,16 @@ def _windows_from(order: Order, position: int) -> Iterator[_Window]:
 
 @dataclass
 class _Slot:
-    """A block of batches: its buffers on host and device, and events: copied to the device, no longer in use there."""
+    """A block of batches: its buffers on host and device, of images and, where they are asked for, of their classes;
+    and events: copied to the device, no longer in use there."""
 
-    host: torch.Tensor
-    device: torch.Tensor
+    host: list[torch.Tensor]
+    device: list[torch.Tensor]
     ready: Any = None
     used: Any = None
 
     def __post_init__(self) -> None:
-        self.batches = self.device.unbind()
+        self.batches = list(zip(*(buffer.unbind() for buffer in self.device), strict=True))
 
 
 class Stream:
@@ -259,15 +279,19 @@ class Stream:
         size: int = 1,
         device: torch.device,
         placement: str = "memory",
+        labels: Labels | None = None,
     ) -> None:
         """`position`: of the first batch; of every `global_batch` positions from there on, each rank gets its slice.
 
-        `placement` is one that `choose_placement` has returned.
+        `placement` is one that `choose_placement` has returned. With `labels`, `classes` are delivered, too.
         """
         self.position = position
         self.placement = placement
         self.while_waiting: Callable[[], None] = lambda: None
         """Called every second of a wait for samples. It may raise: where the device hangs, they never come."""
+        self.classes: torch.Tensor | None = None
+        """Those of the images that `next` returned last, int64 [hi - lo] on the device, valid as long as they are."""
+        self._labels = labels
         self._dataset, self._order, self._batch, self._device = dataset, order, global_batch, device
         self._lo, self._hi = rank_slice(global_batch, rank, size)
         self._in_use: _Slot | None = None
@@ -277,16 +301,17 @@ class Stream:
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         if self.placement == "device":
-            self._resident = Resident(dataset, order, device)
+            self._resident = Resident(dataset, order, device, labels)
             return
         pinned = device.type == "cuda"
         images = self._hi - self._lo
         shape = (self._depth(images), images, 3, dataset.resolution, dataset.resolution)
         self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[_Slot | BaseException] = queue.SimpleQueue()
+        buffers = [(shape, torch.uint8), *([] if labels is None else [(shape[:2], torch.int64)])]
         for _ in range(RING):
-            host = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-            self._free.put(_Slot(host, torch.empty(shape, dtype=torch.uint8, device=device) if pinned else host))
+            host = [torch.empty(size, dtype=dtype, pin_memory=pinned) for size, dtype in buffers]
+            self._free.put(_Slot(host, [torch.empty_like(one, device=device) for one in host] if pinned else host))
         self._began, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._prefetch, args=(position,), name="prefetch", daemon=True)
         self._thread.start()
@@ -304,11 +329,14 @@ class Stream:
         begin = self.position
         self.position += self._batch
         if self.placement == "device":
-            return self._resident.batch(begin + self._lo, begin + self._hi)
+            images, self.classes = self._resident.batch(begin + self._lo, begin + self._hi)
+            return images
         if self._in_use is None or self._taken == len(self._in_use.batches):
             self._in_use, self._taken = self._next_block(), 0
+        images, *classes = self._in_use.batches[self._taken]
+        self.classes = classes[0] if classes else None
         self._taken += 1
-        return self._in_use.batches[self._taken - 1]
+        return images
 
     def _next_block(self) -> _Slot:
         """Returns the next block of batches, having released the last one."""
@@ -376,7 +404,12 @@ class Stream:
             collect = Gather(self._dataset)
             if self.placement == "windowed":
                 windows = Windows(
-                    self._dataset, self._order, position, cancelled=self._closing.is_set, leave=collect.forget
+                    self._dataset,
+                    self._order,
+                    position,
+                    cancelled=self._closing.is_set,
+                    leave=collect.forget,
+                    labels=self._labels,
                 )
             side: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
             while (slot := self._free.get()) is not None:
@@ -387,14 +420,17 @@ class Stream:
                 if windows is not None:
                     windows.reach(position, end)
                 # this rank's samples of the next batches, into host memory
-                samples = self._order.indices(position, end).reshape(-1, self._batch)
-                collect.into(slot.host.flatten(0, 1), samples[:, self._lo : self._hi].ravel())
+                samples = self._order.indices(position, end).reshape(-1, self._batch)[:, self._lo : self._hi].ravel()
+                collect.into(slot.host[0].flatten(0, 1), samples)
+                if self._labels is not None:
+                    slot.host[1].view(-1).numpy()[:] = self._labels.of(samples)
                 # and to the device, beside its work
                 if side is not None:
                     with torch.cuda.stream(side):
                         if slot.used is not None:
                             side.wait_event(slot.used)
-                        slot.device.copy_(slot.host, non_blocking=True)
+                        for there, here in zip(slot.device, slot.host, strict=True):
+                            there.copy_(here, non_blocking=True)
                         slot.ready = side.record_event()
                 self._full.put(slot)
                 self._began.set()

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gan_dist.data.classes import Classes, Labels
 from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order
 from gan_dist.data.remote.fetch import RetryPolicy
@@ -26,13 +27,17 @@ from tests.helpers.server import Server
 
 CPU = torch.device("cpu")
 SIZES = (6, 9, 5, 8, 7, 9, 4, 8, 6, 5)
+LABELS = [(0, None, 1, 2, 2)[i % 5] if i else 2 for i in range(sum(SIZES))]
+CLASSES = Classes(("b", "a"))
+CLASS_OF = torch.tensor([{None: 0, 0: 0, 1: 2, 2: 1}[label] for label in LABELS])
+"""Labels are matched by name, and `rare` is no class."""
 HASTY = RetryPolicy(tries=2, backoff_s=0.02, stall_s=60)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "set"
-    write_dataset(folder, SIZES)
+    write_dataset(folder, SIZES, labels=LABELS, classes=("rare", "a", "b"))
     return folder
 
 
@@ -52,6 +57,7 @@ def streaming(dataset: Dataset, order: Order, **kwargs: int) -> Iterator[Stream]
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     remote=st.booleans(),
+    labelled=st.booleans(),
     window=st.integers(1, 12),
     batch=st.integers(1, 40),
     world=st.integers(1, 3),
@@ -64,6 +70,7 @@ def test_windows_keep_the_order_from_any_position(
     pixels: torch.Tensor,
     tmp_path_factory: pytest.TempPathFactory,
     remote: bool,
+    labelled: bool,
     window: int,
     batch: int,
     world: int,
@@ -80,12 +87,16 @@ def test_windows_keep_the_order_from_any_position(
     ]
     streams = [
         Stream(datasets[rank], order, position=position, global_batch=batch, rank=rank, size=world, device=CPU,
-               placement="windowed") for rank in range(world)
+               placement="windowed", labels=Labels(datasets[rank], CLASSES) if labelled else None)
+        for rank in range(world)
     ]  # fmt: skip
     try:
         for step in range(steps):
             begin = position + step * batch
             assert torch.equal(torch.cat([s.next() for s in streams]), pixels[order.indices(begin, begin + batch)])
+            classes = [s.classes for s in streams if s.classes is not None]
+            assert len(classes) == labelled * world
+            assert not classes or torch.equal(torch.cat(classes), CLASS_OF[order.indices(begin, begin + batch)])
     finally:
         for stream, dataset in zip(streams, datasets, strict=True):
             stream.close()
@@ -200,10 +211,13 @@ def test_placements_are_chosen_by_where_the_set_is_and_what_fits(
 def test_the_resident_set_gives_the_same_batches(source: Path, pixels: torch.Tensor) -> None:
     order = Order(SIZES, 5, 2)
     with open_dataset(source) as dataset:
-        resident = Resident(dataset, order, CPU)
-    for start in range(0, 300, 11):
-        assert torch.equal(resident.batch(start, start + 11), pixels[order.indices(start, start + 11)])
-    assert torch.equal(resident.batch(3, 400), pixels[order.indices(3, 400)])
+        resident, labelled = Resident(dataset, order, CPU), Resident(dataset, order, CPU, Labels(dataset, CLASSES))
+    for start, stop in [(start, start + 11) for start in range(0, 300, 11)] + [(3, 400)]:
+        places = order.indices(start, stop)
+        images, classes = resident.batch(start, stop)
+        assert torch.equal(images, pixels[places]) and classes is None
+        images, classes = labelled.batch(start, stop)
+        assert torch.equal(images, pixels[places]) and classes is not None and torch.equal(classes, CLASS_OF[places])
 
 
 def test_a_damaged_header_is_found_before_training(
