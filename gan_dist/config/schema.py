@@ -38,6 +38,7 @@ Upsample = Literal["transposed", "nearest"]
 DNorm = Literal["batch", "none", "spectral"]
 Blocks = Literal["plain", "residual"]
 Init = Literal["dcgan", "he"]
+ClassSource = Literal["none", "dataset"]
 """Choices of the networks, which model/networks.py builds."""
 PenaltyMethod = Literal["finite", "exact"]
 """How model/penalty.py takes the gradient of D."""
@@ -111,6 +112,12 @@ class ModelConfig(Section):
     three times the work."""
     minibatch_std: bool = False
     """D is also told how much the images of the whole batch differ (Karras et al. 2018), against collapse."""
+    classes: ClassSource = "none"
+    """dataset: both networks are told the class of each image, as the dataset's labels have it, and images of a class
+    can be asked for: G gets it beside the latents, D by a projection (Miyato and Koyama 2018). A tenth of the labels is
+    dropped at random. none: labels play no part."""
+    classes_min_images: NonNegative = 100
+    """With classes: smaller ones count as unlabelled."""
     init: Init = "dcgan"
     """dcgan: weights start as N(0, init_std^2), batch-norm weights as N(1, init_std^2). he: weights start as
     N(0, gain^2 / fan-in), batch-norm weights as 1 (He et al. 2015). Biases start as 0."""

@@ -6,6 +6,8 @@ Class 0 is that of images without a label; images of classes too small to learn 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +45,11 @@ class Classes:
     def to_dict(self) -> dict[str, list[Any]]:
         """Returns plain values, for a checkpoint or JSON."""
         return {"names": list(self.names), "images": list(self.images)}
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the names, shortened: the ranks of a run must have the same."""
+        return hashlib.sha256(json.dumps(self.names).encode()).hexdigest()[:12]
 
     def name(self, label: int) -> str:
         """Returns what class `label` is called."""

@@ -122,7 +122,7 @@ class Resident:
         self._permutation = lru_cache(maxsize=2)(self._upload)
 
     def batch(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the samples at positions [start, stop), uint8 [stop - start, 3, S, S], and their classes, if asked."""
+        """Returns the samples at positions [start, stop), uint8 [stop - start, 3, S, S], and (if asked) classes."""
         parts, num = [], self._order.num_samples
         while start < stop:
             epoch, place = divmod(start, num)

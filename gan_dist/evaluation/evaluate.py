@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gan_dist.config.base import check_seed
+from gan_dist.data.classes import Classes
 from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import encoder, inception
@@ -234,7 +235,7 @@ def _accuracies(
     world: World, loaded: Loaded, own: Dataset | None, held_out: Dataset, samples: int, seed: int
 ) -> dict[str, Any]:
     """Returns the accuracy of a checkpoint's discriminator on its training images and on held-out ones."""
-    judge = build_discriminator(loaded.state["config"]["model"])
+    judge = build_discriminator(loaded.state["config"]["model"], Classes.of_state(loaded.state))
     judge.load_state_dict(loaded.state["discriminator"])
     judge.to(device=world.device).eval()
     training = {"accuracy_training": accuracy(judge, own, samples, seed)} if own else {}

@@ -36,6 +36,15 @@ def to_logits(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return logits if bias is None else logits + bias
 
 
+def to_numbers(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns numbers [B, D]: conv2d of `maps` [B, C, 4, 4] with D filters as large as they.
+
+    weight: [D, C, 4, 4]; bias: [D] or None.
+    """
+    numbers = maps.permute(0, 2, 3, 1).flatten(1) @ _rows(weight).T
+    return numbers if bias is None else numbers + bias
+
+
 def conv_down(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns maps [B, D, S / 2, S / 2] for `maps` [B, C, S, S]: conv2d, stride 2, padding 1.
 

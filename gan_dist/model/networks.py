@@ -4,6 +4,10 @@ Strided and fractionally strided convolutions, no pooling, no dense layer; batch
 D's input, or what the keys of `model` put in its place. A doubling of the resolution adds a layer to each network at
 its small end, so the widest is resolution / 8 times the narrowest, as 512 to 64 channels at 64 pixels, unless a cap
 holds it. Layers are named as in the thesis' own code: convt1, bn1, ...
+
+With classes, a latent has the vector of its class beside it (Mirza and Osindero 2014), and the logit of an image grows
+with its likeness to the vector of its class, by a projection (Miyato and Koyama 2018, eq. 3). Class 0, "unlabelled", is
+G's like any other; D judges it by the unconditional part alone.
 """
 
 from __future__ import annotations
@@ -19,14 +23,18 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from gan_dist.config.base import validate
 from gan_dist.config.schema import RESOLUTIONS, Blocks, DNorm, Init, ModelConfig, Upsample
+from gan_dist.data.classes import NO_CLASSES, Classes, one_hot
 from gan_dist.model.batchnorm import BatchNorm
-from gan_dist.model.convolution import conv_down, conv_up, fold, from_latents, to_logits
+from gan_dist.model.convolution import conv_down, conv_up, fold, from_latents, to_logits, to_numbers
 from gan_dist.model.minibatch_std import MinibatchStd
 from gan_dist.utils.errors import UserError
 
 IMAGE_CHANNELS = 3
 SPECTRAL_STEPS = 15
 """Power iterations before the first step, as torch's own; each pass in train mode adds one."""
+CLASS_DIM = 64
+"""Numbers in the vector of a class."""
+EPS = 1e-8
 
 
 def layer_widths(resolution: int, narrowest: int, widest: int | None = None) -> list[int]:
@@ -72,15 +80,21 @@ class Generator(nn.Module):
         upsample: Upsample = "transposed",
         blocks: Blocks = "plain",
         max_channels: int | None = None,
+        classes: Classes = NO_CLASSES,
     ) -> None:
         super().__init__()
         self.resolution = resolution
         self.latent_dim = latent_dim
+        self.classes = classes
+        self.num_classes = len(classes.names)
         self.upsample = upsample
         self.blocks = blocks
         widths = layer_widths(resolution, channels, max_channels)
         self.depth = len(widths) + 1
-        self.convt1 = nn.ConvTranspose2d(latent_dim, widths[0], 4, 1, 0, bias=False)
+        if self.num_classes:
+            self.class_table = nn.Parameter(torch.ones(1 + self.num_classes, CLASS_DIM))
+        inputs = latent_dim + (CLASS_DIM if self.num_classes else 0)
+        self.convt1 = nn.ConvTranspose2d(inputs, widths[0], 4, 1, 0, bias=False)
         for i, (wide, narrow) in enumerate(zip(widths, [*widths[1:], IMAGE_CHANNELS], strict=True), start=1):
             self.add_module(f"bn{i}", BatchNorm(wide))
             if blocks == "residual":
@@ -88,8 +102,34 @@ class Generator(nn.Module):
             side = 3 if upsample == "nearest" else 4
             self.add_module(f"convt{i + 1}", nn.ConvTranspose2d(wide, narrow, side, 2, 1, bias=False))
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Returns images [B, 3, S, S] in [-1, 1] for `latents` [B, latent_dim]."""
+    def class_vectors(self, classes: Tensor) -> Tensor:
+        """Returns [B, CLASS_DIM]: for one-hot rows [B, num_classes + 1] the vectors of these classes, whose numbers are
+        1 in root mean square, as those of latents; for others the mixtures that they weigh."""
+        with torch.autocast(classes.device.type, enabled=False):
+            table = self.class_table * (self.class_table.square().mean(1, keepdim=True) + EPS).rsqrt()
+            return classes.to(table.dtype) @ table
+
+    @torch.no_grad()
+    def with_classes(self, latents: Tensor, labels: Tensor, strength: float = 1.0) -> Tensor:
+        """Returns [B, latent_dim + CLASS_DIM], for `forward`: `latents` beside the vectors of classes, int64 [B].
+
+        strength w: e_0 + w (e_c - e_0), so that 0 asks for no class, and more than 1 for more than the usual of it.
+        """
+        rows = one_hot(labels.to(self.class_table.device), self.num_classes) * strength
+        rows[:, 0] += 1 - strength
+        vectors = self.class_vectors(rows)
+        return torch.cat([latents.to(vectors.device, vectors.dtype), vectors], 1)
+
+    def forward(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Returns images [B, 3, S, S] in [-1, 1] for `latents` [B, latent_dim].
+
+        With classes, also takes rows as `class_vectors` does (None: unlabelled), or latents that have such vectors
+        beside them already, [B, latent_dim + CLASS_DIM].
+        """
+        if self.num_classes and latents.shape[1] == self.latent_dim:
+            if classes is None:
+                classes = one_hot(torch.zeros_like(latents[:, 0], dtype=torch.int64), self.num_classes)
+            latents = torch.cat([latents, self.class_vectors(classes).to(latents.dtype)], 1)
         x = from_latents(latents, self.convt1.weight)
         for i in range(1, self.depth):
             x = getattr(self, f"bn{i}")(x, slope=0.0)
@@ -112,6 +152,7 @@ class Discriminator(nn.Module):
         blocks: Blocks = "plain",
         minibatch_std: bool = False,
         max_channels: int | None = None,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.resolution = resolution
@@ -130,14 +171,19 @@ class Discriminator(nn.Module):
             for i, width in enumerate(widths, start=1):
                 self.add_module(f"block{i}", Block(width, leaky_slope, norm))
         self.minibatch_std = MinibatchStd() if minibatch_std else None
-        self.add_module(f"conv{self.depth}", nn.Conv2d(widths[-1] + minibatch_std, 1, 4, 1, 0, bias=biased))
+        self.num_classes = num_classes
+        if num_classes:
+            self.class_table = nn.Parameter(torch.zeros(num_classes, CLASS_DIM))  # of class 1 on: class 0's vector is 0
+        outputs = 1 + (CLASS_DIM if num_classes else 0)
+        self.add_module(f"conv{self.depth}", nn.Conv2d(widths[-1] + minibatch_std, outputs, 4, 1, 0, bias=biased))
         if norm == "spectral":
             for layer in [part for part in self.modules() if isinstance(part, nn.Conv2d)]:
                 spectral_norm(layer)  # its vectors are random, until `initialise` starts them from the seed's numbers
 
-    def forward(self, images: Tensor, groups: int = 1) -> Tensor:
+    def forward(self, images: Tensor, groups: int = 1, classes: Tensor | None = None) -> Tensor:
         """Returns logits [B], never probabilities, for `images` [B, 3, S, S] in [-1, 1].
 
+        classes: one-hot rows [B, num_classes + 1] in a game with classes, where None means unlabelled.
         In train mode batch norm normalises the batch in `groups` equal parts, each by its own statistics, and spectral
         norm takes one step of its power iteration a pass.
         """
@@ -157,11 +203,23 @@ class Discriminator(nn.Module):
             x = getattr(self, f"block{self.depth - 1}")(x, groups)
         if self.minibatch_std is not None:
             x = self.minibatch_std(x, groups)
-        return to_logits(x, *weights[-1])
+        if not self.num_classes:
+            return to_logits(x, *weights[-1])
+        return self._projected(to_numbers(x, *weights[-1]), classes)
+
+    def _projected(self, numbers: Tensor, classes: Tensor | None) -> Tensor:
+        """Returns logits h_0 + <v_c, h> / sqrt(CLASS_DIM), for `numbers` h_0, h [B, 1 + CLASS_DIM]."""
+        with torch.autocast(numbers.device.type, enabled=False):
+            numbers = numbers.to(self.class_table.dtype)
+            if classes is None:
+                return numbers[:, 0]
+            vectors = classes[:, 1:].to(numbers.dtype) @ self.class_table
+            return numbers[:, 0] + (numbers[:, 1:] * vectors).sum(1) / math.sqrt(CLASS_DIM)
 
 
-def build_generator(model: Mapping[str, Any]) -> Generator:
-    """Returns a generator as the `model` section of a configuration describes it. Raises UserError for unknown keys."""
+def build_generator(model: Mapping[str, Any], classes: Classes = NO_CLASSES) -> Generator:
+    """Returns a generator as the `model` section of a configuration describes it, of the `classes` that its dataset, or
+    a checkpoint, names. Raises UserError for unknown keys."""
     described = validate(ModelConfig, model, "model")  # which gives an older run's the defaults of newer keys
     return Generator(
         described.resolution,
@@ -170,11 +228,12 @@ def build_generator(model: Mapping[str, Any]) -> Generator:
         described.upsample,
         described.blocks,
         described.max_channels,
+        classes,
     )
 
 
-def build_discriminator(model: Mapping[str, Any]) -> Discriminator:
-    """Returns a discriminator as the `model` section of a configuration describes it."""
+def build_discriminator(model: Mapping[str, Any], classes: Classes = NO_CLASSES) -> Discriminator:
+    """Returns a discriminator as the `model` section of a configuration describes it, of as many `classes`."""
     described = validate(ModelConfig, model, "model")
     return Discriminator(
         described.resolution,
@@ -184,6 +243,7 @@ def build_discriminator(model: Mapping[str, Any]) -> Discriminator:
         described.blocks,
         described.minibatch_std,
         described.max_channels,
+        len(classes.names),
     )
 
 
@@ -192,7 +252,8 @@ def initialise(module: nn.Module, std: float, generator: torch.Generator, init: 
 
     dcgan: convolutions N(0, std^2), batch norm N(1, std^2). he: convolutions N(0, gain^2 / n), n being how many numbers
     a pixel of the result sums up and gain^2 = 2 / (1 + slope^2), or 1 where no rectifier follows (He et al. 2015, eq.
-    15); batch norm 1. Numbers are drawn on the CPU in float32, whatever the module's device and dtype: one seed means
+    15); batch norm 1. G's vectors of classes are N(0, 1), D's are 0: its first judgements are the unconditional game's.
+    Numbers are drawn on the CPU in float32, whatever the module's device and dtype: one seed means
     one network.
     """
     layers = [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d)]
@@ -214,6 +275,10 @@ def initialise(module: nn.Module, std: float, generator: torch.Generator, init: 
                 noise = torch.randn(part.weight.shape, generator=generator)
                 part.weight.copy_(noise.mul_(std).add_(1) if init == "dcgan" else torch.ones_like(part.weight))
                 part.bias.zero_()
+        if isinstance(module, Generator) and module.num_classes:
+            module.class_table.copy_(torch.randn(module.class_table.shape, generator=generator))
+        elif isinstance(module, Discriminator) and module.num_classes:
+            module.class_table.zero_()
 
 
 def _he_deviation(layer: nn.Conv2d | nn.ConvTranspose2d, squared_gain: float) -> float:

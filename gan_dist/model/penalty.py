@@ -28,7 +28,7 @@ class GradientPenalty:
     every: int = 1
     method: PenaltyMethod = "finite"
 
-    def _places(self, lo: int) -> slice:
+    def places(self, lo: int) -> slice:
         """Returns which images of a share that begins at `lo` of the global batch are chosen."""
         return slice(-lo % self.every, None, self.every)
 
@@ -37,7 +37,7 @@ class GradientPenalty:
 
         kinds: real and fake images, [b, 3, S, S]; noise: N(0, 1), [self.kinds, n, 3, S, S].
         """
-        chosen = [images[self._places(lo)] for images in kinds[: self.kinds]]
+        chosen = [images[self.places(lo)] for images in kinds[: self.kinds]]
         moved = [images + self.sigma * eps for images, eps in zip(chosen, noise, strict=True)]
         return [each.to(images.dtype) for each, images in zip(moved, chosen, strict=True)]
 
@@ -47,7 +47,7 @@ class GradientPenalty:
         logits: D's of real images, fakes, and for finite differences of `noisy`, [2 batch + ...], of the parameters'
         precision, since their differences are small; images: those that D saw, from which logits were computed.
         """
-        rows = [logits[kind * batch : (kind + 1) * batch][self._places(lo)] for kind in range(self.kinds)]
+        rows = [logits[kind * batch : (kind + 1) * batch][self.places(lo)] for kind in range(self.kinds)]
         plain = torch.cat(rows)
         if self.method == "finite":
             squares = ((logits[2 * batch :] - plain) / self.sigma).square()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gan_dist.config.diff import FIXED_FROM, changes, continuation, flatten, with_defaults
+from gan_dist.data.classes import NO_CLASSES, Classes
 from gan_dist.runs.checkpoint import Loaded, find, load_newest
 from gan_dist.runs.naming import run_and_step
 from gan_dist.utils.errors import UserError
@@ -37,13 +38,15 @@ def prepare_start(
     config: Mapping[str, Any],
     dataset: str,
     *,
+    classes: Classes = NO_CLASSES,
     from_run: str | None = None,
     command: Sequence[str] = (),
 ) -> Start:
     """Returns where the run in `run_dir` starts, after checking that `config` continues the game that is stored there.
 
-    `dataset` is the manifest's hash; `command` the words that started this, used to print the one that would start a
-    new run. Writes nothing. Raises UserError with the keys and both values when the stored game is another one.
+    `dataset` is the manifest's hash; `classes`: those of the game; `command` the words that started this, used to print
+    the one that would start a new run. Writes nothing. Raises UserError with the keys and both values when the stored
+    game is another one.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file; expected a run directory, or nothing there yet")
@@ -56,10 +59,10 @@ def prepare_start(
     loaded = load_newest(run_dir / "checkpoints")
     notes: list[str] = []
     if loaded is None:
-        parent = find_parent(from_run, config) if from_run is not None else None
+        parent = find_parent(from_run, config, classes) if from_run is not None else None
         return Start(parent, _parent_name(parent), True, tuple(parent.skipped if parent else ()))
     recorded = loaded.manifest.get("parent")
-    if from_run is not None and recorded != (wanted := _parent_name(find_parent(from_run, config))):
+    if from_run is not None and recorded != (wanted := _parent_name(find_parent(from_run, config, classes))):
         raise UserError(
             f"{run_dir} already holds a run that started from {recorded or 'nothing'}, not from {wanted}; "
             f"choose another name for the new one: {_new_run(run_dir, command)}"
@@ -77,6 +80,10 @@ def prepare_start(
             f"{run_dir} holds a run with another configuration ({'; '.join(refused)}); "
             f"to start it as a new run: {_new_run(run_dir, command)}"
         )
+    if unlike := Classes.of_state(loaded.state).unlike(classes):
+        raise UserError(
+            f"{run_dir} holds a run with other classes: {unlike}; start a new run: {_new_run(run_dir, command)}"
+        )
     return Start(loaded, recorded, False, (*notes, *changed))
 
 
@@ -84,14 +91,17 @@ def _parent_name(parent: Loaded | None) -> str | None:
     return f"{parent.path.parent.parent}@{parent.step}" if parent else None
 
 
-def find_parent(from_run: str, config: Mapping[str, Any]) -> Loaded:
-    """Returns the checkpoint that `RUN[@STEP]` names, whose networks must have the shapes that `config` asks for."""
+def find_parent(from_run: str, config: Mapping[str, Any], classes: Classes = NO_CLASSES) -> Loaded:
+    """Returns the checkpoint that `RUN[@STEP]` names, whose networks must have the shapes that `config` asks for, and
+    these `classes`."""
     parent = find(*run_and_step(from_run))
     for key, (old, new) in changes(with_defaults(parent.state["config"]), config).items():
-        if key.startswith(FIXED_FROM) and key not in ("model.init", "model.init_std"):
+        if key.startswith(FIXED_FROM) and key not in ("model.init", "model.init_std", "model.classes_min_images"):
             raise UserError(
                 f"--from {from_run}: {key} is {old} there and {new} here; the networks' shapes must be equal"
             )
+    if unlike := Classes.of_state(parent.state).unlike(classes):
+        raise UserError(f"--from {from_run}: {unlike}; the classes must be the same, name for name")
     return parent
 
 

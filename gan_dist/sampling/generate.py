@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from gan_dist.data.classes import Classes
 from gan_dist.model import networks
 from gan_dist.model.networks import Generator
 from gan_dist.runs.checkpoint import find
@@ -54,7 +55,7 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
 def build_generator(state: Mapping[str, Any], device: torch.device | str = "cpu") -> Generator:
     """Returns the generator of a checkpoint's `state` in eval mode: the averaged one where there is one, with the
     statistics that the run asks for."""
-    generator = networks.build_generator(state["config"]["model"])
+    generator = networks.build_generator(state["config"]["model"], Classes.of_state(state))
     generator.load_state_dict(state.get("generator_ema") or state["generator"])
     generator.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     generator.to(device).eval()

@@ -22,12 +22,15 @@ SEED = 0x57A7
 def estimate_statistics(generator: Generator, scale: float = 1.0) -> None:
     """Replaces the running statistics of `generator`, in place, by those of NUM_LATENTS fixed latents times `scale`.
 
-    Means and variances of BATCH images each, normalised as in training, are averaged. No collective and no random state
-    is used: equal weights get equal statistics on any rank. The generator's mode stays.
+    Means and variances of BATCH images each, normalised as in training, are averaged; classes are as frequent as in the
+    dataset. No collective and no random state is used: equal weights get equal statistics on any rank. The
+    generator's mode stays.
     """
     parameter = next(generator.parameters())
     source = torch.Generator().manual_seed(SEED)
     latents = torch.randn(NUM_LATENTS, generator.latent_dim, generator=source) * scale
+    if generator.num_classes:
+        latents = generator.with_classes(latents, generator.classes.draw(NUM_LATENTS, SEED))
     layers = [layer for layer in generator.modules() if isinstance(layer, BatchNorm)]
     kept = [(layer.momentum, layer.process_group, layer.fused) for layer in layers]
     training = generator.training

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLIPS, LATENTS, NOISE, AUGMENT = -1, 0, -2, -3
+FLIPS, LATENTS, NOISE, AUGMENT, DROPOUT = -1, 0, -2, -3, -4
 """Purposes that are taken; the others are free for fixed latents and the like."""
 
 
@@ -88,3 +88,12 @@ def draw_uniform(
     """Returns columns [lo, hi) of the numbers in [0, 1) that augment the batch at `position`, of `shape` [kinds,
     global_batch, numbers]."""
     return torch.rand(shape, generator=_draws(seed, position, AUGMENT, device), device=device, dtype=dtype)[:, lo:hi]
+
+
+def draw_dropped(
+    seed: int, position: int, global_batch: int, share: float, lo: int, hi: int, device: torch.device
+) -> Tensor:
+    """Returns bool [hi - lo]: which images of the batch at `position`, real and generated, lose their label, each with
+    probability `share`."""
+    stream = _draws(seed, position, DROPOUT, device)
+    return torch.rand(global_batch, generator=stream, device=device)[lo:hi] < share

@@ -18,6 +18,7 @@ import torch
 
 from gan_dist.config.diff import flatten
 from gan_dist.config.schema import Config, to_yaml
+from gan_dist.data.classes import NO_CLASSES, Classes, Labels, choose_classes
 from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
 from gan_dist.data.remote.fetch import redacted
@@ -66,6 +67,7 @@ class Run:
     """What environment.json says: software, hardware, dataset, parent, and what `auto` settings came to."""
     world: World
     dataset: Dataset
+    classes: Classes
     order: Order
     stream: Stream
     update: Update
@@ -120,7 +122,8 @@ class Run:
         if self.ema is not None:
             state["generator_ema"] = copy_state(self.ema.network.state_dict(), (into or {}).get("generator_ema"))
         counts = {"format": 1, "step": self.step, "images_seen": self.images_seen}
-        return {**counts, **state, "config": dict(self.config)}
+        classes = {"classes": self.classes.to_dict()} if self.classes.names else {}
+        return {**counts, **state, **classes, "config": dict(self.config)}
 
 
 @contextmanager
@@ -154,23 +157,33 @@ def open_run(
                 opened.enter_context(torch_settings(world.device, deterministic, precision))
                 dataset, placement = open_for_training(config, world, stop, verbosity)
                 opened.enter_context(dataset)
+                classes = NO_CLASSES
+                if config.model.classes == "dataset":
+                    classes = world.together(lambda: choose_classes(dataset, config.model.classes_min_images))
 
                 # All ranks do the same: where a dataset lies may differ between hosts, what is asked may not.
-                shared = {**flatten(config.to_dict()), "--max-steps": max_steps}
+                shared = {**flatten(config.to_dict()), "--max-steps": max_steps, "classes": classes.digest}
                 del shared["data.shards"], shared["data.cache_dir"]
                 warnings = preflight(world, dataset.identity, shared)
 
                 # The directory is this trainer's alone, and holds nothing or an earlier part of the same run.
                 def check() -> Start:
                     start = prepare_start(
-                        directory, config.to_dict(), dataset.identity, from_run=from_run, command=command
+                        directory,
+                        config.to_dict(),
+                        dataset.identity,
+                        classes=classes,
+                        from_run=from_run,
+                        command=command,
                     )
                     return replace(start, notes=(*warnings, *start.notes))
 
                 log = print if verbosity is not None else lambda line: None
                 start, lease = opened.enter_context(claim(directory, world, check, log))
                 yield opened.enter_context(
-                    build_run(config, world, dataset, placement, directory, start, lease, max_steps, stop, verbosity)
+                    build_run(
+                        config, world, dataset, classes, placement, directory, start, lease, max_steps, stop, verbosity
+                    )
                 )
         except (RuntimeError, MemoryError) as error:
             if explained := out_of_memory(error, config.train.global_batch, world.size):
@@ -183,6 +196,7 @@ def build_run(
     config: Config,
     world: World,
     dataset: Dataset,
+    classes: Classes,
     placement: str,
     directory: Path,
     start: Start,
@@ -203,16 +217,16 @@ def build_run(
     precision, why_precision = resolve_precision(config.train.precision, world.device)
     kernels, why_kernels = resolve_kernels(config.train.batchnorm_kernels, world, maps_dtype(precision))
     collectives = resolve_collectives(world)
-    update = build_update(config, world, precision, kernels, collectives)
+    update = build_update(config, world, precision, kernels, collectives, classes)
     runner = make_runner(config.train.runner, update)
     if start.loaded is not None:
         update.load_state_dict(start.loaded.state)
-    ema = build_ema(config, update, start)
+    ema = build_ema(config, update, start, classes)
     if world.size > 1:
         assert_ranks_agree(world.gather_objects(state_digest(update.snapshot(), config.train.sync_batchnorm)))
     drawing, standing = update.g.network if ema is None else ema.network, None
     if config.train.ema_statistics == "standing":
-        standing = Standing(drawing, build_generator(config.model.model_dump()))
+        standing = Standing(drawing, build_generator(config.model.model_dump(), classes))
         drawing = standing.network
 
     # Its place on disk.
@@ -223,7 +237,7 @@ def build_run(
         dataset,
         drawing,
         update.d.network,
-        build_discriminator(config.model.model_dump()).to(next(update.d.network.parameters())),
+        build_discriminator(config.model.model_dump(), classes).to(next(update.d.network.parameters())),
         directory / "checkpoints",
         every_steps=config.evaluate.every_steps,
         samples=config.evaluate.samples,
@@ -293,6 +307,7 @@ def build_run(
                 size=world.size,
                 device=world.device,
                 placement=placement,
+                labels=Labels(dataset, classes) if classes.names else None,
             )
         )
         lo, hi = rank_slice(batch, world.rank, world.size)
@@ -305,6 +320,7 @@ def build_run(
             facts=facts,
             world=world,
             dataset=dataset,
+            classes=classes,
             order=order,
             stream=stream,
             update=update,
@@ -351,6 +367,7 @@ def build_run(
 def _announce(run: Run, total_steps: int, epochs: float, choices: Sequence[str], notes: Sequence[str]) -> None:
     """Says on the console, and in the run's history, what starts here and from where."""
     verb, world = "continues" if run.step else "starts", run.world
+    names, images = run.classes.names, run.classes.images
     kernels = "deterministic kernels; " if run.facts["resolved"]["deterministic"] else ""
     if world.device.type == "cuda" and not kernels:
         kernels = "kernels that need not repeat their bits; "
@@ -360,6 +377,7 @@ def _announce(run: Run, total_steps: int, epochs: float, choices: Sequence[str],
         f"{epochs:g} epochs at batch {run.global_batch} are {total_steps:,} updates of G, "
         f"{total_steps * run.d_steps:,} of D; learning rates are as set, whatever the batch",
         *choices,
+        *([f"{len(names):,} classes; {images[0]:,} images count as unlabelled"] if names else []),
         f"runner {run.runner.name}: {run.runner.reason}; {kernels}samples in {run.stream.placement}",
         *(f"note: {note}" for note in notes),
     ):
@@ -424,6 +442,7 @@ def build_update(
     precision: Precision,
     kernels: Kernels = "torch",
     collectives: Collectives = PLAIN,
+    classes: Classes = NO_CLASSES,
 ) -> Update:
     """Returns the update of freshly initialised networks, on the world's device in the (resolved) precision.
 
@@ -431,7 +450,7 @@ def build_update(
     """
     model, optim, source = config.model, config.optim, torch.Generator().manual_seed(config.seed)
     described = model.model_dump()
-    generator, discriminator = build_generator(described), build_discriminator(described)
+    generator, discriminator = build_generator(described, classes), build_discriminator(described, classes)
     for network in (generator, discriminator):
         initialise(network, model.init_std, source, model.init)
     return Update(
@@ -465,16 +484,15 @@ def build_penalty(config: Config) -> GradientPenalty:
     return GradientPenalty(chosen.weight, chosen.sigma, kinds, chosen.every, chosen.method)
 
 
-def build_ema(config: Config, update: Update, start: Start) -> EMA | None:
+def build_ema(config: Config, update: Update, start: Start, classes: Classes = NO_CLASSES) -> EMA | None:
     """Returns the averaged generator that the configuration asks for, as it was where the run starts, or None."""
     half_life = config.train.ema_half_life_images
     if half_life == 0:
         return None
     per_step = config.optim.d_steps * config.train.global_batch
     # A run that began with another's weights has no meaningless first ones to forget.
-    ema = EMA(
-        update.g.network, build_generator(config.model.model_dump()), half_life, per_step, ramp=start.parent is None
-    )
+    twin = build_generator(config.model.model_dump(), classes)
+    ema = EMA(update.g.network, twin, half_life, per_step, ramp=start.parent is None)
     if start.loaded is not None and "generator_ema" in start.loaded.state:
         ema.network.load_state_dict(start.loaded.state["generator_ema"])
     return ema

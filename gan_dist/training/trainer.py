@@ -200,7 +200,7 @@ def _draw_batches(run: Run) -> tuple[list[torch.Tensor], list[torch.Tensor], lis
             real = real.clone()  # the stream reuses its buffer at the following call
         reals.append(real)
         latents.append(draw_latents(*draw, run.latent_dim, *part, run.update.dtype))
-        draws += run.update.draw(*draw[:2])
+        draws += run.update.draw(*draw[:2], run.stream.classes)
     return reals, latents, draws
 
 

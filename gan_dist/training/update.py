@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gan_dist.config.schema import LossName
+from gan_dist.data.classes import one_hot
 from gan_dist.data.order import rank_slice
 from gan_dist.distributed.exchange import PLAIN, Collectives
 from gan_dist.distributed.world import World
@@ -22,7 +23,7 @@ from gan_dist.model.batchnorm import Kernels, prepare
 from gan_dist.model.losses import discriminator_loss, generator_loss, minimax_value
 from gan_dist.model.networks import IMAGE_CHANNELS
 from gan_dist.model.penalty import NO_PENALTY, GradientPenalty
-from gan_dist.training.draws import draw_noise, draw_uniform
+from gan_dist.training.draws import draw_dropped, draw_noise, draw_uniform
 from gan_dist.training.optim import CONSTANT, STILL, Beta2Ramp, Buffers, Player, Schedule
 from gan_dist.utils.tensors import copy_state, to_host
 
@@ -53,6 +54,9 @@ the number of this step's updates (of D and of G) that were not applied because 
 Requests = tuple[float, float]
 """(stop, save): 1 where a rank asks for it, else 0."""
 NO_REQUESTS: Requests = (0.0, 0.0)
+LABEL_DROPOUT = 0.1
+"""Share of images, real and generated, that lose their label for a step: from them the unconditional part of both
+networks learns what all classes have in common, and a class can be asked for with more or less strength."""
 
 
 class Update:
@@ -93,6 +97,8 @@ class Update:
         self.precision = precision
         self.batchnorm_kernels = batchnorm_kernels
         self.collectives = collectives
+        self.num_classes: int = getattr(generator, "num_classes", 0)
+        self._labelled = min(1, self.num_classes)  # how many of a pass's draws are classes
         self.loss = loss
         self.real_target = real_target
         self.generator_target = generator_target
@@ -125,9 +131,15 @@ class Update:
             if self.beta2_ramp.images:
                 player.set_beta2(self.beta2_ramp(player.betas[1], images_seen))
 
-    def draw(self, seed: int, position: int) -> list[Tensor]:
-        """Returns the random numbers that D's update at `position` takes beside its latents: this rank's share."""
+    def draw(self, seed: int, position: int, classes: Tensor | None = None) -> list[Tensor]:
+        """Returns what D's update at `position` takes beside images and latents, this rank's share: random numbers and,
+        in a game with classes, first of all its images' `classes`, int64 [b], one-hot where they were not dropped."""
         draws = []
+        if self.num_classes:
+            assert classes is not None, "a game with classes needs those of its images"
+            part = (self.lo, self.hi, self.world.device)
+            dropped = draw_dropped(seed, position, self.global_batch, LABEL_DROPOUT, *part)
+            draws.append(one_hot(classes.masked_fill(dropped, 0), self.num_classes, self.dtype))
         if self.augment.changes:
             numbers = (2, self.global_batch, NUMBERS)
             draws.append(draw_uniform(seed, position, numbers, self.lo, self.hi, self.world.device, self.dtype))
@@ -159,9 +171,9 @@ class Update:
             last = k == self.d_steps - 1
             # A skipped update also undoes what its forward passes did to batch norm's running statistics.
             kept = buffers.snapshot()
-            with torch.set_grad_enabled(last):
-                fake = self.generate(z)
             drawn = draws[k * each : (k + 1) * each]
+            with torch.set_grad_enabled(last):
+                fake = self.generate(z, *drawn[: self._labelled])
             d_loss, d_extras = self.discriminator_pass(real, fake.detach(), *drawn)
             d_norm, d_bad, d_sums = d.update(d_loss, d_extras)
             if self.augment.adapts:
@@ -183,10 +195,10 @@ class Update:
     # The three passes below are what a runner may compile. Losses and statistics are sums over this rank's share,
     # divided by the *global* batch: summed over ranks they are means, whatever the shares.
 
-    def generate(self, latents: Tensor) -> Tensor:
-        """Returns fakes [b, 3, S, S] in [-1, 1]."""
+    def generate(self, latents: Tensor, *classes: Tensor) -> Tensor:
+        """Returns fakes [b, 3, S, S] in [-1, 1], in a game with classes those of the real images at their places."""
         with self._autocast():
-            images: Tensor = self.g(latents.to(self.maps))
+            images: Tensor = self.g(latents.to(self.maps), *classes)
         return images
 
     def discriminator_pass(self, real: Tensor, fake: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,6 +206,7 @@ class Update:
 
         draws: what `draw` returned. D is to be smooth where it looks: noise comes upon what augmentation made.
         """
+        classes, draws = draws[: self._labelled], draws[self._labelled :]
         images = real_and_fake(real, fake)
         if self.augment.changes:
             images = torch.cat(list(self._augmented(images.chunk(2), draws)))
@@ -202,8 +215,9 @@ class Update:
             images = torch.cat([images, *self.penalty.noisy(images.chunk(2), draws[-1], self.lo)])
         if self.penalty.kinds and exact:
             images.requires_grad_()
+        again = [each[self.penalty.places(self.lo)] for each in classes] * (0 if exact else self.penalty.kinds)
         with self._autocast():
-            logits = self.d(images, groups=2)
+            logits = self._judge(images, 2, [*classes, *classes, *again])
         logits, batch = logits.to(self.dtype), len(real)
         plain = logits[: 2 * batch] if self.penalty.kinds else logits
         real_logits, fake_logits = plain.chunk(2)
@@ -226,17 +240,23 @@ class Update:
 
         The uint8 `real` images count only where the loss compares pairs. Images are augmented as in D's last pass.
         """
+        classes, draws = draws[: self._labelled], draws[self._labelled :]
         paired = self.loss == "relativistic"
         reals = [to_signed(real, fake.dtype)] if paired else []
         kinds = self._augmented([*reals, fake], draws)
         images = torch.cat(list(kinds)) if paired else kinds[0]
         with self._autocast():
-            logits = self.d(images, groups=2 if paired else 1).to(self.dtype)
+            logits = self._judge(images, len(kinds), list(classes) * len(kinds)).to(self.dtype)
         real_logits, logits = logits.chunk(2) if paired else (None, logits)
         loss = generator_loss(logits, self.loss, self.generator_target, real_logits)
         with torch.no_grad():
             extras = torch.stack([loss, logits.sigmoid().sum()])
         return loss / self.global_batch, extras.div_(self.global_batch)
+
+    def _judge(self, images: Tensor, groups: int, classes: Sequence[Tensor]) -> Tensor:
+        """Returns D's logits of `images`; in a game with classes, of those whose rows these are, part after part."""
+        logits: Tensor = self.d(images, groups, torch.cat(list(classes))) if classes else self.d(images, groups=groups)
+        return logits
 
     def _augmented(self, kinds: Sequence[Tensor], draws: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns each of the `kinds`, of which the last is fakes, augmented if it is to be."""

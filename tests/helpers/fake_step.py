@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from gan_dist.config.schema import load_config
+from gan_dist.data.classes import NO_CLASSES
 from gan_dist.distributed.exchange import PLAIN, ROOM, Collectives, OneShot
 from gan_dist.training.setup import build_update
 from tests.helpers.dispatch import Log, fake_gpus
+from tests.helpers.games import STYLES
 
 BATCHES = (64, 128)
 """Images a rank. Two of them tell what an image costs from what a step does."""
@@ -26,7 +28,12 @@ BATCHES = (64, 128)
 GAMES: dict[str, list[str]] = {
     "thesis": [],
     "penalty": ["model.d_norm=none", "loss.gradient_penalty.weight=1", "loss.gradient_penalty.on=both"],
-    "spectral": ["model.d_norm=spectral", "loss.gradient_penalty.weight=1", "loss.gradient_penalty.share=0.25"],
+    "classes": [
+        "model.classes=dataset",
+        "model.d_norm=spectral",
+        "loss.gradient_penalty.weight=1",
+        "loss.gradient_penalty.share=0.25",
+    ],
     "augment": [f"data.augment.{key}" for key in ("colour=true", "translation=true", "cutout=true", "target=0.6")]
     + ["model.minibatch_std=true", "model.blocks=residual", "optim.beta2_to=0.99", "optim.beta2_images=1000"],
 }
@@ -48,7 +55,9 @@ def play(size: int, kernels: Any, fault: str, batch: int, game: str, rank: int =
             "buckets": Collectives(3),
             "one_shot": Collectives(1, OneShot(buffer, rank, size, torch.clone)),  # the true one asks for a device
         }.get(game, PLAIN)
-        update = build_update(config, world, "bf16", kernels, collectives)
+        update = build_update(
+            config, world, "bf16", kernels, collectives, STYLES if config.model.classes == "dataset" else NO_CLASSES
+        )
         real = torch.empty(batch, 3, 64, 64, dtype=torch.uint8, device="cuda")
         latents, requests = torch.empty(batch, 100, device="cuda"), torch.zeros(2, device="cuda")
         honest = update.generator_pass
@@ -64,7 +73,7 @@ def play(size: int, kernels: Any, fault: str, batch: int, game: str, rank: int =
             return loss, extras
 
         update.generator_pass = faulty  # type: ignore[method-assign]
-        draws = update.draw(0, 0)
+        draws = update.draw(0, 0, torch.empty(batch, dtype=torch.int64, device="cuda"))
         update.begin(0)
         update.step([real], [latents], requests, draws)
         log: Any = Log()

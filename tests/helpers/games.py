@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gan_dist.config.schema import Blocks, DNorm, Init, Upsample
+from gan_dist.data.classes import NO_CLASSES, Classes
 from gan_dist.distributed.world import World
 from gan_dist.model.networks import Discriminator, Generator, initialise
 from gan_dist.training.draws import draw_latents
@@ -15,6 +16,7 @@ from gan_dist.training.update import NO_REQUESTS, Requests, Update
 
 RESOLUTION, LATENT_DIM, CHANNELS = 32, 8, 4
 CPU = torch.device("cpu")
+STYLES = Classes(("baroque", "cubism"), (1, 1, 1))
 
 
 def networks(
@@ -26,11 +28,14 @@ def networks(
     init: Init = "dcgan",
     blocks: Blocks = "plain",
     minibatch_std: bool = False,
+    classes: Classes = NO_CLASSES,
 ) -> tuple[Generator, Discriminator]:
     """Returns small networks; a wide initialisation keeps gradients well away from zero."""
     stream = torch.Generator().manual_seed(seed)
-    generator = Generator(RESOLUTION, LATENT_DIM, CHANNELS, upsample, blocks)
-    discriminator = Discriminator(RESOLUTION, CHANNELS, 0.2, d_norm, blocks, minibatch_std)
+    generator = Generator(RESOLUTION, LATENT_DIM, CHANNELS, upsample, blocks, classes=classes)
+    discriminator = Discriminator(
+        RESOLUTION, CHANNELS, 0.2, d_norm, blocks, minibatch_std, num_classes=len(classes.names)
+    )
     initialise(generator, std, stream, init)
     initialise(discriminator, std, stream, init)
     return generator, discriminator
@@ -56,12 +61,23 @@ def batches(update: Update, step: int) -> tuple[list[Tensor], list[Tensor]]:
     return reals, latents
 
 
+def labels(update: Update, step: int) -> list[Tensor | None]:
+    """Returns this rank's classes of a step, one for each of its D updates, where the game has classes."""
+    found: list[Tensor | None] = []
+    for k in range(update.d_steps):
+        stream = torch.Generator().manual_seed(2000 + step * update.d_steps + k)
+        whole = torch.randint(0, 1 + update.num_classes, (update.global_batch,), generator=stream)
+        found.append(whole[update.lo : update.hi].to(update.world.device) if update.num_classes else None)
+    return found
+
+
 def moves(
     update: Update, step: int, requests: Requests = NO_REQUESTS
 ) -> tuple[list[Tensor], list[Tensor], Requests, list[Tensor]]:
     """Returns all that a step takes: reals, latents, requests, and what the game draws beside."""
     positions = [(step * update.d_steps + k) * update.global_batch for k in range(update.d_steps)]
-    return *batches(update, step), requests, [drawn for at in positions for drawn in update.draw(7, at)]
+    given = zip(positions, labels(update, step), strict=True)
+    return *batches(update, step), requests, [drawn for at, classes in given for drawn in update.draw(7, at, classes)]
 
 
 def tensors(update: Update) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from gan_dist.config.diff import continuation
 from gan_dist.config.schema import (
     WITH_SIGN,
     Blocks,
+    ClassSource,
     Config,
     DNorm,
     Init,
@@ -24,6 +25,7 @@ from gan_dist.config.schema import (
     Upsample,
     load_config,
 )
+from gan_dist.data.classes import NO_CLASSES
 from gan_dist.distributed.world import World
 from gan_dist.runs.checkpoint import find
 from gan_dist.sampling.generate import build_generator
@@ -31,7 +33,7 @@ from gan_dist.training.setup import build_update
 from gan_dist.training.trainer import train
 from gan_dist.training.update import Update
 from gan_dist.utils.errors import UserError
-from tests.helpers.games import LATENT_DIM, RESOLUTION, batches, moves, tensors
+from tests.helpers.games import LATENT_DIM, RESOLUTION, STYLES, batches, moves, tensors
 from tests.helpers.training import assert_identical, final_state, small
 
 SMALL = {"resolution": RESOLUTION, "latent_dim": LATENT_DIM, "g_channels": 2, "d_channels": 2}
@@ -43,6 +45,7 @@ MODELS = st.fixed_dictionaries(
         "init": st.sampled_from(get_args(Init)),
         "blocks": st.sampled_from(get_args(Blocks)),
         "minibatch_std": st.booleans(),
+        "classes": st.sampled_from(get_args(ClassSource)),
     }
 )
 AUGMENTS = st.fixed_dictionaries(
@@ -78,7 +81,8 @@ def configured(**sections: Any) -> Config:
 
 
 def built(config: Config) -> Update:
-    update = build_update(config, World(), "fp32")
+    classes = STYLES if config.model.classes == "dataset" else NO_CLASSES
+    update = build_update(config, World(), "fp32", classes=classes)
     update.augment = replace(update.augment, images_to_full=16)  # so that ten steps move it
     return update
 
@@ -122,6 +126,7 @@ def test_a_state_continues_bit_for_bit(d_norm: DNorm, upsample: Upsample, blocks
     penalty = {"weight": 0.0 if d_norm == "batch" else 0.1, "share": 0.5}
     loss = {"name": "hinge", "gradient_penalty": penalty}
     model = {"d_norm": d_norm, "upsample": upsample, "blocks": blocks, "minibatch_std": d_norm == "batch"}
+    model["classes"] = "dataset" if upsample == "nearest" else "none"
     config = configured(model=model, loss=loss, data={"augment": {"translation": True, "cutout": True, "target": 0.6}})
     through, first = built(config), built(config)
     for step in range(4):
@@ -191,7 +196,7 @@ def test_a_run_from_before_these_keys_goes_on(dataset: Path, tmp_path: Path) -> 
     file = find(tmp_path / "run").path / "state.pt"
     state = torch.load(file)
     del state["config"]["loss"]["gradient_penalty"], state["config"]["data"]["augment"]
-    for key in ("blocks", "minibatch_std", "upsample", "d_norm", "init"):
+    for key in ("classes", "classes_min_images", "blocks", "minibatch_std", "upsample", "d_norm", "init"):
         del state["config"]["model"][key]
     refused, notes = continuation(state["config"], load_config(small(dataset)).to_dict())
     assert not refused and not notes

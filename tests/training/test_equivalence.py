@@ -19,7 +19,7 @@ from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training.draws import draw_noise
 from gan_dist.training.optim import Beta2Ramp
-from tests.helpers.games import CPU, batches, game, moves, tensors, worst
+from tests.helpers.games import CPU, STYLES, batches, game, moves, tensors, worst
 from tests.helpers.ranks import run_ranks
 
 WORLDS = (2, 3, 4)
@@ -69,6 +69,18 @@ CASES |= {
         "model": {"minibatch_std": True, "d_norm": "spectral", "blocks": "residual"},
     },
     "ramped-adam": {"global_batch": 7, "g_betas": (0.0, 0.9), "d_betas": (0.0, 0.9), "beta2_ramp": Beta2Ramp(0.99, 20)},
+    "classes-relativistic": {
+        "global_batch": 7,
+        "d_steps": 2,
+        "loss": "relativistic",
+        "model": {"classes": STYLES},
+    },
+    "classes-penalty-augment": {
+        "global_batch": 7,
+        "model": {"classes": STYLES, "d_norm": "none"},
+        "penalty": GradientPenalty(0.5, 0.1, kinds=2, every=3),
+        "augment": Augment(True, True, True, 0.7),
+    },
     "penalty-exact": {
         "global_batch": 7,
         "model": {"d_norm": "none"},
@@ -85,6 +97,7 @@ CASE_OF = {
     "places counted on each rank": "penalty-third-of-reals",
     "the same changes everywhere": "augment-relativistic",
     "local deviations": "minibatch-std",
+    "labels not sliced with images": "classes-relativistic",
 }
 """Each control breaks a case."""
 
@@ -114,6 +127,9 @@ def _play(world: World, case: str, control: str = "", requests: tuple[float, flo
         if control in ("the same noise everywhere", "the same changes everywhere"):
             alone = moves(game(None, **CASES[case]), step)[3]
             draws = [whole[:, : own.shape[1]] for whole, own in zip(alone, draws, strict=True)]
+        if control == "labels not sliced with images":
+            alone = moves(game(None, **CASES[case]), step)[3]
+            draws = [whole[:share] for whole in alone]
         if control == "places counted on each rank":
             update.lo = 0
             draws = [draw_noise(7, step, (1, share, 3, 32, 32), 3, 0, share, CPU, torch.float64) for _ in draws]

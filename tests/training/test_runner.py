@@ -30,7 +30,7 @@ from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.tensors import assert_ranks_agree, state_digest
 from tests import PRECISION
 from tests.helpers.fake_cuda import play_cuda
-from tests.helpers.games import CPU, batches, game, moves, tensors, worst
+from tests.helpers.games import CPU, STYLES, batches, game, moves, tensors, worst
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import small
 
@@ -71,6 +71,8 @@ def test_other_games_compile_too(loss: str, d_norm: str) -> None:
     torch._dynamo.reset()  # it compiles a function for 8 games, and then no more
     model: dict[str, Any] = {"d_norm": d_norm, "upsample": "nearest", "init": "he"}
     game: dict[str, Any] = {"augment": Augment(True, True, True, target=0.1, images_to_full=20)}
+    if loss == "hinge":
+        model["classes"] = STYLES
     if d_norm == "batch":
         model |= {"minibatch_std": True, "blocks": "residual"}
     else:
