@@ -262,7 +262,7 @@ class _Slot:
     used: Any = None
 
     def __post_init__(self) -> None:
-        self.batches = list(zip(*(buffer.unbind() for buffer in self.device), strict=True))
+        self.batches: list[tuple[torch.Tensor, ...]] = list(zip(*(each.unbind() for each in self.device), strict=True))
 
 
 class Stream:

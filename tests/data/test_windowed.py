@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def pixels(source: Path) -> torch.Tensor:
 
 @contextmanager
 def streaming(dataset: Dataset, order: Order, **kwargs: int) -> Iterator[Stream]:
-    settings = {"position": 0, "global_batch": 4, **kwargs}
+    settings: dict[str, Any] = {"position": 0, "global_batch": 4, **kwargs}
     with Stream(dataset, order, device=CPU, placement="windowed", **settings) as stream:
         yield stream
 
@@ -251,7 +252,8 @@ def _train_on_rank(rank: int, size: int, address: str, cache: str, expected: str
         open_dataset(expected) as here,
     ):
         stage(dataset, placement)
-        order, place = Order(dataset.shard_sizes, 11, window), {"position": 5, "global_batch": 8}
+        order = Order(dataset.shard_sizes, 11, window)
+        place: dict[str, Any] = {"position": 5, "global_batch": 8}
         with (
             Stream(dataset, order, **place, rank=rank, size=size, device=CPU, placement=placement) as far,
             Stream(here, order, **place, rank=rank, size=size, device=CPU, placement="memory") as near,

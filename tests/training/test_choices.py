@@ -125,7 +125,12 @@ def test_what_the_schema_allows_is_played_and_the_rest_is_refused(
 def test_a_state_continues_bit_for_bit(d_norm: DNorm, upsample: Upsample, blocks: Blocks) -> None:
     penalty = {"weight": 0.0 if d_norm == "batch" else 0.1, "share": 0.5}
     loss = {"name": "hinge", "gradient_penalty": penalty}
-    model = {"d_norm": d_norm, "upsample": upsample, "blocks": blocks, "minibatch_std": d_norm == "batch"}
+    model: dict[str, Any] = {
+        "d_norm": d_norm,
+        "upsample": upsample,
+        "blocks": blocks,
+        "minibatch_std": d_norm == "batch",
+    }
     model["classes"] = "dataset" if upsample == "nearest" else "none"
     config = configured(model=model, loss=loss, data={"augment": {"translation": True, "cutout": True, "target": 0.6}})
     through, first = built(config), built(config)

@@ -98,7 +98,7 @@ def test_ranks_draw_slices_of_one_noise_for_the_images_that_are_chosen(batch: in
     parts = [drawn(lo, hi) for lo, hi in itertools.pairwise(cuts)]
     assert torch.equal(torch.cat(parts, 1), whole)
     numbers = torch.arange(batch)
-    chosen = [numbers[lo:hi][penalty._places(lo)] for lo, hi in itertools.pairwise(cuts)]
+    chosen = [numbers[lo:hi][penalty.places(lo)] for lo, hi in itertools.pairwise(cuts)]
     assert torch.cat(chosen).tolist() == list(range(0, batch, every))
     assert [len(each) for each in chosen] == [part.shape[1] for part in parts]
 
