@@ -29,9 +29,6 @@ CHANGE_RULES: dict[str, Rule] = {
 """What may differ when a run continues. `noted` changes bits though not the game, so the start says so; keys (or whole
 sections) that are not listed would make another run and are refused. The number of ranks is not a key: it is free."""
 
-FIXED_FROM = ("model.",)
-"""What a new run that starts from another's checkpoint (`--from`) must share with it: the shapes."""
-
 
 def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a configuration, flat, with the default of each key that was not there yet when it was stored."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gan_dist.config.diff import FIXED_FROM, changes, continuation, flatten, with_defaults
+from gan_dist.config.diff import changes, continuation, flatten, with_defaults
 from gan_dist.data.classes import NO_CLASSES, Classes
+from gan_dist.model.growth import misfit
 from gan_dist.runs.checkpoint import Loaded, find, load_newest
 from gan_dist.runs.naming import run_and_step
 from gan_dist.utils.errors import UserError
@@ -27,6 +28,8 @@ class Start:
     loaded: Loaded | None = None
     parent: str | None = None
     """`RUN@STEP` this run was started from with --from, now or when it began."""
+    grown_from: int | None = None
+    """The pixels a side of the parent, where this run's images are larger."""
     fresh: bool = True
     """Whether counting begins at step 0: no checkpoint of its own is there yet."""
     notes: tuple[str, ...] = ()
@@ -59,8 +62,12 @@ def prepare_start(
     loaded = load_newest(run_dir / "checkpoints")
     notes: list[str] = []
     if loaded is None:
-        parent = find_parent(from_run, config, classes) if from_run is not None else None
-        return Start(parent, _parent_name(parent), True, tuple(parent.skipped if parent else ()))
+        if from_run is None:
+            return Start()
+        parent = find_parent(from_run, config, classes)
+        before = _model_of(parent.state["config"])["resolution"]
+        grown_from = before if before != config["model"]["resolution"] else None
+        return Start(parent, _parent_name(parent), grown_from, True, parent.skipped)
     recorded = loaded.manifest.get("parent")
     if from_run is not None and recorded != (wanted := _parent_name(find_parent(from_run, config, classes))):
         raise UserError(
@@ -84,25 +91,28 @@ def prepare_start(
         raise UserError(
             f"{run_dir} holds a run with other classes: {unlike}; start a new run: {_new_run(run_dir, command)}"
         )
-    return Start(loaded, recorded, False, (*notes, *changed))
+    return Start(loaded, recorded, loaded.manifest.get("grown_from"), False, (*notes, *changed))
 
 
-def _parent_name(parent: Loaded | None) -> str | None:
-    return f"{parent.path.parent.parent}@{parent.step}" if parent else None
+def _parent_name(parent: Loaded) -> str:
+    return f"{parent.path.parent.parent}@{parent.step}"
 
 
 def find_parent(from_run: str, config: Mapping[str, Any], classes: Classes = NO_CLASSES) -> Loaded:
-    """Returns the checkpoint that `RUN[@STEP]` names, whose networks must have the shapes that `config` asks for, and
-    these `classes`."""
+    """Returns the checkpoint that `RUN[@STEP]` names, whose networks must have the shapes that `config` asks for or be
+    able to grow to them, and these `classes`."""
     parent = find(*run_and_step(from_run))
-    for key, (old, new) in changes(with_defaults(parent.state["config"]), config).items():
-        if key.startswith(FIXED_FROM) and key not in ("model.init", "model.init_std", "model.classes_min_images"):
-            raise UserError(
-                f"--from {from_run}: {key} is {old} there and {new} here; the networks' shapes must be equal"
-            )
+    if why := misfit(_model_of(parent.state["config"]), _model_of(config)):
+        raise UserError(f"--from {from_run}: {why}")
     if unlike := Classes.of_state(parent.state).unlike(classes):
         raise UserError(f"--from {from_run}: {unlike}; the classes must be the same, name for name")
     return parent
+
+
+def _model_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all keys of a configuration's section `model`, with the defaults of those it does not have."""
+    section = "model."
+    return {key[len(section) :]: value for key, value in with_defaults(config).items() if key.startswith(section)}
 
 
 def _new_run(run_dir: Path, command: Sequence[str]) -> str:

@@ -191,16 +191,16 @@ class Player:
         return {"network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over weights, buffers and Adam's moments, in place; its learning rate and betas stay.
+        """Takes over weights, buffers and Adam's moments (unless they are None), in place; its learning rate and betas
+        stay.
 
         In place, because a CUDA graph has their addresses, and fused Adam wants moments laid out like their parameters.
         """
         self.network.load_state_dict(state["network"])
-        moments = state["optimizer"]["state"]
         with torch.no_grad():
-            for index, parameter in enumerate(self.parameters):
+            for index, parameter in enumerate(self.parameters if state["optimizer"] is not None else ()):
                 for name, value in self.optimizer.state[parameter].items():
-                    value.copy_(moments[index][name])
+                    value.copy_(state["optimizer"]["state"][index][name])
         self.working.refresh()
 
     @contextmanager

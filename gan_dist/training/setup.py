@@ -31,6 +31,7 @@ from gan_dist.distributed.preflight import preflight
 from gan_dist.distributed.world import World, join
 from gan_dist.model.augment import Augment
 from gan_dist.model.batchnorm import Kernels, resolve_kernels
+from gan_dist.model.growth import grow
 from gan_dist.model.networks import build_discriminator, build_generator, initialise
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.runs.checkpoint import check_disk
@@ -219,7 +220,12 @@ def build_run(
     collectives = resolve_collectives(world)
     update = build_update(config, world, precision, kernels, collectives, classes)
     runner = make_runner(config.train.runner, update)
+    notes = [*start.notes]
     if start.loaded is not None:
+        if start.fresh and start.grown_from:
+            state, lines = grow(start.loaded.state, update.networks(), config.model.resolution)
+            start = replace(start, loaded=replace(start.loaded, state=state))
+            notes += lines
         update.load_state_dict(start.loaded.state)
     ema = build_ema(config, update, start, classes)
     if world.size > 1:
@@ -231,7 +237,6 @@ def build_run(
 
     # Its place on disk.
     windowed = config.data.placement == "windowed" or (dataset.cache is not None and dataset.cache.windowed)
-    notes = [*start.notes]
     evaluator = Evaluator(
         world,
         dataset,
@@ -261,6 +266,7 @@ def build_run(
         "ranks": world.size,
     }
     facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
+    facts |= {"grown_from": start.grown_from} if start.grown_from else {}
     notes += [] if start.fresh else resolved_changes(directory, resolved)
     world.from_first(lambda: check_disk(directory, update.snapshot()))
     world.from_first(lambda: write_start(directory, to_yaml(config), facts))
@@ -292,7 +298,9 @@ def build_run(
             keep_epochs=config.checkpoint.keep_epochs,
             saved_step=-1 if start.fresh else step,
             synchronised=config.train.sync_batchnorm,
-            facts={key: facts[key] for key in ("dataset", "parent", "torch", "world_size")},
+            facts={
+                key: facts[key] for key in ("dataset", "parent", "grown_from", "torch", "world_size") if key in facts
+            },
             before_publishing=before_publishing,
         )
         closing.callback(lambda: checkpointer.failure(wait=True))
@@ -490,9 +498,10 @@ def build_ema(config: Config, update: Update, start: Start, classes: Classes = N
     if half_life == 0:
         return None
     per_step = config.optim.d_steps * config.train.global_batch
-    # A run that began with another's weights has no meaningless first ones to forget.
+    # A run that began with another's weights has no meaningless first ones to forget, but for those that grew.
+    ramp = start.parent is None or start.grown_from is not None
     twin = build_generator(config.model.model_dump(), classes)
-    ema = EMA(update.g.network, twin, half_life, per_step, ramp=start.parent is None)
+    ema = EMA(update.g.network, twin, half_life, per_step, ramp=ramp)
     if start.loaded is not None and "generator_ema" in start.loaded.state:
         ema.network.load_state_dict(start.loaded.state["generator_ema"])
     return ema

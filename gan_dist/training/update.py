@@ -292,10 +292,15 @@ class Update:
         state: dict[str, Any] = to_host(self.snapshot())
         return state
 
+    def networks(self) -> dict[str, dict[str, Tensor]]:
+        """Returns {generator, discriminator}: the live tensors by name."""
+        return {"generator": self.g.state_dict()["network"], "discriminator": self.d.state_dict()["network"]}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state, bit for bit. Learning rates and betas stay those that this Update was made with."""
-        self.g.load_state_dict({"network": state["generator"], "optimizer": state["optimizer_g"]})
-        self.d.load_state_dict({"network": state["discriminator"], "optimizer": state["optimizer_d"]})
+        """Takes over a state, bit for bit. Learning rates and betas stay those that this Update was made with; where
+        the state has no optimisers, Adam's moments stay too."""
+        self.g.load_state_dict({"network": state["generator"], "optimizer": state.get("optimizer_g")})
+        self.d.load_state_dict({"network": state["discriminator"], "optimizer": state.get("optimizer_d")})
         if self.augment.adapts and "augment" in state:  # a run that begins with another's weights may find none
             self.probability.copy_(state["augment"]["probability"])
 
