@@ -94,6 +94,14 @@ def sample(
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="Each row goes from one latent to another.")
     ] = False,
+    walk: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a film, .mp4 or .gif, of the grid on a closed walk.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long the walk takes.")] = 8.0,
+    fps: Annotated[int, typer.Option(help="The walk's frames a second.")] = 25,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels a side of each image, a multiple of the generator's. [default: these]")
+    ] = None,
     truncation: Annotated[
         float, typer.Option(metavar="PSI", help="Scale latents by this, up to 1: less variety, more usual images.")
     ] = 1.0,
@@ -108,22 +116,29 @@ def sample(
 ) -> None:
     """Draw images from a run's or another program's generator."""
     from gan_dist.sampling.sample import sample_run
+    from gan_dist.utils.progress import progress
 
-    lines = sample_run(
-        run,
-        step=step,
-        count=count,
-        seed=seed,
-        out=image,
-        interpolate=interpolate,
-        truncation=truncation,
-        standing_statistics=standing_statistics,
-        individual=individual,
-        export=export,
-        animation=animation,
-        neighbours=neighbours,
-        dataset=dataset,
-    )
+    with progress() as shown:
+        lines = sample_run(
+            run,
+            step=step,
+            count=count,
+            seed=seed,
+            out=image,
+            interpolate=interpolate,
+            walk=walk,
+            seconds=seconds,
+            fps=fps,
+            size=size,
+            truncation=truncation,
+            standing_statistics=standing_statistics,
+            individual=individual,
+            export=export,
+            animation=animation,
+            neighbours=neighbours,
+            dataset=dataset,
+            progress=shown,
+        )
     print_lines(lines)
 
 

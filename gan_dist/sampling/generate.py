@@ -19,7 +19,7 @@ from gan_dist.runs.naming import run_path
 from gan_dist.runs.record import read_run
 from gan_dist.sampling.standing import estimate_statistics
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.pictures import grid, save_gif, save_png, to_uint8
+from gan_dist.utils.pictures import enlarge, grid, save_gif, save_png, to_uint8
 
 MAX_FRAMES = 120
 """Frames of an animation: of a longer run every second, third, ... grid is shown, first and last always."""
@@ -39,17 +39,26 @@ def generate(generator: torch.nn.Module, latents: Tensor, batch: int = 256) -> T
         generator.train(training)
 
 
-def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Returns [steps, Z]: latents on the great circle from `start` [Z] to `end` [Z] (White 2016, section 2.1).
+def slerp(start: Tensor, end: Tensor, t: Tensor | float) -> Tensor:
+    """Returns latents [..., Z] on the great circles from `start` [..., Z] (t = 0) to `end` [..., Z] (t = 1), and beyond
+    (White 2016, section 2.1).
 
     A straight line would pass nearer to the origin than N(0, 1) latents ever lie.
     """
-    cosine = torch.dot(start, end) / (start.norm() * end.norm())
+    lengths = start.norm(dim=-1, keepdim=True) * end.norm(dim=-1, keepdim=True)
+    cosine = (start * end).sum(-1, keepdim=True) / lengths.clamp(min=1e-12)
     angle = torch.acos(cosine.clamp(-1, 1))
-    t = torch.linspace(0, 1, steps, dtype=start.dtype)[:, None]
-    if angle.sin().abs() < 1e-6:
-        return start + (end - start) * t
-    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
+    sine = angle.sin()
+    straight = sine.abs() < 1e-6
+    sine = torch.where(straight, 1.0, sine)
+    rest, t = 1 - t, torch.as_tensor(t, dtype=start.dtype)
+    of_start = torch.where(straight, rest, torch.sin(rest * angle) / sine)
+    return of_start * start + torch.where(straight, t, torch.sin(t * angle) / sine) * end
+
+
+def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Returns [steps, Z]: latents on the great circle from `start` [Z] to `end` [Z]."""
+    return slerp(start, end, torch.linspace(0, 1, steps, dtype=start.dtype)[:, None])
 
 
 def build_generator(state: Mapping[str, Any], device: torch.device | str = "cpu") -> Generator:
@@ -100,17 +109,25 @@ def draw(
     walk: bool = False,
     individual: Path | None = None,
     truncation: float = 1.0,
+    size: int | None = None,
 ) -> Tensor:
     """Returns `count` images, uint8 [count, 3, S, S], after writing their grid to `out` and, if asked, each alone.
 
     Latents are keyed by `seed` and scaled by `truncation`. With `walk` each row goes from one latent to another.
+    What is written has `size` pixels a side, a multiple of S.
     """
     images = generate(generator, draw_latents(latent_dim, count, seed, walk, truncation))
-    save_png(grid(images), out)
+    shown = enlarge(images, size)
+    save_png(grid(shown), out)
     if individual is not None:
-        for number, image in enumerate(images):
+        for number, image in enumerate(shown):
             save_png(image, individual / f"sample-{number:05d}.png")
     return images
+
+
+def page(generator: torch.nn.Module, latents: Tensor, size: int | None = None) -> Tensor:
+    """Returns the grid of the images of `latents` [N, Z], each `size` pixels a side: one picture, uint8 [3, H, W]."""
+    return grid(enlarge(generate(generator, latents), size))
 
 
 def animate(run: str | Path, out: Path, *, seconds: float = 8.0, max_frames: int = MAX_FRAMES) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from gan_dist.model.networks import Generator
 from gan_dist.runs.checkpoint import find, load
 from gan_dist.runs.naming import run_path
 from gan_dist.sampling.export import check_exportable, export_generator, load_weights
-from gan_dist.sampling.generate import animate, build_generator, draw, has_standing_statistics
+from gan_dist.sampling.generate import animate, build_generator, draw, draw_latents, has_standing_statistics, page
 from gan_dist.sampling.neighbours import draw_neighbours
 from gan_dist.sampling.standing import NUM_LATENTS, estimate_statistics
+from gan_dist.sampling.walk import check_walk, write_walk
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand
+from gan_dist.utils.pictures import grid_side
 
+MAX_PAGE = 16384
+"""Pixels a side of an enlarged grid."""
 MEASURED = f"measured on these weights, over {NUM_LATENTS:,} latents"
 
 
@@ -74,6 +79,10 @@ def sample_run(
     seed: int = 0,
     out: str | Path = "grid.png",
     interpolate: bool = False,
+    walk: str | Path | None = None,
+    seconds: float = 8.0,
+    fps: int = 25,
+    size: int | None = None,
     truncation: float = 1.0,
     standing_statistics: bool = False,
     individual: str | Path | None = None,
@@ -81,14 +90,17 @@ def sample_run(
     animation: str | Path | None = None,
     neighbours: str | Path | None = None,
     dataset: str | Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda verb, done, total: None,
 ) -> list[str]:
     """Returns a line for each file or folder written.
 
     Always the grid `out` of `count` images, of latents scaled by `truncation`; `standing_statistics` first measures
     batch norm's statistics on the weights, over such latents. Besides, as asked: each image alone in the folder
-    `individual`; the generator as `export` (safetensors, with a card beside it); the run's own grids as the GIF
-    `animation`; each sample beside its nearest real image as the PNG `neighbours`, from `dataset` (default: the one the
-    run was trained on).
+    `individual`; the grid as a film `walk` (.mp4 or .gif), whose latents leave those of the grid and come back to them
+    after `seconds`, in `fps` frames a second; the generator as `export` (safetensors, with a card beside it); the run's
+    own grids as the GIF `animation`; each sample beside its nearest real image as the PNG `neighbours`, from `dataset`
+    (default: the one the run was trained on). Grid, film and single images are enlarged to `size` pixels for each
+    image, a multiple of the generator's.
     Raises UserError for options that do not fit, before anything is written.
     """
     if count < 1:
@@ -103,6 +115,16 @@ def sample_run(
         raise UserError(f"--export: expected a file name ending in .safetensors, found {export}")
     if export is not None:
         check_exportable(source.generator)
+    side = source.generator.resolution
+    if size is not None and (size < side or size % side):
+        raise UserError(f"--size: expected a multiple of {side}, the pixels that {source.name} draws, found {size}")
+    if size is not None and (width := grid_side(count, size)) > MAX_PAGE:
+        raise UserError(
+            f"--size: a grid is at most {MAX_PAGE:,} pixels wide, {count} images of {size} would make {width:,}; "
+            "lower --size or --count"
+        )
+    if walk is not None:
+        check_walk(expand(walk), seconds, fps, grid_side(count, size or side))
     reals = None
     if neighbours is not None:
         if dataset is None and source.dataset is None:
@@ -127,8 +149,23 @@ def sample_run(
             walk=interpolate,
             truncation=truncation,
             individual=expand(individual) if individual is not None else None,
+            size=size,
         )
         lines = [f"{count} images of {source.name} in {out}"]
+        if walk is not None:
+            first = draw_latents(source.generator.latent_dim, count, seed, interpolate, truncation)
+            lines.append(
+                write_walk(
+                    lambda latents: page(source.generator, latents, size),
+                    first,
+                    expand(walk),
+                    seed=seed,
+                    seconds=seconds,
+                    fps=fps,
+                    truncation=truncation,
+                    progress=progress,
+                )
+            )
         if individual is not None:
             lines.append(f"each alone in {individual}")
         if export is not None:

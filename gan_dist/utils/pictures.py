@@ -1,10 +1,10 @@
-"""Tensors to pictures and picture files: grids, PNG, GIF. A file is complete or absent."""
+"""Tensors to pictures and picture files: grids, PNG, GIF, mp4. A file is complete or absent."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from gan_dist.utils.files import write_atomically
+
+MP4_CRF = 18
+"""x264's constant quality: nobody sees a loss."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -26,6 +29,20 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
 
     page: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=padding, pad_value=255)
     return page
+
+
+def grid_side(count: int, side: int, padding: int = 2) -> int:
+    """Returns how wide the picture is that `grid` makes of `count` images of `side` pixels."""
+    columns = math.ceil(math.sqrt(count))
+    return side if count == 1 else columns * (side + padding) + padding
+
+
+def enlarge(images: Tensor, side: int | None) -> Tensor:
+    """Returns images, uint8 [N, 3, S, S], with `side` pixels a side (Lanczos, each by itself); None leaves them."""
+    if side is None or side == images.shape[-1]:
+        return images
+    lanczos = Image.Resampling.LANCZOS
+    return torch.stack([from_pil(to_pil(image).resize((side, side), lanczos)) for image in images])
 
 
 def png_bytes(image: Tensor) -> bytes:
@@ -50,20 +67,44 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path, frame_seconds: float, last_seconds: float) -> None:
+def save_gif(
+    frames: Sequence[Image.Image],
+    path: Path,
+    frame_seconds: float,
+    last_seconds: float,
+    typical: Sequence[int] | None = None,
+) -> None:
     """Writes `frames` as an endless GIF that rests on the last one; they share one palette, so that none flickers.
 
-    Raises ValueError when there is no frame.
+    typical: the frames whose colours count. Raises ValueError when there is no frame.
     """
     if not frames:
         raise ValueError("an animation needs a frame")
-    # One frame from the middle and the last: early frames are grey, late ones colourful.
-    strip = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
-    strip.paste(frames[len(frames) // 2], (0, 0))
-    strip.paste(frames[-1], (0, frames[0].height))
+    # One frame from the middle and the last: early frames of a training are grey, late ones colourful.
+    typical = typical or (len(frames) // 2, len(frames) - 1)
+    chosen = [frames[place] for place in typical]
+    strip = Image.new("RGB", (chosen[0].width, len(chosen) * chosen[0].height))
+    for place, frame in enumerate(chosen):
+        strip.paste(frame, (0, place * frame.height))
     palette = strip.quantize(256, method=Image.Quantize.MEDIANCUT)
     indexed = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
     times = [round(1000 * frame_seconds)] * (len(indexed) - 1) + [round(1000 * last_seconds)]
     buffer = io.BytesIO()
     indexed[0].save(buffer, "GIF", save_all=True, append_images=indexed[1:], duration=times, loop=0, optimize=False)
+    write_atomically(path, buffer.getvalue(), make_folder=True)
+
+
+def save_mp4(frames: Iterable[Image.Image], path: Path, fps: int) -> None:
+    """Writes `frames`, RGB of one size with even sides, as H.264 video that any browser plays. Needs PyAV."""
+    import av  # late: an extra, not everybody has it
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as film:
+        stream = film.add_stream("libx264", rate=fps, options={"crf": str(MP4_CRF)})
+        stream.pix_fmt = "yuv420p"
+        for place, frame in enumerate(frames):
+            if place == 0:
+                stream.width, stream.height = frame.size
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(frame), format="rgb24")))
+        film.mux(stream.encode())
     write_atomically(path, buffer.getvalue(), make_folder=True)
