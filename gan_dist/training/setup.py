@@ -221,12 +221,14 @@ def build_run(
     update = build_update(config, world, precision, kernels, collectives, classes)
     runner = make_runner(config.train.runner, update)
     notes = [*start.notes]
-    if start.loaded is not None:
+    loaded = start.loaded
+    if loaded is not None:
         if start.fresh and start.grown_from:
-            state, lines = grow(start.loaded.state, update.networks(), config.model.resolution)
-            start = replace(start, loaded=replace(start.loaded, state=state))
+            state, lines = grow(loaded.state, update.networks(), config.model.resolution)
+            loaded = replace(loaded, state=state)
+            start = replace(start, loaded=loaded)
             notes += lines
-        update.load_state_dict(start.loaded.state)
+        update.load_state_dict(loaded.state)
     ema = build_ema(config, update, start, classes)
     if world.size > 1:
         assert_ranks_agree(world.gather_objects(state_digest(update.snapshot(), config.train.sync_batchnorm)))

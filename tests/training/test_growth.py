@@ -109,8 +109,7 @@ def test_it_is_said_and_goes_on_as_any_run_does(
 ) -> None:
     words = ["train.ema_half_life_images=64"]
     train(small(dataset), words, run_dir=tmp_path / "parent", max_steps=2, console=False)
-    begin = {"parent": tmp_path / "parent", "max_steps": 4}
-    grown(larger, *words, **begin, run_dir=tmp_path / "whole", console=True)
+    grown(larger, *words, parent=tmp_path / "parent", run_dir=tmp_path / "whole", max_steps=4, console=True)
     said = capfd.readouterr().out
     assert (
         "note: generator grown from 32 to 64 pixels: bn1 to bn3, convt1 to convt3 taken over, "
@@ -121,7 +120,7 @@ def test_it_is_said_and_goes_on_as_any_run_does(
         grown(larger, *words, parent=tmp_path / "parent", run_dir=tmp_path / "parts", max_steps=steps)
     assert_identical(tmp_path / "whole", tmp_path / "parts")
     capfd.readouterr()
-    grown(larger, *words, **{**begin, "max_steps": 5}, run_dir=tmp_path / "whole", console=True)
+    grown(larger, *words, parent=tmp_path / "parent", run_dir=tmp_path / "whole", max_steps=5, console=True)
     assert "grown" not in capfd.readouterr().out, "it grew once"
 
 
