@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,28 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any machine")
 
+ALONE = re.compile(r"(?<!not )\b(cluster|gpu)\b")
+"""What -m may ask for that is one for all: the SLURM that is booted here, the GPU's memory."""
+
 MAY_SKIP_IN_CI = re.compile(r"needs (a|two) CUDA devices?|needs torch|needs a cgroup v1")
 """What .ci/run cannot install. Programs (SLURM, a browser, ...) it can, so a test that lacks one there has failed."""
 
 
 def pytest_report_header() -> str:
     return f"gan_dist: {THREADS} thread(s) a process, precision auto is {PRECISION or 'what this machine has'}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which acts on what is set here
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Shares a whole suite out to a worker for each core. Named files and -n 0 stay in this process, as does --pdb."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker is asked too, and has workers of its own if it says so
+        return
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not ALONE.search(config.option.markexpr)
+    workers = min(4, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2
+    chosen = getattr(config.option, "numprocesses", 0)  # None unless somebody says otherwise; no option without xdist
+    if chosen is None and whole and workers > 1 and not config.option.usepdb:
+        # A worker's tests stand side by side as they were collected, so most fixtures of a file are made once.
+        config.option.numprocesses, config.option.dist = workers, "worksteal"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,3 +100,32 @@ def dataset(paintings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dataset") / "shards"
     prepare([paintings], out, resolution=32, shard_samples=16, max_reject_fraction=0.5)
     return out
+
+
+RunHere = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Generator[RunHere, None, None]:
+    """Yields what plays `gan-dist WORDS...` in this process and in tmp_path, and returns it as a finished process.
+
+    A process of its own takes seconds to start: one test of a kind has that, and the others have this.
+    """
+    from gan_dist.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back what main sets
+
+    def run_here(*words: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["gan-dist", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code is None or isinstance(left.value.code, int)
+        return subprocess.CompletedProcess(words, left.value.code or 0, *capsys.readouterr())
+
+    yield run_here
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gan_dist.data.prepare.prepare import prepare
+from tests.conftest import RunHere
 from tests.helpers.sources import contents, encode, fill
 
 COMMAND = [sys.executable, "-m", "gan_dist", "prepare"]
@@ -127,12 +128,11 @@ def test_every_option_reaches_the_dataset(tmp_path: Path) -> None:
         assert line in done.stdout, done.stdout
 
 
-def test_a_size_that_no_network_here_has_is_said_before_the_work(tmp_path: Path) -> None:
+def test_a_size_that_no_network_here_has_is_said_before_the_work(tmp_path: Path, run_here: RunHere) -> None:
     fill(tmp_path / "in", 2)
     for size, note in (
         ("48", "note: 48 pixels are for other programs; gan-dist trains on 32, 64, 128, 256\n"),
         ("32", ""),
     ):
-        words = [*COMMAND, str(tmp_path / "in"), str(tmp_path / size), "--resolution", size]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = run_here("prepare", tmp_path / "in", tmp_path / size, "--resolution", size)
         assert done.returncode == 0 and done.stderr == note, done.stderr

@@ -1,33 +1,24 @@
-"""The command line as a user meets it: real processes, exit statuses, one line for a mistake."""
+"""The command line as a user meets it: exit statuses, one line for a mistake; each kind in a real process once."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gan_dist.cli.main import main
 from gan_dist.config.schema import PRESETS, preset
+from tests.conftest import RunHere
 from tests.helpers.training import config_file
 
 
-def run(*words: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gan_dist", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, **env},
-    )
+def run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gan_dist", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def refused(*words: object, cwd: Path | None = None) -> str:
@@ -43,33 +34,20 @@ def one_line(status: object, errors: str) -> str:
 
 
 @pytest.fixture
-def refused_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., str]]:
-    """Yields what `refused` is, in this process: for mistakes of which one has been tried in a process of its own."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+def refused_here(run_here: RunHere) -> Callable[..., str]:
+    """Returns what `refused` is, in this process."""
 
     def refused_here(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["gan-dist", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return one_line(left.value.code, capsys.readouterr().err)
+        done = run_here(*words)
+        return one_line(done.returncode, done.stderr)
 
-    yield refused_here
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("command", ["", "train", "sample", "bench step"])
-def test_help_tells_what_there_is(command: str) -> None:
-    done = run(*command.split(), "--help")
-    assert done.returncode == 0 and "Usage: " in done.stdout and done.stderr == ""
+    return refused_here
 
 
 def test_help_lists_commands_in_the_order_in_which_one_uses_them() -> None:
-    listed = re.findall(r"^  ([a-z]+)  ", run("--help").stdout.split("Commands:")[1], re.MULTILINE)
+    done = run("--help")
+    assert done.returncode == 0 and "Usage: " in done.stdout and done.stderr == ""
+    listed = re.findall(r"^  ([a-z]+)  ", done.stdout.split("Commands:")[1], re.MULTILINE)
     assert listed == [
         "doctor",
         "demo",
@@ -84,28 +62,39 @@ def test_help_lists_commands_in_the_order_in_which_one_uses_them() -> None:
     ]
 
 
-def test_an_unknown_command_names_the_nearest() -> None:
-    done = run("trian")
+@pytest.mark.parametrize("command", ["train", "sample", "bench step"])
+def test_help_tells_what_there_is(command: str, run_here: RunHere) -> None:
+    done = run_here(*command.split(), "--help")
+    assert done.returncode == 0 and "Usage: " in done.stdout and done.stderr == ""
+
+
+def test_an_unknown_command_names_the_nearest(run_here: RunHere) -> None:
+    done = run_here("trian")
     assert done.returncode == 2 and "train" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_from_paintings_to_samples(paintings: Path, tmp_path: Path) -> None:
+def test_from_paintings_to_samples(
+    paintings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_here: RunHere,
+) -> None:
     shards = tmp_path / "shards"
+    monkeypatch.setenv("GAN_DIST_RUNS", str(tmp_path / "all"))
     done = run("prepare", paintings, shards, "--resolution", 32, "--max-reject-fraction", "0.5")
     assert done.returncode == 0, done.stderr
     assert "seen" in done.stdout and "70" in done.stdout and "rejected" in done.stdout
-    assert run("verify", shards).returncode == 0
+    assert run_here("verify", shards).returncode == 0
     config = config_file(shards, tmp_path)
-    done = run("train", config, "--max-steps", "4", cwd=tmp_path, GAN_DIST_RUNS=str(tmp_path / "all"))
+    done = run("train", config, "--max-steps", "4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "done: step 4" in done.stdout and "tensorboard --logdir" in done.stdout
-    home = str(tmp_path / "all")
-    done = run("sample", "small", "--count", "5", "--out", "g.png", cwd=tmp_path, GAN_DIST_RUNS=home)
+    done = run("sample", "small", "--count", "5", "--out", "g.png", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "g.png").stat().st_size > 500
-    done = run("sample", tmp_path / "all" / "small", "--individual", "each", "--interpolate", cwd=tmp_path)
+    done = run_here("sample", tmp_path / "all" / "small", "--individual", "each", "--interpolate")
     assert done.returncode == 0 and len(list((tmp_path / "each").iterdir())) == 64
     flip_a_byte(shards / "shard-00000.tar")
-    done = run("verify", shards)
+    done = run_here("verify", shards)
     assert done.returncode == 1 and "shard-00000.tar" in done.stdout
 
 
@@ -115,8 +104,10 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_a_dry_run_prints_the_whole_configuration_and_makes_nothing(dataset: Path, tmp_path: Path) -> None:
-    done = run("train", config_file(dataset, tmp_path), "optim.g_lr=1e-4", "--dry-run", cwd=tmp_path)
+def test_a_dry_run_prints_the_whole_configuration_and_makes_nothing(
+    dataset: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    done = run_here("train", config_file(dataset, tmp_path), "optim.g_lr=1e-4", "--dry-run")
     assert done.returncode == 0 and "g_lr: 0.0001" in done.stdout and "timeout_s: 300.0" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
 

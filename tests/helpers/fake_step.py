@@ -1,14 +1,15 @@
-"""A whole step on GPUs that do not exist, alone in its process.
+"""Whole steps on GPUs that do not exist, in a process of their own.
 
-python -m tests.helpers.fake_step WORLD KERNELS [FAULT [GAME [RANK]]]
+python -m tests.helpers.fake_step STEP...
 
-Prints, as JSON, what a step launches, reduces and moves at two batch sizes.
+A STEP is a Step's fields in JSON. Prints a line of JSON for each: what it launches, reduces and moves, or its error.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,6 +24,18 @@ from tests.helpers.games import STYLES
 
 BATCHES = (64, 128)
 """Images a rank. Two of them tell what an image costs from what a step does."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step of one rank. `weighed` plays it at both batch sizes, otherwise at the larger one."""
+
+    size: int
+    kernels: str
+    game: str = "thesis"
+    rank: int = 0
+    fault: str = ""
+    weighed: bool = False
 
 
 GAMES: dict[str, list[str]] = {
@@ -42,33 +55,32 @@ EXCHANGES = ("buckets", "one_shot")
 """Games of the thesis with other collectives."""
 
 
-def play(size: int, kernels: Any, fault: str, batch: int, game: str, rank: int = 0) -> Log:
+def play(step: Step, batch: int) -> Log:
     """Returns the log of a rank's second step of a game at full width in bf16, `batch` images a rank."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr("gan_dist.training.draws._draws", lambda *words: None)  # a generator asks for a real device
-    with fake_gpus(size, patch, rank) as world:
-        config = load_config(
-            {"data": {"shards": "/tmp/none"}}, [f"train.global_batch={batch * size}", *GAMES.get(game, [])]
-        )
+    kernels: Any = step.kernels
+    with pytest.MonkeyPatch.context() as patch, fake_gpus(step.size, patch, step.rank) as world:
+        patch.setattr("gan_dist.training.draws._draws", lambda *words: None)  # a generator asks for a real device
+        words = [f"train.global_batch={batch * step.size}", *GAMES.get(step.game, [])]
+        config = load_config({"data": {"shards": "/tmp/none"}}, words)
         buffer = torch.zeros(ROOM, device="cuda")
         collectives = {
             "buckets": Collectives(3),
-            "one_shot": Collectives(1, OneShot(buffer, rank, size, torch.clone)),  # the true one asks for a device
-        }.get(game, PLAIN)
-        update = build_update(
-            config, world, "bf16", kernels, collectives, STYLES if config.model.classes == "dataset" else NO_CLASSES
-        )
+            # the true one asks for a device
+            "one_shot": Collectives(1, OneShot(buffer, step.rank, step.size, torch.clone)),
+        }.get(step.game, PLAIN)
+        classes = STYLES if config.model.classes == "dataset" else NO_CLASSES
+        update = build_update(config, world, "bf16", kernels, collectives, classes)
         real = torch.empty(batch, 3, 64, 64, dtype=torch.uint8, device="cuda")
         latents, requests = torch.empty(batch, 100, device="cuda"), torch.zeros(2, device="cuda")
         honest = update.generator_pass
 
         def faulty(fake: torch.Tensor, real: torch.Tensor, *draws: torch.Tensor) -> Any:
             loss, extras = honest(fake, real, *draws)
-            if fault == "waits":
+            if step.fault == "waits":
                 loss.item()
-            if fault == "mixes devices":
+            if step.fault == "mixes devices":
                 loss = loss * torch.ones(1)
-            if fault == "copies":
+            if step.fault == "copies":
                 loss, extras = honest(fake.clone(), real, *draws)
             return loss, extras
 
@@ -83,21 +95,32 @@ def play(size: int, kernels: Any, fault: str, batch: int, game: str, rank: int =
         return second
 
 
-def main(size: str, kernels: str, fault: str = "", game: str = "thesis", rank: str = "0") -> None:
-    small, large = (play(int(size), kernels, fault, batch, game, int(rank)) for batch in BATCHES)
-    (launches, few), (same, many) = small.total, large.total
-    assert launches == same, "the number of launches depends on the batch"
-    an_image = (many - few) / (BATCHES[1] - BATCHES[0])
-    found = {
+def found(step: Step) -> dict[str, Any]:
+    """Returns what a step comes to."""
+    log = play(step, BATCHES[1])
+    launches, many = log.total
+    told = {
         "launches": launches,
-        "collectives": dict(large.collectives),
-        "order": large.order,
-        "reduced": large.reduced,
-        "an_image": an_image,
-        "a_step": many - BATCHES[1] * an_image,
-        "elsewhere": large.elsewhere,
+        "collectives": dict(log.collectives),
+        "order": log.order,
+        "reduced": log.reduced,
+        "elsewhere": log.elsewhere,
     }
-    print(json.dumps(found))
+    if step.weighed:
+        same, few = play(step, BATCHES[0]).total
+        assert launches == same, "the number of launches depends on the batch"
+        an_image = (many - few) / (BATCHES[1] - BATCHES[0])
+        told |= {"an_image": an_image, "a_step": many - BATCHES[1] * an_image}
+    return told
+
+
+def main(*steps: str) -> None:
+    for step in steps:
+        try:
+            told = found(Step(**json.loads(step)))
+        except Exception as error:
+            told = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

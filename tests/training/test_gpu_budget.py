@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from gan_dist.training.runner import compiler
-from tests.helpers.fake_step import EXCHANGES, GAMES
+from tests.helpers.fake_step import EXCHANGES, GAMES, Step
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or compiler() is None, reason="torch.compile needs a C++ compiler"),
@@ -49,45 +50,53 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+WEIGHED = [Step(size, kernels, weighed=True) for size, kernels in BUDGET]
+OTHERS = [Step(8, "torch", game) for game in GAMES if game != "thesis"]
+ENDS = {game: [Step(8, "triton", game, rank) for rank in (0, 7)] for game in EXCHANGES}
+"""The first and the last rank."""
+FAULTS = {fault: Step(1, "torch", fault=fault, weighed=True) for fault in ("waits", "mixes devices", "copies")}
+
+
 @cache
-def _step(library: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def _played(library: Path, steps: tuple[Step, ...]) -> dict[Step, dict[str, Any]]:
+    """Returns what each step comes to, played by one process."""
     environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.helpers.fake_step", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
-
-
-def _found(
-    library: Path, size: int, kernels: str, fault: str = "", game: str = "thesis", rank: str = "0"
-) -> dict[str, Any]:
-    done = _step(library, str(size), kernels, fault, game, rank)
+    command = [sys.executable, "-m", "tests.helpers.fake_step", *(json.dumps(asdict(step)) for step in steps)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(steps, map(json.loads, lines), strict=True))
+
+
+def _found(library: Path, step: Step, among: list[Step]) -> dict[str, Any]:
+    found = _played(library, tuple(among))[step]
+    assert "error" not in found, found["error"]
     return found
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("size", [1, 8])
-def test_a_step_keeps_its_budget(library: Path, size: int, kernels: str) -> None:
-    found, budget = _found(library, size, kernels), BUDGET[size, kernels]
+@pytest.mark.parametrize("step", WEIGHED, ids=lambda step: f"{step.size}-{step.kernels}")
+def test_a_step_keeps_its_budget(library: Path, step: Step) -> None:
+    found, budget = _found(library, step, WEIGHED), BUDGET[step.size, step.kernels]
     assert found["elsewhere"] == []
     # 4 layers with batch norm in G, 3 in D, which plays twice: a gather for each on its way forth, a sum on its way
     # back; and both networks' gradients.
-    expected = {"_allgather_base": 10, "allreduce": 12} if size > 1 else {}
+    expected = {"_allgather_base": 10, "allreduce": 12} if step.size > 1 else {}
     assert found["collectives"] == expected
     for name, most in budget.items():
         assert most * 0.97 <= found[name] <= most, f"{name}: {found[name]:,.0f}, budget {most:,.0f}"
 
 
-@pytest.mark.parametrize("game", [name for name in GAMES if name != "thesis"])
-def test_other_games_stay_on_the_gpu_and_wait_for_nothing(library: Path, game: str) -> None:
-    found = _found(library, 8, "torch", game=game)
+@pytest.mark.parametrize("step", OTHERS, ids=lambda step: step.game)
+def test_other_games_stay_on_the_gpu_and_wait_for_nothing(library: Path, step: Step) -> None:
+    found = _found(library, step, OTHERS)
     assert found["elsewhere"] == []
     assert found["collectives"]["allreduce"] >= 2
 
 
 @pytest.mark.parametrize("game", EXCHANGES)
 def test_other_collectives_are_the_same_on_all_ranks_and_wait_for_nothing(library: Path, game: str) -> None:
-    first, last = (_found(library, 8, "triton", "", game, rank) for rank in ("0", "7"))
+    steps = [step for ends in ENDS.values() for step in ends]
+    first, last = (_found(library, step, steps) for step in ENDS[game])
     assert first["elsewhere"] == []
     assert first["order"] == last["order"]
     # D's gradients in three parts; G's in two, since a layer is not divided
@@ -100,8 +109,8 @@ def test_other_collectives_are_the_same_on_all_ranks_and_wait_for_nothing(librar
 
 
 def test_what_a_step_must_not_do_is_seen(library: Path) -> None:
-    waits, mixes = (_step(library, "1", "torch", fault) for fault in ("waits", "mixes devices"))
-    assert waits.returncode and "DataDependent" in waits.stderr
-    assert mixes.returncode and "device" in mixes.stderr.splitlines()[-1]
-    found = _found(library, 1, "torch", "copies")
-    assert found["launches"] > BUDGET[1, "torch"]["launches"] or found["an_image"] > BUDGET[1, "torch"]["an_image"]
+    waits, mixes, copies = (_played(library, tuple(FAULTS.values()))[step] for step in FAULTS.values())
+    assert waits["error"].startswith("DataDependent")
+    assert "device" in mixes["error"].splitlines()[0]
+    budget = BUDGET[1, "torch"]
+    assert copies["launches"] > budget["launches"] or copies["an_image"] > budget["an_image"]

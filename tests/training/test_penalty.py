@@ -66,7 +66,7 @@ def test_differences_become_the_gradient_as_sigma_falls() -> None:
     leaf = torch.cat([images, images]).requires_grad_()
     wanted = exact(network(leaf), leaf, 1, 0, 1)
     errors = []
-    for sigma in (1e-1, 1e-2, 1e-4):
+    for sigma in (1e-1, 1e-4):
         penalty = GradientPenalty(1.0, sigma, kinds=1)
         directions = torch.eye(NUM_PIXELS, dtype=torch.float64).view(1, -1, 3, 32, 32)
         found = torch.zeros((), dtype=torch.float64)
@@ -79,8 +79,7 @@ def test_differences_become_the_gradient_as_sigma_falls() -> None:
             more = _gradients(part, network)
             gradients = [a + b for a, b in zip(gradients, more, strict=True)] if gradients else more
         errors.append((found / wanted - 1).abs().item())
-    assert errors[0] > errors[1] > errors[2], errors
-    assert errors[2] < 1e-4
+    assert errors[0] > 10 * errors[1] and errors[1] < 1e-4, errors
     expected = _gradients(wanted, network)
     scale = max(each.abs().max().item() for each in expected)
     for ours, torchs in zip(gradients, expected, strict=True):

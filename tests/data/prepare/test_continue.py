@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.verify import repair_command, verify
 from gan_dist.utils.errors import GanDistError, UserError
+from tests.conftest import RunHere
 from tests.helpers.sources import contents, encode, fill
 
 
@@ -62,7 +61,7 @@ def begin(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("names", [*[[name] for name in LOOKS], list(LOOKS)])
 def test_the_command_that_verify_names_mends_a_set_that_only_looks_different(
-    tmp_path: Path, names: list[str], finished: bool
+    tmp_path: Path, names: list[str], finished: bool, run_here: RunHere
 ) -> None:
     source, out = begin(tmp_path)
     whole = contents(out)
@@ -74,7 +73,7 @@ def test_the_command_that_verify_names_mends_a_set_that_only_looks_different(
         LOOKS[name](source, out)
     said = str(verify(out)[0]) if finished else repair_command(out)
     command = shlex.split(said.partition("`")[2].partition("`")[0] or said)
-    done = subprocess.run([sys.executable, "-m", "gan_dist", *command[1:]], capture_output=True, text=True, check=False)
+    done = run_here(*command[1:])
     assert done.returncode == 0, done.stderr
     assert verify(out) == []
     after = contents(out)

@@ -15,6 +15,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -33,6 +34,7 @@ from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.reading import Reader
 from gan_dist.data.prepare.sources import list_source, open_source
 from gan_dist.data.prepare.verify import verify
+from gan_dist.data.remote import fetch
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.images import cmyk_jpeg, deep, with_alpha
 from tests.helpers.images import encode as encode_image
@@ -303,7 +305,8 @@ def test_what_was_fetched_broken_is_fetched_again(tmp_path: Path) -> None:
     assert prepare(f"pipe:cat {source}", tmp_path / "out", workers=0).written == 4
 
 
-def test_an_address_that_fails_is_one_line(tmp_path: Path) -> None:
+def test_an_address_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "RetryPolicy", partial(fetch.RetryPolicy, backoff_s=0.01))
     with pytest.raises(GanDistError, match="fetched"):
         prepare("pipe:exit 3", tmp_path / "out", workers=0)
 
