@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, get_args
 
@@ -153,47 +153,86 @@ class Captured:
     def _capture_or_fall_back(
         self, reals: Sequence[Tensor], latents: Sequence[Tensor], draws: Sequence[Tensor]
     ) -> None:
-        """Captures, or becomes an eager runner where that may be and some rank could not capture."""
-        handled, failure = sys.exception(), None
-        try:
-            self._capture(reals, latents, draws)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            failure = error
-        if not self.update.world.any(failure is not None):  # ranks that replay and ranks that do not would not meet
+        """Captures, or becomes an eager runner where that may be and some rank could not capture.
+
+        The ranks agree by their hosts after the warm-up, before anything waits for the device, and again after the
+        recording, which runs nothing yet. A rank that is lost in the warm-up leaves the others' devices waiting in its
+        collectives: then all end, with one reason, long before NCCL's watchdog ends them without a word.
+        """
+        world = self.update.world
+        self.inputs = [value.clone() for value in (*reals, *latents, *draws)]
+        self.requests = torch.zeros(len(NO_REQUESTS), device=world.device)
+        first, second = len(reals), len(reals) + len(latents)
+        words = (self.inputs[:first], self.inputs[first:second], self.requests, self.inputs[second:])
+        kept = self.update.snapshot()
+        with _convolutions_by_trial():
+            failures = self._together(lambda: self._warm_up(words))
+            if 0 < len(failures) < world.size:
+                error = GanDistError(f"the step could not be warmed up for capture ({failures[0]}); {self._instead}")
+                error.exit_now = True
+                error.reported_elsewhere = not failures[0].startswith(f"rank {world.rank} ")
+                raise error
+            if not failures:
+                failures = self._together(lambda: self._record(words, kept))
+        if not failures:
             return
+        self.update.load_state_dict(kept)
         self.close(orderly=False)
-        reason = "another rank could not capture the step"
-        if failure is not None:
-            reason = f"the step could not be captured ({first_line(_root(failure, handled))})"
+        reason = f"the step could not be captured ({failures[0]})"
         if not self.may_fall_back:
-            other = "captured" if self.name == "captured_compiled" else "eager"
-            raise GanDistError(f"{reason}; set train.runner={other}") from failure
+            raise GanDistError(f"{reason}; {self._instead}")
         self.name, self.reason = "eager", reason
 
-    def _capture(self, reals: Sequence[Tensor], latents: Sequence[Tensor], draws: Sequence[Tensor]) -> None:
-        """Warms up on a side stream, restores the state that the warm-up changed, and records."""
-        self.inputs = [value.clone() for value in (*reals, *latents, *draws)]
-        self.requests = torch.zeros(len(NO_REQUESTS), device=self.update.world.device)
-        first, second = len(reals), len(reals) + len(latents)
-        reals, latents, draws = self.inputs[:first], self.inputs[first:second], self.inputs[second:]
-        kept = self.update.snapshot()
+    @property
+    def _instead(self) -> str:
+        return f"set train.runner={'captured' if self.name == 'captured_compiled' else 'eager'}"
+
+    def _together(self, work: Callable[[], None]) -> list[str]:
+        """Returns on every rank why `work` failed on those where it did: `rank 1 on host: ...`, or the reason alone.
+
+        Raises torch's OutOfMemoryError on the ranks where that is why, and on the others what names the first of them.
+        """
+        handled, world = sys.exception(), self.update.world
+        failure: RuntimeError | None = None
+        try:
+            work()
+        except RuntimeError as error:
+            failure = error
+        reason = None if failure is None else first_line(_root(failure, handled))
+        full = isinstance(failure, torch.OutOfMemoryError)
+        told = world.gather_objects((world.host, reason, full))
+        failures = [
+            (f"rank {rank} on {host}: {reason}" if world.size > 1 else reason, full)
+            for rank, (host, reason, full) in enumerate(told)
+            if reason is not None
+        ]
+        if any(full for _, full in failures):
+            if full and failure is not None:
+                raise failure
+            error = GanDistError(next(reason for reason, full in failures if full))
+            error.exit_now = error.reported_elsewhere = True
+            raise error
+        return [reason for reason, _ in failures]
+
+    def _warm_up(self, words: Any) -> None:
+        """Plays some steps on a side stream."""
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with _convolutions_by_trial():
-            try:
-                with torch.cuda.stream(side):
-                    for _ in range(WARM_UP_STEPS):
-                        self.update.step(reals, latents, self.requests, draws)
-            finally:
-                torch.cuda.current_stream().wait_stream(side)
-                self.update.load_state_dict(kept)
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            # thread_local: the prefetch thread and NCCL's watchdog may call CUDA while this thread records.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.stats = self.update.step(reals, latents, self.requests, draws)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_STEPS):
+                    self.update.step(*words)
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
+
+    def _record(self, words: Any, kept: dict[str, Any]) -> None:
+        """Restores the state that the warm-up changed, and records a step."""
+        self.update.load_state_dict(kept)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: the prefetch thread and NCCL's watchdog may call CUDA while this thread records.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.stats = self.update.step(*words)
 
 
 @contextmanager

@@ -219,34 +219,46 @@ def test_convolutions_are_chosen_by_trial_unless_bits_must_repeat(
     assert not torch.backends.cudnn.benchmark
 
 
-def _fall_back_together(rank: int) -> None:
-    """Captures on two ranks, of which one cannot: both go on eagerly."""
+def _capture_with_failures(rank: int) -> None:
+    """Captures on two ranks, of which some cannot: what becomes of it is the same on both."""
     with join("cpu") as world, pytest.MonkeyPatch.context() as patch:
-        play_cuda(patch)
-        update = game(world)
-        # A graph records a step's collectives without doing them: so does nobody here.
-        honest, recording = update.step, iter(range(99))
+        waits = play_cuda(patch)
+        sorry = f"rank 1 on {world.host}: cuBLAS was out of sorts"
 
-        def step(*words: Any) -> torch.Tensor:
-            if next(recording) != runners.WARM_UP_STEPS:
-                return honest(*words)
-            if rank:
-                raise RuntimeError("cuBLAS was out of sorts")
-            return torch.empty(0)
+        def captured(failing: tuple[int, ...], at: int, error: type[RuntimeError] = RuntimeError) -> Captured:
+            """Returns a runner whose step fails on some ranks; devices do not wait for one another in it."""
+            update, count = game(world), iter(range(99))
 
-        update.step = step  # type: ignore[method-assign, assignment]
-        runner = Captured(update, "a test", may_fall_back=True)
-        runner.step(*batches(update, 0))
-        assert runner.name == "eager"
-        assert runner.reason == (
-            "the step could not be captured (cuBLAS was out of sorts)"
-            if rank
-            else "another rank could not capture the step"
-        )
+            def step(*words: Any) -> torch.Tensor:
+                if next(count) == at and rank in failing:
+                    raise error("cuBLAS was out of sorts")
+                return torch.empty(0)
+
+            update.step = step  # type: ignore[method-assign, assignment]
+            return Captured(update, "a test", may_fall_back=True)
+
+        for failing, at in (((1,), runners.WARM_UP_STEPS), ((0, 1), 1)):  # in the recording; everywhere
+            runner = captured(failing, at)
+            runner.step(*batches(runner.update, 0))
+            first = sorry if failing == (1,) else sorry.replace("rank 1", "rank 0")
+            assert (runner.name, runner.reason) == ("eager", f"the step could not be captured ({first})")
+        waits.clear()
+        for error, words in (
+            (RuntimeError, f"the step could not be warmed up for capture ({sorry}); set train.runner=eager"),
+            (torch.OutOfMemoryError, sorry),
+        ):
+            runner = captured((1,), 1, error)
+            expected: Any = error if rank and error is not RuntimeError else GanDistError
+            with pytest.raises(expected) as caught:
+                runner.step(*batches(runner.update, 0))
+            assert waits == []  # a device that waits for rank 1 would never be done
+            if expected is GanDistError:
+                assert str(caught.value) == words and caught.value.exit_now
+                assert caught.value.reported_elsewhere == (rank == 0)
 
 
-def test_ranks_fall_back_together() -> None:
-    run_ranks(2, _fall_back_together)
+def test_ranks_of_which_one_cannot_capture_fall_back_or_end_together() -> None:
+    run_ranks(2, _capture_with_failures)
 
 
 def test_a_fallback_is_in_the_runs_history(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
