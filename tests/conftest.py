@@ -124,7 +124,7 @@ def run_here(
         with pytest.raises(SystemExit) as left:
             main()
         assert left.value.code is None or isinstance(left.value.code, int)
-        return subprocess.CompletedProcess(words, left.value.code or 0, *capsys.readouterr())
+        return subprocess.CompletedProcess([*map(str, words)], left.value.code or 0, *capsys.readouterr())
 
     yield run_here
     for number, handler in handlers.items():

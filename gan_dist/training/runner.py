@@ -209,9 +209,9 @@ class Captured:
         if any(full for _, full in failures):
             if full and failure is not None:
                 raise failure
-            error = GanDistError(next(reason for reason, full in failures if full))
-            error.exit_now = error.reported_elsewhere = True
-            raise error
+            elsewhere = GanDistError(next(reason for reason, full in failures if full))
+            elsewhere.exit_now = elsewhere.reported_elsewhere = True
+            raise elsewhere
         return [reason for reason, _ in failures]
 
     def _warm_up(self, words: Any) -> None:

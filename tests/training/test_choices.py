@@ -87,7 +87,7 @@ def built(config: Config) -> Update:
     return update
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     model=MODELS, loss=LOSSES, augment=AUGMENTS, d_steps=st.integers(1, 2), runner=st.sampled_from(["auto", "eager"])
 )
