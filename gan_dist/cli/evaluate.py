@@ -45,6 +45,9 @@ def evaluate(
     floor: Annotated[
         bool, typer.Option("--floor", help="Add the distance between real images and as many other real ones.")
     ] = False,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="Add figures of each class that has 1,000 images or more.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, or with --all-checkpoints a list.")
@@ -73,6 +76,7 @@ def evaluate(
         averaged=averaged,
         published=published,
         floor=floor,
+        classes=classes,
     )
     with join(device, timeout_s=TIMEOUT_S) as world:
         console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=world.rank != 0)
@@ -88,8 +92,13 @@ def evaluate(
         if as_json:
             print(json.dumps(rows if all_checkpoints else rows[0], indent=2))
         else:
-            heads = [key for key in rows[0] if key not in ("protocol", "held_out")]
+            heads = [key for key in rows[0] if key not in ("protocol", "held_out", "classes")]
             print_table(heads, ([_cell(row.get(key)) for key in heads] for row in rows))
+            if found := rows[-1].get("classes"):
+                heads = list(next(iter(found.values())))
+                print_table(
+                    ["class", *heads], ([name, *(_cell(one.get(k)) for k in heads)] for name, one in found.items())
+                )
         for line in warnings(rows[-1], max((row["diversity"] for row in rows[:-1]), default=0.0)):
             print(f"WARNING: {line}", file=sys.stderr)
 

@@ -91,8 +91,16 @@ def sample(
     count: Annotated[int, typer.Option(help="How many images.")] = 64,
     seed: Annotated[int, typer.Option(help="The seed of the latents.")] = 0,
     image: Annotated[Path, typer.Option("--out", help="The grid to write.")] = Path("grid.png"),
+    class_name: Annotated[str | None, typer.Option("--class", metavar="NAME", help="Images of this class.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME,...", help="A row of images for each of these classes.")
+    ] = None,
+    strength: Annotated[
+        float,
+        typer.Option(metavar="W", help="How much of its class: 1 as learned, more exaggerates it, 0 is no class."),
+    ] = 1.0,
     interpolate: Annotated[
-        bool, typer.Option("--interpolate", help="Each row goes from one latent to another.")
+        bool, typer.Option("--interpolate", help="Each row goes from one latent to another, or through --classes.")
     ] = False,
     walk: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a film, .mp4 or .gif, of the grid on a closed walk.")
@@ -125,6 +133,9 @@ def sample(
             count=count,
             seed=seed,
             out=image,
+            class_name=class_name,
+            classes=classes,
+            strength=strength,
             interpolate=interpolate,
             walk=walk,
             seconds=seconds,

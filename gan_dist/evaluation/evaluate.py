@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gan_dist.config.base import check_seed
-from gan_dist.data.classes import Classes
+from gan_dist.data.classes import Classes, Labels
 from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import encoder, inception
@@ -31,6 +33,8 @@ from gan_dist.utils.stop import never_cancelled
 AUTO, NONE = "auto", "none"
 USUAL_SAMPLES = 10_000
 """Samples for a run whose configuration is older than evaluate.samples."""
+PER_CLASS = 1000
+"""Real images that a class must have for figures of its own, and images that these are from."""
 LEFT_OUT = "epoch, near_copies and accuracy_training are left out"
 """The figures that need the very dataset that the run was trained on."""
 
@@ -63,6 +67,8 @@ class EvaluationOptions:
     """Evaluate the averaged generator, where the run has one."""
     published: bool = False
     """Add the sliced Wasserstein distance in the form of the ProGAN paper's program; takes several times as long."""
+    classes: bool = False
+    """Add figures of each class with PER_CLASS images or more, from as many images."""
     floor: bool = False
     """Add the distance between the real images and as many others, which no generator need beat."""
 
@@ -94,6 +100,8 @@ def evaluate_run(
     directories, newest = world.from_first(lambda: _choose(path, options))
     for line in () if options.all_checkpoints else newest.skipped:
         log(f"note: passed over {line}")
+    if options.classes and newest.state["config"]["model"].get("classes", "none") == "none":
+        raise UserError(f"--classes: {path} knows no classes; a run with model.classes=dataset learns them")
     with ExitStack() as opened:
         real, own, held_out = _open_datasets(world, opened, path, newest, options, log)
         # Before Inception's weights are downloaded, or missed.
@@ -121,6 +129,8 @@ def evaluate_run(
                 log(f"note: left out: {error}")
                 continue
             row = _row(world, evaluation, loaded, options.averaged, own)
+            if options.classes:
+                row["classes"] = _class_rows(world, real, loaded, evaluation, options)
             if held_out is not None:
                 row |= world.from_first(partial(_accuracies, world, loaded, own, held_out, samples, options.seed))
             log(f"step {loaded.step}: swd {row['swd']:.4g}")
@@ -221,7 +231,7 @@ def choose_encoder(world: World, wanted: str, option: str, real: Dataset, sample
 
 def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, own: Dataset | None) -> dict[str, Any]:
     """Returns the figures of a checkpoint, and how far it had come; in epochs, too, where its `own` set is known."""
-    state = loaded.state if averaged else {k: v for k, v in loaded.state.items() if k != "generator_ema"}
+    state = _drawing(loaded.state, averaged)
     generator = build_generator(state, world.device)
     latent_dim = state["config"]["model"]["latent_dim"]
     figures = evaluation(generator, latent_dim, averaged="generator_ema" in state, near_copies=own is not None)
@@ -229,6 +239,33 @@ def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, o
     seen = int(loaded.state["images_seen"])
     epoch = {"epoch": round(seen / own.num_samples, 2)} if own else {}
     return {"step": loaded.step, "images_seen": seen, **epoch, **figures}
+
+
+def _class_rows(
+    world: World, real: Dataset, loaded: Loaded, evaluation: Evaluation, options: EvaluationOptions
+) -> dict[str, dict[str, Any]]:
+    """Returns figures of each class that has PER_CLASS images or more in `real`, by name: its real images, the distance
+    and the diversity of PER_CLASS images, and in what share of those asked of it a classifier sees it, where there is
+    an encoder."""
+    generator = build_generator(_drawing(loaded.state, options.averaged), world.device)
+    labels = world.from_first(lambda: Labels(real, generator.classes).of(np.arange(real.num_samples)))
+    rows: dict[str, dict[str, Any]] = {}
+    for label, name in enumerate(generator.classes.names, start=1):
+        members = np.flatnonzero(labels == label)
+        if len(members) < PER_CLASS:
+            continue
+        alone = Evaluation(world, real, PER_CLASS, seed=options.seed, label=label, members=members)
+        figures = alone(generator, generator.latent_dim, averaged=False, near_copies=False)
+        assert figures is not None  # nobody asks to stop
+        rows[name] = {"images": len(members), "swd": figures["swd"], "diversity": figures["diversity"]}
+        if label in evaluation.agreements:
+            rows[name]["agreement"] = evaluation.agreements[label][1]
+    return rows
+
+
+def _drawing(state: dict[str, Any], averaged: bool) -> dict[str, Any]:
+    """Returns a checkpoint's state, without its averaged generator unless that is to draw."""
+    return state if averaged else {key: value for key, value in state.items() if key != "generator_ema"}
 
 
 def _accuracies(

@@ -17,17 +17,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from gan_dist.data.classes import NO_CLASSES, Classes, Labels
 from gan_dist.data.dataset import Dataset, gather
 from gan_dist.data.order import Order, rank_slice
 from gan_dist.distributed.world import World
 from gan_dist.evaluation import inception, swd
+from gan_dist.evaluation.agreement import agreement
 from gan_dist.evaluation.diversity import pairwise_distance, repeated
 from gan_dist.evaluation.encoder import FEWEST as FEWEST_FOR_ENCODER
 from gan_dist.evaluation.encoder import Encoder
+from gan_dist.model.networks import Generator
 from gan_dist.sampling.generate import generate
 from gan_dist.sampling.neighbours import copies, nearest
 from gan_dist.utils.errors import UserError
@@ -97,7 +102,8 @@ class Evaluation:
     where it can be written (else with a line in the log). The distance's descriptors, 28 KB an image at 64x64, are not:
     those of 10,000 images take 4 s of a core to make, in an evaluation of 90. `published` adds the distance in the form
     of the ProGAN paper's program, which takes several times as long; `floor` adds the distance between the real images
-    and as many others, which no generator need beat. Raises UserError when the dataset, or `samples`, is too small.
+    and as many others, which no generator need beat; `label`, a class of the generator's, compares images of that alone
+    with `members`, the real ones of it. Raises UserError when the dataset, or `samples`, is too small.
     """
 
     def __init__(
@@ -112,6 +118,8 @@ class Evaluation:
         encoder: Encoder | None = None,
         published: bool = False,
         floor: bool = False,
+        label: int | None = None,
+        members: NDArray[np.int64] | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         fewest = max(FEWEST, world.size, inception.FEWEST if features else 0, FEWEST_FOR_ENCODER if encoder else 0)
@@ -125,6 +133,9 @@ class Evaluation:
         self._where = swd.positions(samples, dataset.resolution, seed)
         self._real: list[Tensor] | None = None
         self._learned_from = learned_from or dataset
+        self._label, self._members = label, members
+        self.agreements: dict[int, tuple[int, float]] = {}
+        """Of the newest figures, by class: as agreement() returns them."""
 
     def __call__(
         self,
@@ -140,8 +151,9 @@ class Evaluation:
         Keys: swd (lower is better), swd_<side> a level, diversity (pairwise distance of samples over that of reals),
         repeated (share of samples nearly the same as another one), near_copies (share of samples), protocol; with
         `published` also swd_progan and its levels, with `floor` swd_floor; with Inception fid, kid, kid_std, precision,
-        recall; with an encoder feature_distance, feature_precision and feature_recall, with `floor` its floor, too.
-        Changes neither the generator nor any shared random state.
+        recall; with an encoder feature_distance, feature_precision and feature_recall, with `floor` its floor, too, and
+        for a generator with classes class_agreement, .._chance and .._real, see agreement.py. Of such a one as many
+        images of each class are drawn as the dataset has. Changes neither the generator nor any shared random state.
         """
         try:
             with float32_products("ieee"):
@@ -159,6 +171,11 @@ class Evaluation:
     ) -> dict[str, Any]:
         source = torch.Generator().manual_seed(self._seed)
         latents = torch.randn(self._samples, latent_dim, generator=source)
+        asked, classes = None, getattr(generator, "classes", NO_CLASSES)
+        if isinstance(generator, Generator) and classes.names:
+            asked = classes.draw(self._samples, self._seed)
+            asked = asked if self._label is None else torch.full_like(asked, self._label)
+            latents = generator.with_classes(latents, asked)
         images, described = self._share(lambda lo, hi: generate(generator, latents[lo:hi]), check)
         if self._real is None:
             self._real_images, self._real = self._share(self._reals, check)
@@ -191,15 +208,15 @@ class Evaluation:
             )
             figures |= self._world.from_first(partial(inception.distances, real, fake))
         if self._encoder is not None:
-            figures |= self._by_encoder(self._encoder, images)
+            figures |= self._by_encoder(self._encoder, images, asked, classes)
         weights = [network.weights if network else None for network in (self._features, self._encoder)]
         protocol = Protocol(
             self._samples, self._dataset.identity, averaged, self._seed, inception=weights[0], encoder=weights[1]
         )
         return {**figures, "protocol": protocol.to_dict()}
 
-    def _by_encoder(self, encoder: Encoder, images: Tensor) -> dict[str, float]:
-        """Returns the figures on the encoder's features for this rank's `images`."""
+    def _by_encoder(self, encoder: Encoder, images: Tensor, asked: Tensor | None, classes: Classes) -> dict[str, float]:
+        """Returns the figures on the encoder's features for this rank's `images`, which were asked to be of `asked`."""
         real, fake = self._real_features("encoder", encoder), self._gathered(encoder.features(images))
 
         def figures() -> dict[str, float]:
@@ -213,6 +230,15 @@ class Evaluation:
                 others = self._gathered(encoder.features(self._other_images))
                 self._feature_floor = self._world.from_first(lambda: inception.frechet(real, others))
             found["feature_distance_floor"] = self._feature_floor
+        if asked is not None:
+
+            def agreements() -> tuple[dict[str, float], dict[int, tuple[int, float]]]:
+                order = Order(self._dataset.shard_sizes, self._seed)
+                labels = Labels(self._dataset, classes).of(order.indices(0, self._samples))
+                return agreement(real, torch.from_numpy(labels), fake, asked)
+
+            more, self.agreements = self._world.from_first(agreements)
+            found |= more
         return found
 
     def _first(self, count: int, images: Tensor, generator: nn.Module, latents: Tensor) -> Tensor:
@@ -239,6 +265,9 @@ class Evaluation:
         return {"swd_progan": fmean(figures.values()), **figures}
 
     def _reals(self, lo: int, hi: int) -> Tensor:
+        if self._members is not None:
+            chosen = Order((len(self._members),), self._seed).indices(lo, hi)
+            return gather(self._dataset, self._members[chosen])
         order = Order(self._dataset.shard_sizes, self._seed)
         return gather(self._dataset, order.indices(lo, hi))
 

@@ -110,15 +110,19 @@ class Generator(nn.Module):
             return classes.to(table.dtype) @ table
 
     @torch.no_grad()
-    def with_classes(self, latents: Tensor, labels: Tensor, strength: float = 1.0) -> Tensor:
-        """Returns [B, latent_dim + CLASS_DIM], for `forward`: `latents` beside the vectors of classes, int64 [B].
+    def vectors_of(self, labels: Tensor, strength: float = 1.0) -> Tensor:
+        """Returns [B, CLASS_DIM]: the vectors of classes, int64 [B].
 
         strength w: e_0 + w (e_c - e_0), so that 0 asks for no class, and more than 1 for more than the usual of it.
         """
         rows = one_hot(labels.to(self.class_table.device), self.num_classes) * strength
         rows[:, 0] += 1 - strength
-        vectors = self.class_vectors(rows)
-        return torch.cat([latents.to(vectors.device, vectors.dtype), vectors], 1)
+        return self.class_vectors(rows)
+
+    def with_classes(self, latents: Tensor, labels: Tensor) -> Tensor:
+        """Returns [B, latent_dim + CLASS_DIM], for `forward`: `latents` beside the vectors of classes, int64 [B]."""
+        vectors = self.vectors_of(labels)
+        return torch.cat([latents.to(vectors), vectors], 1)
 
     def forward(self, latents: Tensor, classes: Tensor | None = None) -> Tensor:
         """Returns images [B, 3, S, S] in [-1, 1] for `latents` [B, latent_dim].

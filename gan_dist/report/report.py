@@ -88,6 +88,7 @@ def _one(run: Run, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "last_sign": f"last written {format_time(run.touched)}" if run.touched else "nothing written yet",
         "tiles": _tiles(run),
         "pictures": [(path and still(path, STILLS_BUDGET // 2), title, detail) for path, title, detail in pictures],
+        "classes": run.classes and (run.classes[0], still(run.classes[1], STILLS_BUDGET // 2)),
         "film": film(run.samples, FILM_BUDGET),
         "charts": [plot(chart) for chart in curves(run)],
         "evaluations": [_evaluation(rows) for rows in by_protocol(run.evaluations)],
@@ -114,14 +115,25 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the table of evaluations that may be compared, their protocol and the step of the lowest swd."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("step", "protocol", "images_seen")))
+    keys = list(
+        dict.fromkeys(key for row in rows for key in row if key not in ("step", "protocol", "images_seen", "classes"))
+    )
+    of_classes = next(((row["step"], row["classes"]) for row in reversed(rows) if row.get("classes")), None)
     protocols = [row["protocol"] for row in reversed(rows) if row.get("protocol")]
     return {
         "heads": ["step", *(key.replace("_", " ") for key in keys)],
         "rows": [(f"{row['step']:,}", [_figure(row.get(key)) for key in keys]) for row in rows],
         "protocol": max(protocols, key=lambda one: one.get("inception") is not None, default=None),
         "best": min(rows, key=lambda row: float(row["swd"]))["step"],
+        "classes": of_classes and _by_class(*of_classes),
     }
+
+
+def _by_class(step: int, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the table of the figures of single classes at `step`."""
+    keys = list(dict.fromkeys(key for one in found.values() for key in one))
+    rows = [(name, [_figure(one.get(key)) for key in keys]) for name, one in found.items()]
+    return {"step": step, "heads": ["class", *keys], "rows": rows}
 
 
 def _figure(value: Any) -> str:

@@ -41,6 +41,8 @@ class Run:
     samples: tuple[tuple[int, Path], ...]
     """(step, picture) of each grid of the fixed latents."""
     real: Path | None
+    classes: tuple[int, Path] | None
+    """(step, picture) of the newest grid of classes."""
     checkpoints: tuple[int, ...]
     """Steps of the checkpoints that exist, in order."""
     evaluations: tuple[dict[str, Any], ...] = ()
@@ -96,6 +98,11 @@ def read_run(path: str | Path) -> Run:
     lines = read_metrics(root / "metrics.jsonl")
     points = sorted((line for line in lines if "event" not in line and "step" in line), key=lambda line: line["step"])
     samples = sorted((step_of(file), file) for file in (root / "samples").glob("step-*.png") if step_of(file) >= 0)
+    classes = sorted(
+        (int(file.stem.removeprefix("classes-")), file)
+        for file in (root / "samples").glob("classes-*.png")
+        if file.stem.removeprefix("classes-").isdecimal()
+    )
     checkpoints = sorted(
         step_of(folder) for folder in (root / "checkpoints").glob("step-*") if (folder / "manifest.json").is_file()
     )
@@ -110,6 +117,7 @@ def read_run(path: str | Path) -> Run:
         events=tuple(notable_events(lines)),
         samples=tuple(samples),
         real=real if real.is_file() else None,
+        classes=classes[-1] if classes else None,
         checkpoints=tuple(step for step in checkpoints if step >= 0),
         evaluations=_evaluations(root, lines),
         dataset=_mapping(root / "dataset.json"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gan_dist.config.schema import RESOLUTIONS
+from gan_dist.data.classes import NO_CLASSES, Classes
 from gan_dist.model.convolution import fold
-from gan_dist.model.networks import Generator
+from gan_dist.model.networks import CLASS_DIM, Generator
 from gan_dist.utils.errors import UserError, first_line
 from gan_dist.utils.files import expand, write_atomically
 
@@ -30,7 +32,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 weights = load_file("{file}")
-layers = sum(name.startswith("convt") for name in weights)
+{table}layers = sum(name.startswith("convt") for name in weights)
 stack = nn.Sequential()
 for i in range(1, layers + 1):
     a, b = weights[f"convt{{i}}.weight"].shape[:2]
@@ -44,10 +46,19 @@ stack.load_state_dict(weights)
 stack.eval()
 
 latents = torch.randn(16, {latent_dim}, 1, 1)  # N(0, 1)
-with torch.no_grad():
+{choice}with torch.no_grad():
     images = stack(latents)  # [16, 3, {resolution}, {resolution}] in [-1, 1]
 """
-"""Loads an exported generator with torch and safetensors alone."""
+"""Loads an exported generator with torch and safetensors alone; the two parts below are for one with classes."""
+TABLE = """\
+table = weights.pop("class_table")  # a row for each class, the first for images without one
+table = table * (table.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+"""
+CHOICE = """\
+classes = {names}
+vector = table[1 + classes.index({name})]
+latents = torch.cat([latents, vector[None, :, None, None].expand(16, -1, 1, 1)], 1)
+"""
 
 
 def export_generator(generator: Generator, out: str | Path, facts: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -64,6 +75,8 @@ def export_generator(generator: Generator, out: str | Path, facts: Mapping[str, 
     weights = {name: _plain(value) for name, value in generator.state_dict().items()}
     shape = {"resolution": generator.resolution, "latent_dim": generator.latent_dim}
     described = {"format": "gan_dist generator 1", **{key: str(value) for key, value in shape.items()}}
+    if generator.num_classes:
+        described["classes"] = json.dumps(generator.classes.to_dict())
     content = safetensors.torch.save(weights, metadata=described)
     card = _card(path.name, generator, facts, hashlib.sha256(content).hexdigest())
     write_atomically(path, content, make_folder=True)
@@ -89,7 +102,16 @@ def _plain(value: Tensor) -> Tensor:
 
 def _card(file: str, generator: Generator, facts: Mapping[str, Any], digest: str) -> str:
     count = sum(parameter.numel() for parameter in generator.parameters())
-    lines = []
+    lines, classes = [], generator.classes
+    snippet = {"file": file, "latent_dim": generator.latent_dim, "resolution": generator.resolution}
+    snippet |= {"table": "", "choice": ""}
+    asking, knows = ",", ""
+    if classes.names:
+        one = classes.names[classes.largest(1)[0] - 1]
+        snippet |= {"table": TABLE, "choice": CHOICE.format(names=list(classes.names), name=repr(one))}
+        asking = f", `--class {shlex.quote(one)}` for one class,"
+        counts = "; ".join(f"{name} ({count:,})" for name, count in zip(classes.names, classes.images[1:], strict=True))
+        knows = f"It knows {len(classes.names):,} classes (and the images of each that it learned from): {counts}."
     for key, value in facts.items():
         if isinstance(value, Mapping):
             lines += [f"- {key}:", *(f"  - {inner}: {json.dumps(one)}" for inner, one in value.items())]
@@ -103,6 +125,7 @@ def _card(file: str, generator: Generator, facts: Mapping[str, Any], digest: str
             f"images of {generator.resolution}x{generator.resolution} pixels in [-1, 1]. {count:,} parameters, "
             "float32, batch norm with running statistics. It repeats the biases of the images it was trained on, "
             "and its images are no work of the artists who made those.",
+            *(["", knows] if knows else []),
             "",
             "## Where it comes from",
             "",
@@ -111,10 +134,10 @@ def _card(file: str, generator: Generator, facts: Mapping[str, Any], digest: str
             "",
             "## How to load it",
             "",
-            "`gan-dist sample " + file + " --out grid.png`, or with torch and safetensors alone:",
+            f"`gan-dist sample {file} --out grid.png`{asking} or with torch and safetensors alone:",
             "",
             "```python",
-            SNIPPET.format(file=file, latent_dim=generator.latent_dim, resolution=generator.resolution).rstrip(),
+            SNIPPET.format(**snippet).rstrip(),
             "```",
             "",
         ]
@@ -133,14 +156,15 @@ def load_weights(source: str | Path, device: torch.device | str = "cpu") -> Gene
     if not path.is_file():
         raise UserError(f"no file {path}; expected a generator's weights (.safetensors, .pt or .pth)")
     weights = _named_as_ours(_find_weights(_read(path), path), path)
+    classes = _classes_in(path, weights)
     wide = weights.get("convt1.weight")
     depth = sum(re.fullmatch(r"convt\d+\.weight", name) is not None for name in weights)
     if wide is None or 4 * 2 ** (depth - 1) not in RESOLUTIONS:
         sides = ", ".join(map(str, RESOLUTIONS))
         raise UserError(f"{path}: {depth} transposed convolutions; a generator of {sides} pixels has 4, 5, 6 or 7")
-    resolution, latent_dim = 4 * 2 ** (depth - 1), wide.shape[0]
+    resolution, latent_dim = 4 * 2 ** (depth - 1), wide.shape[0] - (CLASS_DIM if classes.names else 0)
     narrowest, widest = weights[f"convt{depth}.weight"].shape[0], wide.shape[1] if wide.dim() > 1 else None
-    generator = Generator(resolution, latent_dim, narrowest, max_channels=widest)
+    generator = Generator(resolution, latent_dim, narrowest, max_channels=widest, classes=classes)
     expected = generator.state_dict()
     for name, value in expected.items():
         if name not in weights and name.endswith("num_batches_tracked"):
@@ -154,6 +178,28 @@ def load_weights(source: str | Path, device: torch.device | str = "cpu") -> Gene
         raise UserError(f"{path}: {left[0]} has no place in a DCGAN generator ({len(left)} such entries)")
     generator.load_state_dict(weights)
     return generator.to(device).eval()
+
+
+def _classes_in(path: Path, weights: Mapping[str, Tensor]) -> Classes:
+    """Returns the classes of the generator in a file, by number where it does not name them."""
+    table = weights.get("class_table")
+    if table is None:
+        return NO_CLASSES
+    count, text = (len(table) - 1 if table.dim() == 2 else 0), None
+    if path.suffix == ".safetensors":
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("classes")
+    if text is None:
+        return Classes(tuple(str(number) for number in range(1, 1 + count)), (0, *[1] * count))
+    try:
+        said = json.loads(text)
+        found, fits = Classes.of_state({"classes": said}), isinstance(said["names"], list)
+        fits &= all(isinstance(name, str) for name in found.names) and sum(found.images) > 0 <= min(found.images)
+        if fits and len(found.names) == count == len(found.images) - 1:
+            return found
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    raise UserError(f"{path}: what it says of its classes does not fit its table of {count}")
 
 
 def _read(path: Path) -> Any:

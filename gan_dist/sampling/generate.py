@@ -101,33 +101,31 @@ def draw_latents(latent_dim: int, count: int, seed: int, walk: bool = False, tru
 
 def draw(
     generator: torch.nn.Module,
-    latent_dim: int,
-    *,
-    count: int,
-    seed: int,
+    latents: Tensor,
     out: Path,
-    walk: bool = False,
+    columns: int | None = None,
+    *,
     individual: Path | None = None,
-    truncation: float = 1.0,
     size: int | None = None,
 ) -> Tensor:
-    """Returns `count` images, uint8 [count, 3, S, S], after writing their grid to `out` and, if asked, each alone.
+    """Returns the images, uint8 [N, 3, S, S], of `latents` [N, Z], after writing their grid to `out`, in `columns`
+    (None: about square), and, if asked, each alone into the folder `individual`.
 
-    Latents are keyed by `seed` and scaled by `truncation`. With `walk` each row goes from one latent to another.
     What is written has `size` pixels a side, a multiple of S.
     """
-    images = generate(generator, draw_latents(latent_dim, count, seed, walk, truncation))
+    images = generate(generator, latents)
     shown = enlarge(images, size)
-    save_png(grid(shown), out)
+    save_png(grid(shown, columns), out)
     if individual is not None:
         for number, image in enumerate(shown):
             save_png(image, individual / f"sample-{number:05d}.png")
     return images
 
 
-def page(generator: torch.nn.Module, latents: Tensor, size: int | None = None) -> Tensor:
-    """Returns the grid of the images of `latents` [N, Z], each `size` pixels a side: one picture, uint8 [3, H, W]."""
-    return grid(enlarge(generate(generator, latents), size))
+def page(generator: torch.nn.Module, latents: Tensor, size: int | None = None, columns: int | None = None) -> Tensor:
+    """Returns the grid of the images of `latents` [N, Z], each `size` pixels a side, in `columns` (None: about square):
+    one picture, uint8 [3, H, W]."""
+    return grid(enlarge(generate(generator, latents), size), columns)
 
 
 def animate(run: str | Path, out: Path, *, seconds: float = 8.0, max_frames: int = MAX_FRAMES) -> int:

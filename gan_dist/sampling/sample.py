@@ -14,8 +14,9 @@ from gan_dist.data.dataset import open_dataset
 from gan_dist.model.networks import Generator
 from gan_dist.runs.checkpoint import find, load
 from gan_dist.runs.naming import run_path
+from gan_dist.sampling.classes import arrange, ask
 from gan_dist.sampling.export import check_exportable, export_generator, load_weights
-from gan_dist.sampling.generate import animate, build_generator, draw, draw_latents, has_standing_statistics, page
+from gan_dist.sampling.generate import animate, build_generator, draw, has_standing_statistics, page
 from gan_dist.sampling.neighbours import draw_neighbours
 from gan_dist.sampling.standing import NUM_LATENTS, estimate_statistics
 from gan_dist.sampling.walk import check_walk, write_walk
@@ -78,6 +79,9 @@ def sample_run(
     count: int = 64,
     seed: int = 0,
     out: str | Path = "grid.png",
+    class_name: str | None = None,
+    classes: str | None = None,
+    strength: float = 1.0,
     interpolate: bool = False,
     walk: str | Path | None = None,
     seconds: float = 8.0,
@@ -94,7 +98,8 @@ def sample_run(
 ) -> list[str]:
     """Returns a line for each file or folder written.
 
-    Always the grid `out` of `count` images, of latents scaled by `truncation`; `standing_statistics` first measures
+    Always the grid `out` of `count` images, of latents scaled by `truncation`, arranged as `class_name`, `classes`,
+    `strength` and `interpolate` ask, see classes.arrange; `standing_statistics` first measures
     batch norm's statistics on the weights, over such latents. Besides, as asked: each image alone in the folder
     `individual`; the grid as a film `walk` (.mp4 or .gif), whose latents leave those of the grid and come back to them
     after `seconds`, in `fps` frames a second; the generator as `export` (safetensors, with a card beside it); the run's
@@ -111,6 +116,7 @@ def sample_run(
     source = find_source(run, step)
     if animation is not None and source.run is None:
         raise UserError(f"--animation: {source.name} has no training to show; name a run")
+    asked = ask(source.generator, source.name, class_name, classes, strength)
     if export is not None and expand(export).suffix != ".safetensors":
         raise UserError(f"--export: expected a file name ending in .safetensors, found {export}")
     if export is not None:
@@ -118,13 +124,14 @@ def sample_run(
     side = source.generator.resolution
     if size is not None and (size < side or size % side):
         raise UserError(f"--size: expected a multiple of {side}, the pixels that {source.name} draws, found {size}")
-    if size is not None and (width := grid_side(count, size)) > MAX_PAGE:
+    plan = arrange(source.generator, asked, count, seed, interpolate, truncation)
+    if size is not None and (width := grid_side(len(plan), size, plan.columns)) > MAX_PAGE:
         raise UserError(
-            f"--size: a grid is at most {MAX_PAGE:,} pixels wide, {count} images of {size} would make {width:,}; "
+            f"--size: a grid is at most {MAX_PAGE:,} pixels wide, {len(plan)} images of {size} would make {width:,}; "
             "lower --size or --count"
         )
     if walk is not None:
-        check_walk(expand(walk), seconds, fps, grid_side(count, size or side))
+        check_walk(expand(walk), seconds, fps, grid_side(len(plan), size or side, plan.columns))
     reals = None
     if neighbours is not None:
         if dataset is None and source.dataset is None:
@@ -140,24 +147,18 @@ def sample_run(
         scaled = "" if truncation == 1 else f" scaled by {truncation:g}"
         source.facts["batch norm's statistics"] = f"{MEASURED}{scaled}"
     try:
-        images = draw(
-            source.generator,
-            source.generator.latent_dim,
-            count=count,
-            seed=seed,
-            out=expand(out),
-            walk=interpolate,
-            truncation=truncation,
-            individual=expand(individual) if individual is not None else None,
-            size=size,
-        )
-        lines = [f"{count} images of {source.name} in {out}"]
+        folder = expand(individual) if individual is not None else None
+        images = draw(source.generator, plan.inputs(), expand(out), plan.columns, individual=folder, size=size)
+        lines = [f"{len(images)} images of {source.name} in {out}"]
+        if asked.labels:
+            names = [source.generator.classes.name(label) for label in asked.labels]
+            ways = "from left to right" if interpolate and len(names) > 1 else "from top to bottom"
+            lines.append(f"{ways}: {', '.join(names)}")
         if walk is not None:
-            first = draw_latents(source.generator.latent_dim, count, seed, interpolate, truncation)
             lines.append(
                 write_walk(
-                    lambda latents: page(source.generator, latents, size),
-                    first,
+                    lambda latents: page(source.generator, plan.inputs(latents), size, plan.columns),
+                    plan.latents,
                     expand(walk),
                     seed=seed,
                     seconds=seconds,

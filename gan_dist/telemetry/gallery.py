@@ -13,15 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from gan_dist.config.diff import flatten
+from gan_dist.data.classes import NO_CLASSES
 from gan_dist.data.dataset import Dataset
 from gan_dist.data.shards import Manifest
+from gan_dist.model.networks import Generator
 from gan_dist.runs.metrics_file import markdown_table
 from gan_dist.sampling.generate import generate, interpolate
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.utils.files import write_atomically
-from gan_dist.utils.pictures import from_pil, grid
+from gan_dist.utils.pictures import from_pil, grid, named_rows
 
 WALK_ROWS, WALK_COLUMNS = 4, 8
+CLASS_ROWS, CLASS_COLUMNS = 16, 8
 
 
 class Gallery:
@@ -33,15 +36,35 @@ class Gallery:
         pairs = self._latents[: 2 * min(WALK_ROWS, len(self._latents) // 2)]
         walks = [interpolate(start, end, WALK_COLUMNS) for start, end in zip(pairs[::2], pairs[1::2], strict=True)]
         self._all = torch.cat([self._latents, *walks])
+        self._classes = generator.classes if isinstance(generator, Generator) else NO_CLASSES
+        if self._classes.names:
+            fixed = self._classes.draw(len(self._latents), 0)
+            walked = fixed[: 2 * len(walks) : 2].repeat_interleave(
+                WALK_COLUMNS
+            )  # a walk stays in its beginning's class
+            self._labels, self._rows = torch.cat([fixed, walked]), self._classes.largest(CLASS_ROWS)
 
     def draw(self, step: int) -> None:
-        """Draws the fixed latents to samples/ and TensorBoard, and a strip of walks between them to TensorBoard."""
-        images = generate(self._generator, self._all)
+        """Draws the fixed latents to samples/ and TensorBoard, a strip of walks between them to TensorBoard, and, of a
+        generator with classes, the same latents in each of the largest classes to both."""
+        if isinstance(self._generator, Generator) and self._classes.names:
+            images = generate(self._generator, self._generator.with_classes(self._all, self._labels))
+            self._draw_classes(step, self._generator)
+        else:
+            images = generate(self._generator, self._all)
         count = len(self._latents)
         path = self._run_dir / "samples" / f"step-{step:08d}.png"
         self._telemetry.image("samples/fixed_latents", step, grid(images[:count]), path)
         if len(images) > count:
             self._telemetry.image("samples/interpolation", step, grid(images[count:], WALK_COLUMNS))
+
+    def _draw_classes(self, step: int, generator: Generator) -> None:
+        """Draws a row for each of the largest classes: what some fixed latents, a column each, become in it."""
+        latents = self._latents[:CLASS_COLUMNS]
+        labels = torch.tensor(self._rows).repeat_interleave(len(latents))
+        images = generate(generator, generator.with_classes(latents.repeat(len(self._rows), 1), labels))
+        page = named_rows(grid(images, len(latents)), [self._classes.name(label) for label in self._rows])
+        self._telemetry.image("samples/classes", step, page, self._run_dir / "samples" / f"classes-{step:08d}.png")
 
     def introduce(
         self, step: int, dataset: Dataset, reals: Tensor, config: str, environment: Mapping[str, Any]

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gan_dist.utils.files import write_atomically
 
 MP4_CRF = 18
 """x264's constant quality: nobody sees a loss."""
+LONGEST_NAME = 32
+"""Letters of a name beside pictures."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -31,10 +33,10 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     return page
 
 
-def grid_side(count: int, side: int, padding: int = 2) -> int:
-    """Returns how wide the picture is that `grid` makes of `count` images of `side` pixels."""
-    columns = math.ceil(math.sqrt(count))
-    return side if count == 1 else columns * (side + padding) + padding
+def grid_side(count: int, side: int, columns: int | None = None, padding: int = 2) -> int:
+    """Returns the longer side of the picture that `grid` makes of `count` images of `side` pixels."""
+    columns = columns or math.ceil(math.sqrt(count))
+    return side if count == 1 else max(columns, math.ceil(count / columns)) * (side + padding) + padding
 
 
 def enlarge(images: Tensor, side: int | None) -> Tensor:
@@ -43,6 +45,21 @@ def enlarge(images: Tensor, side: int | None) -> Tensor:
         return images
     lanczos = Image.Resampling.LANCZOS
     return torch.stack([from_pil(to_pil(image).resize((side, side), lanczos)) for image in images])
+
+
+def named_rows(page: Tensor, names: Sequence[str]) -> Tensor:
+    """Returns `page`, uint8 [3, H, W], of equally high rows, with the name of each to its left, on white."""
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    short = [
+        name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "\N{HORIZONTAL ELLIPSIS}" for name in names
+    ]
+    width = 8 + math.ceil(max(pen.textlength(name) for name in short))
+    margin = Image.new("RGB", (width, page.shape[1]), "white")
+    pen = ImageDraw.Draw(margin)
+    for row, name in enumerate(short):
+        middle = (row + 0.5) * page.shape[1] / len(names)
+        pen.text((width - 4, middle), name, fill=(60, 60, 60), anchor="rm")
+    return torch.cat([from_pil(margin), page], 2)
 
 
 def png_bytes(image: Tensor) -> bytes:

@@ -13,15 +13,16 @@ from safetensors import safe_open
 from torch import nn
 
 from gan_dist.config.schema import Upsample
+from gan_dist.data.classes import NO_CLASSES, Classes
 from gan_dist.model.networks import Generator
 from gan_dist.sampling.export import export_generator, load_weights
 from gan_dist.sampling.generate import generate
 from gan_dist.utils.errors import UserError
 
 
-def learned(resolution: int = 32, upsample: Upsample = "transposed") -> Generator:
+def learned(resolution: int = 32, upsample: Upsample = "transposed", classes: Classes = NO_CLASSES) -> Generator:
     """Returns a generator whose every number, running statistics included, differs from where it began."""
-    generator = Generator(resolution, 8, 4, upsample)
+    generator = Generator(resolution, 8, 4, upsample, classes=classes)
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in generator.state_dict().items():
@@ -91,18 +92,22 @@ def test_the_exported_file_gives_the_same_images(tmp_path: Path) -> None:
     assert "- run: r" in text and "- step: 3" in text and "{" not in text.split("```")[0]
 
 
-def test_the_cards_snippet_loads_it_without_us(tmp_path: Path) -> None:
-    generator = learned(64)
+@pytest.mark.parametrize("classes", [NO_CLASSES, Classes(("a", 'b "c" {d}'), (1, 2, 3))])
+def test_the_cards_snippet_loads_it_without_us(classes: Classes, tmp_path: Path) -> None:
+    generator = learned(64, classes=classes)
     weights, card = export_generator(generator, tmp_path / "g.safetensors", {})
     latents = torch.randn(16, 8, generator=torch.Generator().manual_seed(5))
     torch.save(latents, tmp_path / "latents.pt")
     snippet = card.read_text().split("```python\n")[1].split("```")[0]
     program = (
         f"import sys\nsys.modules['gan_dist'] = None\n{snippet}\n"
-        "with torch.no_grad():\n    torch.save(stack(torch.load('latents.pt')[:, :, None, None]), 'images.pt')\n"
+        "given = torch.cat([torch.load('latents.pt')[:, :, None, None], latents[:, 8:]], 1)\n"
+        "with torch.no_grad():\n    torch.save(stack(given), 'images.pt')\n"
         "assert images.shape == (16, 3, 64, 64)\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    if classes.names:  # the snippet asks for the largest one
+        latents = generator.with_classes(latents, torch.full((16,), 2))
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "images.pt"), generator(latents), rtol=0, atol=1e-5)
     assert weights.is_file()

@@ -11,7 +11,7 @@ from PIL import Image
 
 import gan_dist
 from gan_dist.model.networks import Generator, initialise
-from gan_dist.sampling.generate import draw, generate, interpolate
+from gan_dist.sampling.generate import draw, draw_latents, generate, interpolate
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.pictures import grid, save_png, to_uint8
@@ -57,17 +57,18 @@ def test_walks_keep_their_ends_and_their_length() -> None:
 
 
 def test_files_are_whole_and_no_others_are_left(generator: Generator, tmp_path: Path) -> None:
-    images = draw(generator, 8, count=5, seed=3, out=tmp_path / "a" / "grid.png", individual=tmp_path / "each")
+    latents = draw_latents(8, 5, 3)
+    images = draw(generator, latents, tmp_path / "a" / "grid.png", individual=tmp_path / "each")
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == [
         "grid.png",
         *(f"sample-0000{i}.png" for i in range(5)),
     ]
     with Image.open(tmp_path / "each" / "sample-00003.png") as image:
         assert np.array_equal(np.asarray(image), images[3].permute(1, 2, 0).numpy())
-    again = draw(generator, 8, count=5, seed=3, out=tmp_path / "b.png")
+    again = draw(generator, draw_latents(8, 5, 3), tmp_path / "b.png")
     assert torch.equal(images, again)
-    assert not torch.equal(images, draw(generator, 8, count=5, seed=4, out=tmp_path / "b.png"))
-    assert draw(generator, 8, count=7, seed=3, out=tmp_path / "walk.png", walk=True).shape[0] == 7
+    assert not torch.equal(images, draw(generator, draw_latents(8, 5, 4), tmp_path / "b.png"))
+    assert draw(generator, draw_latents(8, 7, 3, walk=True), tmp_path / "walk.png").shape[0] == 7
     assert not list(tmp_path.rglob(".*"))
 
 

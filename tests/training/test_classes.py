@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gan_dist.data.classes import Classes
 from gan_dist.model.networks import CLASS_DIM, Discriminator, Generator, initialise
+from gan_dist.report.report import make_report
 from gan_dist.runs.checkpoint import find
-from gan_dist.sampling.generate import load_generator
+from gan_dist.sampling.generate import generate, load_generator
 from gan_dist.training.draws import draw_dropped
 from gan_dist.training.trainer import train
 from gan_dist.training.update import LABEL_DROPOUT
 from gan_dist.utils.errors import UserError
+from gan_dist.utils.pictures import from_pil, grid
 from tests.helpers.datasets import write_dataset
 from tests.helpers.games import CPU, STYLES, game, labels, moves
 from tests.helpers.training import assert_identical, final_state, small
@@ -78,6 +82,20 @@ def run(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("runs") / "run"
     train(small(labelled), CLASSES, run_dir=path, max_steps=1, console=False)
     return path
+
+
+def test_it_draws_its_classes(run: Path, labelled: Path) -> None:
+    """A row for each class, a column for each latent, the same ones at every step; names to the left."""
+    with Image.open(run / "samples" / "classes-00000001.png") as picture:
+        page = from_pil(picture)
+    generator, latents = load_generator(run), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    rows = [generate(generator, generator.with_classes(latents, torch.full((4,), label))) for label in (1, 2)]
+    assert torch.equal(page[:, :, -4 * 34 - 2 :], grid(torch.cat(rows), 4))
+    assert page[:, :34, : -4 * 34 - 2].min() < 128  # a name
+    events = EventAccumulator(str(run / "tensorboard"), {"images": 0}).Reload()
+    assert [each.step for each in events.Images("samples/classes")] == [0, 1]
+    make_report(run)
+    assert "A row of generated images for each class" in (run / "report.html").read_text()
 
 
 def test_another_list_of_classes_is_refused_in_a_line(
@@ -147,8 +165,7 @@ def test_vectors_of_classes_have_the_size_of_latents_and_strength_goes_beyond_th
     initialise(generator, 0.1, torch.Generator().manual_seed(0))
     with torch.no_grad():
         generator.class_table.mul_(7)
-    latents = torch.zeros(3, 8)
-    plain, none, strong = (generator.with_classes(latents, torch.arange(3), w)[:, 8:] for w in (1.0, 0.0, 1.5))
+    plain, none, strong = (generator.vectors_of(torch.arange(3), w) for w in (1.0, 0.0, 1.5))
     torch.testing.assert_close(plain.square().mean(1), torch.ones(3))
     torch.testing.assert_close(none, plain[:1].expand(3, -1))
     torch.testing.assert_close(strong, plain[:1] + 1.5 * (plain - plain[:1]))
