@@ -37,6 +37,10 @@ class Layout:
     """What users see of themselves only (jobs)."""
     lost_after_s: int = 10
     """Seconds without an answer after which a host counts as down."""
+    message_timeout_s: int = 10
+    """Seconds that daemons wait for an answer. To end a step may take longer, and then SLURM asks again a minute later:
+    here the job may have been requeued by then, and the new start's step has the same name. (Elsewhere a requeued job
+    waits for two minutes.)"""
     grace_s: int = 25
     """Seconds that a preempted job keeps before it is killed."""
     preempt_mode: str = "REQUEUE"
@@ -93,7 +97,7 @@ def slurm_conf(layout: Layout) -> str:
         f"SlurmdTimeout={layout.lost_after_s}",
         *options,
         "SlurmctldTimeout=30",
-        "MessageTimeout=10",
+        f"MessageTimeout={layout.message_timeout_s}",
         "TCPTimeout=2",
         "InactiveLimit=0",
         "MinJobAge=1800",

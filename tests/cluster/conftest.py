@@ -28,7 +28,7 @@ def _boot(proctrack: str) -> Iterator[Cluster]:
         pytest.skip(reason)
     # CI's time limit ends the session, fixtures and all, instead of the process: no bridge is left behind.
     signal.signal(signal.SIGTERM, lambda number, frame: pytest.exit("terminated", 143))
-    with Cluster(3, proctrack) as cluster:
+    with Cluster(3, proctrack, {"message_timeout_s": 30}) as cluster:
         _booted.append(cluster)
         yield cluster
         _booted.remove(cluster)
@@ -131,8 +131,6 @@ def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def whole(linuxproc: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of STEPS by two ranks on two hosts."""
-    run = Run.submit(linuxproc, config, tmp_path_factory.mktemp("runs") / "whole", *STEPS)
-    run.wait_for("done")
-    return run.path
+def whole(minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An undisturbed run of STEPS by two ranks on two hosts, beside the tests that are compared with it."""
+    return Run.submit(minute, config, tmp_path_factory.mktemp("runs") / "whole", *STEPS)

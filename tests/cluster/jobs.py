@@ -19,7 +19,7 @@ from tests.cluster.boot import Cluster, wait_until
 from tests.helpers.training import small
 
 ROOT = Path(__file__).parents[2]
-STEPS = ("--max-steps", "120")
+STEPS = ("--max-steps", "60")
 """How long a run is that is disturbed and compared with one that is not."""
 FIRST_START = "os.environ.get('SLURM_RESTART_COUNT', '0') == '0'"
 """What a hook asks of a process that a job starts before it was ever requeued."""
@@ -63,11 +63,11 @@ def hook(folder: Path, module: str, change: str, when: str = "True") -> str:
     return f"job.env={{PYTHONPATH: {folder}}}"
 
 
-def slowly(folder: Path) -> str:
-    """Returns the option that makes a run's first start slow: schedulers may take their time to end it."""
-    step = """
+def slowly(folder: Path, seconds: float = 0.4) -> str:
+    """Returns the option that makes the steps of a run's first start slow: schedulers may take their time to end it."""
+    step = f"""
         step = module.Update.step
-        module.Update.step = lambda *words: (time.sleep(0.4), step(*words))[1]
+        module.Update.step = lambda *words: (time.sleep({seconds}), step(*words))[1]
     """
     return hook(folder, "gan_dist.training.update", step, FIRST_START)
 
@@ -208,6 +208,11 @@ class Run:
     def status(self) -> str:
         """Returns what `launch status` says."""
         return launch(self.cluster, "status", str(self.path)).stdout
+
+    def finished(self) -> Path:
+        """Returns the directory of the run once it is done."""
+        self.wait_for("done")
+        return self.path
 
     def ranks(self) -> dict[str, list[int]]:
         """Returns {host: pids of the run's ranks there}."""

@@ -34,7 +34,7 @@ def failing(folder: Path) -> str:
 
 @pytest.mark.waits
 def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
-    config: str, whole: Path, tmp_path_factory: pytest.TempPathFactory
+    config: str, whole: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Two clusters at once, for most of this is waiting: on one a host is killed, on the other one is cut off."""
     tmp_path = tmp_path_factory.mktemp("lost")
@@ -54,42 +54,42 @@ def test_a_lost_host_costs_the_steps_since_the_last_checkpoint(
             assert len(starts) == 2 and starts[1] >= 20 and starts[1] % 10 == 0
             hosts = {file.name.split("-")[2] for file in (run.path / "logs").glob("*-1-*-*.log")}
             assert hosts == {"node1", "node2", "node3"} - {lost.name}
-            assert_identical(run.path, whole)
+            assert_identical(run.path, whole.finished())
         # SLURM's own requeueing and the batch script's have not both counted.
         assert [line[1] for line in killed.history()] in (["lost", "done"], ["crashed", "done"])
         assert killed.restarts() == 1 and "rank 1 on node2 was lost" in killed.status()
         silent.mend()  # it comes back with whatever still runs there, which writes nothing any more
         wait_for_empty_hosts(linuxproc, other, limit_s=180)  # its srun gives up 60 s after it has heard
         assert [line[1] for line in cut_off.history() if line[1] != "lost"] == ["done"]
-    assert_identical(cut_off.path, whole)
+    assert_identical(cut_off.path, whole.finished())
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
 def test_a_lost_rank_is_named_and_the_run_goes_on(
-    linuxproc: Cluster, cgroup: Cluster, config: str, whole: Path, tmp_path: Path, fault: signal.Signals
+    linuxproc: Cluster, cgroup: Cluster, config: str, whole: Run, tmp_path: Path
 ) -> None:
-    slow = slowly(tmp_path / "hook")
-    clusters = [linuxproc] if fault == signal.SIGKILL else [linuxproc, cgroup]
-    runs = [Run.submit(cluster, config, tmp_path / cluster.proctrack, *STEPS, slow) for cluster in clusters]
+    """One is killed, two hang, all at once: most of this is waiting for the others to notice."""
+    words = (*STEPS, "slurm.extra.nodelist=node1,node2", slowly(tmp_path / "hook"))
+    faults = [(linuxproc, signal.SIGKILL, "Killed"), (linuxproc, signal.SIGSTOP, "was lost")]
+    faults.append((cgroup, signal.SIGSTOP, "was lost"))
+    runs = [Run.submit(faults[n][0], config, tmp_path / f"run-{n}", *words) for n in range(len(faults))]
     ranks: list[int] = []
-    for run in runs:
+    for run, (_, fault, _) in zip(runs, faults, strict=True):
         run.wait_for_step(12)
         ranks += [pid for pids in run.ranks().values() for pid in pids]
         (pid,) = run.ranks()["node2"]
         os.kill(pid, fault)
     assert len(ranks) == 2 * len(runs)
-    for run in runs:
+    for run, (_, _, how) in zip(runs, faults, strict=True):
         run.wait_for("crashed", "done", limit_s=75)
         _, what, _, why, *_ = run.history()[0]
-        assert what == "crashed" and why.startswith("rank 1 on node2"), why
-        assert ("Killed" if fault == signal.SIGKILL else "was lost") in why
+        assert what == "crashed" and why.startswith("rank 1 on node2") and how in why, why
         status = run.status()
         assert "1 restart(s); the last one: crashed at step-" in status and "rank 1 on node2" in status, status
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 20, "end of the siblings")
     for run in runs:
         run.wait_for("done")
         assert run.restarts() == 1
-        assert_identical(run.path, whole)
+        assert_identical(run.path, whole.finished())
 
 
 def test_a_rank_that_raises_again_and_again_ends_the_run_with_its_message(

@@ -64,7 +64,7 @@ def is_submitted(file: Path) -> bool:
     return file.is_file() and "attempts" not in file.parts and not file.name.endswith("_result.pkl")
 
 
-def interrupted_once(run: Run, whole: Path, by: str) -> None:
+def interrupted_once(run: Run, whole: Run, by: str) -> None:
     """Asserts that the run was stopped once by `by`, requeued once, and ended as if nothing had happened."""
     run.wait_for("requeued", "done")
     what = run.history()[0]
@@ -75,21 +75,26 @@ def interrupted_once(run: Run, whole: Path, by: str) -> None:
     run.wait_for("done")
     assert run.restarts() == 1 and [line[1] for line in run.history()] == ["requeued", "done"]
     assert [event["step"] for event in run.events("start")] == [0, saved[0]]
-    assert_identical(run.path, whole)
+    assert_identical(run.path, whole.finished())
 
 
-def test_usr2_saves_requeues_once_and_changes_no_bit(either: Cluster, config: str, whole: Path, tmp_path: Path) -> None:
-    run = Run.submit(either, config, tmp_path / "run", *STEPS)
-    run.wait_for_step(20)
-    either.run("scancel", "--signal=USR2", run.job)
-    interrupted_once(run, whole, "SIGUSR2")
+def test_usr2_saves_requeues_once_and_changes_no_bit(
+    linuxproc: Cluster, cgroup: Cluster, config: str, whole: Run, tmp_path: Path
+) -> None:
+    slow = slowly(tmp_path / "hook", 0.2)
+    runs = [Run.submit(each, config, tmp_path / each.proctrack, *STEPS, slow) for each in (linuxproc, cgroup)]
+    for run in runs:
+        run.wait_for_step(20)
+        run.cluster.run("scancel", "--signal=USR2", run.job)
+    for run in runs:
+        interrupted_once(run, whole, "SIGUSR2")
 
 
 LIMIT = (*STEPS, "slurm.time=1", "slurm.signal_lead_s=10")
 LATE = """
 from gan_dist.training.update import Update
 step, save = Update.step, module.save
-Update.step = lambda *words: (time.sleep(1.2), step(*words))[1]
+Update.step = lambda *words: (time.sleep(2.4), step(*words))[1]
 module.save = lambda *words, **more: (words[1]["step"] and time.sleep(100), save(*words, **more))
 """
 
@@ -102,10 +107,10 @@ def give_time(run: Run) -> None:
 
 @pytest.mark.waits
 def test_the_time_limit_saves_requeues_and_changes_no_bit(
-    minute: Cluster, config: str, whole: Path, tmp_path_factory: pytest.TempPathFactory
+    minute: Cluster, config: str, whole: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     at = tmp_path_factory.mktemp("limited")
-    run = Run.submit(minute, config, at / "run", *LIMIT, slowly(at / "hook"))
+    run = Run.submit(minute, config, at / "run", *LIMIT, slowly(at / "hook", 0.8))
     run.wait_for("requeued", "done")
     give_time(run)
     interrupted_once(run, whole, "SIGUSR2")
@@ -113,7 +118,7 @@ def test_the_time_limit_saves_requeues_and_changes_no_bit(
 
 @pytest.mark.waits
 def test_a_save_that_overruns_the_time_limit_is_reported_and_requeued(
-    minute: Cluster, config: str, whole: Path, tmp_path_factory: pytest.TempPathFactory
+    minute: Cluster, config: str, whole: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     at = tmp_path_factory.mktemp("late")
     slow = hook(at / "hook", "gan_dist.training.checkpointer", LATE, FIRST_START)
@@ -135,42 +140,46 @@ def test_a_save_that_overruns_the_time_limit_is_reported_and_requeued(
     late.wait_for("done")
     assert late.restarts() == 1 and "raise slurm.signal_lead_s" in late.status()
     assert [event["step"] for event in late.events("start")] == [0, 0]
-    assert_identical(late.path, whole)
+    assert_identical(late.path, whole.finished())
 
 
 @pytest.mark.parametrize(
-    ("by", "proctrack", "settings"),
+    "preemptions",
     [
-        ("SIGTERM", "cgroup", {}),
-        ("SIGUSR2", "linuxproc", {"user_signal": True}),
-        ("SIGTERM", "linuxproc", {"preempt_mode": "CANCEL", "grace_s": 0}),
+        [("SIGTERM", "cgroup", {}), ("SIGUSR2", "linuxproc", {"user_signal": True})],
+        [("SIGTERM", "linuxproc", {"preempt_mode": "CANCEL", "grace_s": 0})],
     ],
-    ids=["TERM", "USR2", "TERM and CANCEL"],
+    ids=["TERM, and USR2", "TERM and CANCEL"],
 )
 def test_preemption_saves_requeues_once_and_changes_no_bit(
     request: pytest.FixtureRequest,
     config: str,
-    whole: Path,
+    whole: Run,
     tmp_path: Path,
-    by: str,
-    proctrack: str,
-    settings: dict[str, Any],
+    preemptions: list[tuple[str, str, dict[str, Any]]],
 ) -> None:
-    cluster: Cluster = request.getfixturevalue(proctrack)
-    usual = {key: getattr(cluster.layout, key) for key in settings}
-    if settings:
-        cluster.configure(**settings)
+    low = ("slurm.partition=low", slowly(tmp_path / "hook"))
+    clusters: list[Cluster] = [request.getfixturevalue(proctrack) for _, proctrack, _ in preemptions]
+    usual = [
+        {key: getattr(cluster.layout, key) for key in of[2]} for cluster, of in zip(clusters, preemptions, strict=True)
+    ]
     try:
-        low = ("slurm.partition=low", slowly(tmp_path / "hook"))
-        run = Run.submit(cluster, config, tmp_path / "run", *STEPS, *low)
-        run.wait_for_step(6)
-        words = ("sbatch", "--parsable", "-phigh", "-N3", "--exclusive", "-o/dev/null", "--wrap", "sleep 3")
-        urgent = cluster.run(*words).stdout.strip()
-        interrupted_once(run, whole, by)
-        cluster.wait_for_job(urgent, "COMPLETED")
+        for cluster, (_, _, settings) in zip(clusters, preemptions, strict=True):
+            if settings:
+                cluster.configure(**settings)
+        runs = [Run.submit(cluster, config, tmp_path / cluster.proctrack, *STEPS, *low) for cluster in clusters]
+        urgent = []
+        for run in runs:
+            run.wait_for_step(6)
+            words = ("sbatch", "--parsable", "-phigh", "-N3", "--exclusive", "-o/dev/null", "--wrap", "sleep 3")
+            urgent.append(run.cluster.run(*words).stdout.strip())
+        for run, (by, _, _), job in zip(runs, preemptions, urgent, strict=True):
+            interrupted_once(run, whole, by)
+            run.cluster.wait_for_job(job, "COMPLETED")
     finally:
-        if usual:
-            cluster.configure(**usual)
+        for cluster, settings in zip(clusters, usual, strict=True):
+            if settings:
+                cluster.configure(**settings)
 
 
 def test_a_plain_cancel_saves_does_not_requeue_and_leaves_no_process(
