@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -229,6 +228,67 @@ def local(
     raise typer.Exit(train_here(config, overrides, run, ranks, more))
 
 
+@app.command()
+def sweep(
+    config: Config,
+    space: Annotated[str, typer.Argument(help="A YAML file: the keys to search, and where; see docs/sweep.md.")],
+    words: Words = None,
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials in all.")] = 40,
+    parallel: Annotated[int, typer.Option(min=1, help="Trials that this command runs at once.")] = 1,
+    cluster: ClusterFile = None,
+    name: Name = None,
+    run_dir: RunDir = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of each trial on this machine.")] = 1,
+    pruner: Annotated[str, typer.Option(help="median, hyperband or none: how soon a bad trial is ended.")] = "median",
+    seed: Annotated[int, typer.Option(help="The seed of the search.")] = 0,
+) -> None:
+    """Search configurations. Each trial is a run; TPE chooses it, and it is ended early if it falls behind.
+
+    Trials run on this machine; with --cluster, or any slurm.KEY, each is a job. The same command continues a sweep that
+    was stopped or killed, and joins one that runs elsewhere.
+    """
+    from gan_dist.cli.common import listen_for_signals
+    from gan_dist.config.base import check_seed
+    from gan_dist.config.schema import load_config
+    from gan_dist.runs.study import BEST, read_sweep
+    from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED
+    from gan_dist.utils.stop import StopRequest
+    from launch.checks import check_all, check_dataset
+    from launch.space import read_space
+    from launch.status import trial_lines
+    from launch.sweep import Worker
+    from launch.trials import Here, Jobs, Place
+
+    options, overrides = _options(cluster, words)
+    check_seed(seed)
+    as_jobs = cluster is not None or any(word.startswith("slurm.") for word in words or [])
+    name = name if name or run_dir else f"{Path(config).stem}-{Path(space).stem}"
+    folder = choose_run_dir(config, name, run_dir, options.job.runs)
+    base = load_config(config, overrides)
+    searched = read_space(space, base, overrides, options.slurm.ranks if as_jobs else ranks)
+    check_dataset(base)
+    place: Place = Jobs(options, check_all) if as_jobs else Here(parallel, ranks)
+    stop = StopRequest()
+    listen_for_signals(stop)
+    print(f"sweep {folder}: {trials} trials over {', '.join(each.key for each in searched)}", flush=True)
+    worker = Worker(folder, searched, place, trials=trials, parallel=parallel, seed=seed, pruner=pruner, log=_say)
+    ended = worker.work(stop)
+    made = read_sweep(folder)
+    print("\n".join(trial_lines(made)))
+    if not ended:
+        on = f"; its jobs go on: python -m launch stop {shlex.quote(str(folder))} ends them" if as_jobs else ""
+        print(f"stopped; the same command continues{on}", flush=True)
+        raise typer.Exit(EXIT_STOPPED)
+    print(f"  gan-dist report {shlex.quote(str(folder))}")
+    if made.best is None:
+        raise typer.Exit(EXIT_FAILED)
+    print(f"  gan-dist train {shlex.quote(str(folder / BEST))} --name NAME")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 @app.command(name="status")
 def status_command(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs to show. [default: all]")] = None,
@@ -313,48 +373,12 @@ def tensorboard(
 @app.command()
 def stop(run: Run, cluster: ClusterFile = None) -> None:
     """Ask a run to save and end. It is not requeued; jobs that wait or do not train are cancelled."""
-    from launch import slurm
-    from launch.submit import has_ended, jobs_of, submissions
+    from gan_dist.runs.study import is_sweep
+    from launch.stopping import stop_run, stop_sweep
 
     directory = _find(run, cluster)
-    jobs = dict(zip(jobs_of(directory), (each.kind for each in submissions(directory)), strict=True))
-    deadline = time.monotonic() + 40
-    while (view := slurm.look(list(jobs))).lines:
-        if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in view.lines):
-            break
-        time.sleep(1)  # between two starts: soon the job is pending again, or gone
-    hidden = [job for job in view.hidden if not has_ended(directory, job.id)]
-    if not view.lines and not hidden:
-        raise UserError(f"{directory} has no job in the queue; nothing to stop")
-    status = f"see: python -m launch status {shlex.quote(str(directory))}"
-    for job, kind in sorted(jobs.items(), key=lambda each: each[0].order, reverse=True):  # dependent jobs first
-        states = {line.state for line in view.of(job)}
-        if job in hidden:
-            owner = f"job {job.id} ({kind}) of {job.user} cannot be seen from here (PrivateData)"
-            if kind == "train":
-                _touch(directory / "stop")
-                print(f"{owner}; if it runs, it saves and ends now: {status}")
-            else:
-                print(f"{owner}; ask {job.user} to stop it")
-        elif not states:
-            continue
-        elif kind != "train":  # only training reads the stop file
-            slurm.cancel(job)
-            print(f"job {job.id} ({kind}) is cancelled; finished work is kept")
-        elif states == {"PENDING"}:
-            slurm.cancel(job, "--state=PENDING")
-            print(f"job {job.id} was pending and is cancelled; the last checkpoint is kept")
-        else:
-            _touch(directory / "stop")
-            when = ", once it is resumed" if "SUSPENDED" in states else ""
-            print(f"job {job.id} is asked to save and end{when}; {status}")
-
-
-def _touch(file: Path) -> None:
-    try:
-        file.touch()
-    except OSError as error:
-        raise UserError(f"cannot ask the run to stop: {file}: {error.strerror}; ask its owner") from None
+    for line in stop_sweep(directory) if is_sweep(directory) else stop_run(directory):
+        print(line)
 
 
 @app.command()

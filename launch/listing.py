@@ -12,9 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gan_dist.runs.lease import Observer
 from gan_dist.runs.naming import runs_home
 from gan_dist.runs.record import read_run
-from gan_dist.utils.errors import UserError
+from gan_dist.runs.study import JOURNAL, is_sweep, read_sweep
+from gan_dist.utils.errors import GanDistError, UserError
 from launch.status import Queue, attempts_of, last_word, look
 from launch.submit import jobs_of, submissions
 
@@ -51,16 +53,17 @@ class Row:
 
 
 def list_runs(runs: str | None = None) -> list[Row]:
-    """Returns a row for each run of the home, the latest written last; SLURM is asked once.
+    """Returns a row for each run and sweep of the home, the latest written last; SLURM is asked once.
 
     Raises UserError when there is no run.
     """
     home = runs_home(runs)
     folders = [path for path in home.glob("[!.]*") if (path / "config.yaml").is_file() or (path / "launch").is_dir()]
-    if not folders:
+    sweeps = [path for path in home.glob("[!.]*") if is_sweep(path)]
+    if not folders and not sweeps:
         raise UserError(f"no run in {home}; say where runs are (--cluster, $GAN_DIST_RUNS)")
     queue = look(folders)
-    rows = [make_row(run, queue) for run in folders]
+    rows = [make_row(run, queue) for run in folders] + [sweep_row(path) for path in sweeps]
     return sorted(rows, key=lambda row: (-(row.updated_s if row.updated_s is not None else float("inf")), row.name))
 
 
@@ -95,6 +98,24 @@ def make_row(run: Path, queue: Queue) -> Row:
     elif state == "running" and made:
         state = "interrupted"  # its job is gone
     return Row(name=run.name, run=str(run), state=state, step=step, total_steps=total, updated_s=updated, **known)
+
+
+def sweep_row(folder: Path) -> Row:
+    """Returns the row of a sweep: its steps are trials."""
+    journal, observer = folder / JOURNAL, Observer()
+    updated = max(time.time() - journal.stat().st_mtime, 0) if journal.exists() else None
+    known: dict[str, Any] = dict.fromkeys((*FIGURES, "job", "best_swd", "node"))
+    known |= {"name": folder.name, "run": str(folder), "updated_s": updated}
+    try:
+        sweep = read_sweep(folder)
+    except GanDistError as error:
+        return Row(**known, state="sweep", step=0, total_steps=0, reason=str(error))
+    ended = sum(trial.state != "running" for trial in sweep.trials)
+    works = any(observer.held(path) for path in (folder / "workers").glob("*"))
+    done = ended == len(sweep.trials) >= sweep.total
+    known["best_swd"] = sweep.best.value if sweep.best else None
+    state = "running" if works else "done" if done else "stopped"
+    return Row(**known, state=state, step=ended, total_steps=sweep.total, reason=f"sweep: {sweep.account()}")
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gan_dist.runs.lease import Observer
 from gan_dist.runs.naming import run_path, runs_home
+from gan_dist.runs.study import OBJECTIVE, Sweep, Trial, is_sweep, read_sweep
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.job.verdict import FINAL
@@ -32,16 +35,16 @@ class Attempt:
 def find_run(run: str, runs: str | None = None) -> Path:
     """Returns the directory of a run, given its path or its name. Raises UserError when there is no run."""
     path = run_path(run, runs)
-    if not (path / "launch").is_dir() and not (path / "config.yaml").is_file():
+    if not (path / "launch").is_dir() and not (path / "config.yaml").is_file() and not is_sweep(path):
         raise UserError(f"no run at {path}; expected a run directory, or a name under $GAN_DIST_RUNS (default ./runs)")
     return path
 
 
 def all_runs(runs: str | None = None) -> list[Path]:
-    """Returns all submitted runs, the latest submission last. Raises UserError when there is none."""
+    """Returns all submitted runs and sweeps, the latest submission last. Raises UserError when there is none."""
     home = runs_home(runs)
-    folders = home.glob("[!.]*/launch")  # .tensorboard is no run
-    submitted = sorted((path.parent for path in folders), key=lambda run: (run / "launch").stat().st_mtime)
+    folders = [*home.glob("[!.]*/launch"), *(path.parent / "workers" for path in home.glob("[!.]*/sweep.yaml"))]
+    submitted = [path.parent for path in sorted(folders, key=lambda path: path.stat().st_mtime)]  # no .tensorboard
     if not submitted:
         raise UserError(f"no run was submitted in {home}; name one, or say where runs are (--cluster, $GAN_DIST_RUNS)")
     return submitted
@@ -92,7 +95,12 @@ def look(runs: Sequence[Path]) -> Queue:
 
 
 def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
-    """Returns the status of a run as lines: its progress, its jobs, their restarts, and why the last start ended."""
+    """Returns the status of a run as lines: its progress, its jobs, their restarts, and why the last start ended.
+
+    Of a sweep: what became of its trials, the best, its workers, and the status of each trial that has not ended.
+    """
+    if is_sweep(run):
+        return list(_sweep_lines(run))
     queue = queue or look([run])
     made, jobs = submissions(run), jobs_of(run)
     states: set[str] | None = {line.state for job in jobs for line in queue.view.of(job)}
@@ -105,6 +113,35 @@ def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
     if not made:
         lines.append("  no job of this run was submitted from here")
     return lines
+
+
+def _sweep_lines(folder: Path) -> Iterator[str]:
+    sweep, observer = read_sweep(folder), Observer()
+    yield f"{folder.name} at {folder}"
+    yield f"  {sweep.account()}"
+    if sweep.best:
+        yield f"  best: {_trial_line(sweep.best)}"
+    working = sorted(path.name for path in (folder / "workers").glob("*") if observer.held(path))
+    yield f"  {len(working)} worker(s){': ' if working else ''}{', '.join(working)}"
+    running = [trial.path for trial in sweep.trials if trial.state == "running"]
+    queue = look(running)
+    for path in running:
+        yield from (f"  {line}" for line in status_lines(path, queue))
+
+
+def trial_lines(sweep: Sweep) -> list[str]:
+    """Returns the account of a sweep: a line for all trials, and one for each, best first."""
+    return [sweep.account(), *(f"  {_trial_line(trial)}" for trial in sweep.ranked())]
+
+
+def _trial_line(trial: Trial) -> str:
+    value = f"{OBJECTIVE} {trial.value:.4g}" if trial.value is not None else "-"
+    settings = " ".join(f"{key}={_shown(one)}" for key, one in trial.settings.items())
+    return f"{trial.name} {trial.state:<8} {value}  {settings}" + (f"  ({trial.reason})" if trial.reason else "")
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).replace(" ", "")
 
 
 def _progress(run: Path, states: set[str] | None) -> str:

@@ -139,18 +139,20 @@ def submit_training(
     after: str | None = None,
     alone: bool = True,
     check: Check = unchecked,
+    like: Path | None = None,
 ) -> Submission:
     """Returns the submission of a training job, which runs a snapshot of code and configuration.
 
-    `check` raises UserError for what would fail on the cluster. Raises UserError when the run has a job already, when
-    its directory cannot be written, and with sbatch's message when it refuses the job.
+    `like` is an earlier submission whose code it runs instead. `check` raises UserError for what would fail on the
+    cluster. Raises UserError when the run has a job already, when its directory cannot be written, and with sbatch's
+    message when it refuses the job.
     """
     settings, parent = check_config(config, overrides, cluster, run), resolve_parent(from_run, cluster)
     slurm.require("sbatch", "srun", "scontrol")
     check(settings, cluster, run)
     if alone:
         refuse_busy(run)
-    with new_submission(run, cluster.job) as folder:
+    with new_submission(run, cluster.job, like) as folder:
         (run / "stop").unlink(missing_ok=True)  # one that came too late for an earlier job
         write_atomically(folder / "config.yaml", to_yaml(settings).encode())
         ranks, text = cluster.slurm.ranks, training_batch(run, folder, cluster, run.name, after)
@@ -306,11 +308,11 @@ def refuse_busy(run: Path) -> None:
 def new_submission(run: Path, job: JobOptions, like: Path | None = None) -> Iterator[Path]:
     """Yields the directory of a new submission with the snapshot in it; removes it when the submission fails.
 
-    The snapshot copies nothing of `job.runs`. `like` is another run's part of the same submission: it gives the name,
-    and the snapshot as links to the same files.
+    The snapshot copies nothing of `job.runs`. `like` is another run's submission: it gives the name, if that is free
+    here, and the snapshot as links to the same files.
     """
     refuse_patterns(run)
-    folder = run / "launch" / (like.name if like else new_id())
+    folder = run / "launch" / (like.name if like and not (run / "launch" / like.name).exists() else new_id())
     try:
         folder.mkdir(parents=True)
         (run / "logs").mkdir(exist_ok=True)

@@ -154,7 +154,7 @@ def sample(
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run, or several side by side.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run, several side by side, or a sweep.")],
     page: Annotated[
         Path | None, typer.Option("--out", help="The page. [default: RUN/report.html; several: report.html]")
     ] = None,
@@ -165,9 +165,15 @@ def report(
     """
     from gan_dist.config.schema import presets
     from gan_dist.report.report import make_report
+    from gan_dist.report.sweep import make_sweep_report
     from gan_dist.runs.naming import run_path
+    from gan_dist.runs.study import is_sweep
 
-    console.print(str(make_report([run_path(run) for run in runs], page, presets())), markup=False)
+    paths = [run_path(run) for run in runs]
+    if len(paths) == 1 and is_sweep(paths[0]):
+        console.print(str(make_sweep_report(paths[0], page)), markup=False)
+        return
+    console.print(str(make_report(paths, page, presets())), markup=False)
 
 
 def _print_closing_lines(run_dir: Path) -> None:

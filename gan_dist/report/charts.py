@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,64 @@ def plot(chart: Chart) -> dict[str, Any]:
         "line": down(chart.line[0]) if chart.line else None,
         "hover": {"left": left, "right": right, "x": chart.x_name, "series": series},
     }
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Dots over one setting.
+
+    dots: {kind of dot: (setting, y, what it is called)}; log_x: a logarithmic x; choices: the settings that there are,
+    for one that is no number. y is logarithmic where all are positive.
+    """
+
+    title: str
+    dots: Mapping[str, Sequence[tuple[Any, float, str]]]
+    log_x: bool = False
+    choices: Sequence[Any] | None = None
+
+
+def scatter(chart: Scatter) -> dict[str, Any]:
+    """Returns the chart for parts.html: places in percent of the frame, from its top left; CSS classes; labels."""
+    found = [
+        (f"s{number}", x, y, name)
+        for number, dots in enumerate(chart.dots.values())
+        for x, y, name in dots
+        if math.isfinite(y)
+    ]
+    legend = [(f"s{number}", kind) for number, kind in enumerate(chart.dots) if chart.dots[kind]]
+    made: dict[str, Any] = {"title": chart.title, "legend": legend, "dots": []}
+    if not found:
+        return made
+    log_y = all(y > 0 for _, _, y, _ in found)
+    ys = [math.log10(y) if log_y else y for _, _, y, _ in found]
+    bottom, top = _bounds(Chart("", ()), ys)
+    if chart.choices is not None:
+        choices = list(chart.choices)
+        xs = [float(choices.index(x)) if x in choices else -1.0 for _, x, _, _ in found]
+        left, right, places = -0.5, len(choices) - 0.5, [(float(n), _choice(one)) for n, one in enumerate(choices)]
+    else:
+        xs = [math.log10(x) if chart.log_x else float(x) for _, x, _, _ in found]
+        margin = 0.04 * (max(xs) - min(xs)) or 0.5
+        left, right = min(xs) - margin, max(xs) + margin
+        levels = log_ticks(left, right) if chart.log_x else ticks(left, right, 5)
+        places = [(x, short(10**x if chart.log_x else x)) for x in levels[:: math.ceil(len(levels) / 6)]]
+
+    def across(x: float) -> float:
+        return round(100 * (x - left) / (right - left), 2)
+
+    def down(y: float) -> float:
+        return round(100 * (top - y) / (top - bottom), 2)
+
+    levels = (log_ticks if log_y else ticks)(bottom, top)
+    return made | {
+        "dots": [(style, across(x), down(y), name) for (style, _, _, name), x, y in zip(found, xs, ys, strict=True)],
+        "levels": [(down(y), short(10**y if log_y else y)) for y in levels if bottom <= y <= top],
+        "ticks": [(across(x), label) for x, label in places],
+    }
+
+
+def _choice(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _bounds(chart: Chart, ys: Sequence[float]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ the templates show is gathered here, as plain values; the templates escape them.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from gan_dist.config.diff import changes, flatten
 from gan_dist.data.prepare.account import REASONS
 from gan_dist.data.shards import read_manifest
 from gan_dist.report.charts import plot
-from gan_dist.report.curves import compared, curves, median, seconds_trained
+from gan_dist.report.curves import COSTS, compared, curves, median, seconds_trained
 from gan_dist.report.films import film, still
 from gan_dist.report.history import commands, entries
 from gan_dist.runs.metrics_file import format_time
@@ -58,6 +59,11 @@ def make_report(
     else:
         target = expand(out or "report.html")
         page = templates.get_template("runs.html").render(_several(read))
+    return write_page(target, page)
+
+
+def write_page(target: Path, page: str) -> Path:
+    """Returns `target` once the page stands there. Raises UserError where it cannot be written."""
     try:
         write_atomically(target, page.encode(), make_folder=True)
     except OSError as error:
@@ -213,6 +219,7 @@ def _several(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": runs,
         "heads": ["", *heads],
         "figures": figures,
+        "over_seeds": _over_seeds(runs),
         "films": list(zip(runs, films, heads, strict=True)),
         "longest": max(map(len, films)),
         "keys": len(keys),
@@ -220,6 +227,36 @@ def _several(runs: Sequence[Run]) -> dict[str, Any]:
         "charts": [plot(chart) for chart in compared(runs)],
         "histories": [(run.name, entries(run)) for run in runs],
     }
+
+
+def _over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Returns, for each configuration that ran with two seeds or more, each figure's mean, spread, least and most.
+
+    The spread is the standard deviation over seeds, with n - 1; figures are each run's newest.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        rest = {key: value for key, value in flatten(run.config).items() if key not in ("seed", *LOCAL)}
+        groups.setdefault(json.dumps(rest, sort_keys=True, default=str), []).append(run)
+    made = []
+    for group in groups.values():
+        seeds = {run.config.get("seed") for run in group}
+        if len(seeds) < 2:
+            continue
+        newest = [{tag: value for point in run.points for tag, value in point.items()} for run in group]
+        tags = sorted({tag for tags in newest for tag in tags if tag in LAST or tag.startswith("evaluate/")} - {*COSTS})
+        rows = []
+        for tag in tags:
+            values = [float(one[tag]) for one in newest if one.get(tag) is not None]
+            if len(values) > 1:
+                spread = (statistics.mean(values), statistics.stdev(values), min(values), max(values))
+                rows.append((tag, [*spread, len(values)]))
+        steps = sorted({run.step for run in group})
+        at = (
+            f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}: not all are equally far"
+        )
+        made.append({"names": ", ".join(run.name for run in group), "seeds": len(seeds), "at": at, "rows": rows})
+    return made
 
 
 def _shown(value: Any) -> Any:

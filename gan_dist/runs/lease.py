@@ -141,6 +141,25 @@ class Lease:
                 temporary.replace(self._path)
 
 
+class Observer:
+    """Tells whether leases are held, without waiting: one is stale once it was seen to stay as it is for a term."""
+
+    def __init__(self, term_s: float = TERM_S) -> None:
+        self._term_s = term_s
+        self._seen: dict[Path, tuple[Holder, float]] = {}
+
+    def held(self, run_dir: Path) -> bool:
+        """Returns whether `run_dir` is held by somebody who may be alive."""
+        holder = _read(run_dir / "lease")
+        if holder is None or holder.ended():
+            return False
+        before, since = self._seen.get(run_dir, (None, 0.0))
+        if holder != before:
+            self._seen[run_dir] = holder, time.monotonic()
+            return True
+        return time.monotonic() - since < self._term_s
+
+
 def _await_expiry(path: Path, holder: Holder, mine: Holder, log: Callable[[str], None], term_s: float) -> None:
     """Waits until `holder` may be taken over. Raises UserError when it renewed the lease meanwhile."""
     if holder.ended() or (holder.launch is not None and holder.launch == mine.launch):

@@ -17,8 +17,8 @@ from gan_dist.runs.naming import run_and_step
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import write_atomically
 
-LAUNCHER = ("launch", "logs", "stop", "hang")
-"""What a launcher, or ranks that missed one another, may leave in a run's directory before the run itself begins."""
+LAUNCHER = ("launch", "logs", "stop", "hang", "events.out.tfevents.")
+"""What a launcher, a sweep, or ranks that missed one another may leave in a run's directory before the run begins."""
 
 
 @dataclass(frozen=True)

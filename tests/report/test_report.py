@@ -129,6 +129,24 @@ def test_runs_side_by_side(run: Path, dataset: Path, tmp_path: Path) -> None:
         assert page.complaints == []
 
 
+def test_seeds_of_one_configuration_give_mean_and_spread(tmp_path: Path) -> None:
+    def logged(name: str, seed: int, rate: float, swd: list[float | None]) -> Path:
+        (tmp_path / name).mkdir()
+        config = {"seed": seed, "optim": {"g_lr": rate}, "data": {"shards": name}}
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+        lines = [{"step": 10 * number, "images_seen": 1, "evaluate/swd": value} for number, value in enumerate(swd, 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    runs = [logged("a", 0, 0.1, [9, 2]), logged("b", 1, 0.1, [9, 4]), logged("c", 2, 0.1, [9, 9])]
+    page = make_report([*runs, logged("other", 3, 0.2, [1, 1])], tmp_path / "seeds.html").read_text()
+    assert "Over 3 seeds" in page and "a, b, c, at step 20." in page and page.count("<h2>Over") == 1
+    assert "<th>evaluate/swd</th><td>5</td><td>3.606</td><td>2</td><td>9</td><td>3</td>" in page
+    far = make_report([*runs[:2], logged("d", 5, 0.1, [9, 4, 6])], tmp_path / "far.html").read_text()
+    assert "steps 20 to 30: not all are equally far" in far
+    assert "<h2>Over" not in make_report([runs[0], tmp_path / "other"], tmp_path / "two.html").read_text()
+
+
 def test_runs_with_little_or_nothing_in_them(run: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -43,12 +43,14 @@ def get(url: str) -> Any:
 
 
 @contextmanager
-def tensorboard(run: Path, fast: bool) -> Iterator[str]:
-    """Yields the address of a TensorBoard that has read `run`."""
+def tensorboard(
+    directory: Path, fast: bool, folder: str = "tensorboard", run: str = ".", last: int = TOTAL
+) -> Iterator[str]:
+    """Yields the address of a TensorBoard on a folder of `directory`, once it has read `run` up to its last step."""
     port = free_port()
     server = subprocess.Popen(
         [
-            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(run / "tensorboard"), "--port", str(port)),
+            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(directory / folder), "--port", str(port)),
             *("--load_fast", "true" if fast else "false", "--host", "127.0.0.1", "--reload_interval", "1"),
         ],
         stdout=subprocess.DEVNULL,
@@ -61,9 +63,9 @@ def tensorboard(run: Path, fast: bool) -> Iterator[str]:
             try:
                 tags = get(f"{address}/data/plugin/scalars/tags")
                 if (
-                    tags
-                    and "progress/epoch" in next(iter(tags.values()))
-                    and points(address, "progress/epoch")[-1][1] == TOTAL
+                    run in tags
+                    and "progress/epoch" in tags[run]
+                    and points(address, "progress/epoch", run=run)[-1][1] == last
                 ):
                     break
             except (OSError, ValueError, IndexError):
@@ -76,9 +78,9 @@ def tensorboard(run: Path, fast: bool) -> Iterator[str]:
         server.wait()
 
 
-def points(address: str, tag: str, plugin: str = "scalars") -> Any:
+def points(address: str, tag: str, plugin: str = "scalars", run: str = ".") -> Any:
     """Returns what TensorBoard's own page asks for when it draws a tag."""
-    words = urllib.parse.urlencode({"run": ".", "tag": tag})
+    words = urllib.parse.urlencode({"run": run, "tag": tag})
     return get(f"{address}/data/plugin/{plugin}/{plugin}?{words}")
 
 

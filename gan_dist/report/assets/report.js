@@ -38,7 +38,7 @@ for (const reel of document.querySelectorAll(".reel")) {
   });
 }
 const short = (y) => (Math.abs(y) >= 1000 ? Math.round(y).toLocaleString("en") : String(Number(y.toPrecision(4))));
-for (const plot of document.querySelectorAll(".plot")) {
+for (const plot of document.querySelectorAll(".plot[data-chart]")) {
   const chart = JSON.parse(plot.dataset.chart);
   const hair = plot.querySelector(".hair");
   const tip = plot.querySelector(".tip");

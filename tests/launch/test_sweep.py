@@ -1,0 +1,297 @@
+"""A sweep's worker against runs that are only files: what it starts, prunes, takes up again, and tells of it all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from gan_dist.config.schema import load_config
+from gan_dist.runs.lease import Lease
+from gan_dist.runs.study import Sweep, read_sweep
+from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.stop import StopRequest
+from launch.listing import list_runs
+from launch.space import Space, read_space
+from launch.status import find_run, status_lines, trial_lines
+from launch.stopping import STOP, stop_sweep
+from launch.sweep import MAX_FAILURES, MAX_STARTS, Worker, mend
+from launch.trials import Here, Standing
+
+EVALUATIONS = 4
+SPACE = "optim.g_lr: {log: [1e-5, 1e-1]}\noptim.betas: {choice: [[0.0, 0.9], [0.5, 0.999]]}"
+
+
+class Killed(BaseException):
+    """Ends a worker as SIGKILL would: nothing of it is told to anybody."""
+
+
+@dataclass
+class Files:
+    """A place where runs are files: one gets an evaluation further at each look, unless it is asked to stop."""
+
+    poll_s, patience_s, outlives, ranks = 0.0, 0.0, False, 1
+    ends: Callable[[str], Standing | None] = lambda name: None
+    """How a run ends before its time, by name."""
+    kill_at: int = 10**9
+    running: set[Path] = field(default_factory=set)
+    started: list[str] = field(default_factory=list)
+    looks: int = 0
+
+    def start(self, run: Path, config: Path) -> None:
+        self.started.append(run.name)
+        assert run not in self.running, "run twice"
+        (run / "config.yaml").write_text(config.read_text())
+        (run / "checkpoints").mkdir(exist_ok=True)
+        self.running.add(run)
+
+    def look(self, runs: Sequence[Path]) -> dict[Path, Standing]:
+        self.looks += 1
+        if self.looks > self.kill_at:
+            raise Killed
+        return {run: self._look(run) for run in runs}
+
+    def _look(self, run: Path) -> Standing:
+        file = run / "metrics.jsonl"
+        steps = len(file.read_text().splitlines()) if file.exists() else 0
+        if steps >= EVALUATIONS:
+            self.running.discard(run)
+            return Standing("done")
+        if run not in self.running:
+            return Standing("stopped" if (run / "stopped").exists() else "gone")
+        end = self.ends(run.name)
+        if end or (run / STOP).exists():
+            self.running.discard(run)
+            (run / STOP).unlink(missing_ok=True)
+            if not end:
+                (run / "stopped").touch()
+            return end or Standing("stopped")
+        (run / "stopped").unlink(missing_ok=True)
+        rate = load_config(str(run / "config.yaml")).optim.g_lr
+        line = {"step": 10 * (steps + 1), "images_seen": 80 * (steps + 1), "evaluate/swd": rate / (steps + 1)}
+        with file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        return Standing("running")
+
+    def stop(self, run: Path) -> None:
+        (run / STOP).touch()
+
+
+@cache
+def searched(text: str = SPACE, seed: int = 0) -> Space:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        base = {"data": {"shards": "/set"}, "evaluate": {"every_steps": 10}, "seed": seed}
+        return read_space(file.name, load_config(base))
+
+
+def worker(folder: Path, place: Files, trials: int = 12, **more: object) -> Worker:
+    return Worker(folder, searched(), place, trials=trials, **more)  # type: ignore[arg-type]
+
+
+def states(sweep: Sweep) -> dict[str, int]:
+    found = [trial.state for trial in sweep.trials]
+    return {state: found.count(state) for state in dict.fromkeys(sorted(found))}
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband", "none"])
+def test_a_sweep_ends_with_the_account_of_every_trial(tmp_path: Path, pruner: str) -> None:
+    place, lines = Files(), list[str]()
+    assert worker(tmp_path / "sweep", place, parallel=2, pruner=pruner, log=lines.append).work(StopRequest())
+    sweep = read_sweep(tmp_path / "sweep")
+    assert len(sweep.trials) == sweep.total == 12 and sum(states(sweep).values()) == 12
+    assert (states(sweep).get("pruned", 0) >= 2) == (pruner != "none"), states(sweep)
+    assert place.started == [trial.name for trial in sweep.trials], "each once, in order"
+    best = min(trial.settings["optim.g_lr"] for trial in sweep.trials if trial.state == "complete")
+    assert sweep.best and sweep.best.settings["optim.g_lr"] == best
+    written = (tmp_path / "sweep" / "best.yaml").read_text()
+    assert written.startswith(f"# {sweep.best.name} of sweep: evaluate/swd ")
+    assert load_config(str(tmp_path / "sweep" / "best.yaml")).optim.g_lr == best
+    for trial in sweep.trials:
+        assert len(trial.values) == EVALUATIONS if trial.state == "complete" else "after evaluation" in trial.reason
+        assert sum(line.startswith(trial.name) for line in lines) == 2, "a start and an end"
+    account = trial_lines(sweep)
+    assert account[0].startswith("12 of 12 trials ended: ") and len(account) == 13 and sweep.best.name in account[1]
+    assert not list((tmp_path / "sweep" / "workers").iterdir())
+
+
+def test_a_killed_sweep_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Killed at many moments and continued: the runs that run are watched, and the search draws what it would have."""
+    assert worker(tmp_path / "whole", Files(), trials=7).work(StopRequest())
+    whole = read_sweep(tmp_path / "whole")
+    place = Files()
+    for kills in range(40):
+        place.kill_at = place.looks + 3 + kills % 7
+        again = worker(tmp_path / "killed", place, trials=7)
+        try:
+            assert again.work(StopRequest())
+            break
+        except Killed:
+            pass
+    killed = read_sweep(tmp_path / "killed")
+    assert kills > 4 and place.started == [trial.name for trial in killed.trials], "none lost, none run twice"
+    assert [(t.settings, t.state, t.values) for t in killed.trials] == [
+        (t.settings, t.state, t.values) for t in whole.trials
+    ]
+
+
+def test_a_worker_joins_and_takes_up_what_a_dead_one_left(tmp_path: Path) -> None:
+    """The first is killed with two trials; while the second's lease is renewed, the third leaves its trials alone."""
+    place = Files(kill_at=4)
+    first = worker(tmp_path / "sweep", place, parallel=2)
+    with pytest.raises(Killed):
+        first.work(StopRequest())
+    taken = [trial.name for trial in read_sweep(tmp_path / "sweep").trials]
+    assert len(taken) == 2 and place.running == {tmp_path / "sweep" / name for name in taken}
+    place.kill_at = 10**9
+    second, third = (worker(tmp_path / "sweep", place, parallel=2) for _ in range(2))
+    home = tmp_path / "sweep" / "workers" / second._name
+    home.mkdir()
+    lease = Lease.take(home)
+    assert [second._take(), second._take()] == [0, 1], "those first, before a new one"
+    assert third._take() == 2
+    lease.release()
+    assert third._take() == 0, "a lease that was given back holds nothing"
+
+
+def test_a_stopped_sweep_stops_its_runs_and_the_same_command_continues_them(tmp_path: Path) -> None:
+    place, stop = Files(), StopRequest()
+    place.ends = lambda name: stop.ask("SIGINT") if place.looks == 4 else None
+    assert not worker(tmp_path / "sweep", place, parallel=2).work(stop)
+    assert not place.running and states(read_sweep(tmp_path / "sweep")) == {"running": 2}
+    place.ends = lambda name: None
+    assert worker(tmp_path / "sweep", place, parallel=2, trials=6).work(StopRequest())
+    assert place.started[:4] == ["trial-0000", "trial-0001"] * 2 and len(read_sweep(tmp_path / "sweep").trials) == 6
+
+
+def test_a_trial_stopped_by_hand_is_left_and_continued_by_the_next_command(tmp_path: Path) -> None:
+    place = Files()
+    place.ends = lambda name: (tmp_path / "sweep" / name / STOP).touch() if name == "trial-0001" else None
+    assert not worker(tmp_path / "sweep", place, trials=3, pruner="none").work(StopRequest())
+    assert states(read_sweep(tmp_path / "sweep")) == {"complete": 2, "running": 1}
+    place.ends = lambda name: None
+    assert worker(tmp_path / "sweep", place, trials=3, pruner="none").work(StopRequest())
+    assert states(read_sweep(tmp_path / "sweep")) == {"complete": 3}
+
+
+def test_a_trial_that_fails_says_why_and_a_sweep_of_failures_gives_up(tmp_path: Path) -> None:
+    place = Files()
+    place.ends = lambda name: Standing("failed", "no such disk") if name == "trial-0002" else None
+    assert worker(tmp_path / "one", place, trials=4, pruner="none").work(StopRequest())
+    sweep = read_sweep(tmp_path / "one")
+    assert states(sweep) == {"complete": 3, "failed": 1} and sweep.trials[2].reason == "no such disk"
+    place.ends = lambda name: Standing("failed", "no such disk")
+    with pytest.raises(GanDistError, match=rf"all {MAX_FAILURES} trials that ended have failed.*no such disk"):
+        worker(tmp_path / "all", place).work(StopRequest())
+    assert states(read_sweep(tmp_path / "all")) == {"failed": MAX_FAILURES}
+
+
+def test_a_run_that_vanishes_is_started_again_so_often_without_a_checkpoint(tmp_path: Path) -> None:
+    place = Files()
+    place.ends = lambda name: Standing("gone") if name == "trial-0001" else None
+    assert worker(tmp_path / "sweep", place, trials=3, pruner="none").work(StopRequest())
+    assert place.started.count("trial-0001") == MAX_STARTS
+    failed = read_sweep(tmp_path / "sweep").trials[1]
+    assert failed.state == "failed" and "without a newer checkpoint" in failed.reason
+    saves: list[int] = []
+
+    def saving(name: str) -> Standing | None:
+        if name == "trial-0001" and len(saves) < 5:
+            saves.append(1)
+            (tmp_path / "other" / name / "checkpoints" / f"step-{len(saves):08d}").mkdir()
+            return Standing("gone")
+        return None
+
+    place.ends = saving
+    assert worker(tmp_path / "other", place, trials=3, pruner="none").work(StopRequest())
+    assert states(read_sweep(tmp_path / "other")) == {"complete": 3}, "each start has saved"
+
+
+def test_another_search_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    worker(tmp_path / "sweep", Files())
+    with pytest.raises(UserError, match=r"something else \(optim.betas was .*, now not searched; optim.d_lr was not"):
+        Worker(tmp_path / "sweep", searched("optim.d_lr: {log: [1e-5, 1e-1]}"), Files())
+    with pytest.raises(UserError, match=r"seed was 0, now 3"):
+        Worker(tmp_path / "sweep", searched(seed=3), Files())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(UserError, match="is not empty and holds no sweep"):
+        worker(tmp_path / "run", Files())
+
+
+def test_a_journal_that_ends_in_half_a_line_is_mended(tmp_path: Path) -> None:
+    assert worker(tmp_path / "sweep", Files(), trials=2).work(StopRequest())
+    journal = tmp_path / "sweep" / "study.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole[: len(whole.splitlines()[0]) // 2])
+    assert worker(tmp_path / "sweep", Files(), trials=3).work(StopRequest())
+    assert journal.read_bytes().startswith(whole) and len(read_sweep(tmp_path / "sweep").trials) == 3
+    mend(tmp_path / "nothing")
+
+
+def test_status_ls_and_stop_know_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAN_DIST_RUNS", str(tmp_path))
+    place = Files(kill_at=9)
+    with pytest.raises(Killed):
+        worker(tmp_path / "sweep", place, trials=5, pruner="none").work(StopRequest())
+    lines = status_lines(find_run("sweep"))
+    assert lines[1] == "  1 of 5 trials ended: 1 complete; 1 running" and "best: trial-0000 complete" in lines[2]
+    assert lines[3].strip() == "0 worker(s)" and any("trial-0001 at " in line for line in lines), lines
+    (row,) = list_runs(str(tmp_path))
+    assert (row.name, row.state, row.step, row.total_steps) == ("sweep", "stopped", 1, 5) and row.best_swd
+    with pytest.raises(UserError, match="no trial and no worker runs; nothing to stop"):
+        stop_sweep(tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / STOP).exists()
+
+
+def test_here_reads_how_a_process_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real place with a stand-in for the program: statuses 0, 75 and 2, a signal, and a run of nobody's."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/bash\necho "gan-dist: it ends with $(cat "$6/how")"\neval "$(cat "$6/how")"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("launch.trials.sys.executable", str(program))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    place = Here(parallel=2)
+    found = {}
+    for name, how in (("a", "exit 0"), ("b", "exit 75"), ("c", "exit 2"), ("d", "kill -9 $$")):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "how").write_text(how)
+        place.start(run, tmp_path / "config.yaml")
+        while (standing := place.look([run])[run]).state == "running":
+            time.sleep(0.01)
+        found[name] = (standing.state, standing.reason)
+    assert found == {"a": ("done", ""), "b": ("stopped", ""), "c": ("failed", "it ends with exit 2"), "d": ("gone", "")}
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "metrics.jsonl").write_text('{"event": "end", "step": 3, "time": 0}\n')
+    assert place.look([tmp_path / "e", tmp_path / "nowhere"]) == {
+        tmp_path / "e": Standing("done"),
+        tmp_path / "nowhere": Standing("gone"),
+    }
+
+
+def test_runs_here_share_the_gpus_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text('#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES" >"$6/gpus"\nexec sleep 60\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("launch.trials.sys.executable", str(program))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    place = Here(parallel=3)
+    runs = [tmp_path / name for name in "abc"]
+    try:
+        for run in runs:
+            place.start(run, tmp_path / "config.yaml")
+            while not (run / "gpus").exists() or not (run / "gpus").read_text():
+                time.sleep(0.01)
+        assert [(run / "gpus").read_text() for run in runs] == ["4\n", "7\n", "4\n"]
+    finally:
+        for child in place._children.values():
+            child.kill()
+            child.wait()
