@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
-from gan_dist.data.prepare import icons, jpeg, png, structure, tiff
+from gan_dist.data.prepare import ends, icons, jpeg, png, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 
 MEMORY_LIMIT = 800 * 2**20
@@ -23,7 +23,7 @@ MEMORY_LIMIT = 800 * 2**20
 
 _SHORT = re.compile(r"truncat|unexpected end|end of file|eof|incomplete|not enough (image )?data|unpack", re.I)
 _UNSUPPORTED = re.compile(
-    r"unsupported|unimplemented|unknown (raw|pixel|pcx) mode|unknown pixel format|not supported|cannot handle"
+    r"unsupported|unimplemented|cannot read this XPM|unknown (raw|pixel|pcx) mode|unknown pixel format|not supported|cannot handle"
     r"|unrecognized image mode|reformat failed|SyntaxError: \(?\d+(, \d+)?\)?$",  # (of modes, a number alone)
     re.I,
 )
@@ -40,6 +40,7 @@ _OTHER_BYTES_PER_PIXEL = 8
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "DDS", "PCX")
 _RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XBM", "XPM")
 _KNOWN_BUT_UNREAD = {b"ftyp": 4, b"JXL ": 4, b"\xff\x0a": 0, b"%!PS": 0, b"GRIB": 0, b"II*\0": 0, b"MM\0*": 0}
+_KNOWN_BUT_UNREAD |= {b"P7\n": 0, b"PF\n": 0}  # PAM and PFM in colour
 _KNOWN_BUT_UNREAD |= {b"BA(\0\0\0": 0, b"BA\\\0\0\0": 0, b"CI\x1a\0\0\0": 0, b"IC\x1a\0\0\0": 0}  # of OS/2
 _LOOSE_ALPHA = ("BMP", "DIB", "TGA", "DDS")
 """Formats whose writers often leave the fourth byte of a pixel at zero, whatever the header says about it."""
@@ -116,14 +117,14 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
         _refuse_large(header, len(data), width * height)
         told = tiff.facts(header)
         # The pixels first: Pillow loads them to read EXIF, too, and what fails there would not be heard of.
-        image = _load(header, data, patient, fast)
         flags = ["oriented"] if told.turned else []
+        image = _load(header, data, patient, fast, flags)
         if not patient:
             if format == "ICO":
                 png.check_inner(data)
             if (place := structure.hole(data, format, image)) is not None:
                 raise Rejected("corrupt", f"{format}: its pixels are overwritten from byte {place} on")
-            if structure.odd(data, format):
+            if structure.odd(data, format) and "odd_structure" not in flags:
                 flags.append("odd_structure")
         if format == "PNG" and "transparency" in image.info:
             if png.is_deep(data) and mode != "P":
@@ -146,8 +147,9 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
     return Decoded(image, width, height, mode, format, orientation, extent, white, flags)
 
 
-def _load(header: Image.Image, data: bytes, patient: bool, fast: bool) -> Image.Image:
-    """Returns the pixels of an opened picture, with its info. JPEGs are decoded by a library that tells of damage."""
+def _load(header: Image.Image, data: bytes, patient: bool, fast: bool, flags: list[str]) -> Image.Image:
+    """Returns the pixels of an opened picture, with its info, and adds flags. JPEGs and WebPs are decoded by libraries
+    that tell of damage."""
     if isinstance(header, JpegImagePlugin.JpegImageFile):
         image = None if patient else jpeg.decode(data, header.mode, header.size)
         if image is None:
@@ -158,9 +160,17 @@ def _load(header: Image.Image, data: bytes, patient: bool, fast: bool) -> Image.
         image.info = header.info
         return image
     if isinstance(header, TiffImagePlugin.TiffImageFile) and not patient:
-        tiff.load(header, data, fast)
+        if tiff.load(header, data, fast):
+            flags.append("odd_structure")
         return header
-    stream = getattr(header, "fp", None)
+    if header.format == "WEBP" and not patient and (still := webp.decode(data, header.mode, header.size)):
+        still.info = header.info
+        return still
+    stream, watched = getattr(header, "fp", None), None
+    if not patient and header.format in ("GIF", "TGA", "PCX", "SUN", "PPM", "SGI", "PSD"):
+        watched = ends.streamed(header, data)
+        if ends.left_over(header, data) or ends.wrong_rows(header, data):
+            flags.append("odd_structure")
     try:
         header.load()
     except OSError:
@@ -173,6 +183,8 @@ def _load(header: Image.Image, data: bytes, patient: bool, fast: bool) -> Image.
         and (rest := data[stream.tell() :]) not in (b"", bytes(7) + b"\1")
     ):
         raise Rejected("corrupt", f"QOI: {len(rest)} bytes are left when the picture is complete")
+    if watched and watched.is_early:
+        flags.append("odd_structure")
     return header
 
 
@@ -219,7 +231,7 @@ def _open(data: bytes) -> Image.Image:
                         return icons.opened(data)
                     return tiff.opened(data) if name == "TIFF" else factory(io.BytesIO(data), "")
             except Rejected as rejected:
-                failure = failure or rejected
+                failure = rejected if failure is None or rejected.reason == "unsupported" else failure
     if failure:
         raise failure
     if data[-18:-2] == b"TRUEVISION-XFILE" or _is_old_tga(data):

@@ -43,6 +43,8 @@ def opened(data: bytes) -> Image.Image:
     if data.startswith(_ICNS):
         return IcnsImagePlugin.IcnsImageFile(io.BytesIO(data), "")
     depth, _, start, size = _entries(data)[0]
+    if start + size > len(data):
+        raise OSError(f"the picture at byte {start} is truncated")
     # an icon of this picture alone, with its true depth: Pillow takes the shallowest, and reads alpha by this number
     for bits in (depth, 24):
         entry = data[6:8] + b"\0\0\1\0" + struct.pack("<HII", bits, size, 22)

@@ -68,6 +68,8 @@ def odd(data: bytes, format: str) -> str | None:
         case "AVIF":
             kinds = [(kind, start, stop) for kind, start, stop in _boxes(data)]
             end = next((start - 8 for kind, start, stop in kinds if not kind.isascii() or stop > len(data)), end)
+        case "BMP" if data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):  # run-length encoded
+            return None if data.rstrip(b"\0").endswith(b"\0\1") else "its pixels have no end"
         case "BMP":
             stated = int.from_bytes(data[2:6], "little")
             end = stated if stated == int.from_bytes(data[10:14], "little") + _bmp_pixels(data) else end
@@ -109,7 +111,7 @@ def hole(data: bytes, format: str, image: Image.Image) -> int | None:
     """
     parts: Sequence[tuple[int, int]] = ()
     if format == "WEBP":
-        parts = [(start, start + size) for kind, start, size in _riff_chunks(data) if kind in (b"VP8 ", b"VP8L")]
+        parts = [(start, start + size) for kind, start, size in riff_chunks(data) if kind in (b"VP8 ", b"VP8L")]
     elif format == "AVIF":
         parts = _primary(data)[1]
     first, needed, lossless = None, 0, False
@@ -157,9 +159,8 @@ def clean_aperture(data: bytes, size: tuple[int, int]) -> tuple[int, int, int, i
     return box if inside and box != (0, 0, *size) else None
 
 
-def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yields kind, start and size of the content of each chunk of a RIFF file."""
-    place = 12
+def riff_chunks(data: bytes, place: int = 12) -> Iterator[tuple[bytes, int, int]]:
+    """Yields kind, start and size of the content of each chunk of a RIFF file, from `place` on."""
     while place + 8 <= len(data):
         size = int.from_bytes(data[place + 4 : place + 8], "little")
         yield data[place : place + 4], place + 8, size

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from gan_dist.data.prepare import jpeg
+from gan_dist.data.prepare import jpeg, libtiff
 from gan_dist.data.prepare.account import Rejected
 
-_CHECKED = ("tiff_adobe_deflate", "tiff_deflate", "jpeg")
+_DEFLATED = ("tiff_adobe_deflate", "tiff_deflate")
 _NATIVE = {"F;32BF": "F;32NF", "I;16BS": "I;16NS", "I;32BS": "I;32NS"}
 _BIG_ENDIAN, _MISREAD = b"MM\0\x2b", b"MM\x2b\0"
 TiffImagePlugin.PREFIXES.append(_MISREAD)
@@ -98,28 +100,88 @@ def facts(image: Image.Image) -> Facts:
     )
 
 
-def load(image: ImageFile.ImageFile, data: bytes, fast: bool = False) -> None:
-    """Loads the pixels of an opened TIFF; `fast`: without the checks, for which they are unpacked twice.
+def load(image: ImageFile.ImageFile, data: bytes, fast: bool = False) -> bool:
+    """Loads the pixels of an opened TIFF, and returns whether libtiff warned of something that may be harmless; `fast`:
+    without the checksums of deflated strips or tiles, at which libtiff does not look: it stops when it has all rows.
 
-    Raises whatever Pillow raises, and Rejected for damage of deflated strips or tiles, which have checksums, or of JPEG
-    ones, which libjpeg warns of: libtiff stops reading when it has all rows."""
+    Raises whatever Pillow raises, and Rejected for damage."""
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
-    image.load()
-    checked = not fast and image.info.get("compression") in _CHECKED
-    for strip in _strips(image, data) if checked else ():
-        jpeg.check(strip) if image.info["compression"] == "jpeg" else _inflate(strip)
+    compression, turned = image.info.get("compression"), image.tag_v2.get(274, 1) != 1
+    with libtiff.messages() as said:
+        image.load()
+    is_jpeg = compression == "jpeg"
+    if lines := said.errors or (said.warnings if is_jpeg else []):
+        raise Rejected("corrupt", f"TIFF: {lines[0]}")
+    if is_jpeg:
+        for _, strip in _strips(image, data):
+            jpeg.check(strip)
+    elif compression in _DEFLATED and not fast:
+        proved = None if turned else _proves(image)
+        for box, strip in _strips(image, data):
+            if proved is None or not proved(box, strip):
+                _inflate(strip)
+    return bool(said.warnings)
 
 
-def _strips(image: TiffImagePlugin.TiffImageFile, data: bytes) -> Iterator[bytes]:
-    """Yields the strips or tiles of a TIFF; JPEG ones with the tables that they share."""
+Box = tuple[int, int, int, int]
+
+
+def _strips(image: TiffImagePlugin.TiffImageFile, data: bytes) -> Iterator[tuple[Box, bytes]]:
+    """Yields the strips or tiles of a TIFF, each with the part of the picture that it covers (a tile may exceed the
+    picture); JPEG ones with the tables that they share. Those of further planes cover the same parts again."""
     tags = image.tag_v2
-    starts, sizes = (tags.get(273), tags.get(279)) if 273 in tags else (tags.get(324), tags.get(325))
-    for start, size in zip(starts or (), sizes or (), strict=False):
+    width, height = tags[256], tags[257]
+    if 273 in tags:
+        starts, sizes, across, down = tags.get(273), tags.get(279), width, min(tags.get(278, height), height)
+    else:
+        starts, sizes, across, down = tags.get(324), tags.get(325), tags.get(322, width), tags.get(323, height)
+    columns, rows = -(-width // across), -(-height // down)
+    for number, (start, size) in enumerate(zip(starts or (), sizes or (), strict=False)):
         strip = data[start : start + size]
         if size and image.info["compression"] == "jpeg":
             strip = tags.get(347, b"\xff\xd8\xff\xd9")[:-2] + strip[2:]
+        left, top = number % columns * across, number // columns % rows * down
         if size:  # else an extra plane that is not stored
-            yield strip
+            yield (left, top, left + across, min(top + down, height) if 273 in tags else top + down), strip
+
+
+def _proves(image: TiffImagePlugin.TiffImageFile) -> Callable[[Box, bytes], bool] | None:
+    """Returns a function that tells whether the checksum of a deflated strip or tile is that of the loaded pixels, so
+    that they are what was once packed; None where the pixels in memory are not those of the file.
+
+    It is far cheaper than to unpack a strip again. What it cannot prove may be sound none the less."""
+    tags = image.tag_v2
+    bits, predictor = set(tags.get(258, (1,))), tags.get(317, 1)
+    plain = image.mode in ("L", "P", "RGB", "RGBA", "CMYK") and bits == {8} and tags.get(262) in (1, 2, 3, 5)
+    deep = image.mode == "I;16" and bits == {16} and tags.get(262) == 1
+    channels = tags.get(277, 1) == len(image.getbands())
+    if not (plain or deep) or not channels or tags.get(284, 1) != 1 or predictor not in (1, 2):
+        return None
+    order = ">" if tags.prefix == b"MM" else "<"
+
+    def proved(box: Box, strip: bytes) -> bool:
+        left, top, right, bottom = box
+        values = _pixels(image, (left, top, min(right, image.width), min(bottom, image.height)))
+        missing = bottom - top - values.shape[0], right - left - values.shape[1]
+        if any(missing):  # what exceeds the picture is taken to be zero
+            values = np.pad(values, ((0, missing[0]), (0, missing[1]), (0, 0)))
+        if predictor == 2:
+            pixels, values = values, values.copy()
+            np.subtract(pixels[:, 1:], pixels[:, :-1], out=values[:, 1:])
+        stored = values.astype(values.dtype.newbyteorder(order), copy=False)
+        return zlib.adler32(stored) == int.from_bytes(strip[-4:], "big")
+
+    return proved
+
+
+def _pixels(image: Image.Image, box: Box) -> NDArray[Any]:
+    """Returns a part of a picture as integers [H, W, C]. (np.asarray of a crop copies three times.)"""
+    kind, channels = ("<u2", 1) if image.mode == "I;16" else ("u1", len(image.getbands()))
+    width, height = box[2] - box[0], box[3] - box[1]
+    encoder = Image._getencoder(image.mode, "raw", (image.mode, 0, 1))
+    encoder.setimage(image.im, box)
+    _, _, data = encoder.encode(width * height * channels * np.dtype(kind).itemsize)
+    return np.frombuffer(data, kind).reshape(height, width, channels)
 
 
 def _inflate(strip: bytes) -> None:

@@ -1,0 +1,85 @@
+"""What libtiff says while Pillow decodes with it: Pillow silences its warnings, and passes over errors that do not end
+the decoding. Its copy of libtiff is told here to report them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from PIL import _imaging
+
+_DECODERS = ("Fax", "JPEG", "PackBits")
+"""Of what warns during decoding, that which tells of damage. (Others tell of tags, or that a file is old.)"""
+_HARMLESS = b"JPEG strip size exceeds expected dimensions"
+"""Said of a last strip as high as the others, which is shown in part."""
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+_EXTENDER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@dataclass
+class Messages:
+    """What was said of pixels: `errors` and `warnings`, which do not keep libtiff from going on; `heard`: whether it
+    could be listened to at all."""
+
+    heard: bool = True
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """Returns the libtiff that Pillow has loaded, or None where it cannot be called."""
+    try:
+        library = ctypes.CDLL(_imaging.__file__)
+        library.TIFFSetErrorHandler.argtypes = [ctypes.c_void_p]
+        library.TIFFSetErrorHandler.restype = ctypes.c_void_p
+        for name in ("TIFFSetErrorHandlerExt", "TIFFSetWarningHandlerExt", "TIFFSetTagExtender"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+        library.vsnprintf.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p]
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def available() -> bool:
+    """Returns whether libtiff can be listened to."""
+    return _library() is not None
+
+
+@contextmanager
+def messages() -> Iterator[Messages]:
+    """A context that gives what libtiff says of damaged pixels in the meantime."""
+    library = _library()
+    if library is None:
+        yield Messages(heard=False)
+        return
+    result = Messages()
+
+    def listener(lines: list[str]) -> Any:
+        def hear(_: Any, module: bytes | None, format: bytes, values: Any) -> None:
+            name = (module or b"").decode("utf-8", "replace")
+            if name.startswith(_DECODERS) and _HARMLESS not in format:
+                text = ctypes.create_string_buffer(200)
+                library.vsnprintf(text, len(text), format, values)
+                lines.append(f"{name}: {text.value.decode('utf-8', 'replace')}")
+
+        return _HANDLER(hear)
+
+    on_error, on_warning = listener(result.errors), listener(result.warnings)
+    # Pillow removes handlers of warnings before it opens a file; while that is opened, this hook puts it back
+    on_open = _EXTENDER(lambda _: library.TIFFSetWarningHandlerExt(on_warning))
+    quiet = library.TIFFSetErrorHandler(None)
+    library.TIFFSetErrorHandlerExt(on_error)
+    before = library.TIFFSetTagExtender(on_open)
+    try:
+        yield result
+    finally:
+        library.TIFFSetTagExtender(before)
+        library.TIFFSetErrorHandlerExt(None)
+        library.TIFFSetWarningHandlerExt(None)
+        library.TIFFSetErrorHandler(quiet)
