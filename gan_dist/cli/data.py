@@ -86,6 +86,7 @@ def prepare(
                 fast_checks=fast_checks,
                 progress=partial(show, "preparing"),
                 listed=lambda files: show("listing", files, 0),
+                matched=lambda paths: show("matching paths", paths, 0),
             )
     except TooManyRejects as error:
         account = error.account

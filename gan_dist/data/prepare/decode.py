@@ -23,7 +23,8 @@ MEMORY_LIMIT = 800 * 2**20
 
 _SHORT = re.compile(r"truncat|unexpected end|end of file|eof|incomplete|not enough (image )?data|unpack", re.I)
 _UNSUPPORTED = re.compile(
-    r"unsupported|unimplemented|cannot read this XPM|unknown (raw|pixel|pcx) mode|unknown pixel format|not supported|cannot handle"
+    r"unsupported|unimplemented|cannot read this XPM"
+    r"|unknown (raw|pixel|pcx) mode|unknown pixel format|not supported|cannot handle"
     r"|unrecognized image mode|reformat failed|SyntaxError: \(?\d+(, \d+)?\)?$",  # (of modes, a number alone)
     re.I,
 )
@@ -122,7 +123,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
         if not patient:
             if format == "ICO":
                 png.check_inner(data)
-            if (place := structure.hole(data, format, image)) is not None:
+            if format == "AVIF" and (place := structure.hole(data, image)) is not None:
                 raise Rejected("corrupt", f"{format}: its pixels are overwritten from byte {place} on")
             if structure.odd(data, format) and "odd_structure" not in flags:
                 flags.append("odd_structure")

@@ -6,6 +6,7 @@ Most damage of packed pixels, and bytes that were lost or inserted, shows itself
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import struct
 from typing import Any
@@ -43,7 +44,7 @@ class Stream(io.BytesIO):
 def streamed(image: Image.Image, data: bytes) -> Stream | None:
     """Gives an opened picture a stream that tells where its decoder stops, and returns it; None where that tells
     nothing."""
-    tiles = getattr(image, "tile", ())
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
     if not isinstance(image, ImageFile.ImageFile) or len(tiles) != 1 or tiles[0].codec_name not in _STREAMED:
         return None
     start, end = tiles[0].offset, len(data)
@@ -75,7 +76,7 @@ def _in_blocks(data: bytes, start: int) -> tuple[bytes, int] | None:
         return None
     most = len(packed) - (_UNREAD - 1)
     cuts = [*range(0, most, 255), most, len(packed)]
-    blocks = [bytes([end - begin]) + packed[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False)]
+    blocks = [bytes([end - begin]) + packed[begin:end] for begin, end in itertools.pairwise(cuts)]
     new = data[:start] + b"".join(blocks)
     return new + data[place:], len(new)
 
@@ -83,7 +84,7 @@ def _in_blocks(data: bytes, start: int) -> tuple[bytes, int] | None:
 def left_over(image: Image.Image, data: bytes) -> int:
     """Returns how many bytes, of an opened picture whose pixels are not packed, follow its pixels; none where it may
     hold something else besides."""
-    tiles = getattr(image, "tile", ())
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
     if image.format == "SGI" and data[2:3] == b"\0":
         return len(data[512 + data[3] * int(np.prod(struct.unpack(">3H", data[6:12]), dtype=np.int64)) :].strip(b"\0"))
     if image.format not in ("PPM", "SUN") or not tiles or tiles[-1].codec_name != "raw":

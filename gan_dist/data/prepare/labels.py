@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -32,10 +32,14 @@ class Labels:
 
 
 def label(
-    spec: str | None, entries: Sequence[Entry], sources: Sequence[Source], cls: Mapping[tuple[int, str], str]
+    spec: str | None,
+    entries: Sequence[Entry],
+    sources: Sequence[Source],
+    cls: Mapping[tuple[int, str], str],
+    tick: Callable[[], None] = lambda: None,
 ) -> Labels:
     """Returns the labels that `spec` names: None (the `.cls` members, if any), `folders` (the name of a file's folder),
-    or `CSV:FILECOL:LABELCOL`.
+    or `CSV:FILECOL:LABELCOL`. `tick` is called for each path that is looked up.
 
     Raises:
         UserError: a table that cannot be read, has no such columns, or matches no entry.
@@ -60,7 +64,7 @@ def label(
             notes.append(_one_class(folders, sources))
     else:
         table, origin = _read_table(spec)
-        names, ambiguous = _match(table, entries, sources)
+        names, ambiguous = _match(table, entries, sources, tick)
         if not any(names):
             row, image = next(iter(table), "(no row has both)"), entries[0].place[1]
             raise UserError(
@@ -167,11 +171,12 @@ def _check_cells(spec: str, path: Path, row: Sequence[str], began: int, columns:
 
 
 def _match(
-    table: Mapping[str, set[str]], entries: Sequence[Entry], sources: Sequence[Source]
+    table: Mapping[str, set[str]], entries: Sequence[Entry], sources: Sequence[Source], tick: Callable[[], None]
 ) -> tuple[list[str | None], int]:
     """Returns the label of each entry, and the number of entries whose label is ambiguous."""
     files, labels = list(table), [frozenset(names) for names in table.values()]
-    matches = match(files, [f"{sources[entry.place[0]].stem}/{entry.place[1]}" for entry in entries], labels)
+    targets = [f"{sources[entry.place[0]].stem}/{entry.place[1]}" for entry in entries]
+    matches = match(files, targets, labels, tick)
     names: list[str | None] = []
     ambiguous = len(matches.ambiguous_targets)
     for key in matches.keys:

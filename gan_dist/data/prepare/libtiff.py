@@ -22,10 +22,8 @@ _EXTENDER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @dataclass
 class Messages:
-    """What was said of pixels: `errors` and `warnings`, which do not keep libtiff from going on; `heard`: whether it
-    could be listened to at all."""
+    """What was said of pixels: `errors` and `warnings`, which do not keep libtiff from going on."""
 
-    heard: bool = True
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -56,7 +54,7 @@ def messages() -> Iterator[Messages]:
     """A context that gives what libtiff says of damaged pixels in the meantime."""
     library = _library()
     if library is None:
-        yield Messages(heard=False)
+        yield Messages()
         return
     result = Messages()
 

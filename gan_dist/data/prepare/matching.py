@@ -7,7 +7,7 @@ ending. Two paths match when they share the longest end, part by part, and neith
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -82,17 +82,25 @@ class _Side:
         return []
 
 
-def match(keys: Sequence[str], targets: Sequence[str], values: Sequence[Hashable] | None = None) -> Matches:
-    """Returns which key means which target. Keys with equal `values` are as good as one another."""
+def match(
+    keys: Sequence[str],
+    targets: Sequence[str],
+    values: Sequence[Hashable] | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Matches:
+    """Returns which key means which target. Keys with equal `values` are as good as one another; `tick` is called for
+    each path that is looked up."""
     key_side, target_side = _Side(keys), _Side(targets)
     worth: Sequence[Hashable] = range(len(keys)) if values is None else values
     result = Matches([None] * len(targets))
     wanted: dict[int, list[int]] = {}
     for number, path in enumerate(key_side.paths):
+        tick()
         wanted[number] = target_side.best(path)
         if len(wanted[number]) > 1:
             result.ambiguous_keys.add(number)
     for number, path in enumerate(target_side.paths):
+        tick()
         found = key_side.best(path)
         if len({worth[key] for key in found}) > 1:
             result.ambiguous_targets.add(number)

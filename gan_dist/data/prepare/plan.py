@@ -14,12 +14,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from time import monotonic
-from typing import Any
+from threading import Event, Thread
+from typing import Any, Self
 
 import PIL
 from PIL import features
@@ -98,9 +98,11 @@ def make_plan(
     options: Options,
     out: Path,
     listed: Callable[[int], None] = lambda files: None,
+    matched: Callable[[int], None] = lambda paths: None,
 ) -> Plan:
     """Returns the plan for the sources at `paths`, each a path and a name. `listed` is called with the number of files
-    found so far, a few times a second.
+    found so far, a few times a second, then `matched` with the number of paths that were looked up for labels and
+    replacements; from another thread, so that neither falls silent while one big directory is read.
 
     Raises:
         UserError: a source that is missing, damaged or without images; labels that do not fit.
@@ -119,12 +121,13 @@ def make_plan(
         if source.kind == "folder" and (out == Path(source.path) or out in Path(source.path).parents):
             raise UserError(f"source {source.path} is inside OUT ({out}): choose another folder for the dataset")
     # list their entries, settle replacements and duplicates
-    tick = _Ticks(listed)
-    listings = [list_source(source, number, exclude=out, tick=tick) for number, source in enumerate(sources)]
+    with _Ticks(listed) as tick:
+        listings = [list_source(source, number, exclude=out, tick=tick) for number, source in enumerate(sources)]
     skipped: Counter[str] = sum((listing.skipped for listing in listings), Counter())
     seen = sum(len(listing.entries) for listing in listings) + skipped.total()
     if options.replacements:
-        entries, replaced = _replace(listings, sources, skipped)
+        with _Ticks(matched) as tick:
+            entries, replaced = _replace(listings, sources, skipped, tick)
     else:
         entries, replaced = [entry for listing in listings for entry in listing.entries], 0
     duplicates: list[dict[str, str]] = []
@@ -133,7 +136,8 @@ def make_plan(
         skipped["duplicate"] += len(duplicates)
     # label the entries, describe it all
     cls = {(i, path): name for i, listing in enumerate(listings) for path, name in listing.classes.items()}
-    labels = label(options.labels, entries, sources, cls)
+    with _Ticks(matched if options.labels else lambda paths: None) as tick:
+        labels = label(options.labels, entries, sources, cls, tick)
     recipe = _of_image(options.image) | {
         "background": list(BACKGROUND),
         "shard_samples": options.shard_samples,
@@ -187,17 +191,28 @@ def _of_image(image: Recipe) -> dict[str, Any]:
 
 
 class _Ticks:
-    """Counts its calls and passes the count on, at most five times a second."""
+    """Counts its calls. As a context, it has a thread that passes the count on five times a second."""
 
     def __init__(self, show: Callable[[int], None]) -> None:
-        self._show, self._count, self._next = show, 0, 0.0
-        show(0)
+        self._show, self._count, self._done = show, 0, Event()
+        self._thread = Thread(target=self._run, name="progress", daemon=True)
 
     def __call__(self) -> None:
         self._count += 1
-        if self._count % 64 == 0 and (now := monotonic()) >= self._next:
-            self._next = now + 0.2
-            self._show(self._count)
+
+    def _run(self) -> None:
+        with suppress(OSError):  # whoever reads it has gone, as the main thread will find
+            while not self._done.wait(0.2):
+                self._show(self._count)
+
+    def __enter__(self) -> Self:
+        self._show(0)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 def _check_distinct(sources: Sequence[Source]) -> None:
@@ -229,7 +244,9 @@ def _digest(entries: Sequence[Entry], stamps: bool = True) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _replace(listings: Sequence[Listing], sources: Sequence[Source], skipped: Counter[str]) -> tuple[list[Entry], int]:
+def _replace(
+    listings: Sequence[Listing], sources: Sequence[Source], skipped: Counter[str], tick: Callable[[], None]
+) -> tuple[list[Entry], int]:
     """Returns the entries, with originals replaced by entries of the last listing, and the number replaced.
 
     A replacement is matched to its original by path (`train/1.jpg` in the zip replaces `1.jpg` of the source `train`);
@@ -238,7 +255,8 @@ def _replace(listings: Sequence[Listing], sources: Sequence[Source], skipped: Co
     *originals, replacements = listings
     entries = [entry for listing in originals for entry in listing.entries]
     new = replacements.entries
-    matches = match([_place(entry, sources) for entry in new], [_place(entry, sources) for entry in entries])
+    targets = [_place(entry, sources) for entry in entries]
+    matches = match([_place(entry, sources) for entry in new], targets, tick=tick)
     used = {key for key in matches.keys if key is not None}
     for number in range(len(new)):
         if number not in used:

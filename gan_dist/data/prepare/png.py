@@ -31,7 +31,7 @@ def checked(data: bytes, keep_truncated: bool = False) -> bytes:
         Rejected: `corrupt`, a chunk that decides about pixels differs from its checksum; `truncated`; `unsupported`.
     """
     view, place = memoryview(data), len(SIGNATURE)
-    kept, begun = [view[:place]], False
+    kept, begun, colours = [view[:place]], False, 0
     while place + 12 <= len(data):
         length, kind = int.from_bytes(view[place : place + 4], "big"), bytes(view[place + 4 : place + 8])
         end = place + 12 + length
@@ -50,13 +50,16 @@ def checked(data: bytes, keep_truncated: bool = False) -> bytes:
         if kind in _PIXELS:
             if not sound:
                 raise Rejected("corrupt", f"PNG: the checksum of {kind.decode()} at byte {place} differs")
-            kept.append(view[place:end])
-            begun = begun or kind == b"IDAT"
+            begun, colours = begun or kind == b"IDAT", length // 3 if kind == b"PLTE" else colours
+            if kind != b"tRNS" or (not begun and _may_be_transparent(data[25:26], length, colours)):
+                kept.append(view[place:end])
             if kind == b"IEND":
                 break
         elif kind[:1].isupper():
             reason = "unsupported" if sound else "corrupt"
             raise Rejected(reason, f"PNG: a chunk {kind.decode()} without which it cannot be shown")
+        elif kind == b"iCCP" and (colours or begun):
+            pass  # as libpng does, whose programs show such a picture without its profile
         elif sound and _needed(kind, view[place + 8 : end - 4]):
             kept.append(view[place:end])
         elif not sound and not bytes(view[end + 4 : end + 8]).isalpha() and _next(data, place) > 0:
@@ -108,6 +111,12 @@ def _next(data: bytes, place: int) -> int:
         if zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big"):
             return start
     return -1
+
+
+def _may_be_transparent(kind: bytes, length: int, colours: int) -> bool:
+    """Returns whether a tRNS chunk of `length` counts in a PNG of this colour type with so many `colours`: libpng
+    passes over one that the format does not allow there."""
+    return {b"\0": length == 2, b"\2": length == 6, b"\3": 0 < length <= colours}.get(kind, False)
 
 
 def _needed(kind: bytes, content: memoryview) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from gan_dist.data.prepare import libtiff, webp
 from gan_dist.data.prepare.account import Account, TooManyRejects, contact_sheet
 from gan_dist.data.prepare.images import RESAMPLE, Recipe
 from gan_dist.data.prepare.plan import FOLDER, Options, Plan, claim, make_plan, settle
@@ -40,7 +41,8 @@ REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timi
 STAGED = "staged"
 _PLAN_LOCK, _FINISH_LOCK, _STAGE_LOCK = 2**30, 2**30 + 1, 2**30 + 2
 _NO_LOCKS = "this file system has no locks: make sure that no two runs prepare the same part at once"
-_FAST = "--fast-checks: deflated and JPEG strips of TIFFs were not checked for damage"
+_FAST = "--fast-checks: deflated strips of TIFFs were not checked for damage"
+_UNHEARD = "Pillow's {} cannot be called here: damage of {}s was looked for in part only"
 _NOT_ALL = "the dataset is complete when all shards are done: by the other tasks, or by this command without --task"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -67,6 +69,7 @@ def prepare(
     fast_checks: bool = False,
     progress: Progress | None = None,
     listed: Callable[[int], None] = lambda files: None,
+    matched: Callable[[int], None] = lambda paths: None,
 ) -> Account:
     """Returns the account of preparing `sources` into the dataset `out`.
 
@@ -76,7 +79,8 @@ def prepare(
     Run again after an interruption, it continues; run again on a complete dataset, it rewrites shards that are missing
     or damaged, and nothing else. `task` (i, n) does every n-th shard from i on; the task that ends last writes the
     manifest. `workers`: processes (default: one a CPU; 0: in this process). `listed` is called with the number of files
-    found so far, then `progress` with the number of entries done and in all. The other options are those of
+    found so far, `matched` with the number of paths looked up for labels and replacements, then `progress` with the
+    number of entries done and in all. The other options are those of
     `gan-dist prepare`.
 
     Raises:
@@ -106,7 +110,7 @@ def prepare(
             locks = stack.enter_context(closing(claim(target))) if staged else None
             paths = _local(texts, target, locks)
             try:
-                plan = make_plan(paths, options, target, listed)
+                plan = make_plan(paths, options, target, listed, matched)
             except UserError as error:
                 raise _with_addresses(error, texts, paths) from None
             locks = locks or stack.enter_context(closing(claim(target)))
@@ -347,6 +351,8 @@ class _Run:
             notes=[
                 *plan.notes,
                 *([_FAST] if plan.image.fast_checks else []),
+                *([] if libtiff.available() else [_UNHEARD.format("libtiff", "TIFF")]),
+                *([] if webp.available() else [_UNHEARD.format("libwebp", "WebP")]),
                 *([_NO_LOCKS] if self.locks.missing else []),
                 *([_NOT_ALL] if len(parts) < plan.num_shards else []),
             ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -13,9 +13,7 @@ from PIL import Image
 _HOLE = 64
 """Bytes of one value in a row that no coder writes, unless for an area that it can predict."""
 _FLAT_PIXELS = 192
-"""Pixels of such an area that a byte of a run stands for, at least: of flat WebPs, 354 (method 0, quality 100)."""
-_FLAT_PIXELS_LOSSLESS = 2
-"""The same of a lossless WebP, where each pixel has codes: of a product on white, 4; of a photograph, less than 1."""
+"""Pixels of such an area that a byte of a run stands for, at least."""
 
 _MOST_FILLED = 2**29
 """Bytes of a file that zeros may fill up."""
@@ -69,7 +67,7 @@ def odd(data: bytes, format: str) -> str | None:
             kinds = [(kind, start, stop) for kind, start, stop in _boxes(data)]
             end = next((start - 8 for kind, start, stop in kinds if not kind.isascii() or stop > len(data)), end)
         case "BMP" if data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):  # run-length encoded
-            return None if data.rstrip(b"\0").endswith(b"\0\1") else "its pixels have no end"
+            return None if _rle_is_whole(data) else "its rows do not end where they should"
         case "BMP":
             stated = int.from_bytes(data[2:6], "little")
             end = stated if stated == int.from_bytes(data[10:14], "little") + _bmp_pixels(data) else end
@@ -82,6 +80,32 @@ def _bmp_pixels(data: bytes) -> int:
     """Returns the bytes of the pixels of a BMP without compression."""
     width, height, _, bits = struct.unpack("<iiHH", data[18:30])
     return int((width * bits + 31) // 32 * 4 * abs(height))
+
+
+def _rle_is_whole(data: bytes) -> bool:
+    """Returns whether the runs of a BMP fill its rows and no more, up to a mark of their end. (Of a file that leaves
+    pixels out, as it may: whether it ends, and exceeds no row.)"""
+    width, height, four = *struct.unpack("<ii", data[18:26]), data[30] == 2
+    place, x, y, gaps, short = int.from_bytes(data[10:14], "little"), 0, 0, False, False
+    while place + 1 < len(data) and y <= abs(height) and x <= width:
+        count, value = data[place], data[place + 1]
+        place += 2
+        if count:
+            x += count
+        elif value == 0:
+            short = short or x < width
+            x, y = 0, y + 1
+        elif value == 1:
+            return y >= abs(height) - 1 and (gaps or (not short and x in (0, width)))
+        elif value == 2:
+            gaps = True
+            x, y = x + data[place], y + data[place + 1]
+            place += 2
+        else:
+            x += value
+            size = (value + 1) // 2 if four else value
+            place += size + size % 2
+    return False
 
 
 def _gif_is_whole(data: bytes) -> bool:
@@ -103,19 +127,14 @@ def _gif_is_whole(data: bytes) -> bool:
     return pictures > 0 and (place >= len(data) or data[place] == 0x3B)
 
 
-def hole(data: bytes, format: str, image: Image.Image) -> int | None:
-    """Returns where compressed pixels (WebP, AVIF) were overwritten with one value, or None.
+def hole(data: bytes, image: Image.Image) -> int | None:
+    """Returns where the compressed pixels of an AVIF were overwritten with one value, or None.
 
     Such runs are also how areas of one colour look. They are a hole if the picture, decoded, has no such area or one
     that is too small for them.
     """
-    parts: Sequence[tuple[int, int]] = ()
-    if format == "WEBP":
-        parts = [(start, start + size) for kind, start, size in riff_chunks(data) if kind in (b"VP8 ", b"VP8L")]
-    elif format == "AVIF":
-        parts = _primary(data)[1]
-    first, needed, lossless = None, 0, False
-    for start, end in parts:
+    first, needed = None, 0
+    for start, end in _primary(data)[1]:
         samples = np.frombuffer(data, np.uint8)[start:end:8]  # a run has several of these
         equal, count = samples[1:] == samples[:-1], _HOLE // 8 - 2
         if len(equal) < count or not (np.convolve(equal, np.ones(count, int), "valid") == count).any():
@@ -123,24 +142,22 @@ def hole(data: bytes, format: str, image: Image.Image) -> int | None:
         values = np.frombuffer(data, np.uint8)[start:end]
         edges = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1, [len(values)]])
         lengths = np.diff(edges)
-        runs, least = lengths > _HOLE - 16, _FLAT_PIXELS
-        if data[start - 8 : start - 4] == b"VP8L":  # its Huffman codes may repeat, but only short ones are all zeros
-            runs, least, lossless = runs & (values[edges[:-1]] == 0), _FLAT_PIXELS_LOSSLESS, True
+        runs = lengths > _HOLE - 16
         if runs.any():
             first = start + int(edges[:-1][runs][0]) if first is None else first
-            needed += least * int(lengths[runs].sum())
-    return first if needed > 0 and needed > _flat_pixels(image, lossless) else None
+            needed += _FLAT_PIXELS * int(lengths[runs].sum())
+    return first if needed > 0 and needed > _flat_pixels(image) else None
 
 
-def _flat_pixels(image: Image.Image, both: bool) -> int:
-    """Returns the number of pixels that equal the one above or the one to the left, or `both`."""
+def _flat_pixels(image: Image.Image) -> int:
+    """Returns the number of pixels that equal the one above or the one to the left."""
     flat = 0
     for top in range(0, image.height, 512):
         rows = np.asarray(image.crop((0, max(0, top - 1), image.width, min(image.height, top + 512))))
         rows = rows.reshape(*rows.shape[:2], -1)
         above = (rows[1:, 1:] == rows[:-1, 1:]).all(2)
         left = (rows[1:, 1:] == rows[1:, :-1]).all(2)
-        flat += int((above & left if both else above | left).sum())
+        flat += int((above | left).sum())
     return flat
 
 

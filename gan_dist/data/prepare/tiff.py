@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,11 +153,11 @@ def _proves(image: TiffImagePlugin.TiffImageFile) -> Callable[[Box, bytes], bool
     tags = image.tag_v2
     bits, predictor = set(tags.get(258, (1,))), tags.get(317, 1)
     plain = image.mode in ("L", "P", "RGB", "RGBA", "CMYK") and bits == {8} and tags.get(262) in (1, 2, 3, 5)
-    deep = image.mode == "I;16" and bits == {16} and tags.get(262) == 1
+    deep = image.mode in ("I;16", "I;16B") and bits == {16} and tags.get(262) == 1
     channels = tags.get(277, 1) == len(image.getbands())
     if not (plain or deep) or not channels or tags.get(284, 1) != 1 or predictor not in (1, 2):
         return None
-    order = ">" if tags.prefix == b"MM" else "<"
+    order: Literal["<", ">"] = ">" if tags.prefix == b"MM" else "<"
 
     def proved(box: Box, strip: bytes) -> bool:
         left, top, right, bottom = box
@@ -169,14 +169,15 @@ def _proves(image: TiffImagePlugin.TiffImageFile) -> Callable[[Box, bytes], bool
             pixels, values = values, values.copy()
             np.subtract(pixels[:, 1:], pixels[:, :-1], out=values[:, 1:])
         stored = values.astype(values.dtype.newbyteorder(order), copy=False)
-        return zlib.adler32(stored) == int.from_bytes(strip[-4:], "big")
+        return zlib.adler32(stored.data) == int.from_bytes(strip[-4:], "big")
 
     return proved
 
 
 def _pixels(image: Image.Image, box: Box) -> NDArray[Any]:
     """Returns a part of a picture as integers [H, W, C]. (np.asarray of a crop copies three times.)"""
-    kind, channels = ("<u2", 1) if image.mode == "I;16" else ("u1", len(image.getbands()))
+    kind = {"I;16": "<u2", "I;16B": ">u2"}.get(image.mode, "u1")
+    channels = len(image.getbands())
     width, height = box[2] - box[0], box[3] - box[1]
     encoder = Image._getencoder(image.mode, "raw", (image.mode, 0, 1))
     encoder.setimage(image.im, box)

@@ -14,33 +14,38 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, _webp
 
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.structure import riff_chunks
 
 _OK, _SUSPENDED = 0, 5
 _MODES = {"RGB": 0, "RGBA": 1}
-_UNREAD, _PADDING = 8, 32
-"""Bytes at the end of the data that a decoder may not need (libwebp writes up to 3), and zeros that may follow."""
+_UNREAD = {b"VP8 ": 8, b"VP8L": 2}
+"""Bytes at the end of the data that a decoder may not need: of lossy ones libwebp writes up to 3 such, libvpx 6."""
+_PADDING = 32
+"""Zeros that may follow."""
 
 
 @lru_cache(maxsize=1)
 def _library() -> Any:
     """Returns the libwebp that Pillow has loaded, or None where it cannot be called."""
     try:
-        from PIL import _webp
-
         library = ctypes.CDLL(_webp.__file__)
         library.WebPINewRGB.restype = ctypes.c_void_p
         library.WebPINewRGB.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         library.WebPIUpdate.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
         library.WebPIDecGetRGB.restype = ctypes.c_void_p
-        library.WebPIDecGetRGB.argtypes = [ctypes.c_void_p] + 4 * [ctypes.POINTER(ctypes.c_int)]
+        library.WebPIDecGetRGB.argtypes = [ctypes.c_void_p, *4 * [ctypes.POINTER(ctypes.c_int)]]
         library.WebPIDelete.argtypes = [ctypes.c_void_p]
-    except (ImportError, OSError, AttributeError):
+    except (OSError, AttributeError):
         return None
     return library
+
+
+def available() -> bool:
+    """Returns whether libwebp can be called."""
+    return _library() is not None
 
 
 def decode(data: bytes, mode: str, size: tuple[int, int]) -> Image.Image | None:
@@ -65,15 +70,15 @@ def decode(data: bytes, mode: str, size: tuple[int, int]) -> Image.Image | None:
 
 def _decode(library: Any, data: bytes, chunks: Iterator[tuple[bytes, int, int]], pixels: NDArray[np.uint8]) -> bool:
     """Decodes a still picture into `pixels` and returns True; False where it is not one of that size."""
-    start, length = next(((start, length) for kind, start, length in chunks if kind in (b"VP8 ", b"VP8L")), (0, 0))
+    kind, start, length = next((chunk for chunk in chunks if chunk[0] in _UNREAD), (b"VP8 ", 0, 0))
     end = min(start + length, len(data))
-    padding = len(data[max(start, end - _PADDING) : end].rstrip(b"\0"))
-    needed = end - _PADDING + padding - _UNREAD
+    padding = _PADDING - len(data[max(start, end - _PADDING) : end].rstrip(b"\0")) if length > _PADDING else 0
+    needed = max(0, end - padding - _UNREAD[kind])
     numbers = [ctypes.c_int() for _ in range(4)]
-    decoder = library.WebPINewRGB(_MODES["RGBA" if pixels.shape[2] == 4 else "RGB"], pixels.ctypes.data,
-        pixels.nbytes, pixels.strides[0])
+    mode = _MODES["RGBA" if pixels.shape[2] == 4 else "RGB"]
+    decoder = library.WebPINewRGB(mode, pixels.ctypes.data, pixels.nbytes, pixels.strides[0])
     try:
-        status = library.WebPIUpdate(decoder, data, max(0, needed))
+        status = library.WebPIUpdate(decoder, data, needed)
         if status == _OK:
             raise Rejected("corrupt", "WEBP: its pixels are complete before their data end")
         if status == _SUSPENDED:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
-from gan_dist.data.prepare import jpeg, structure, tiff
+from gan_dist.data.prepare import jpeg, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
@@ -235,6 +235,30 @@ def test_what_stands_beside_the_pixels_of_a_png_does_not_lose_it(name: str) -> N
         assert np.array_equal(square(data, RECIPE).pixels, whole)
 
 
+def test_chunks_of_a_png_in_places_where_they_do_not_count() -> None:
+    """As libpng has it, and so every browser: after the pixels, before the palette, or of a wrong length."""
+    flat = Image.new("L", (64, 48), 77)
+    profile = chunk(
+        b"iCCP", b"x\0\0" + zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
+    )
+    gray, colours = encode(flat), encode(flat.convert("RGB").quantize(4))
+    hidden, end = chunk(b"tRNS", b"\0\x4d"), b"IDAT"
+    before, after = gray.index(end) - 4, len(gray) - 12
+    assert square(gray[:before] + hidden + gray[before:], RECIPE).pixels.min() == 255
+    assert square(gray[:after] + hidden + gray[after:], RECIPE).pixels.max() == 77
+    assert square(gray[:before] + chunk(b"tRNS", b"\x4d") + gray[before:], RECIPE).pixels.max() == 77
+    entries = int.from_bytes(colours[colours.index(b"PLTE") - 4 : colours.index(b"PLTE")], "big") // 3
+    place, palette = colours.index(end) - 4, colours.index(b"PLTE") - 4
+    for length, where, shown in ((entries, place, 255), (entries + 1, place, 77), (entries, palette, 77)):
+        data = colours[:where] + chunk(b"tRNS", bytes(length)) + colours[where:]
+        assert square(data, RECIPE).pixels.max() == shown, (length, where)
+    for where, counts in ((palette, True), (place, False)):
+        assert (
+            any("profile" in flag for flag in square(colours[:where] + profile + colours[where:], RECIPE).flags)
+            == counts
+        )
+
+
 def test_chunks_that_decide_about_pixels_are_checked() -> None:
     palette = encode(texture((90, 70)).quantize(20), transparency=3)
     for kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
@@ -317,16 +341,18 @@ def test_files_that_hold_more_than_they_say_are_flagged() -> None:
 def broken(check: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     target, name, instead = {
         "hole": (structure, "hole", lambda *_: None),
+        "webp": (webp, "decode", lambda *_: None),
         "strips": (tiff, "_strips", lambda *_: ()),
         "jpeg": (jpeg, "_look_for_damage", lambda *_: None),
     }[check]
     return lambda: monkeypatch.setattr(target, name, instead)
 
 
-@pytest.mark.parametrize("check", ["hole", "strips", "jpeg"])
+@pytest.mark.parametrize("check", ["hole", "webp", "strips", "jpeg"])
 def test_each_check_is_needed(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: without the check, this damage passes."""
-    name = {"hole": "WebP", "strips": "TIFF, deflate", "jpeg": "JPEG"}[check]
+    names = {"hole": "AVIF", "webp": "WebP", "strips": "TIFF, deflate", "jpeg": "JPEG"}
+    name = names[check]
     data = damage.encode(0, name)
 
     def unfound() -> int:
@@ -340,9 +366,8 @@ def test_each_check_is_needed(check: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert unfound() > 0
 
 
-@pytest.mark.parametrize("name", ["TIFF, deflate", "TIFF, JPEG"])
-def test_fast_checks_leave_out_what_is_dear_and_say_so(name: str, tmp_path: Path) -> None:
-    data = damage.encode(0, name)
+def test_fast_checks_leave_out_what_is_dear_and_say_so(tmp_path: Path) -> None:
+    data = damage.encode(0, "TIFF, deflate")
     bad = data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
     assert reason(bad) == "corrupt" and reason(bad, Recipe(32, fast_checks=True)) == ""
     assert np.array_equal(square(data, RECIPE).pixels, square(data, Recipe(32, fast_checks=True)).pixels)

@@ -7,12 +7,17 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gan_dist.data.prepare import workers
+from gan_dist.data.prepare import labels, workers
+from gan_dist.data.prepare.images import Recipe
+from gan_dist.data.prepare.matching import match
+from gan_dist.data.prepare.plan import Options, make_plan
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.sources import Entry
 from gan_dist.data.prepare.workers import JOB_ENTRIES, JOB_SQUARES, make_jobs
@@ -187,3 +192,33 @@ def test_listing_tells_how_many_files_there_are(tmp_path: Path, kind: str) -> No
     path = source if kind == "folder" else tmp_path / f"in.{kind}"
     prepare(path, tmp_path / "out", workers=0, listed=seen.append)
     assert seen[:2] == [0, 64] and seen == sorted(seen)
+
+
+def test_listing_and_matching_show_progress_while_one_directory_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zip's directory is read in one go: nothing would be heard of it for long if it is a big one."""
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.png", encode(number))
+    (tmp_path / "labels.csv").write_text("file,style\n0.png,x\n1.png,y\n")
+    opened, calls = zipfile.ZipFile.__init__, list[str]()
+
+    def slowly(self: zipfile.ZipFile, *arguments: Any, **options: Any) -> None:
+        time.sleep(0.7)
+        opened(self, *arguments, **options)
+        calls.append("opened")
+
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", slowly)
+    monkeypatch.setattr(labels, "match", lambda *arguments: [time.sleep(0.5), match(*arguments)][1])
+    table = f"{tmp_path / 'labels.csv'}:file:style"
+    plan = make_plan(
+        [(tmp_path / "in.zip", "in.zip")],
+        Options(Recipe(16), labels=table),
+        tmp_path / "out",
+        listed=lambda files: calls.append("listed"),
+        matched=lambda paths: calls.append("matched"),
+    )
+    assert calls[:3] == ["listed"] * 3  # before the directory was read
+    assert calls.count("matched") >= 3
+    assert plan.ids == [0, 1, None]

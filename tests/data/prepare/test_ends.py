@@ -1,0 +1,253 @@
+"""Whether pixels end where their data do, in formats whose decoders do not say so; and what libtiff and libwebp say."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gan_dist.data.prepare import ends, libtiff, tiff, webp
+from gan_dist.data.prepare.account import Rejected
+from gan_dist.data.prepare.images import Recipe, square
+from gan_dist.data.prepare.prepare import prepare
+from tests.bench import damage
+from tests.helpers.images import encode
+from tests.helpers.tiff import tiff as tiff_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's remarks on odd files
+SIZE = (96, 64)
+RGB = damage.picture(1, "RGB").resize(SIZE)
+GRAY, PALETTE = RGB.convert("L"), RGB.quantize(60)
+
+
+def literal(row: bytes, most: int, first: Callable[[int], int]) -> bytes:
+    """Returns a row as packets of bytes as they are, whose first byte tells their number."""
+    parts = [row[i : i + most] for i in range(0, len(row), most)]
+    return b"".join(bytes([first(len(part))]) + part for part in parts)
+
+
+def planes() -> list[bytes]:
+    """Returns the rows of the three bands, one band after the other."""
+    return [row.tobytes() for band in RGB.split() for row in np.asarray(band)]
+
+
+def psd(packed: bool) -> bytes:
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, SIZE[1], SIZE[0], 8, 3) + bytes(12)
+    rows = [literal(row, 70, lambda n: n - 1) for row in planes()]
+    if not packed:
+        return head + b"\0\0" + b"".join(planes())
+    return head + b"\0\1" + struct.pack(f">{len(rows)}H", *map(len, rows)) + b"".join(rows)
+
+
+def sgi() -> bytes:
+    flipped = [planes()[band * SIZE[1] + y] for band in range(3) for y in reversed(range(SIZE[1]))]
+    rows = [literal(row, 70, lambda n: n | 128) + b"\0" for row in flipped]
+    sizes = [len(row) for row in rows]
+    starts = [512 + 8 * len(rows) + sum(sizes[:i]) for i in range(len(rows))]
+    head = struct.pack(">HBBHHHHIII80sI404x", 474, 1, 1, 3, *SIZE, 3, 0, 255, 0, b"", 0)
+    return head + struct.pack(f">{2 * len(rows)}I", *starts, *sizes) + b"".join(rows)
+
+
+def sun() -> bytes:
+    pixels = np.asarray(RGB)[..., ::-1].tobytes().replace(b"\x80", b"\x80\0")
+    return struct.pack(">8I", 0x59A66A95, *SIZE, 24, len(pixels), 2, 0, 0) + pixels
+
+
+def bmp() -> bytes:
+    whole = encode(PALETTE, "BMP")
+    start = int.from_bytes(whole[10:14], "little")
+    rows = np.asarray(PALETTE)[::-1]
+    pixels = b"".join(b"".join(bytes([1, value]) for value in row) + b"\0\0" for row in rows)[:-2] + b"\0\1"
+    head = bytearray(whole[:start])
+    head[2:6], head[30:38] = struct.pack("<I", start + len(pixels)), struct.pack("<II", 1, len(pixels))
+    return bytes(head) + pixels
+
+
+def plain_ppm() -> bytes:
+    numbers = " ".join(map(str, np.asarray(RGB).ravel()))
+    return f"P3\n# by hand\n{SIZE[0]} {SIZE[1]}\n255\n{numbers}\n".encode()
+
+
+FILES = {
+    "GIF": encode(PALETTE, "GIF", interlace=0),
+    "GIF, interlaced": encode(PALETTE, "GIF", interlace=1),
+    "GIF, film": encode(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]),
+    "TGA": encode(RGB, "TGA", compression="tga_rle"),
+    "PCX": encode(RGB, "PCX"),
+    "PCX, palette": encode(PALETTE, "PCX"),
+    "SUN": sun(),
+    "PPM": encode(RGB, "PPM"),
+    "PPM, text": plain_ppm(),
+    "SGI": encode(RGB, "SGI"),
+    "SGI, packed": sgi(),
+    "PSD": psd(packed=False),
+    "PSD, packed": psd(packed=True),
+    "BMP, packed": bmp(),
+    "TIFF, PackBits": encode(RGB, "TIFF", compression="packbits"),
+    "TIFF, Group 4": encode(RGB.convert("1"), "TIFF", compression="group4"),
+    "TIFF, Group 3": encode(RGB.convert("1"), "TIFF", compression="group3"),
+    "TIFF, JPEG CMYK": encode(RGB.convert("CMYK"), "TIFF", compression="jpeg"),
+    "WebP": encode(RGB, "WEBP", quality=85),
+    "WebP, lossless": encode(RGB, "WEBP", lossless=True),
+    "WebP, film": encode(RGB, "WEBP", save_all=True, append_images=[RGB.rotate(180)], quality=85),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bytes_that_were_doubled_or_lost_are_seen(name: str) -> None:
+    data = FILES[name]
+    expected = PALETTE if "GIF" in name or "alette" in name or "BMP" in name else RGB
+    if "WebP" not in name and "Group" not in name and "JPEG" not in name:
+        difference = square(data, Recipe(64)).pixels.astype(int) - square(encode(expected), Recipe(64)).pixels
+        assert np.abs(difference).max() <= 1
+    assert damage.outcome(data) == ""
+    middle = len(data) * 2 // 5
+    for place in (middle, middle + 60, middle + 200):
+        assert damage.outcome(data[: place + 90] + data[place:]), ("doubled", place)
+        assert damage.outcome(data[:place] + data[place + 90 :]), ("lost", place)
+
+
+@pytest.mark.parametrize("name", ["GIF", "TGA", "PCX", "SUN"])
+def test_what_a_decoder_leaves_needs_to_be_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control."""
+    data = FILES[name]
+    bad = [data[: place + 256] + data[place:] for place in range(len(data) // 3, len(data) - 300, len(data) // 40)]
+    found = sum(bool(damage.outcome(each)) for each in bad)
+    monkeypatch.setattr(ends, "streamed", lambda image, data: None)
+    assert found > sum(bool(damage.outcome(each)) for each in bad)
+
+
+def test_libtiff_needs_to_be_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control; and an account of it where that is impossible."""
+    bad = bytearray(FILES["TIFF, Group 4"])
+    bad[len(bad) // 2 : len(bad) // 2 + 20] = np.random.default_rng(0).bytes(20)
+    assert damage.outcome(bytes(bad)) == "corrupt"
+    monkeypatch.setattr(libtiff, "_library", lambda: None)
+    assert damage.outcome(bytes(bad)) == "" and not libtiff.available()
+
+
+def test_what_cannot_be_heard_here_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(encode(RGB))
+    assert libtiff.available() and webp.available()
+    assert not prepare(tmp_path / "in", tmp_path / "all", workers=0).notes
+    for module in (libtiff, webp):
+        monkeypatch.setattr(module, "_library", lambda: None)
+    notes = prepare(tmp_path / "in", tmp_path / "less", workers=0).notes
+    assert [word in note for word, note in zip(("TIFF", "WebP"), notes, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["PSD, packed", "SGI, packed", "TIFF, Group 4", "TIFF, PackBits", "BMP, packed"])
+def test_rows_that_were_overwritten_are_seen(name: str) -> None:
+    data, rng = FILES[name], np.random.default_rng(0)
+    for place in range(len(data) // 2, len(data) - 250, max(1, len(data) // 8)):
+        assert damage.outcome(data[:place] + rng.bytes(200) + data[place + 200 :]), place
+
+
+def test_bytes_after_the_pixels_that_do_no_harm() -> None:
+    """Padding, what may follow in each format, and a code of the end in a block of its own."""
+    for name in ("GIF", "PCX", "SUN", "PPM", "SGI", "PSD, packed", "WebP"):
+        assert damage.outcome(FILES[name] + bytes(20)) == "", name
+    assert damage.outcome(FILES["PPM"] + FILES["PPM"]) == ""
+    assert damage.outcome(FILES["GIF"][:-1] + b"!\xfe\7comment\0;") == ""
+    for edge in (1, 2, 3, 5, 8):
+        tiny = RGB.resize((edge, edge))
+        for format in ("GIF", "TGA", "PCX", "PPM", "SGI", "WEBP", "QOI"):
+            options = {"compression": "tga_rle"} if format == "TGA" else {}
+            assert damage.outcome(encode(tiny, format, **options)) == "", (format, edge)
+
+
+@pytest.mark.parametrize(
+    "options", [{"quality": 90}, {"quality": 20}, {"lossless": True}, {"quality": 70, "method": 0}]
+)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_webps_are_decoded_as_pillow_does(mode: str, options: dict[str, int]) -> None:
+    picture = RGB.resize((333, 250)).convert(mode)
+    if mode == "RGBA":
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    data = encode(picture, "WEBP", **options)
+    made = webp.decode(data, mode, picture.size)
+    assert made is not None and np.array_equal(np.asarray(made), np.asarray(Image.open(io.BytesIO(data))))
+    assert webp.decode(data, mode, (picture.width, 100)) is None  # another size than it says
+    flat = encode(Image.new(mode, (400, 300), "white"), "WEBP", **options)
+    assert damage.outcome(flat) == ""
+
+
+def test_changed_bits_and_holes_of_a_webp_are_seen() -> None:
+    """In grain, and in flat areas, where a hole of zeros is hardly to be told from what is coded there."""
+    page = Image.new("RGB", (320, 240), "white")
+    page.paste(RGB.resize((120, 90)), (100, 90))
+    rng, missed, made = np.random.default_rng(1), 0, 0
+    for picture in (damage.picture(1, "RGB"), page):
+        data = encode(picture, "WEBP", quality=85)
+        sound = damage.pillow(data)
+        for i in range(40):
+            place = int(rng.integers(len(data) // 8, len(data) - 100))
+            hole = bytes(60) if i % 2 else bytes([data[place] ^ 1 << i % 8])
+            bad = data[:place] + hole + data[place + len(hole) :]
+            after = damage.pillow(bad)
+            if after is None or np.abs(after - sound).mean() > damage.LIMIT:
+                made += 1
+                missed += not damage.outcome(bad)
+    assert made > 30 and missed <= made // 20
+
+
+DEFLATED: dict[str, Callable[[], bytes]] = {
+    "RGB": lambda: encode(RGB, "TIFF", compression="tiff_adobe_deflate"),
+    "predictor": lambda: encode(RGB, "TIFF", compression="tiff_adobe_deflate", tiffinfo={317: 2}),
+    "gray": lambda: encode(GRAY, "TIFF", compression="tiff_adobe_deflate"),
+    "palette": lambda: encode(PALETTE, "TIFF", compression="tiff_adobe_deflate"),
+    "CMYK": lambda: encode(RGB.convert("CMYK"), "TIFF", compression="tiff_adobe_deflate"),
+    "RGBA": lambda: encode(RGB.convert("RGBA"), "TIFF", compression="tiff_adobe_deflate"),
+    "16 bits": lambda: tiff_of(np.asarray(GRAY).astype(np.uint16) * 257, deflated=True, rows=16),
+    "16 bits, big-endian": lambda: tiff_of(
+        np.asarray(GRAY).astype(np.uint16) * 200, deflated=True, rows=16, big_endian=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFLATED)
+def test_deflated_strips_are_proved_without_being_unpacked_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, unpacked = DEFLATED[name](), []
+    inflate: Any = tiff._inflate
+    monkeypatch.setattr(tiff, "_inflate", lambda strip: (unpacked.append(strip), inflate(strip)))
+    assert damage.outcome(data) == "" and not unpacked
+    middle = len(data) // 2
+    for bad in (data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :], data[:middle] + data[middle + 9 :]):
+        assert damage.outcome(bad)
+
+
+def test_what_cannot_be_proved_is_unpacked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planes, turned pictures, inverted grey."""
+    values, unpacked = np.asarray(GRAY), []
+    files = [
+        tiff_of(np.asarray(RGB), photometric=2, planes=True, deflated=True),
+        tiff_of(values, deflated=True, tags={274: (3, [6])}),
+        tiff_of(values, deflated=True, photometric=0),
+    ]
+    monkeypatch.setattr(tiff, "_inflate", lambda strip: unpacked.append(strip))
+    for number, data in enumerate(files):
+        assert damage.outcome(data) in ("", "oriented") and len(unpacked) > number
+
+
+def test_what_is_not_read_here_is_no_damage() -> None:
+    for data in (b"P7\nWIDTH 4\nHEIGHT 4\nDEPTH 3\nMAXVAL 255\nENDHDR\n" + bytes(48), b"PF\n4 4\n-1.0\n" + bytes(192)):
+        with pytest.raises(Rejected, match="unsupported"):
+            square(data, Recipe(32))
+    rows = "".join(f'"{"  x" * 4}",\n' for _ in range(4))
+    xpm = '/* XPM */\nstatic char *a[] = {\n"4 4 1 3",\n"  x c none-such",\n' + rows + "};\n"
+    with pytest.raises(Rejected, match="unsupported"):
+        square(xpm.encode(), Recipe(32))
+
+
+def test_an_icon_that_lost_bytes_is_truncated() -> None:
+    data = encode(RGB.convert("RGBA"), "ICO", bitmap_format="bmp", sizes=[(48, 32)])
+    assert damage.outcome(data) in ("", "alpha_ignored")
+    with pytest.raises(Rejected, match="truncated"):
+        square(data[:800] + data[1000:], Recipe(32))
