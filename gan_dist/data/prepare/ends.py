@@ -89,11 +89,11 @@ def left_over(image: Image.Image, data: bytes) -> int:
         return len(data[512 + data[3] * int(np.prod(struct.unpack(">3H", data[6:12]), dtype=np.int64)) :].strip(b"\0"))
     if image.format not in ("PPM", "SUN") or not tiles or tiles[-1].codec_name != "raw":
         return _numbers_left_over(data, image.size) if image.format == "PPM" and data[1:2] in b"123" else 0
-    _, (left, top, right, bottom), offset, args = tiles[-1]
+    offset, args, (width, height) = tiles[-1].offset, tiles[-1].args, image.size
     mode, stride, *_ = args if isinstance(args, tuple) else (args, 0)
     if mode not in _RAW_BITS:
         return 0
-    rest = data[offset + (bottom - top) * (stride or ((right - left) * _RAW_BITS[mode] + 7) // 8) :]
+    rest = data[offset + height * (stride or (width * _RAW_BITS[mode] + 7) // 8) :]
     rest = rest.strip(b"\0\r\n\t ")
     return 0 if image.format == "PPM" and re.match(rb"P[1-7]\s", rest) else len(rest)
 
