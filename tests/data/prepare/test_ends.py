@@ -6,7 +6,6 @@ import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +186,7 @@ def test_changed_bits_and_holes_of_a_webp_are_seen() -> None:
     for picture in (damage.picture(1, "RGB"), page):
         data = encode(picture, "WEBP", quality=85)
         sound = damage.pillow(data)
+        assert sound is not None
         for i in range(40):
             place = int(rng.integers(len(data) // 8, len(data) - 100))
             hole = bytes(60) if i % 2 else bytes([data[place] ^ 1 << i % 8])
@@ -214,9 +214,13 @@ DEFLATED: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", DEFLATED)
 def test_deflated_strips_are_proved_without_being_unpacked_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, unpacked = DEFLATED[name](), []
-    inflate: Any = tiff._inflate
-    monkeypatch.setattr(tiff, "_inflate", lambda strip: (unpacked.append(strip), inflate(strip)))
+    data, unpacked, inflate = DEFLATED[name](), list[bytes](), tiff._inflate
+
+    def noted(strip: bytes) -> None:
+        unpacked.append(strip)
+        inflate(strip)
+
+    monkeypatch.setattr(tiff, "_inflate", noted)
     assert damage.outcome(data) == "" and not unpacked
     middle = len(data) // 2
     for bad in (data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :], data[:middle] + data[middle + 9 :]):
@@ -225,13 +229,13 @@ def test_deflated_strips_are_proved_without_being_unpacked_again(name: str, monk
 
 def test_what_cannot_be_proved_is_unpacked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planes, turned pictures, inverted grey."""
-    values, unpacked = np.asarray(GRAY), []
+    values, unpacked = np.asarray(GRAY), list[bytes]()
     files = [
         tiff_of(np.asarray(RGB), photometric=2, planes=True, deflated=True),
         tiff_of(values, deflated=True, tags={274: (3, [6])}),
         tiff_of(values, deflated=True, photometric=0),
     ]
-    monkeypatch.setattr(tiff, "_inflate", lambda strip: unpacked.append(strip))
+    monkeypatch.setattr(tiff, "_inflate", unpacked.append)
     for number, data in enumerate(files):
         assert damage.outcome(data) in ("", "oriented") and len(unpacked) > number
 

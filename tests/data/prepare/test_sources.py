@@ -16,7 +16,7 @@ import pytest
 
 from gan_dist.data.prepare import labels, workers
 from gan_dist.data.prepare.images import Recipe
-from gan_dist.data.prepare.matching import match
+from gan_dist.data.prepare.matching import Matches, match
 from gan_dist.data.prepare.plan import Options, make_plan
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.sources import Entry
@@ -209,8 +209,12 @@ def test_listing_and_matching_show_progress_while_one_directory_is_read(
         opened(self, *arguments, **options)
         calls.append("opened")
 
+    def match_slowly(*arguments: Any) -> Matches:
+        time.sleep(0.5)
+        return match(*arguments)
+
     monkeypatch.setattr(zipfile.ZipFile, "__init__", slowly)
-    monkeypatch.setattr(labels, "match", lambda *arguments: [time.sleep(0.5), match(*arguments)][1])
+    monkeypatch.setattr(labels, "match", match_slowly)
     table = f"{tmp_path / 'labels.csv'}:file:style"
     plan = make_plan(
         [(tmp_path / "in.zip", "in.zip")],
