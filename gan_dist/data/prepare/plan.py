@@ -210,9 +210,11 @@ class _Ticks:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._done.set()
         self._thread.join()
+        if kind is None:
+            self._show(self._count)
 
 
 def _check_distinct(sources: Sequence[Source]) -> None:

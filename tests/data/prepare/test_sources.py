@@ -191,7 +191,7 @@ def test_listing_tells_how_many_files_there_are(tmp_path: Path, kind: str) -> No
     seen: list[int] = []
     path = source if kind == "folder" else tmp_path / f"in.{kind}"
     prepare(path, tmp_path / "out", workers=0, listed=seen.append)
-    assert seen[:2] == [0, 64] and seen == sorted(seen)
+    assert seen[0] == 0 and seen[-1] >= 304 and seen == sorted(seen)
 
 
 def test_listing_and_matching_show_progress_while_one_directory_is_read(
