@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gan_dist.config.schema import load_config
 from gan_dist.runs.lease import Lease
@@ -23,6 +28,8 @@ from launch.status import find_run, status_lines, trial_lines
 from launch.stopping import STOP, stop_sweep
 from launch.sweep import MAX_FAILURES, MAX_STARTS, Worker, mend
 from launch.trials import Here, Standing
+from tests.helpers.datasets import write_dataset
+from tests.helpers.training import small
 
 EVALUATIONS = 4
 SPACE = "optim.g_lr: {log: [1e-5, 1e-1]}\noptim.betas: {choice: [[0.0, 0.9], [0.5, 0.999]]}"
@@ -249,6 +256,55 @@ def test_status_ls_and_stop_know_a_sweep(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="no trial and no worker runs; nothing to stop"):
         stop_sweep(tmp_path / "sweep")
     assert not (tmp_path / "sweep" / STOP).exists()
+
+
+def begun(log: Path, words: list[str]) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch", "sweep", *words], stdout=output, stderr=output, start_new_session=True
+        )
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_real_runs_outlive_a_killed_sweep_and_are_watched_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    images = len(write_dataset(tmp_path / "set", (80, 40)))
+    evaluate, steps = {"every_steps": 60, "samples": 100}, 240
+    config, space, folder = tmp_path / "art.yaml", tmp_path / "space.yaml", tmp_path / "sweep"
+    values = small(tmp_path / "set") | {
+        "evaluate": evaluate,
+        "log": {"scalars_every": 20, "samples_every": 10**6, "grid": 4},
+    }
+    values["train"] = {**values["train"], "epochs": steps * 8 / images}
+    config.write_text(yaml.safe_dump(values))
+    space.write_text("optim.g_lr: {log: [1e-5, 1e-2]}")
+    words = [str(config), str(space), "--trials", "3", "--run-dir", str(folder)]
+    log = tmp_path / "log"
+    workers = [begun(log, words)]
+    metrics = folder / "trial-0000" / "metrics.jsonl"
+    try:
+        limit = time.monotonic() + 200
+        while not (metrics.exists() and '"step": 20,' in metrics.read_text()):
+            assert time.monotonic() < limit, log.read_text()
+            time.sleep(0.05)
+        workers[0].send_signal(signal.SIGKILL)
+        workers[0].wait()
+        holder = json.loads((folder / "trial-0000" / "lease").read_text())["pid"]
+        os.kill(holder, 0)  # the trial runs on
+        workers.append(begun(log, words))
+        assert workers[1].wait(250) == 0, log.read_text()
+    finally:
+        for each in workers:
+            each.kill()
+            each.wait()
+    sweep = read_sweep(folder)
+    assert states(sweep).get("complete", 0) >= 1 and len(sweep.trials) == 3, log.read_text()
+    starts = [line for line in metrics.read_text().splitlines() if '"event": "start"' in line]
+    assert len(starts) == 1, "the run that went on was not started again"
+    assert load_config(str(folder / "best.yaml")).optim.g_lr == (sweep.best and sweep.best.settings["optim.g_lr"])
 
 
 def test_here_reads_how_a_process_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
