@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -114,14 +115,17 @@ def mapped_shards(root: Path) -> int:
 def test_disk_and_memory_stay_within_two_windows(
     source: Path, pixels: torch.Tensor, tmp_path: Path, remote: bool, window: int
 ) -> None:
-    order = Order(SIZES, 7, window)
-    dataset = open_remote(source.as_uri(), tmp_path, window_shards=window) if remote else open_dataset(source)
+    order, cache = Order(SIZES, 7, window), tmp_path / "cache"
+    if remote:
+        dataset = open_remote(source.as_uri(), cache, window_shards=window)
+    else:  # a copy, of which no earlier test has anything mapped
+        dataset = open_dataset(shutil.copytree(source, tmp_path / "own"))
     most_mapped, most_there, seen = 0, 0, []
     with dataset, streaming(dataset, order, global_batch=3) as stream:
         for step in range(2 * sum(SIZES) // 3 + RING):
             seen.append(stream.next().clone())
             most_mapped = max(most_mapped, mapped_shards(dataset.root))
-            there = [path for path in tmp_path.rglob("shard-*") if path.suffix in (".tar", ".tmp")]
+            there = [path for path in cache.rglob("shard-*") if path.suffix in (".tar", ".tmp")]
             most_there = max(most_there, len({path.name.split(".")[0] for path in there}))
             if step % 5 == 0:
                 time.sleep(0.01)  # let what is ahead get ahead

@@ -19,6 +19,9 @@ _UNREAD = 8
 """Bytes at the end that a decoder may not need: a code that says that it is the last, and what fills up its byte."""
 _PADDING = 32
 """Zeros that may follow."""
+_BLANK = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
+_BLOCK = 2**20
+"""Bytes of text that are looked at together."""
 _STREAMED = {"gif", "tga_rle", "pcx", "sun_rle"}
 _RAW_BITS = {"1": 1, "1;I": 1, "L": 8, "P": 8, "RGB": 24, "BGR": 24, "BGRX": 32, "RGBX": 32, "I;16B": 16, "L;16B": 16}
 
@@ -55,7 +58,7 @@ def streamed(image: Image.Image, data: bytes) -> Stream | None:
     elif tiles[0].codec_name == "tga_rle" and data[-18:-2] == b"TRUEVISION-XFILE":
         places = [place for place in struct.unpack("<II", data[-26:-18]) if start < place]
         end = min([len(data) - 26, *places])
-    elif tiles[0].codec_name == "pcx" and image.mode == "P" and data[-769:-768] == b"\x0c":
+    elif tiles[0].codec_name == "pcx" and image.mode in ("P", "L") and data[-769:-768] == b"\x0c":
         end -= 769
     end -= _PADDING - len(data[max(start, end - _PADDING) : end].rstrip(b"\0")) if end - start > _PADDING else 0
     stream = Stream(data, end)
@@ -104,23 +107,33 @@ def _numbers_left_over(data: bytes, size: tuple[int, int]) -> int:
     if data[1:2] == b"1":
         words = text.split(None, 3)[3:]
         return max(0, sum(word.count(b"0") + word.count(b"1") for word in words) - size[0] * size[1])
-    return max(0, len(text.split()) - 4 - size[0] * size[1] * (3 if data[1:2] == b"3" else 1))
+    return max(0, _words(text) - 4 - size[0] * size[1] * (3 if data[1:2] == b"3" else 1))
+
+
+def _words(text: bytes) -> int:
+    """Returns len(text.split()), without an object a word."""
+    values, count, blank_before = np.frombuffer(text, np.uint8), 0, True
+    for start in range(0, len(values), _BLOCK):
+        blank = _BLANK[values[start : start + _BLOCK]]
+        count += int(np.count_nonzero(blank[:-1] & ~blank[1:])) + bool(blank_before and not blank[0])
+        blank_before = bool(blank[-1])
+    return count
 
 
 def wrong_rows(image: Image.Image, data: bytes) -> bool:
     """Returns whether a row of a PSD or an SGI file, packed by itself, does not give as many pixels as a row has, or
     the rows do not end where the file does."""
     if image.format == "PSD":
-        width, height, channels = image.width, image.height, int.from_bytes(data[12:14], "big")
-        place = 26
+        height, channels, bits = image.height, int.from_bytes(data[12:14], "big"), int.from_bytes(data[22:24], "big")
+        size, place = (image.width * bits + 7) // 8, 26
         for _ in range(3):
             place += 4 + int.from_bytes(data[place : place + 4], "big")
         table = np.frombuffer(data, ">u2", channels * height, place + 2) if data[place : place + 2] == b"\0\1" else None
         if table is None:
-            pixels = place + 2 + width * height * channels
+            pixels = place + 2 + size * height * channels
             return len(data) - pixels > _PADDING and data[place : place + 2] == b"\0\0"
         ends = place + 2 + 2 * len(table) + np.cumsum(table, dtype=np.int64)
-        return bool(data[int(ends[-1]) :].strip(b"\0")) or _wrong(data, ends - table, ends, width, _packbits)
+        return bool(data[int(ends[-1]) :].strip(b"\0")) or _wrong(data, ends - table, ends, size, _packbits)
     if image.format == "SGI" and data[2:4] == b"\1\1":
         width, height, channels = struct.unpack(">3H", data[6:12])
         table = np.frombuffer(data, ">u4", 2 * height * channels, 512).astype(np.int64).reshape(2, -1)
@@ -141,8 +154,8 @@ def _of_sgi(codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
     return np.where(count == 0, 1 << 40, np.where(codes & 128, count + 1, 2)), count
 
 
-def _wrong(data: bytes, starts: NDArray[Any], ends: NDArray[Any], width: int, packet: Any) -> bool:
-    """Returns whether any row, packed from start to end, does not give `width` bytes. All are followed at once, from
+def _wrong(data: bytes, starts: NDArray[Any], ends: NDArray[Any], size: int, packet: Any) -> bool:
+    """Returns whether any row, packed from start to end, does not give `size` bytes. All are followed at once, from
     packet to packet."""
     values = np.frombuffer(data, np.uint8)
     if len(ends) and (int(ends.max()) > len(data) or int(starts.min()) < 0):
@@ -150,8 +163,8 @@ def _wrong(data: bytes, starts: NDArray[Any], ends: NDArray[Any], width: int, pa
     places, given = starts.astype(np.int64), np.zeros(len(starts), np.int64)
     going = np.flatnonzero(places < ends)
     while len(going):
-        size, gives = packet(values[places[going]].astype(np.int64))
-        places[going] += size
+        length, gives = packet(values[places[going]].astype(np.int64))
+        places[going] += length
         given[going] += gives
         going = going[places[going] < ends[going]]
-    return bool((given != width).any())
+    return bool((given != size).any())

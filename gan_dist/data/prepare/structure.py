@@ -67,7 +67,7 @@ def odd(data: bytes, format: str) -> str | None:
             kinds = [(kind, start, stop) for kind, start, stop in _boxes(data)]
             end = next((start - 8 for kind, start, stop in kinds if not kind.isascii() or stop > len(data)), end)
         case "BMP" if data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):  # run-length encoded
-            return None if _rle_is_whole(data) else "its rows do not end where they should"
+            return None if _rle_is_whole(data) else "its rows are too long or do not end"
         case "BMP":
             stated = int.from_bytes(data[2:6], "little")
             end = stated if stated == int.from_bytes(data[10:14], "little") + _bmp_pixels(data) else end
@@ -83,22 +83,20 @@ def _bmp_pixels(data: bytes) -> int:
 
 
 def _rle_is_whole(data: bytes) -> bool:
-    """Returns whether the runs of a BMP fill its rows and no more, up to a mark of their end. (Of a file that leaves
-    pixels out, as it may: whether it ends, and exceeds no row.)"""
+    """Returns whether the runs of a BMP exceed no row, and come to a mark of their end. (Rows, and the picture, may end
+    early: what is left out has the first colour.)"""
     width, height, four = *struct.unpack("<ii", data[18:26]), data[30] == 2
-    place, x, y, gaps, short = int.from_bytes(data[10:14], "little"), 0, 0, False, False
-    while place + 1 < len(data) and y <= abs(height) and x <= width:
+    place, x, y = int.from_bytes(data[10:14], "little"), 0, 0
+    while place + 1 < len(data) and y <= abs(height) and x <= (width if y < abs(height) else 0):
         count, value = data[place], data[place + 1]
         place += 2
         if count:
             x += count
         elif value == 0:
-            short = short or x < width
             x, y = 0, y + 1
         elif value == 1:
-            return y >= abs(height) - 1 and (gaps or (not short and x in (0, width)))
+            return y >= abs(height) - 1 or not data[place:].strip(b"\0")
         elif value == 2:
-            gaps = True
             x, y = x + data[place], y + data[place + 1]
             place += 2
         else:

@@ -17,6 +17,8 @@ from gan_dist.data.prepare import jpeg, libtiff
 from gan_dist.data.prepare.account import Rejected
 
 _DEFLATED = ("tiff_adobe_deflate", "tiff_deflate")
+_MOST_PROVED = 2**26
+"""Bytes of a strip's pixels that are copied to prove it."""
 _NATIVE = {"F;32BF": "F;32NF", "I;16BS": "I;16NS", "I;32BS": "I;32NS"}
 _BIG_ENDIAN, _MISREAD = b"MM\0\x2b", b"MM\x2b\0"
 TiffImagePlugin.PREFIXES.append(_MISREAD)
@@ -161,6 +163,8 @@ def _proves(image: TiffImagePlugin.TiffImageFile) -> Callable[[Box, bytes], bool
 
     def proved(box: Box, strip: bytes) -> bool:
         left, top, right, bottom = box
+        if (right - left) * (bottom - top) * tags.get(277, 1) * max(bits) // 8 > _MOST_PROVED:
+            return False
         values = _pixels(image, (left, top, min(right, image.width), min(bottom, image.height)))
         missing = bottom - top - values.shape[0], right - left - values.shape[1]
         if any(missing):  # what exceeds the picture is taken to be zero

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, _webp
+from PIL import Image
 
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.structure import riff_chunks
@@ -31,6 +31,8 @@ _PADDING = 32
 def _library() -> Any:
     """Returns the libwebp that Pillow has loaded, or None where it cannot be called."""
     try:
+        from PIL import _webp  # a Pillow may be built without it
+
         library = ctypes.CDLL(_webp.__file__)
         library.WebPINewRGB.restype = ctypes.c_void_p
         library.WebPINewRGB.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -38,7 +40,7 @@ def _library() -> Any:
         library.WebPIDecGetRGB.restype = ctypes.c_void_p
         library.WebPIDecGetRGB.argtypes = [ctypes.c_void_p, *4 * [ctypes.POINTER(ctypes.c_int)]]
         library.WebPIDelete.argtypes = [ctypes.c_void_p]
-    except (OSError, AttributeError):
+    except (ImportError, OSError, AttributeError):
         return None
     return library
 
