@@ -135,7 +135,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
                 image.info["transparency"] *= 255 // (2 ** data[24] - 1)
         orientation = _orientation(header)
         image, white = tiff.corrected(image, told)
-        if format == "XBM":
+        if format == "XBM" or (format == "PSD" and mode == "1"):
             image = ImageChops.invert(image)  # a bit that is set is ink
         if format == "AVIF" and (shown := structure.clean_aperture(data, image.size)):
             image, info = image.crop(shown), image.info
