@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gan_dist.runs.lease import Observer
+from gan_dist.runs.lease import seems_held
 from gan_dist.runs.naming import runs_home
 from gan_dist.runs.record import read_run
 from gan_dist.runs.study import JOURNAL, is_sweep, read_sweep
@@ -102,7 +102,7 @@ def make_row(run: Path, queue: Queue) -> Row:
 
 def sweep_row(folder: Path) -> Row:
     """Returns the row of a sweep: its steps are trials."""
-    journal, observer = folder / JOURNAL, Observer()
+    journal = folder / JOURNAL
     updated = max(time.time() - journal.stat().st_mtime, 0) if journal.exists() else None
     known: dict[str, Any] = dict.fromkeys((*FIGURES, "job", "best_swd", "node"))
     known |= {"name": folder.name, "run": str(folder), "updated_s": updated}
@@ -111,7 +111,7 @@ def sweep_row(folder: Path) -> Row:
     except GanDistError as error:
         return Row(**known, state="sweep", step=0, total_steps=0, reason=str(error))
     ended = sum(trial.state != "running" for trial in sweep.trials)
-    works = any(observer.held(path) for path in (folder / "workers").glob("*"))
+    works = any(seems_held(path) for path in (folder / "workers").glob("*"))
     done = ended == len(sweep.trials) >= sweep.total
     known["best_swd"] = sweep.best.value if sweep.best else None
     state = "running" if works else "done" if done else "stopped"

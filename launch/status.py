@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gan_dist.runs.lease import Observer
+from gan_dist.runs.lease import seems_held
 from gan_dist.runs.naming import run_path, runs_home
 from gan_dist.runs.study import OBJECTIVE, Sweep, Trial, is_sweep, read_sweep
 from gan_dist.utils.errors import GanDistError, UserError
@@ -116,12 +116,12 @@ def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
 
 
 def _sweep_lines(folder: Path) -> Iterator[str]:
-    sweep, observer = read_sweep(folder), Observer()
+    sweep = read_sweep(folder)
     yield f"{folder.name} at {folder}"
     yield f"  {sweep.account()}"
     if sweep.best:
         yield f"  best: {_trial_line(sweep.best)}"
-    working = sorted(path.name for path in (folder / "workers").glob("*") if observer.held(path))
+    working = sorted(path.name for path in (folder / "workers").glob("*") if seems_held(path))
     yield f"  {len(working)} worker(s){': ' if working else ''}{', '.join(working)}"
     running = [trial.path for trial in sweep.trials if trial.state == "running"]
     queue = look(running)

@@ -6,7 +6,7 @@ import shlex
 import time
 from pathlib import Path
 
-from gan_dist.runs.lease import Observer
+from gan_dist.runs.lease import seems_held
 from gan_dist.runs.study import read_sweep
 from gan_dist.utils.errors import UserError
 from launch import slurm
@@ -23,17 +23,16 @@ def stop_sweep(sweep: Path) -> list[str]:
     """
     lines: list[str] = []
     touch(sweep / STOP)
-    observer = Observer()
     for trial in read_sweep(sweep).trials:
         if trial.state != "running":
             continue
         try:
             lines += stop_run(trial.path)
         except UserError:
-            if observer.held(trial.path):
+            if seems_held(trial.path):
                 touch(trial.path / STOP)
                 lines.append(f"{trial.name} is asked to save and end")
-    working = [folder for folder in (sweep / "workers").glob("*") if observer.held(folder)]
+    working = [folder for folder in (sweep / "workers").glob("*") if seems_held(folder)]
     if not lines and not working:
         (sweep / STOP).unlink(missing_ok=True)
         raise UserError(f"{sweep}: no trial and no worker runs; nothing to stop")

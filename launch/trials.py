@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,7 +19,7 @@ from gan_dist.utils.system import default_workers
 from launch import slurm
 from launch.job.environment import WORLD
 from launch.options import ClusterOptions
-from launch.snapshot import ARCHIVE, CHECKOUT
+from launch.snapshot import ARCHIVE, CHECKOUT, UNPACKED
 from launch.status import attempts_of, last_word
 from launch.stopping import STOP, stop_run, touch
 from launch.submit import Check, jobs_of, submissions, submit_training, unchecked
@@ -151,7 +152,11 @@ class Jobs:
 
     def start(self, run: Path, config: Path) -> None:
         """Submits a run. Raises GanDistError when SLURM does not take it now."""
-        submit_training(str(config), [], self._options, run, check=self._check, like=_first_submission(run.parent))
+        first, options = _first_submission(run.parent), self._options
+        if first:  # its code, in the form in which it is there
+            job = options.job.model_copy(update={"unpack": (first / UNPACKED).is_dir()})
+            options = options.model_copy(update={"job": job})
+        submit_training(str(config), [], options, run, check=self._check, like=first)
         self._check = unchecked
 
     def look(self, runs: Sequence[Path]) -> dict[Path, Standing]:
@@ -185,6 +190,5 @@ class Jobs:
 
 def _first_submission(sweep: Path) -> Path | None:
     """Returns the oldest submission of a sweep that has the code with it."""
-    return min(
-        (file.parent for file in sweep.glob(f"trial-*/launch/*/{ARCHIVE}")), key=lambda at: at.name, default=None
-    )
+    forms = (sweep.glob(f"trial-*/launch/*/{form}") for form in (ARCHIVE, UNPACKED))
+    return min((code.parent for code in chain(*forms)), key=lambda at: at.name, default=None)

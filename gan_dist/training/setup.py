@@ -188,6 +188,8 @@ def open_run(
                 )
         except (RuntimeError, MemoryError) as error:
             if explained := out_of_memory(error, config.train.global_batch, world.size):
+                # The other GPUs wait in collectives that never come: an orderly end would wait with them.
+                explained.exit_now = world.size > 1 and world.device.type == "cuda"
                 raise explained from error
             raise
 
