@@ -37,10 +37,11 @@ def check_cluster(settings: Config, cluster: ClusterOptions, run: Path) -> None:
     check_disk(settings, run)
 
 
-def check_dataset(settings: Config) -> None:
-    """Raises UserError unless the dataset's manifest is there, opens and has the model's resolution.
+def check_dataset(settings: Config) -> str:
+    """Returns the identity of the dataset, the sha256 of its manifest; nothing of one that is not seen from here.
 
-    A remote one that does not answer from here may answer from the nodes: that is a note.
+    Raises UserError unless the manifest is there, opens and has the model's resolution. A remote one that does not
+    answer from here may answer from the nodes: that is a note.
     """
     address = settings.data.shards
     try:
@@ -50,8 +51,9 @@ def check_dataset(settings: Config) -> None:
         if isinstance(error, UserError):
             raise
         print(f"note: {error}; the nodes will try again", file=sys.stderr, flush=True)
-        return
+        return ""
     check_resolution(settings.model.resolution, manifest.resolution, redacted(address))
+    return manifest.identity
 
 
 def check_interpreter(cluster: ClusterOptions) -> None:

@@ -256,6 +256,7 @@ def sweep(
     from launch.checks import check_all, check_dataset
     from launch.space import read_space
     from launch.status import trial_lines
+    from launch.stopping import STOP
     from launch.sweep import Worker
     from launch.trials import Here, Jobs, Place
 
@@ -266,17 +267,28 @@ def sweep(
     folder = choose_run_dir(config, name, run_dir, options.job.runs)
     base = load_config(config, overrides)
     searched = read_space(space, base, overrides, options.slurm.ranks if as_jobs else ranks)
-    check_dataset(base)
+    dataset = check_dataset(base)
     place: Place = Jobs(options, check_all) if as_jobs else Here(parallel, ranks)
     stop = StopRequest()
     listen_for_signals(stop)
     print(f"sweep {folder}: {trials} trials over {', '.join(each.key for each in searched)}", flush=True)
-    worker = Worker(folder, searched, place, trials=trials, parallel=parallel, seed=seed, pruner=pruner, log=_say)
+    worker = Worker(
+        folder,
+        searched,
+        place,
+        trials=trials,
+        parallel=parallel,
+        seed=seed,
+        pruner=pruner,
+        dataset=dataset,
+        log=_say,
+    )
     ended = worker.work(stop)
     made = read_sweep(folder)
     print("\n".join(trial_lines(made)))
     if not ended:
-        on = f"; its jobs go on: python -m launch stop {shlex.quote(str(folder))} ends them" if as_jobs else ""
+        go_on = as_jobs and not (folder / STOP).exists()
+        on = f"; its jobs go on: python -m launch stop {shlex.quote(str(folder))} ends them" if go_on else ""
         print(f"stopped; the same command continues{on}", flush=True)
         raise typer.Exit(EXIT_STOPPED)
     print(f"  gan-dist report {shlex.quote(str(folder))}")

@@ -70,7 +70,7 @@ class Dimension:
             every = max(step[0] if step else 1, (high - low) // MOST_WHOLE)
             return [low, high, *range(low, high, every)]
         if step:
-            return [low, low + step[0]]
+            return [low, low + step[0], high]
         middle = math.sqrt(low * high) if self.log else (low + high) / 2
         return [low, high, math.nextafter(middle, high)]
 

@@ -116,8 +116,12 @@ def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
 
 
 def _sweep_lines(folder: Path) -> Iterator[str]:
-    sweep = read_sweep(folder)
     yield f"{folder.name} at {folder}"
+    try:
+        sweep = read_sweep(folder)
+    except GanDistError as error:  # of this sweep alone
+        yield f"  {error}"
+        return
     yield f"  {sweep.account()}"
     if sweep.best:
         yield f"  best: {_trial_line(sweep.best)}"

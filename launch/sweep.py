@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from gan_dist.config.base import read_yaml
-from gan_dist.config.diff import continuation
+from gan_dist.config.diff import continuation, flatten, with_defaults
 from gan_dist.config.schema import Config, to_yaml
 from gan_dist.runs import study as files
 from gan_dist.runs.lease import Lease, Observer
@@ -38,7 +38,7 @@ Pruner = Literal["median", "hyperband", "none"]
 MAX_STARTS = 3
 """Starts in a row without a newer checkpoint, after which a trial has failed."""
 MAX_FAILURES = 5
-"""Trials that fail before any does not, after which a sweep gives up: it is not their settings."""
+"""Trials that fail before any does not, since the command began, after which it gives up: it is not their settings."""
 WARM_UP = 2
 """Evaluations before the median prunes; what a GAN draws at first says little."""
 RETRY_S = 60.0
@@ -74,29 +74,43 @@ def ask(study: Any, space: Space, seed: int) -> Any:
     return trial
 
 
-def open_sweep(folder: Path, space: Space, pruner: Any, trials: int) -> Any:
-    """Returns the study in `folder`, which is made if there is none. Raises UserError where it holds another sweep."""
+@contextmanager
+def in_one_line(folder: Path, kind: type[GanDistError], then: str = "") -> Iterator[None]:
+    """A context in which a disk that refuses raises `kind`, with one line that ends with what happens `then`."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise kind(f"cannot write the sweep's directory {folder}: {where}: {error.strerror or error}{then}") from None
+
+
+def open_sweep(folder: Path, space: Space, pruner: Any, trials: int, dataset: str = "") -> Any:
+    """Returns the study in `folder`, which is made if there is none; `dataset` is the identity of its images, if known.
+
+    Raises UserError where `folder` holds another sweep, or cannot be written.
+    """
     optuna = load_optuna()
-    record = {"space": space.to_dict(), "config": space.base.to_dict()}
+    record = {"space": space.to_dict(), "config": space.base.to_dict(), "dataset": dataset}
     if files.is_sweep(folder):
         _refuse_changes(folder, record)
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif folder.is_dir() and not all(_is_left(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no sweep; choose another --name or --run-dir")
-    try:
-        (folder / "workers").mkdir(parents=True, exist_ok=True)
-        if not files.is_sweep(folder):
-            write_atomically(folder / files.RECORD, yaml.safe_dump(record, sort_keys=False).encode())
-        (folder / STOP).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write the sweep's directory {folder}: {error.strerror}") from None
+    (folder / "workers").mkdir(parents=True, exist_ok=True)
+    if not files.is_sweep(folder):
+        write_atomically(folder / files.RECORD, yaml.safe_dump(record, sort_keys=False).encode())
+    (folder / STOP).unlink(missing_ok=True)
     with turn(folder):
-        mend(folder / files.JOURNAL)
         study = optuna.create_study(
             study_name=files.STUDY, storage=files.open_journal(folder), pruner=pruner, load_if_exists=True
         )
         if study.user_attrs.get("trials") != trials:
             study.set_user_attr("trials", trials)
     return study
+
+
+def _is_left(name: str) -> bool:
+    """Returns whether a directory that has this is free all the same: hidden, or left by a sweep that did not begin."""
+    return name.startswith(".") or name == "workers" or (name.startswith(files.RECORD) and name.endswith(".tmp"))
 
 
 def _refuse_changes(folder: Path, record: dict[str, Any]) -> None:
@@ -109,8 +123,19 @@ def _refuse_changes(folder: Path, record: dict[str, Any]) -> None:
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
-    old, new = (one.get("config", {}).get("evaluate") for one in (stored, record))
-    different += [f"evaluate was {old}, now {new}"] if old != new else []
+    # A run may be evaluated otherwise and go on for longer, and its dataset may move; trials must compare.
+    configs = [with_defaults(stored.get("config", {})), flatten(record["config"])]
+    same = [key for key in configs[1] if key.startswith("evaluate.") or key == "train.epochs"]
+    if not (stored.get("dataset") and record["dataset"]):
+        same.append("data.shards")
+    elif stored["dataset"] != record["dataset"]:
+        different.append(f"the dataset was another (manifest {stored['dataset'][:12]}, now {record['dataset'][:12]})")
+    told = {line.partition(" was ")[0] for line in different}
+    different += [
+        f"{key} was {configs[0].get(key)}, now {configs[1].get(key)}"
+        for key in same
+        if key not in told and configs[0].get(key) != configs[1].get(key)
+    ]
     if different:
         raise UserError(
             f"{folder} holds a sweep of something else ({'; '.join(different)}); start a new one with --name"
@@ -131,16 +156,6 @@ def turn(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-def mend(journal: Path) -> None:
-    """Cuts off a last line that a full disk or a lost machine left unfinished: Optuna would read no further."""
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with journal.open("r+b") as stream:
-            stream.truncate(content.rfind(b"\n") + 1)
-
-
 class Worker:
     """One process that takes trials until all have ended."""
 
@@ -154,12 +169,16 @@ class Worker:
         parallel: int = 1,
         seed: int = 0,
         pruner: str = "median",
+        dataset: str = "",
         log: Callable[[str], None] = print,
     ) -> None:
         """`log` gets a line whenever a trial starts or ends. Raises UserError where `folder` holds something else."""
         self._folder, self._space, self._place = folder, space, place
         self._total, self._parallel, self._seed, self._log = trials, parallel, seed, log
-        self._study = open_sweep(folder, space, make_pruner(pruner), trials)
+        domains = {each.key: each.domain for each in space}
+        with in_one_line(folder, UserError):
+            self._study = open_sweep(folder, space, make_pruner(pruner), trials, dataset)
+            hparams.write_experiment(folder, domains)
         self._storage = self._study._storage
         self._study_id = self._storage.get_study_id_from_name(files.STUDY)
         self._name = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
@@ -172,35 +191,48 @@ class Worker:
         self._gone: dict[int, float] = {}
         """Since when the runs of trials are gone."""
         self._not_before = 0.0
+        self._stop = StopRequest()
+        self._before = {trial.number for trial in self._trials() if trial.state.is_finished()}
+        """Trials that had ended when this worker began."""
         self._configs: dict[int, Config] = {}
-        domains = {each.key: each.domain for each in space}
         self._texts = [key for key, domain in domains.items() if isinstance(domain, list) and not _alike(domain)]
-        hparams.write_experiment(folder, domains)
 
     def work(self, stop: StopRequest) -> bool:
         """Returns whether all trials have ended; False when `stop`, or somebody who stopped a trial, came first.
 
-        Raises GanDistError when the first trials all fail, and when none can be started.
+        Raises GanDistError when the first trials all fail, when none can be started, and when the disk refuses.
         """
+        self._stop = stop
+        with in_one_line(self._folder, GanDistError, "; what runs goes on, and the same command continues"):
+            return self._work()
+
+    def _work(self) -> bool:
         home = self._folder / "workers" / self._name
         home.mkdir()
         lease = Lease.take(home)
         try:
             while not self._ended():
-                if stop or (self._folder / STOP).exists():
-                    self._wind_up()
+                if self._is_to_end():
+                    self._wind_up(jobs=(self._folder / STOP).exists())
                     return False
                 self._tend_all()
                 self._fill()
                 if self._left and not self._mine and self._next_is_none():
                     return False
-                _pause(stop, self._place.poll_s)
+                _pause(self._stop, self._place.poll_s)
             return True
+        except GanDistError:
+            with suppress(GanDistError):
+                self._wind_up(jobs=True)
+            raise
         finally:
             lease.release()
             with suppress(OSError):
                 home.rmdir()
             self._write_best()
+
+    def _is_to_end(self) -> bool:
+        return bool(self._stop) or (self._folder / STOP).exists()
 
     def _ended(self) -> bool:
         trials = self._trials()
@@ -212,7 +244,7 @@ class Worker:
 
     def _fill(self) -> None:
         """Takes trials up to the number that may run at once."""
-        while len(self._mine) < self._parallel and time.monotonic() >= self._not_before:
+        while len(self._mine) < self._parallel and time.monotonic() >= self._not_before and not self._is_to_end():
             number = self._take()
             if number is None:
                 return
@@ -248,7 +280,8 @@ class Worker:
 
     def _refuse_hopeless(self, trials: list[Any]) -> None:
         ended = [trial for trial in trials if trial.state.is_finished()]
-        if len(ended) >= MAX_FAILURES and all(trial.state.name == "FAIL" for trial in ended):
+        since = [trial for trial in ended if trial.number not in self._before]
+        if len(since) >= MAX_FAILURES and all(trial.state.name == "FAIL" for trial in ended):
             raise GanDistError(
                 f"all {len(ended)} trials that ended have failed, the last one because: "
                 f"{ended[-1].user_attrs.get('reason')}; see {trial_path(self._folder, ended[-1].number) / 'logs'}"
@@ -290,7 +323,7 @@ class Worker:
             self._log(f"{run.name} was stopped, not by this sweep; the same command continues it")
             self._left.add(number)
             self._mine.discard(number)
-        elif standing.state == "stopped" or self._is_gone_for_good(number, trial):
+        elif (standing.state == "stopped" or self._is_gone_for_good(number, trial)) and not self._is_to_end():
             self._start(number, run, counts=standing.state == "gone")
 
     def _is_gone_for_good(self, number: int, trial: Any) -> bool:
@@ -333,7 +366,7 @@ class Worker:
             self._place.start(run, file)
         except GanDistError as error:
             self._note(number, starts=starts, saved=saved)
-            if self._mine <= {number}:
+            if not self._watched:  # none was ever started: it is not the weather
                 raise
             self._log(f"{run.name} cannot be started now: {error}; it is tried again in a minute")
             self._not_before = time.monotonic() + RETRY_S
@@ -368,11 +401,13 @@ class Worker:
             config = self._space.config(files.settings_of(best.params))
             write_atomically(self._folder / files.BEST, (head + to_yaml(config)).encode())
 
-    def _wind_up(self) -> None:
-        """Has the runs of this worker save and end, and waits for them; jobs go on without it."""
-        if self._place.outlives:
-            return
+    def _wind_up(self, jobs: bool) -> None:
+        """Has the runs of this worker save and end, and waits for them; jobs are asked if `jobs`, never waited for."""
         paths = {number: trial_path(self._folder, number) for number in self._mine}
+        if self._place.outlives:
+            for path in paths.values() if jobs else ():
+                self._place.stop(path)
+            return
         for number, standing in self._standings(paths):
             if standing.state == "running":
                 self._place.stop(paths[number])

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from gan_dist.runs.lease import Observer
 from gan_dist.runs.metrics_file import read_metrics
 from gan_dist.utils.errors import EXIT_STOPPED, EXIT_USAGE, GanDistError, UserError
+from gan_dist.utils.files import write_atomically
 from gan_dist.utils.system import default_workers
 from launch import slurm
 from launch.job.environment import WORLD
@@ -23,6 +24,9 @@ from launch.snapshot import ARCHIVE, CHECKOUT, UNPACKED
 from launch.status import attempts_of, last_word
 from launch.stopping import STOP, stop_run, touch
 from launch.submit import Check, jobs_of, submissions, submit_training, unchecked
+
+DEVICES = "launch/devices"
+"""The file in a run's directory that names the machine that it was started on, and its GPUs."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,6 @@ class Here:
         self._threads = max(1, default_workers() // (parallel * ranks))
         self._devices = _devices()
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
-        self._used: dict[Path, list[str]] = {}
         self._observer = Observer()
 
     def start(self, run: Path, config: Path) -> None:
@@ -85,9 +88,7 @@ class Here:
         env["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [env.get("PYTHONPATH")])])
         env.setdefault("OMP_NUM_THREADS", str(self._threads))
         if self._devices:
-            taken = [device for other in self._children for device in self._used.get(other, [])]
-            self._used[run] = sorted(self._devices, key=taken.count)[: self.ranks]
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(self._used[run])
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(self._share(run))
         logs = run / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         # Named as a job's: `launch logs` finds it.
@@ -96,6 +97,18 @@ class Here:
             self._children[run] = subprocess.Popen(
                 words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
+
+    def _share(self, run: Path) -> list[str]:
+        """Returns GPUs for a run, those that the fewest other trials have, and writes them down for other workers."""
+        here, taken = os.uname().nodename, list[str]()
+        for file in run.parent.glob(f"*/{DEVICES}"):
+            other = file.parent.parent
+            node, *devices = file.read_text().split() or [""]
+            if node == here and other != run and (other in self._children or self._observer.held(other)):
+                taken += devices
+        share = sorted(self._devices, key=taken.count)[: self.ranks]
+        write_atomically(run / DEVICES, " ".join([here, *share]).encode(), make_folder=True)
+        return share
 
     def look(self, runs: Sequence[Path]) -> dict[Path, Standing]:
         """Returns how each run stands: by its process, or by its lease and history if another has started it."""
@@ -183,9 +196,14 @@ class Jobs:
         return Standing("done" if last_event(run).get("event") == "end" else "gone")
 
     def stop(self, run: Path) -> None:
-        """Asks a run to save and end; a job that waits is cancelled."""
-        with suppress(UserError):  # it has just ended
+        """Asks a run to save and end; a job that waits is cancelled, or ends once it starts if SLURM is silent now."""
+        try:
             stop_run(run)
+        except UserError:
+            return  # it has just ended
+        except GanDistError:
+            with suppress(UserError):  # it was never submitted
+                touch(run / STOP)
 
 
 def _first_submission(sweep: Path) -> Path | None:

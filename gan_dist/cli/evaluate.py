@@ -60,7 +60,7 @@ def evaluate(
     RUN/evaluations.jsonl, and `gan-dist report RUN` shows them.
     """
     from gan_dist.distributed.world import join
-    from gan_dist.evaluation.evaluate import EvaluationOptions, evaluate_run
+    from gan_dist.evaluation.evaluate import PER_CLASS, EvaluationOptions, evaluate_run
     from gan_dist.evaluation.protocol import warnings
 
     check_device(device)
@@ -99,6 +99,8 @@ def evaluate(
                 print_table(
                     ["class", *heads], ([name, *(_cell(one.get(k)) for k in heads)] for name, one in found.items())
                 )
+        if classes and not rows[-1].get("classes"):
+            print(f"note: --classes: no class has {PER_CLASS:,} images, so none has figures", file=sys.stderr)
         for line in warnings(rows[-1], max((row["diversity"] for row in rows[:-1]), default=0.0)):
             print(f"WARNING: {line}", file=sys.stderr)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from gan_dist.config.base import read_yaml
 from gan_dist.runs.metrics_file import read_metrics
-from gan_dist.utils.errors import GanDistError, UserError
+from gan_dist.utils.errors import GanDistError, UserError, first_line
 
 RECORD, JOURNAL, BEST, STUDY = "sweep.yaml", "study.journal", "best.yaml", "sweep"
 OBJECTIVE = "evaluate/swd"
@@ -113,14 +114,39 @@ def open_journal(sweep: Path) -> Any:
     optuna = load_optuna()
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
-    # A lock file that O_EXCL makes: safe on NFS from version 3 on, and no matter under which path a host sees it.
+    class MendingLock(JournalFileOpenLock):
+        """A lock file that O_EXCL makes: safe on NFS from version 3 on, and no matter under which path a host sees it.
+
+        Who is to append first cuts off a last line that a full disk or a lost machine left unfinished.
+        """
+
+        def acquire(self) -> bool:
+            taken = super().acquire()
+            try:
+                _cut_unfinished(sweep / JOURNAL)
+            except BaseException:
+                self.release()
+                raise
+            return taken
+
     file = str(sweep / JOURNAL)
     try:
-        return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
-    except (ValueError, OSError) as error:
-        raise GanDistError(f"cannot read {file}: {error}") from None
+        return JournalStorage(JournalFileBackend(file, lock_obj=MendingLock(file)))
+    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
+        raise GanDistError(f"cannot read {file}: {first_line(error)}") from None
     except optuna.exceptions.OptunaError as error:
         raise GanDistError(f"{file} is no journal of a study: {error}") from None
+
+
+def _cut_unfinished(journal: Path) -> None:
+    """Cuts off a last line without its end: what is appended to one is lost, and nobody could read further."""
+    with journal.open("r+b") as stream:
+        if not stream.seek(0, os.SEEK_END):
+            return
+        stream.seek(-1, os.SEEK_END)
+        if stream.read() != b"\n":
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def open_study(sweep: Path) -> Any:

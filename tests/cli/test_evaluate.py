@@ -103,3 +103,12 @@ def test_warnings_on_stderr_are_of_the_newest_checkpoint(evaluate: Any, monkeypa
 def test_a_slip_is_one_line_and_status_2(evaluate: Any, words: str, message: str) -> None:
     status, out, err = evaluate(*words.split())
     assert (status, out) == (2, "") and err.startswith("gan-dist: ") and err.count("\n") == 1 and message in err
+
+
+def test_classes_that_are_all_too_small_are_a_note(evaluate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"step": 1, "swd": 1.0, "diversity": 1.0}
+    monkeypatch.setattr("gan_dist.evaluation.evaluate.evaluate_run", lambda *_: [{**row, "classes": {}}])
+    status, out, err = evaluate("monet", "--classes", "--json")
+    assert status == 0 and json.loads(out)["classes"] == {} and err.count("no class has 1,000 images") == 1
+    monkeypatch.setattr("gan_dist.evaluation.evaluate.evaluate_run", lambda *_: [row])
+    assert not evaluate("monet")[2]

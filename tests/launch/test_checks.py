@@ -25,8 +25,10 @@ def settings(shards: object, *words: str) -> Config:
 def test_a_dataset_is_looked_at_before_the_queue_wherever_it_is(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checks.check_dataset(settings(dataset))
-    checks.check_dataset(settings(f"pipe:cat {shlex.quote(str(dataset))}/{{}}"))
+    identity = checks.check_dataset(settings(dataset))
+    assert len(identity) == 64 and identity == checks.check_dataset(
+        settings(f"pipe:cat {shlex.quote(str(dataset))}/{{}}")
+    )
     checks.check_dataset(settings(f"file://{dataset}"))
     with pytest.raises(UserError, match="nowhere is not a dataset: no readable manifest"):
         checks.check_dataset(settings(tmp_path / "nowhere"))
@@ -40,7 +42,7 @@ def test_a_dataset_is_looked_at_before_the_queue_wherever_it_is(
     with pytest.raises(UserError, match="manifest"):
         checks.check_dataset(settings(broken))
     assert not capsys.readouterr().err
-    checks.check_dataset(settings("pipe:false {}"))  # it may answer from the nodes
+    assert not checks.check_dataset(settings("pipe:false {}"))  # it may answer from the nodes
     assert "the nodes will try again" in capsys.readouterr().err
 
 

@@ -33,6 +33,7 @@ def space(tmp_path: Path, text: str, *words: str, ranks: int = 1) -> Space:
         ("optim.g_lr: {float: [-0.1, 0.1]}", "optim.g_lr: expected greater than 0, found -0.1"),
         ("optim.decay_to: {float: [0.0, 1.0]}", "optim.decay_to: expected less than 1, found 1.0"),
         ("loss.real_target: {float: [0.5, 1.5]}", "loss.real_target: expected less than or equal to 1, found 1.5"),
+        ("loss.real_target: {float: [0.5, 1.001, 0.001]}", "loss.real_target: expected less than or equal to 1, found"),
         ("model.g_channels: {int: [0, 8]}", "model.g_channels: expected greater than or equal to 1, found 0"),
         ("model.g_channels: {float: [8, 64]}", "model.g_channels: expected integer, found 36.00000000000001"),
         ("model.g_channels: {log: [8.5, 64]}", "model.g_channels: expected integer, found 8.5"),

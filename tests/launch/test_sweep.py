@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from launch.listing import list_runs
 from launch.space import Space, read_space
 from launch.status import find_run, status_lines, trial_lines
 from launch.stopping import STOP, stop_sweep
-from launch.sweep import MAX_FAILURES, MAX_STARTS, Worker, mend
-from launch.trials import Here, Standing
+from launch.sweep import MAX_FAILURES, MAX_STARTS, Worker
+from launch.trials import Here, Jobs, Standing
 from tests.helpers.datasets import write_dataset
 from tests.helpers.training import small
 
@@ -39,6 +39,24 @@ class Killed(BaseException):
     """Ends a worker as SIGKILL would: nothing of it is told to anybody."""
 
 
+@pytest.fixture(autouse=True)
+def the_killed_give_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Killed ends leaves its lease as it is, of a process that is no more, and writes nothing on its way out."""
+    release, write_best = Lease.release, Worker._write_best
+
+    def leave(lease: Lease) -> None:
+        if not isinstance(sys.exc_info()[1], Killed):
+            release(lease)
+            return
+        lease._over.set()
+        lease._thread.join()
+        holder = json.loads(lease._path.read_text())
+        lease._path.write_text(json.dumps({**holder, "started": holder["started"].rpartition(":")[0] + ":1"}))
+
+    monkeypatch.setattr(Lease, "release", leave)
+    monkeypatch.setattr(Worker, "_write_best", lambda self: isinstance(sys.exc_info()[1], Killed) or write_best(self))
+
+
 @dataclass
 class Files:
     """A place where runs are files: one gets an evaluation further at each look, unless it is asked to stop."""
@@ -46,12 +64,15 @@ class Files:
     poll_s, patience_s, outlives, ranks = 0.0, 0.0, False, 1
     ends: Callable[[str], Standing | None] = lambda name: None
     """How a run ends before its time, by name."""
+    at_start: Callable[[str], object] = lambda name: None
+    at_look: Callable[[int], object] = lambda looks: None
     kill_at: int = 10**9
     running: set[Path] = field(default_factory=set)
     started: list[str] = field(default_factory=list)
     looks: int = 0
 
     def start(self, run: Path, config: Path) -> None:
+        self.at_start(run.name)
         self.started.append(run.name)
         assert run not in self.running, "run twice"
         (run / "config.yaml").write_text(config.read_text())
@@ -62,6 +83,7 @@ class Files:
         self.looks += 1
         if self.looks > self.kill_at:
             raise Killed
+        self.at_look(self.looks)
         return {run: self._look(run) for run in runs}
 
     def _look(self, run: Path) -> Standing:
@@ -87,7 +109,14 @@ class Files:
         return Standing("running")
 
     def stop(self, run: Path) -> None:
-        (run / STOP).touch()
+        if run in self.running:
+            (run / STOP).touch()
+
+
+class Outliving(Files):
+    """Runs that go on when the sweep ends, as jobs do."""
+
+    outlives = True
 
 
 @cache
@@ -97,6 +126,10 @@ def searched(text: str = SPACE, seed: int = 0) -> Space:
         file.flush()
         base = {"data": {"shards": "/set"}, "evaluate": {"every_steps": 10}, "seed": seed}
         return read_space(file.name, load_config(base))
+
+
+def but(word: str) -> Space:
+    return replace(searched(), base=load_config(searched().base, [word]))
 
 
 def worker(folder: Path, place: Files, trials: int = 12, **more: object) -> Worker:
@@ -198,6 +231,83 @@ def test_a_trial_that_fails_says_why_and_a_sweep_of_failures_gives_up(tmp_path: 
     with pytest.raises(GanDistError, match=rf"all {MAX_FAILURES} trials that ended have failed.*no such disk"):
         worker(tmp_path / "all", place).work(StopRequest())
     assert states(read_sweep(tmp_path / "all")) == {"failed": MAX_FAILURES}
+    with pytest.raises(GanDistError, match=rf"all {2 * MAX_FAILURES} trials"):
+        worker(tmp_path / "all", place, trials=20).work(StopRequest())
+    place.ends = lambda name: None  # the disk is back
+    assert worker(tmp_path / "all", place, trials=12, pruner="none").work(StopRequest())
+    assert states(read_sweep(tmp_path / "all")) == {"complete": 2, "failed": 2 * MAX_FAILURES}
+
+
+def test_a_sweep_that_gives_up_leaves_no_run_behind(tmp_path: Path) -> None:
+    place = Files()
+    place.ends = lambda name: Standing("failed", "no such disk") if name < "trial-0005" else None
+    with pytest.raises(GanDistError, match="trials that ended have failed"):
+        worker(tmp_path / "sweep", place, parallel=2).work(StopRequest())
+    assert "trial-0005" in place.started and not place.running
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_nothing_is_started_once_a_sweep_is_to_stop(tmp_path: Path, by_file: bool) -> None:
+    """While a first trial is being submitted, and before one that is in the journal is: by file, and by Ctrl-C."""
+    folder, stop = tmp_path / "sweep", StopRequest()
+
+    def ask(when: object) -> None:
+        if when in ("trial-0000", 2):
+            (folder / STOP).touch() if by_file else stop.ask("SIGINT")
+
+    place = Outliving(at_start=ask)
+    assert not worker(folder, place, parallel=3).work(stop)
+    assert place.started == ["trial-0000"] and len(read_sweep(folder).trials) == 1
+    assert (folder / "trial-0000" / STOP).exists() == by_file, "what it has just submitted is stopped, too"
+    folder, stop = tmp_path / "other", StopRequest()
+    place = Outliving(at_look=ask)
+    assert not worker(folder, place, parallel=3).work(stop)
+    assert not place.started and len(read_sweep(folder).trials) == 1
+
+
+def test_an_outage_is_waited_out_but_not_at_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.sweep.RETRY_S", 0.0)
+    failures: list[str] = []
+
+    def silent(name: str) -> None:
+        if name == "trial-0001" and len(failures) < 2:
+            failures.append(name)
+            raise GanDistError("SLURM is silent")
+
+    assert worker(tmp_path / "sweep", Files(at_start=silent), trials=3, pruner="none").work(StopRequest())
+    assert states(read_sweep(tmp_path / "sweep")) == {"complete": 3} and len(failures) == 2
+    failures.clear()
+    first = Files(at_start=lambda name: silent("trial-0001"))
+    with pytest.raises(GanDistError, match="SLURM is silent"):
+        worker(tmp_path / "other", first).work(StopRequest())
+
+    def fails(run: Path) -> list[str]:
+        raise error
+
+    monkeypatch.setattr("launch.trials.stop_run", fails)
+    for error in (UserError("it has no job"), GanDistError("squeue did not answer")):
+        Jobs.stop(object.__new__(Jobs), tmp_path)
+        assert (tmp_path / STOP).exists() == (not isinstance(error, UserError))
+
+
+def test_a_disk_that_refuses_is_one_line_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write.*: No space left on device"):
+        patch.setattr("launch.sweep.write_atomically", full)
+        worker(tmp_path / "sweep", Files())
+    with pytest.raises(GanDistError, match=r"cannot write.*No space left on device; .* the same command continues"):
+        worker(tmp_path / "sweep", Files(at_start=full), trials=2).work(StopRequest())
+    (tmp_path / "sweep" / "best.yaml").mkdir()
+    with pytest.raises(GanDistError, match=r"cannot write.*best.yaml.*directory; .* the same command continues"):
+        worker(tmp_path / "sweep", place := Files(), trials=2).work(StopRequest())
+    (tmp_path / "sweep" / "best.yaml").rmdir()
+    assert worker(tmp_path / "sweep", place, trials=2, pruner="none").work(StopRequest())
+    assert states(read_sweep(tmp_path / "sweep")) == {"complete": 2} and place.started == ["trial-0000", "trial-0001"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write the sweep's directory"):
+        worker(tmp_path / "file" / "sweep", Files())
 
 
 def test_a_run_that_vanishes_is_started_again_so_often_without_a_checkpoint(tmp_path: Path) -> None:
@@ -227,6 +337,13 @@ def test_another_search_in_the_same_directory_is_refused(tmp_path: Path) -> None
         Worker(tmp_path / "sweep", searched("optim.d_lr: {log: [1e-5, 1e-1]}"), Files())
     with pytest.raises(UserError, match=r"seed was 0, now 3"):
         Worker(tmp_path / "sweep", searched(seed=3), Files())
+    for word in ("train.epochs=1000", "evaluate.samples=77", "data.shards=/other"):
+        with pytest.raises(UserError, match=rf"\({word.partition('=')[0]} was .*, now {word.partition('=')[2]}"):
+            Worker(tmp_path / "sweep", but(word), Files())
+    Worker(tmp_path / "images", searched(), Files(), dataset="a" * 64)
+    Worker(tmp_path / "images", but("data.shards=/moved"), Files(), dataset="a" * 64)
+    with pytest.raises(UserError, match=r"\(the dataset was another \(manifest aaaaaaaaaaaa, now bbbbbbbbbbbb"):
+        Worker(tmp_path / "images", searched(), Files(), dataset="b" * 64)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UserError, match="is not empty and holds no sweep"):
@@ -240,7 +357,20 @@ def test_a_journal_that_ends_in_half_a_line_is_mended(tmp_path: Path) -> None:
     journal.write_bytes(whole + whole[: len(whole.splitlines()[0]) // 2])
     assert worker(tmp_path / "sweep", Files(), trials=3).work(StopRequest())
     assert journal.read_bytes().startswith(whole) and len(read_sweep(tmp_path / "sweep").trials) == 3
-    mend(tmp_path / "nothing")
+    running = worker(tmp_path / "sweep", Files(), trials=4)
+    with journal.open("ab") as stream:  # by another, which was lost
+        stream.write(whole[:7])
+    assert running.work(StopRequest()) and len(read_sweep(tmp_path / "sweep").trials) == 4
+
+
+@pytest.mark.parametrize("damage", [b"x\n", b'{"a":1}\n', b"5\n"])
+def test_a_damaged_sweep_is_a_line_of_status_among_the_others(tmp_path: Path, damage: bytes) -> None:
+    worker(tmp_path / "sweep", Files())
+    journal = tmp_path / "sweep" / "study.journal"
+    journal.write_bytes(damage + journal.read_bytes())
+    head, line = status_lines(tmp_path / "sweep")
+    assert head.startswith("sweep at ") and f"cannot read {journal}: " in line
+    assert list_runs(str(tmp_path))[0].reason == line.strip()
 
 
 def test_status_ls_and_stop_know_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +469,7 @@ def test_runs_here_share_the_gpus_out(tmp_path: Path, monkeypatch: pytest.Monkey
     program.chmod(0o755)
     monkeypatch.setattr("launch.trials.sys.executable", str(program))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    place = Here(parallel=3)
+    place = again = Here(parallel=3)
     runs = [tmp_path / name for name in "abc"]
     try:
         for run in runs:
@@ -347,7 +477,11 @@ def test_runs_here_share_the_gpus_out(tmp_path: Path, monkeypatch: pytest.Monkey
             while not (run / "gpus").exists() or not (run / "gpus").read_text():
                 time.sleep(0.01)
         assert [(run / "gpus").read_text() for run in runs] == ["4\n", "7\n", "4\n"]
+        lease, again = Lease.take(runs[0]), Here(parallel=3)  # after a sweep that was killed: one of its runs goes on
+        again.start(tmp_path / "d", tmp_path / "config.yaml")
+        assert (tmp_path / "d" / "launch" / "devices").read_text().split()[1:] == ["7"]
+        lease.release()
     finally:
-        for child in place._children.values():
+        for child in [*place._children.values(), *again._children.values()]:
             child.kill()
             child.wait()
