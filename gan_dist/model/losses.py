@@ -4,9 +4,9 @@ With D(x) = sigmoid(logit): log D = logsigmoid(logit) and log(1 - D) = logsigmoi
 would have rounded to 0 or 1. Every function returns a *sum* over the local batch: training/update.py divides by the
 global batch, so that ranks with unequal shares add up to the same mean.
 
-A new loss is a name in config/schema.py's LossName, a branch in `discriminator_loss` and in `generator_loss`, and its
-formula in the tests. Which targets it takes stands in schema.py's LossConfig; one that compares pairs gets the real
-logits in training/update.py's `generator_pass`.
+A new loss is a name in config/schema.py's LossName, a branch in `discriminator_loss` and in `generator_loss`, perhaps a
+place in SHIFT_INVARIANT, and its formula in the tests. Which targets it takes stands in schema.py's LossConfig; one
+that compares pairs gets the real logits in training/update.py's `generator_pass`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from gan_dist.config.schema import WITH_GENERATOR_TARGET, LossName
 from gan_dist.utils.errors import UserError
+
+SHIFT_INVARIANT: frozenset[LossName] = frozenset({"wasserstein", "relativistic"})
+"""The losses that compare logits with one another alone: a constant added to all of them changes nothing."""
 
 
 def cross_entropy(logits: Tensor, target: float) -> Tensor:

@@ -175,6 +175,9 @@ class Discriminator(nn.Module):
             for i, width in enumerate(widths, start=1):
                 self.add_module(f"block{i}", Block(width, leaky_slope, norm))
         self.minibatch_std = MinibatchStd() if minibatch_std else None
+        self.level_counts = True
+        """Whether the loss knows logits from the same logits plus a constant. Where it does not, the last bias is left
+        alone: its gradient is 0, and Adam would divide what rounding makes of it by itself."""
         self.num_classes = num_classes
         if num_classes:
             self.class_table = nn.Parameter(torch.zeros(num_classes, CLASS_DIM))  # of class 1 on: class 0's vector is 0
@@ -207,9 +210,12 @@ class Discriminator(nn.Module):
             x = getattr(self, f"block{self.depth - 1}")(x, groups)
         if self.minibatch_std is not None:
             x = self.minibatch_std(x, groups)
+        weight, bias = weights[-1]
+        if not self.level_counts and bias is not None:
+            bias = bias.detach() + 0 * bias
         if not self.num_classes:
-            return to_logits(x, *weights[-1])
-        return self._projected(to_numbers(x, *weights[-1]), classes)
+            return to_logits(x, weight, bias)
+        return self._projected(to_numbers(x, weight, bias), classes)
 
     def _projected(self, numbers: Tensor, classes: Tensor | None) -> Tensor:
         """Returns logits h_0 + <v_c, h> / sqrt(CLASS_DIM), for `numbers` h_0, h [B, 1 + CLASS_DIM]."""

@@ -20,7 +20,7 @@ from gan_dist.distributed.exchange import PLAIN, Collectives
 from gan_dist.distributed.world import World
 from gan_dist.model.augment import NO_AUGMENT, NUMBERS, Augment
 from gan_dist.model.batchnorm import Kernels, prepare
-from gan_dist.model.losses import discriminator_loss, generator_loss, minimax_value
+from gan_dist.model.losses import SHIFT_INVARIANT, discriminator_loss, generator_loss, minimax_value
 from gan_dist.model.networks import IMAGE_CHANNELS
 from gan_dist.model.penalty import NO_PENALTY, GradientPenalty
 from gan_dist.training.draws import draw_dropped, draw_noise, draw_uniform
@@ -100,6 +100,8 @@ class Update:
         self.num_classes: int = getattr(generator, "num_classes", 0)
         self._labelled = min(1, self.num_classes)  # how many of a pass's draws are classes
         self.loss = loss
+        judge: Any = discriminator  # of which nn.Module says nothing
+        judge.level_counts = loss not in SHIFT_INVARIANT
         self.real_target = real_target
         self.generator_target = generator_target
         self.penalty = penalty

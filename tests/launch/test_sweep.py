@@ -10,19 +10,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from gan_dist.config.schema import load_config
-from gan_dist.runs.lease import Lease
+from gan_dist.runs.lease import TERM_S, Holder, Lease
 from gan_dist.runs.study import Sweep, read_sweep
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.stop import StopRequest
 from launch.listing import list_runs
+from launch.options import ClusterOptions, JobOptions
 from launch.space import Space, read_space
 from launch.status import find_run, status_lines, trial_lines
 from launch.stopping import STOP, stop_sweep
@@ -386,6 +388,36 @@ def test_status_ls_and_stop_know_a_sweep(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="no trial and no worker runs; nothing to stop"):
         stop_sweep(tmp_path / "sweep")
     assert not (tmp_path / "sweep" / STOP).exists()
+    # A worker on another host, of which only the age of its lease can tell.
+    lease = tmp_path / "sweep" / "workers" / "elsewhere" / "lease"
+    lease.parent.mkdir(parents=True)
+    elsewhere = Holder(1, 0, "nonce", "another host", 1, "another boot:1:1", None)
+    lease.write_text(json.dumps(asdict(elsewhere)))
+    assert status_lines(find_run("sweep"))[3].strip() == "1 worker(s): elsewhere"
+    assert [row.state for row in list_runs(str(tmp_path))] == ["running"]
+    os.utime(lease, (time.time() - 11 * TERM_S,) * 2)
+    assert status_lines(find_run("sweep"))[3].strip() == "0 worker(s)"
+    assert [row.state for row in list_runs(str(tmp_path))] == ["stopped"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_jobs_run_the_code_of_the_first_in_its_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    taken: list[tuple[Path | None, bool]] = []
+
+    def submit(config: str, words: list[str], options: ClusterOptions, run: Path, **more: Any) -> None:
+        taken.append((more["like"], options.job.unpack))
+        code = run / "launch" / f"0{len(taken)}" / ("code" if options.job.unpack else "code.zip")
+        code.parent.mkdir(parents=True)
+        code.mkdir() if options.job.unpack else code.touch()
+
+    monkeypatch.setattr("launch.trials.submit_training", submit)
+    monkeypatch.setattr("launch.slurm.require", lambda *names: None)
+    for number, unpack in enumerate((first, not first)):
+        options = ClusterOptions(job=JobOptions(unpack=unpack))
+        Jobs(options).start(tmp_path / f"trial-{number:04}", tmp_path / "config.yaml")
+    assert taken == [(None, first), (tmp_path / "trial-0000" / "launch" / "01", first)]
 
 
 def begun(log: Path, words: list[str]) -> subprocess.Popen[bytes]:

@@ -73,8 +73,9 @@ CASES |= {
         "global_batch": 7,
         "d_steps": 2,
         "loss": "relativistic",
-        "model": {"classes": STYLES},
+        "model": {"classes": STYLES, "d_norm": "none"},
     },
+    "wasserstein-spectral": {"loss": "wasserstein", "global_batch": 7, "model": {"d_norm": "spectral"}},
     "classes-penalty-augment": {
         "global_batch": 7,
         "model": {"classes": STYLES, "d_norm": "none"},
