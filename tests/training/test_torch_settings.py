@@ -31,7 +31,7 @@ from gan_dist.training.torch_settings import torch_settings
 def work(width=2**20):
     # The fewest page faults of several rounds of large tensors: what is left once memory has been found.
     counts = []
-    for _ in range(3):
+    for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         x = torch.ones(1, width)
         for images in (8, 16, 32, 16, 8):
