@@ -19,7 +19,8 @@ def test_each_command_ends_within_ten_minutes() -> None:
         assert sum(limit for _, limit in parts.values()) <= 570, command
 
 
-@pytest.mark.chaos  # a minute and more, together
+@pytest.mark.chaos  # a minute and more, together; several times that beside other suites
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("command", ["check", "choices", "job", "ranks"])
 def test_a_dry_run_measures_every_part(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
