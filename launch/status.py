@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gan_dist.runs.lease import seems_held
 from gan_dist.runs.naming import run_path, runs_home
-from gan_dist.runs.study import OBJECTIVE, Sweep, Trial, is_sweep, read_sweep
+from gan_dist.runs.study import OBJECTIVE, RECORD, Sweep, Trial, is_sweep, read_sweep
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.job.verdict import FINAL
@@ -43,7 +43,7 @@ def find_run(run: str, runs: str | None = None) -> Path:
 def all_runs(runs: str | None = None) -> list[Path]:
     """Returns all submitted runs and sweeps, the latest submission last. Raises UserError when there is none."""
     home = runs_home(runs)
-    folders = [*home.glob("[!.]*/launch"), *(path.parent / "workers" for path in home.glob("[!.]*/sweep.yaml"))]
+    folders = [*home.glob("[!.]*/launch"), *(path.parent / "workers" for path in home.glob(f"[!.]*/{RECORD}"))]
     submitted = [path.parent for path in sorted(folders, key=lambda path: path.stat().st_mtime)]  # no .tensorboard
     if not submitted:
         raise UserError(f"no run was submitted in {home}; name one, or say where runs are (--cluster, $GAN_DIST_RUNS)")
@@ -160,9 +160,7 @@ def _progress(run: Path, states: set[str] | None) -> str:
         return "not begun"
     if states is None:
         return f"{line}, updated {max(age, 0):,.0f} s ago"
-    if "RUNNING" in states and line.startswith(
-        "stopped "
-    ):  # what the last start left; this one has not said a word yet
+    if "RUNNING" in states and line.startswith("stopped "):  # by the last start; this one has not said a word yet
         line = line.replace("stopped", "starting", 1)
     if "RUNNING" not in states and line.startswith("running "):
         now = "suspended" if "SUSPENDED" in states else "interrupted"

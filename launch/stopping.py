@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gan_dist.runs.lease import seems_held
 from gan_dist.runs.study import read_sweep
-from gan_dist.utils.errors import UserError
+from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.submit import has_ended, jobs_of, submissions
 
@@ -32,6 +32,9 @@ def stop_sweep(sweep: Path) -> list[str]:
             if seems_held(trial.path):
                 touch(trial.path / STOP)
                 lines.append(f"{trial.name} is asked to save and end")
+        except GanDistError as error:  # SLURM is silent; the run's own file reaches it all the same
+            touch(trial.path / STOP)
+            lines.append(f"{trial.name} is asked to save and end; of its job nothing is known: {error}")
     working = [folder for folder in (sweep / "workers").glob("*") if seems_held(folder)]
     if not lines and not working:
         (sweep / STOP).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from gan_dist.evaluation import encoder, inception
 from gan_dist.evaluation.encoder import Encoder, load_encoder
 from gan_dist.evaluation.inception import Inception, load_inception
 from gan_dist.evaluation.protocol import FEWEST, Evaluation, accuracy, check_samples
-from gan_dist.model.networks import build_discriminator
+from gan_dist.model.networks import Generator, build_discriminator
 from gan_dist.runs.checkpoint import Loaded, find, load, step_directories
 from gan_dist.runs.naming import run_path
 from gan_dist.runs.record import merged, read_evaluations
@@ -128,9 +128,13 @@ def evaluate_run(
                     raise
                 log(f"note: left out: {error}")
                 continue
-            row = _row(world, evaluation, loaded, options.averaged, own)
+            state = loaded.state
+            if not options.averaged:
+                state = {key: value for key, value in state.items() if key != "generator_ema"}
+            generator = build_generator(state, world.device)
+            row = _row(evaluation, generator, loaded, "generator_ema" in state, own)
             if options.classes:
-                row["classes"] = _class_rows(world, real, loaded, evaluation, options)
+                row["classes"] = _class_rows(world, real, generator, evaluation, options.seed)
             if held_out is not None:
                 row |= world.from_first(partial(_accuracies, world, loaded, own, held_out, samples, options.seed))
             log(f"step {loaded.step}: swd {row['swd']:.4g}")
@@ -229,12 +233,12 @@ def choose_encoder(world: World, wanted: str, option: str, real: Dataset, sample
     return world.together(lambda: load_encoder(path, real.resolution, world.device))
 
 
-def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, own: Dataset | None) -> dict[str, Any]:
+def _row(
+    evaluation: Evaluation, generator: Generator, loaded: Loaded, averaged: bool, own: Dataset | None
+) -> dict[str, Any]:
     """Returns the figures of a checkpoint, and how far it had come; in epochs, too, where its `own` set is known."""
-    state = _drawing(loaded.state, averaged)
-    generator = build_generator(state, world.device)
-    latent_dim = state["config"]["model"]["latent_dim"]
-    figures = evaluation(generator, latent_dim, averaged="generator_ema" in state, near_copies=own is not None)
+    latent_dim = loaded.state["config"]["model"]["latent_dim"]
+    figures = evaluation(generator, latent_dim, averaged=averaged, near_copies=own is not None)
     assert figures is not None  # nobody asks to stop
     seen = int(loaded.state["images_seen"])
     epoch = {"epoch": round(seen / own.num_samples, 2)} if own else {}
@@ -242,30 +246,24 @@ def _row(world: World, evaluation: Evaluation, loaded: Loaded, averaged: bool, o
 
 
 def _class_rows(
-    world: World, real: Dataset, loaded: Loaded, evaluation: Evaluation, options: EvaluationOptions
+    world: World, real: Dataset, generator: Generator, evaluation: Evaluation, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Returns figures of each class that has PER_CLASS images or more in `real`, by name: its real images, the distance
     and the diversity of PER_CLASS images, and in what share of those asked of it a classifier sees it, where there is
     an encoder."""
-    generator = build_generator(_drawing(loaded.state, options.averaged), world.device)
     labels = world.from_first(lambda: Labels(real, generator.classes).of(np.arange(real.num_samples)))
     rows: dict[str, dict[str, Any]] = {}
     for label, name in enumerate(generator.classes.names, start=1):
         members = np.flatnonzero(labels == label)
         if len(members) < PER_CLASS:
             continue
-        alone = Evaluation(world, real, PER_CLASS, seed=options.seed, label=label, members=members)
+        alone = Evaluation(world, real, PER_CLASS, seed=seed, label=label, members=members)
         figures = alone(generator, generator.latent_dim, averaged=False, near_copies=False)
         assert figures is not None  # nobody asks to stop
         rows[name] = {"images": len(members), "swd": figures["swd"], "diversity": figures["diversity"]}
         if label in evaluation.agreements:
             rows[name]["agreement"] = evaluation.agreements[label][1]
     return rows
-
-
-def _drawing(state: dict[str, Any], averaged: bool) -> dict[str, Any]:
-    """Returns a checkpoint's state, without its averaged generator unless that is to draw."""
-    return state if averaged else {key: value for key, value in state.items() if key != "generator_ema"}
 
 
 def _accuracies(

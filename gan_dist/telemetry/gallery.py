@@ -39,9 +39,7 @@ class Gallery:
         self._classes = generator.classes if isinstance(generator, Generator) else NO_CLASSES
         if self._classes.names:
             fixed = self._classes.draw(len(self._latents), 0)
-            walked = fixed[: 2 * len(walks) : 2].repeat_interleave(
-                WALK_COLUMNS
-            )  # a walk stays in its beginning's class
+            walked = fixed[: 2 * len(walks) : 2].repeat_interleave(WALK_COLUMNS)  # each in its beginning's class
             self._labels, self._rows = torch.cat([fixed, walked]), self._classes.largest(CLASS_ROWS)
 
     def draw(self, step: int) -> None:

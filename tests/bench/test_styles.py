@@ -32,6 +32,6 @@ def test_the_asked_class_is_seen_more_than_twice_as_often_as_by_chance(tmp_path:
     rows = compare(tmp_path / "pictures", tmp_path / "work", 10, 300, words, encoder_images=8000)
     found = rows["with classes"]
     assert found["class_agreement_real"] > 0.8  # or the classifier cannot tell
-    assert found["class_agreement"] > 2 * found["class_agreement_chance"]  # 3.0 times on two cores with AMX
+    assert found["class_agreement"] > 2 * found["class_agreement_chance"]  # 2.99 times on two cores with AVX2
     assert "class_agreement" not in rows["without"]
     assert (tmp_path / "work" / "classes.png").is_file()

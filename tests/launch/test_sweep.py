@@ -388,6 +388,11 @@ def test_status_ls_and_stop_know_a_sweep(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="no trial and no worker runs; nothing to stop"):
         stop_sweep(tmp_path / "sweep")
     assert not (tmp_path / "sweep" / STOP).exists()
+    silent = GanDistError("not known: squeue failed")  # and there may be a job: its run's file reaches it
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.stopping.stop_run", lambda run: (_ for _ in ()).throw(silent))
+        assert stop_sweep(tmp_path / "sweep")[0].endswith("of its job nothing is known: not known: squeue failed")
+    assert (tmp_path / "sweep" / "trial-0001" / STOP).exists()
     # A worker on another host, of which only the age of its lease can tell.
     lease = tmp_path / "sweep" / "workers" / "elsewhere" / "lease"
     lease.parent.mkdir(parents=True)
@@ -469,13 +474,18 @@ def test_real_runs_outlive_a_killed_sweep_and_are_watched_by_the_next(
     assert load_config(str(folder / "best.yaml")).optim.g_lr == (sweep.best and sweep.best.settings["optim.g_lr"])
 
 
-def test_here_reads_how_a_process_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real place with a stand-in for the program: statuses 0, 75 and 2, a signal, and a run of nobody's."""
-    program = tmp_path / "python"
-    program.write_text('#!/bin/bash\necho "gan-dist: it ends with $(cat "$6/how")"\neval "$(cat "$6/how")"\n')
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Has the place `Here` start these lines of bash instead of gan-dist, on a machine with two GPUs, 4 and 7."""
+    program = folder / "python"
+    program.write_text("\n".join(("#!/bin/bash", *lines)))
     program.chmod(0o755)
     monkeypatch.setattr("launch.trials.sys.executable", str(program))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+
+
+def test_here_reads_how_a_process_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real place with a stand-in for the program: statuses 0, 75 and 2, a signal, and a run of nobody's."""
+    stand_in(tmp_path, monkeypatch, 'echo "gan-dist: it ends with $(cat "$6/how")"', 'eval "$(cat "$6/how")"')
     place = Here(parallel=2)
     found = {}
     for name, how in (("a", "exit 0"), ("b", "exit 75"), ("c", "exit 2"), ("d", "kill -9 $$")):
@@ -496,11 +506,7 @@ def test_here_reads_how_a_process_ended(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_runs_here_share_the_gpus_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "python"
-    program.write_text('#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES" >"$6/gpus"\nexec sleep 60\n')
-    program.chmod(0o755)
-    monkeypatch.setattr("launch.trials.sys.executable", str(program))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    stand_in(tmp_path, monkeypatch, 'echo "$CUDA_VISIBLE_DEVICES" >"$6/gpus"', "exec sleep 60")
     place = again = Here(parallel=3)
     runs = [tmp_path / name for name in "abc"]
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,8 @@ _HOLE = 64
 _FLAT_PIXELS = 192
 """Pixels of such an area that a byte of a run stands for, at least."""
 
+_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+"""Bytes of a number of each type in a directory."""
 _MOST_FILLED = 2**29
 """Bytes of a file that zeros may fill up."""
 
@@ -36,6 +38,8 @@ def cut_short(data: bytes, format: str, tags: Any = None) -> bool:
             return int.from_bytes(data[2:6], "little") > len(data)
         case "QOI":
             return not data.endswith(bytes(7) + b"\1")
+        case "SGI":
+            return _sgi_end(data) > len(data)
     return False
 
 
@@ -66,7 +70,7 @@ def odd(data: bytes, format: str) -> str | None:
         case "AVIF":
             kinds = [(kind, start, stop) for kind, start, stop in _boxes(data)]
             end = next((start - 8 for kind, start, stop in kinds if not kind.isascii() or stop > len(data)), end)
-        case "BMP" if data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):  # run-length encoded
+        case "BMP" if _bmp_is_packed(data):
             return None if _rle_is_whole(data) else "its rows are too long or do not end"
         case "BMP":
             stated = int.from_bytes(data[2:6], "little")
@@ -80,6 +84,11 @@ def _bmp_pixels(data: bytes) -> int:
     """Returns the bytes of the pixels of a BMP without compression."""
     width, height, _, bits = struct.unpack("<iiHH", data[18:30])
     return int((width * bits + 31) // 32 * 4 * abs(height))
+
+
+def _bmp_is_packed(data: bytes) -> bool:
+    """Returns whether a BMP is run-length encoded. (The oldest header, of 12 bytes, does not say, and never is.)"""
+    return int.from_bytes(data[14:18], "little") > 12 and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
 
 
 def _rle_is_whole(data: bytes) -> bool:
@@ -96,9 +105,11 @@ def _rle_is_whole(data: bytes) -> bool:
             x, y = 0, y + 1
         elif value == 1:
             return y >= abs(height) - 1 or not data[place:].strip(b"\0")
-        elif value == 2:
+        elif value == 2 and place + 1 < len(data):
             x, y = x + data[place], y + data[place + 1]
             place += 2
+        elif value == 2:
+            return False
         else:
             x += value
             size = (value + 1) // 2 if four else value
@@ -183,14 +194,34 @@ def riff_chunks(data: bytes, place: int = 12) -> Iterator[tuple[bytes, int, int]
 
 
 def _tiff_end(data: bytes, tags: Any) -> int:
-    """Returns where the last strip or tile of a TIFF ends; without tags, the least place where its directory may."""
-    if tags is None:
-        return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 6
+    """Returns where the last strip or tile of a TIFF ends, or its first directory and what that names (of one that is
+    cut some tags are left)."""
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    start = int.from_bytes(data[4:8], order)
     ends = [0]
+    if data[2:4] in (b"\x2a\0", b"\0\x2a"):  # a large file has its directory elsewhere
+        count = int.from_bytes(data[start : start + 2], order)
+        ends.append(start + 6 + 12 * count)
+        for entry in (data[place : place + 12] for place in range(start + 2, min(ends[-1], len(data)) - 12, 12)):
+            size = _TIFF_SIZES.get(int.from_bytes(entry[2:4], order), 0) * int.from_bytes(entry[4:8], order)
+            ends.append(int.from_bytes(entry[8:], order) + size if size > 4 else 0)  # a small value is in its place
+    if tags is None:
+        return max(ends)
     for starts, sizes in ((273, 279), (324, 325)):
         pairs = zip(tags.get(starts) or (), tags.get(sizes) or (), strict=False)
         ends += [start + size for start, size in pairs]
     return max(ends)
+
+
+def _sgi_end(data: bytes) -> int:
+    """Returns where the pixels of an SGI file end: those of a packed one are rows, one after another, after tables of
+    where they begin and how long they are."""
+    width, height, channels = (int.from_bytes(data[place : place + 2], "big") for place in (6, 8, 10))
+    if data[2] == 0:
+        return 512 + data[3] * width * height * channels
+    end = 512 + 8 * height * channels
+    lengths = np.frombuffer(data[end - 4 * height * channels : end], ">u4") if end <= len(data) else np.zeros(0)
+    return end + int(lengths.sum())
 
 
 def _boxes(data: bytes, place: int = 0) -> Iterator[tuple[bytes, int, int]]:

@@ -173,7 +173,34 @@ def test_rows_that_were_overwritten_are_seen(name: str) -> None:
         assert damage.outcome(data[:place] + rng.bytes(200) + data[place + 200 :]), place
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_what_ends_early_is_named_so(name: str) -> None:
+    data = FILES[name]
+    late = () if "film" in name or name in ("PCX, palette", "PCX, gray") else (0.6, 0.9, 0.97)  # all pixels are there
+    for share in (0.1, 0.25, *late):
+        with pytest.raises(Rejected) as caught:
+            square(data[: int(len(data) * share)], Recipe(32))
+        assert caught.value.reason == "truncated", (share, caught.value)
+
+
+def test_a_packed_sgi_whose_table_is_damaged_is_corrupt() -> None:
+    data = bytearray(FILES["SGI, packed"])
+    data[512] = 1  # its first row would begin at 16 MB
+    with pytest.raises(Rejected) as caught:
+        square(bytes(data), Recipe(32))
+    assert caught.value.reason == "corrupt"
+
+
+def test_the_oldest_header_of_bmps_says_nothing_of_packing() -> None:
+    """Where later ones say it, it has colours."""
+    head = struct.pack("<IHHHH", 12, 8, 3, 1, 8) + bytes([9, 9, 9, 0, 1, 0, 0, 0, 0]) + bytes(768 - 9)
+    data = b"BM" + struct.pack("<IHHI", 14 + len(head) + 24, 0, 0, 14 + len(head)) + head + bytes(24)
+    assert data[30:34] == b"\1\0\0\0" and structure.odd(data, "BMP") is None
+    assert "odd_structure" not in square(data, Recipe(32)).flags
+
+
 @pytest.mark.parametrize(("rows", "sound"), [
+    ([b"\x08\1\0\0", b"\x08\2\0\0", b"\x08\3\0\2"], False),  # a mark that is cut
     ([b"\3\1\0\0", b"\5\2\0\0", b"\x08\3\0\1"], True),  # rows that end early, by their own mark
     ([b"\x08\1\0\0", b"\0\0", b"\2\3\0\1"], True),  # an empty row, and a last one that ends with the picture
     ([b"\x08\1\0\0", b"\3\2\0\1"], True),  # a picture that ends before its last row
