@@ -22,6 +22,8 @@ from launch.snapshot import CHECKOUT
 CODE_MIB = 50
 """Room for a snapshot of the code, and logs."""
 INTERPRETER_S = 60
+MANY = 200
+"""Classes that a checkpoint has room for here; a thousand more would take 2 MB."""
 
 
 def check_all(settings: Config, cluster: ClusterOptions, run: Path) -> None:
@@ -128,17 +130,19 @@ def check_disk(settings: Config, run: Path) -> None:
 
 
 def checkpoint_bytes(settings: Config) -> int:
-    """Returns about how large a checkpoint is: float32 weights of both networks, Adam's two moments, the average of G.
+    """Returns how large a checkpoint is: float32 weights of both networks, Adam's two moments, the average of G.
 
-    Of the weights of a DCGAN, those of its convolutions are nearly all: 4x4 between two widths, and in residual blocks
-    3x3 of each.
+    Networks are built without memory for their weights. How many classes there are, only the dataset knows: MANY.
     """
-    model = settings.model
-    halvings = max(model.resolution.bit_length() - 4, 0)  # from the widest layer, at 4x4, to the narrowest
-    per_pair = sum(16 * (2 << 2 * n) for n in range(halvings))
-    if model.blocks == "residual":
-        per_pair += sum(9 << 2 * n for n in range(halvings + 1))
-    widest = 1 << halvings
-    generator = 16 * model.latent_dim * widest * model.g_channels + per_pair * model.g_channels**2
-    discriminator = 16 * widest * model.d_channels + per_pair * model.d_channels**2
-    return 4 * (3 * (generator + discriminator) + generator)
+    import torch  # takes seconds, and only this needs it
+
+    from gan_dist.data.classes import NO_CLASSES, Classes
+    from gan_dist.model.networks import build_discriminator, build_generator
+
+    model = settings.model.model_dump()
+    classes = Classes(tuple(map(str, range(MANY)))) if settings.model.classes == "dataset" else NO_CLASSES
+    with torch.device("meta"):
+        built = build_generator(model, classes), build_discriminator(model, classes)
+    generator, discriminator = (sum(each.numel() for each in network.parameters()) for network in built)
+    averages = 1 if settings.train.ema_half_life_images else 0
+    return 4 * (3 * (generator + discriminator) + averages * generator)

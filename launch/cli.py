@@ -384,34 +384,18 @@ def tensorboard(
 
 @app.command()
 def stop(run: Run, cluster: ClusterFile = None) -> None:
-    """Ask a run to save and end. It is not requeued; jobs that wait or do not train are cancelled."""
-    from gan_dist.runs.study import is_sweep
-    from launch.stopping import stop_run, stop_sweep
+    """Ask a run or a sweep to save and end. It is not requeued; jobs that wait or do not train are cancelled."""
+    from launch import stopping
 
-    directory = _find(run, cluster)
-    for line in stop_sweep(directory) if is_sweep(directory) else stop_run(directory):
-        print(line)
+    print("\n".join(stopping.stop(_find(run, cluster))))
 
 
 @app.command()
 def cancel(run: Run, cluster: ClusterFile = None) -> None:
-    """Cancel the jobs of a run. They save if the cluster's KillWait is long enough, and are not requeued."""
-    from launch import slurm
-    from launch.submit import has_ended, jobs_of
+    """Cancel the jobs of a run or a sweep. They save if the cluster's KillWait is long enough, and are not requeued."""
+    from launch import stopping
 
-    directory = _find(run, cluster)
-    jobs = jobs_of(directory)
-    view = slurm.look(jobs)
-    if hidden := [job for job in view.hidden if not has_ended(directory, job.id)]:
-        raise UserError(
-            f"{directory} has job {hidden[0].id} of {hidden[0].user}, which cannot be seen from here (PrivateData) and "
-            f"is not yours to cancel; python -m launch stop {shlex.quote(str(directory))} asks it to save and end"
-        )
-    if not view.lines:
-        raise UserError(f"{directory} has no job in the queue; nothing to cancel")
-    for job in sorted((job for job in jobs if view.of(job)), key=lambda job: job.order):
-        slurm.cancel(job)
-        print(f"job {job.id} is cancelled")
+    print("\n".join(stopping.cancel(_find(run, cluster))))
 
 
 if __name__ == "__main__":

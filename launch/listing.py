@@ -12,10 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gan_dist.runs.lease import seems_held
 from gan_dist.runs.naming import runs_home
 from gan_dist.runs.record import read_run
-from gan_dist.runs.study import JOURNAL, is_sweep, read_sweep
+from gan_dist.runs.study import JOURNAL, is_sweep, read_sweep, workers_of
 from gan_dist.utils.errors import GanDistError, UserError
 from launch.status import Queue, attempts_of, last_word, look
 from launch.submit import jobs_of, submissions
@@ -111,10 +110,9 @@ def sweep_row(folder: Path) -> Row:
     except GanDistError as error:
         return Row(**known, state="sweep", step=0, total_steps=0, reason=str(error))
     ended = sum(trial.state != "running" for trial in sweep.trials)
-    works = any(seems_held(path) for path in (folder / "workers").glob("*"))
     done = ended == len(sweep.trials) >= sweep.total
     known["best_swd"] = sweep.best.value if sweep.best else None
-    state = "running" if works else "done" if done else "stopped"
+    state = "running" if workers_of(folder) else "done" if done else "stopped"
     return Row(**known, state=state, step=ended, total_steps=sweep.total, reason=f"sweep: {sweep.account()}")
 
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gan_dist.runs.lease import seems_held
 from gan_dist.runs.naming import run_path, runs_home
-from gan_dist.runs.study import OBJECTIVE, RECORD, Sweep, Trial, is_sweep, read_sweep
+from gan_dist.runs.study import OBJECTIVE, RECORD, Sweep, Trial, is_sweep, read_sweep, workers_of
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.job.verdict import FINAL
@@ -125,7 +124,7 @@ def _sweep_lines(folder: Path) -> Iterator[str]:
     yield f"  {sweep.account()}"
     if sweep.best:
         yield f"  best: {_trial_line(sweep.best)}"
-    working = sorted(path.name for path in (folder / "workers").glob("*") if seems_held(path))
+    working = workers_of(folder)
     yield f"  {len(working)} worker(s){': ' if working else ''}{', '.join(working)}"
     running = [trial.path for trial in sweep.trials if trial.state == "running"]
     queue = look(running)
@@ -225,6 +224,8 @@ def rank_logs(run: Path, rank: str) -> list[Path]:
 
 def why_no_log(run: Path, rank: str) -> str:
     """Returns why there is no log of a rank, as a message."""
+    if is_sweep(run):
+        return f"{run} is a sweep, and its trials have logs; for example: python -m launch logs {run / 'trial-0000'}"
     if submissions(run) or not (run / "config.yaml").is_file():
         return f"no log of rank {rank} in {run / 'logs'} yet"
     return f"{run} was not started as a job: its output went to a terminal; `gan-dist report` shows its history"

@@ -87,7 +87,7 @@ def in_one_line(folder: Path, kind: type[GanDistError], then: str = "") -> Itera
 def open_sweep(folder: Path, space: Space, pruner: Any, trials: int, dataset: str = "") -> Any:
     """Returns the study in `folder`, which is made if there is none; `dataset` is the identity of its images, if known.
 
-    Raises UserError where `folder` holds another sweep, or cannot be written.
+    Raises UserError where `folder` holds another sweep, where one is being stopped there, or it cannot be written.
     """
     optuna = load_optuna()
     record = {"space": space.to_dict(), "config": space.base.to_dict(), "dataset": dataset}
@@ -98,7 +98,7 @@ def open_sweep(folder: Path, space: Space, pruner: Any, trials: int, dataset: st
     (folder / "workers").mkdir(parents=True, exist_ok=True)
     if not files.is_sweep(folder):
         write_atomically(folder / files.RECORD, yaml.safe_dump(record, sort_keys=False).encode())
-    (folder / STOP).unlink(missing_ok=True)
+    _forget_stop(folder)
     with turn(folder):
         study = optuna.create_study(
             study_name=files.STUDY, storage=files.open_journal(folder), pruner=pruner, load_if_exists=True
@@ -106,6 +106,19 @@ def open_sweep(folder: Path, space: Space, pruner: Any, trials: int, dataset: st
         if study.user_attrs.get("trials") != trials:
             study.set_user_attr("trials", trials)
     return study
+
+
+def _forget_stop(folder: Path) -> None:
+    """Removes the stop file of a sweep whose workers have ended: it was for them, and not for this one.
+
+    Raises UserError while they have not: without the file they would not end.
+    """
+    if (folder / STOP).exists() and (working := files.workers_of(folder)):
+        raise UserError(
+            f"{folder} is asked to stop, and {len(working)} worker(s) have not ended yet ({', '.join(working)}); run "
+            f"this again once they have, or remove {folder / STOP} to go on beside them"
+        )
+    (folder / STOP).unlink(missing_ok=True)
 
 
 def _is_left(name: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gan_dist.runs.study import is_sweep, trial_path
 from gan_dist.utils.errors import GanDistError, UserError, first_line
 from gan_dist.utils.files import fsync_folder, write_atomically, write_durably, write_hashed
 from gan_dist.utils.tensors import tensors
@@ -209,6 +210,8 @@ def find(run: Path, step: int | None = None) -> Loaded:
             raise UserError(f"{run} has no checkpoint of step {step}; it has: {steps}")
         return load(path)
     newest = load_newest(directory)
+    if newest is None and is_sweep(run):
+        raise UserError(f"{run} is a sweep; name one of its trials, for example {trial_path(run, 0)}")
     if newest is None:
         raise UserError(f"{run} has no checkpoints yet; train it first")
     return newest

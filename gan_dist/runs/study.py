@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gan_dist.config.base import read_yaml
+from gan_dist.runs.lease import seems_held
 from gan_dist.runs.metrics_file import read_metrics
 from gan_dist.utils.errors import GanDistError, UserError, first_line
 
@@ -92,6 +93,11 @@ def is_sweep(path: Path) -> bool:
 def trial_path(sweep: Path, number: int) -> Path:
     """Returns the run directory of a trial."""
     return sweep / f"trial-{number:04d}"
+
+
+def workers_of(sweep: Path) -> list[str]:
+    """Returns the names of the workers that seem to be alive, sorted."""
+    return sorted(path.name for path in (sweep / "workers").glob("*") if seems_held(path))
 
 
 def load_optuna() -> Any:

@@ -19,19 +19,23 @@ import pytest
 import yaml
 
 from gan_dist.config.schema import load_config
+from gan_dist.runs.checkpoint import find
 from gan_dist.runs.lease import TERM_S, Holder, Lease
 from gan_dist.runs.study import Sweep, read_sweep
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.stop import StopRequest
+from launch.cli import logs
 from launch.listing import list_runs
-from launch.options import ClusterOptions, JobOptions
+from launch.options import ClusterOptions, JobOptions, load_cluster
 from launch.space import Space, read_space
 from launch.status import find_run, status_lines, trial_lines
-from launch.stopping import STOP, stop_sweep
+from launch.stopping import STOP, cancel, stop
+from launch.submit import submit_training
 from launch.sweep import MAX_FAILURES, MAX_STARTS, Worker
 from launch.trials import Here, Jobs, Standing
 from tests.helpers.datasets import write_dataset
 from tests.helpers.training import small
+from tests.launch.test_submit import Slurm, fake  # noqa: F401 (a fixture)
 
 EVALUATIONS = 4
 SPACE = "optim.g_lr: {log: [1e-5, 1e-1]}\noptim.betas: {choice: [[0.0, 0.9], [0.5, 0.999]]}"
@@ -386,23 +390,86 @@ def test_status_ls_and_stop_know_a_sweep(tmp_path: Path, monkeypatch: pytest.Mon
     (row,) = list_runs(str(tmp_path))
     assert (row.name, row.state, row.step, row.total_steps) == ("sweep", "stopped", 1, 5) and row.best_swd
     with pytest.raises(UserError, match="no trial and no worker runs; nothing to stop"):
-        stop_sweep(tmp_path / "sweep")
+        stop(tmp_path / "sweep")
     assert not (tmp_path / "sweep" / STOP).exists()
     silent = GanDistError("not known: squeue failed")  # and there may be a job: its run's file reaches it
     with monkeypatch.context() as patch:
         patch.setattr("launch.stopping.stop_run", lambda run: (_ for _ in ()).throw(silent))
-        assert stop_sweep(tmp_path / "sweep")[0].endswith("of its job nothing is known: not known: squeue failed")
+        assert stop(tmp_path / "sweep")[0].endswith("of its job nothing is known: not known: squeue failed")
     assert (tmp_path / "sweep" / "trial-0001" / STOP).exists()
-    # A worker on another host, of which only the age of its lease can tell.
-    lease = tmp_path / "sweep" / "workers" / "elsewhere" / "lease"
-    lease.parent.mkdir(parents=True)
-    elsewhere = Holder(1, 0, "nonce", "another host", 1, "another boot:1:1", None)
-    lease.write_text(json.dumps(asdict(elsewhere)))
+    lease = hold(tmp_path / "sweep" / "workers" / "elsewhere")  # of which only the age of its lease can tell
     assert status_lines(find_run("sweep"))[3].strip() == "1 worker(s): elsewhere"
     assert [row.state for row in list_runs(str(tmp_path))] == ["running"]
     os.utime(lease, (time.time() - 11 * TERM_S,) * 2)
     assert status_lines(find_run("sweep"))[3].strip() == "0 worker(s)"
     assert [row.state for row in list_runs(str(tmp_path))] == ["stopped"]
+
+
+def hold(folder: Path) -> Path:
+    """Returns the lease of somebody on another host, who seems to be alive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = Holder(1, 0, "nonce", "another host", 1, "another boot:1:1", None)
+    (folder / "lease").write_text(json.dumps(asdict(holder)))
+    return folder / "lease"
+
+
+def test_a_stop_that_nobody_heard_is_forgotten_but_not_one_that_living_workers_are_to_hear(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    assert worker(folder, Files(), trials=1).work(StopRequest())
+    (folder / STOP).touch()
+    assert worker(folder, Files(), trials=2).work(StopRequest()) and not (folder / STOP).exists()
+    lease = hold(folder / "workers" / "elsewhere")
+    (folder / STOP).touch()
+    with pytest.raises(UserError, match=r"is asked to stop, and 1 worker\(s\) have not ended yet \(elsewhere\); run"):
+        worker(folder, Files(), trials=3)
+    assert (folder / STOP).exists()
+    lease.unlink()
+    assert worker(folder, Files(), trials=3).work(StopRequest())
+
+
+def test_stop_reaches_what_runs_without_a_job(tmp_path: Path) -> None:
+    """A trial of a sweep whose worker was killed, and one named by itself; how they end is their own affair."""
+    with pytest.raises(Killed):
+        worker(tmp_path / "sweep", Files(kill_at=4), parallel=2).work(StopRequest())
+    runs = [tmp_path / "sweep" / name for name in ("trial-0000", "trial-0001")]
+    hold(runs[0])
+    assert stop(runs[0]) == ["trial-0000 is asked to save and end"] and (runs[0] / STOP).exists()
+    with pytest.raises(UserError, match="trial-0001 has no job in the queue; nothing to stop"):
+        stop(runs[1])
+    (runs[0] / STOP).unlink()
+    workers = "0 worker(s) asked to end; the same `launch sweep` continues"
+    assert stop(tmp_path / "sweep") == ["trial-0000 is asked to save and end", workers]
+    assert [(run / STOP).exists() for run in runs] == [True, False]
+    with pytest.raises(UserError, match=r"sweep is a sweep, and its trials have logs; .* logs \S+/trial-0000$"):
+        logs(str(tmp_path / "sweep"))
+    with pytest.raises(UserError, match=r"sweep is a sweep; name one of its trials, for example \S+/trial-0000$"):
+        find(tmp_path / "sweep")
+
+
+def test_cancelling_a_sweep_cancels_the_jobs_of_its_trials_and_ends_its_workers(
+    fake: Slurm,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "sweep"
+    with pytest.raises(Killed):
+        worker(folder, Files(kill_at=4), parallel=2).work(StopRequest())
+    hold(folder / "trial-0001")
+    with pytest.raises(
+        UserError, match=r"no trial has a job in the queue; nothing to cancel; what runs without .* stop"
+    ):
+        cancel(folder)
+    assert not (folder / STOP).exists(), "the workers go on"
+    config = str(folder / "trial-0000" / "config.yaml")
+    submit_training(config, [], load_cluster(None), folder / "trial-0000", alone=False)
+    fake.program("squeue", "exit 1")
+    with pytest.raises(GanDistError, match="squeue"):
+        cancel(folder)
+    assert not (folder / STOP).exists()
+    fake.program("squeue", f"echo '71|RUNNING|1:00||(None)|n1|N/A|trial-0000|{folder / 'trial-0000'}'")
+    hold(folder / "workers" / "elsewhere")
+    told = cancel(folder)
+    assert told == ["job 71 is cancelled", "1 worker(s) asked to end; the same `launch sweep` continues"]
+    assert fake.calls("scancel") == ["71"] and (folder / STOP).exists()
 
 
 @pytest.mark.parametrize("first", [True, False])
