@@ -218,12 +218,19 @@ class Discriminator(nn.Module):
         return self._projected(to_numbers(x, weight, bias), classes)
 
     def _projected(self, numbers: Tensor, classes: Tensor | None) -> Tensor:
-        """Returns logits h_0 + <v_c, h> / sqrt(CLASS_DIM), for `numbers` h_0, h [B, 1 + CLASS_DIM]."""
+        """Returns logits h_0 + <v_c, h> / sqrt(CLASS_DIM), for `numbers` h_0, h [B, 1 + CLASS_DIM].
+
+        With spectral norm, a v_c longer than sqrt(CLASS_DIM) is shortened to that: else it could make D as steep as it
+        likes. Miyato and Koyama 2018 bound all v_c together, by the norm of their table, which cannot begin as 0.
+        """
         with torch.autocast(numbers.device.type, enabled=False):
-            numbers = numbers.to(self.class_table.dtype)
+            table: Tensor = self.class_table
+            numbers = numbers.to(table.dtype)
             if classes is None:
                 return numbers[:, 0]
-            vectors = classes[:, 1:].to(numbers.dtype) @ self.class_table
+            if self.norm == "spectral":
+                table = table * table.square().mean(1, keepdim=True).clamp(min=1).rsqrt()
+            vectors = classes[:, 1:].to(numbers.dtype) @ table
             return numbers[:, 0] + (numbers[:, 1:] * vectors).sum(1) / math.sqrt(CLASS_DIM)
 
 

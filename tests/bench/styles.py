@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=30)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("words", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     rows = compare(asked.folder, asked.work, asked.epochs, asked.samples, asked.words)
     print(json.dumps(rows, indent=2))
     found = rows["with classes"]

@@ -160,6 +160,26 @@ def test_the_projection_is_the_papers() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_with_spectral_norm_a_class_cannot_make_the_discriminator_steeper() -> None:
+    """Its table may grow without end; the logit's class part is bounded as the other layers are."""
+    discriminator = Discriminator(32, 4, norm="spectral", num_classes=2).double().eval()
+    initialise(discriminator, 0.1, torch.Generator().manual_seed(0))
+    images, rows = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1, torch.eye(3, dtype=torch.float64)[1:]
+
+    def part(table: torch.Tensor) -> torch.Tensor:
+        """Returns what classes add to the logits."""
+        with torch.no_grad():
+            discriminator.class_table.copy_(table)
+            with_classes, without = discriminator(images, 1, rows), discriminator(images)
+        return torch.sub(with_classes, without)
+
+    unit = torch.nn.functional.normalize(torch.randn(2, CLASS_DIM, dtype=torch.float64))
+    full = part(unit * CLASS_DIM**0.5)
+    for length in (0.0, 0.1, 1.0):
+        torch.testing.assert_close(part(unit * CLASS_DIM**0.5 * length), length * full, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(part(unit * 1e6), full, rtol=1e-9, atol=0)
+
+
 def test_vectors_of_classes_have_the_size_of_latents_and_strength_goes_beyond_them() -> None:
     generator = Generator(32, 8, 4, classes=STYLES)
     initialise(generator, 0.1, torch.Generator().manual_seed(0))

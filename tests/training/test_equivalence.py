@@ -46,9 +46,9 @@ CASES |= {
         "model": {"d_norm": "none"},
         "penalty": GradientPenalty(0.5, 0.1, kinds=1, every=3),
     },
-    "penalty-all-spectral": {
+    "classes-penalty-all-spectral": {
         "global_batch": 7,
-        "model": {"d_norm": "spectral"},
+        "model": {"classes": STYLES, "d_norm": "spectral"},
         "penalty": GradientPenalty(0.5, 0.1, kinds=2),
     },
     "augment-adapted": {
@@ -75,7 +75,12 @@ CASES |= {
         "loss": "relativistic",
         "model": {"classes": STYLES, "d_norm": "none"},
     },
-    "wasserstein-spectral": {"loss": "wasserstein", "global_batch": 7, "model": {"d_norm": "spectral"}},
+    "wasserstein-spectral-penalty": {  # whose parts of the last bias's gradient cancel out only but for rounding
+        "loss": "wasserstein",
+        "global_batch": 7,
+        "model": {"d_norm": "spectral"},
+        "penalty": GradientPenalty(0.5, 0.1, kinds=1),
+    },
     "classes-penalty-augment": {
         "global_batch": 7,
         "model": {"classes": STYLES, "d_norm": "none"},

@@ -67,6 +67,30 @@ def test_layers_of_the_same_side_are_taken_over(kind: str, dataset: Path, larger
     assert find(tmp_path / "child").manifest["grown_from"] == 32
 
 
+def test_a_run_with_classes_grows_with_their_tables(tmp_path: Path) -> None:
+    words = ["model.classes=dataset", "model.classes_min_images=2", "train.ema_half_life_images=64"]
+    for name, side, classes in (("32", 32, "ab"), ("64", 64, "ab"), ("other", 64, "ac"), ("turned", 64, "ba")):
+        labels = [(0, 1, None)[i % 3] for i in range(16)]
+        write_dataset(tmp_path / name, (9, 7), side, labels=labels, classes=tuple(classes))
+    train(small(tmp_path / "32"), words, run_dir=tmp_path / "parent", max_steps=3, console=False)
+    grown(tmp_path / "64", *words, parent=tmp_path / "parent", run_dir=tmp_path / "child")
+    old, new = find(tmp_path / "parent").state, find(tmp_path / "child", 0).state
+    assert new["classes"]["names"] == ["a", "b"]
+    for name in ("generator", "generator_ema"):
+        assert_taken(old[name], new[name], last_of_g(old[name]), 0)
+    assert_taken(old["discriminator"], new["discriminator"], "conv1.", 1)
+    for name in ("generator", "generator_ema", "discriminator"):  # which began as 0 in D, and have moved since
+        assert new[name]["class_table"].any() and torch.equal(new[name]["class_table"], old[name]["class_table"])
+    last = find(tmp_path / "child").state["discriminator"]["class_table"]
+    assert not torch.equal(last, new["discriminator"]["class_table"]), "and it learns"
+    for shards, said in (("other", "only there: 'b'; only here: 'c'"), ("turned", "in another order")):
+        with pytest.raises(UserError, match=rf"^--from .*parent: 2 classes there and 2 here \({said}\); the .* name$"):
+            grown(tmp_path / shards, *words, parent=tmp_path / "parent", run_dir=tmp_path / shards / "child")
+        assert not (tmp_path / shards / "child").exists()
+    with pytest.raises(UserError, match=r"^--from .*: model\.classes is dataset there and none here"):
+        grown(tmp_path / "64", parent=tmp_path / "parent", run_dir=tmp_path / "without")
+
+
 def last_of_g(state: dict[str, torch.Tensor]) -> str:
     return f"convt{sum(name.startswith('convt') for name in state)}."
 
