@@ -16,7 +16,7 @@ from gan_dist.runs.naming import runs_home
 from gan_dist.runs.record import read_run
 from gan_dist.runs.study import JOURNAL, is_sweep, read_sweep, workers_of
 from gan_dist.utils.errors import GanDistError, UserError
-from launch.status import Queue, attempts_of, last_word, look
+from launch.status import Queue, ending_of, look, state_of
 from launch.submit import jobs_of, submissions
 
 FIGURES = {
@@ -69,34 +69,29 @@ def list_runs(runs: str | None = None) -> list[Row]:
 def make_row(run: Path, queue: Queue) -> Row:
     """Returns the row of one run."""
     known: dict[str, Any] = dict.fromkeys((*FIGURES, "job", "best_swd", "node", "reason"))
-    state, step, total, updated, starting = "empty", 0, 0, None, True
+    recorded, step, total, updated, touched = "empty", 0, 0, None, 0.0
+    newest: dict[str, Any] = {}
     if (run / "config.yaml").is_file():
         record = read_run(run)
         newest = record.points[-1] if record.points else {}
-        state, step, total, updated = record.state, record.step, record.total, max(time.time() - record.touched, 0)
+        recorded, step, total, touched = record.state, record.step, record.total, record.touched
+        updated = max(time.time() - touched, 0)
         known |= {key: newest.get(tag) for key, tag in FIGURES.items()}
         known["best_swd"] = min((row["swd"] for row in record.evaluations if row.get("swd") is not None), default=None)
-        known["node"] = record.environment.get("host") if state == "running" else None
+        known["node"] = record.environment.get("host") if recorded == "running" else None
         known["reason"] = record.why or None
-        starting = not newest
     made, jobs = submissions(run), jobs_of(run)
-    ending = last_word(attempts_of(run, made[-1])) if made else None
+    ending = ending_of(run, made)
+    state = state_of(recorded, touched, list(zip(made, jobs, strict=True)), queue, ending)
     if made:
         known["job"] = made[-1].job
-    if ending:
-        state, known["reason"] = ending.outcome, None if ending.outcome == "done" else ending.reason
-    lines = [(job, line) for job in jobs for line in queue.view.of(job)]
-    if lines:
-        job, line = next((pair for pair in lines if pair[1].state == "RUNNING"), lines[0])
-        state, known["job"], known["node"] = line.state.lower(), job.id, line.nodes or None
-        known["reason"] = line.reason.strip("()") if line.reason.startswith("(") and line.reason != "(None)" else None
-        if starting and line.state == "RUNNING":
-            known["reason"] = "no step is logged yet"
-    elif jobs and not ending and (unseen := queue.why_unseen(jobs[-1])):
-        known["reason"] = unseen
-    elif state == "running" and made:
-        state = "interrupted"  # its job is gone
-    return Row(name=run.name, run=str(run), state=state, step=step, total_steps=total, updated_s=updated, **known)
+    if ending or state.job or state.reason:
+        known["reason"] = state.reason
+    if state.job:
+        known["job"], known["node"] = state.job, state.nodes or None
+    if state.words == "running" and not newest:
+        known["reason"] = "no step is logged yet"
+    return Row(name=run.name, run=str(run), state=state.name, step=step, total_steps=total, updated_s=updated, **known)
 
 
 def sweep_row(folder: Path) -> Row:

@@ -113,10 +113,22 @@ class Queued:
             return False
         return not self.name or job.is_at(self.name, self.directory, self.submitted)
 
+    @property
+    def why(self) -> str:
+        """Why the job waits, as SLURM says it; nothing where it does not."""
+        known = self.reason.startswith("(") and self.reason != "(None)"
+        return self.reason.strip("()") if known else ""
+
+    def started_after(self, moment: float) -> bool:
+        """Returns whether this start of the job began after `moment`, in seconds since 1970; False where unknown."""
+        try:
+            return datetime.fromisoformat(self.starts).timestamp() > moment
+        except ValueError:
+            return False
+
     def __str__(self) -> str:
         where = f" on {self.nodes}" if self.nodes else ""
-        known = self.reason.startswith("(") and self.reason != "(None)"
-        reason = f" ({self.reason.strip('()')})" if known else ""
+        reason = f" ({self.why})" if self.why else ""
         left = f", {self.time_left} left" if self.state == "RUNNING" else ""
         starts = f", starts {self.starts}" if self.state == "PENDING" and self.starts not in ("", "N/A") else ""
         return f"{self.state}{where}{reason}{left}{starts}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from launch.submit import Submission, jobs_of, submissions
 
 LAUNCH_FAILED = ("FAILED", "NODE_FAIL", "BOOT_FAIL")
 """SLURM's states of a job whose batch script could not start; other jobs with these states have left files."""
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+"""SLURM's states of a job that will start, or start again."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,20 @@ def last_word(attempts: Sequence[Attempt]) -> Attempt | None:
     return next((attempt for attempt in attempts if attempt.outcome == "failed"), attempts[-1])
 
 
+def ending_of(run: Path, made: Sequence[Submission]) -> Attempt | None:
+    """Returns how the last of a run's submissions ended, or None while it may go on.
+
+    A stage of a pipeline that could not run has the end of the one that it waited for.
+    """
+    for each in reversed(made):
+        ending = last_word(attempts_of(run, each))
+        if ending and (each is made[-1] or ending.outcome != "done"):
+            return ending
+        if not each.after:
+            break
+    return None
+
+
 @dataclass(frozen=True)
 class Queue:
     """What SLURM shows of the jobs of some runs, or why it shows nothing."""
@@ -93,6 +108,70 @@ def look(runs: Sequence[Path]) -> Queue:
         return Queue(slurm.View(), f"not known: {error}")
 
 
+@dataclass(frozen=True)
+class State:
+    """What a run does now: one answer for `status`, `ls` and `ls --json`."""
+
+    name: str
+    """As a listing has it: running, pending, suspended, ... as SLURM says it, else the outcome or what is recorded."""
+    words: str
+    """The same for a reader: starting; waits to go on (job 7 requeued: Priority)."""
+    reason: str | None = None
+    """Why it waits or how it ended, as far as SLURM and its jobs tell."""
+    job: str | None = None
+    """The job in the queue that says so."""
+    nodes: str = ""
+
+
+def state_of(
+    recorded: str,
+    touched: float,
+    jobs: Sequence[tuple[Submission, slurm.Job]] = (),
+    queue: Queue | None = None,
+    ending: Attempt | None = None,
+) -> State:
+    """Returns the state of a run: the first row of this table that holds.
+
+    recorded  what SLURM shows of its jobs            state         words
+    --------  --------------------------------------  ------------  -----------------------------------------------
+    -         prepare or report RUNNING or waiting    SLURM's       as recorded
+    -         RUNNING, and it has written since       running       running
+    -         RUNNING                                 running       starting
+    empty     one that waits                          pending       not begun
+    -         one that waits                          pending       waits to go on (job 7 requeued: Priority)
+    -         another state (SUSPENDED)               suspended     suspended
+    -         none; the end of its last job is known  that outcome  the same
+    -         nothing that could be known             as recorded   as recorded
+    running   none of its jobs                        interrupted   interrupted
+    -         none                                    as recorded   as recorded
+
+    `recorded` is the state by the run's own files, which were last written at `touched`, in seconds since 1970;
+    `ending` is how the last of `jobs` ended.
+    """
+    queue = queue or Queue(slurm.View())
+    lines = [(made, job, line) for made, job in jobs for line in queue.view.of(job)]
+    if lines:
+        made, job, line = next((each for each in lines if each[2].state == "RUNNING"), lines[0])
+        words, reason = line.state.lower(), line.why or None
+        if made.kind != "train":
+            words = recorded
+        elif line.state == "RUNNING":
+            if recorded not in ("running", "interrupted") or line.started_after(touched):
+                words, reason = "starting", "no step is logged yet"
+        elif line.state in WAITING and recorded == "empty":
+            words = "not begun"
+        elif line.state in WAITING:
+            what, cause = "requeued" if job.began else "submitted again", f": {line.why}" if line.why else ""
+            words, reason = f"waits to go on (job {line.job} {what}{cause})", f"{what}, waits to go on{cause}"
+        return State(line.state.lower(), words, reason, job.id, line.nodes)
+    if ending:
+        return State(ending.outcome, ending.outcome, None if ending.outcome == "done" else ending.reason)
+    if jobs and (unseen := queue.why_unseen(jobs[-1][1])):
+        return State(recorded, recorded, unseen)
+    gone = recorded == "running" and bool(jobs)
+    return State("interrupted", "interrupted") if gone else State(recorded, recorded)
+
+
 def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
     """Returns the status of a run as lines: its progress, its jobs, their restarts, and why the last start ended.
 
@@ -102,12 +181,9 @@ def status_lines(run: Path, queue: Queue | None = None) -> list[str]:
         return list(_sweep_lines(run))
     queue = queue or look([run])
     made, jobs = submissions(run), jobs_of(run)
-    states: set[str] | None = {line.state for job in jobs for line in queue.view.of(job)}
-    going_on = [job for each, job in zip(made, jobs, strict=True) if not last_word(attempts_of(run, each))]
-    if not states and (not made or any(map(queue.why_unseen, going_on))):
-        states = None
-    lines = [f"{run.name} at {run}", f"  {_progress(run, states)}"]
-    for each, job in zip(made, jobs, strict=True):
+    pairs = list(zip(made, jobs, strict=True))
+    lines = [f"{run.name} at {run}", f"  {_progress(run, pairs, queue)}"]
+    for each, job in pairs:
         lines += [f"  {line}" for line in _submission_lines(run, each, job, made, queue)]
     if not made:
         lines.append("  no job of this run was submitted from here")
@@ -147,24 +223,19 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).replace(" ", "")
 
 
-def _progress(run: Path, states: set[str] | None) -> str:
-    """Returns how far a run is; `states` are those of its jobs in the queue, or None where that does not tell."""
+def _progress(run: Path, jobs: Sequence[tuple[Submission, slurm.Job]], queue: Queue) -> str:
+    """Returns what a run does now, and how far it is."""
     from gan_dist.runs.record import read_run
     from gan_dist.telemetry.console import status_line
 
     try:
-        line = status_line(run).removeprefix(f"{run.name} ")
-        age = time.time() - read_run(run).touched
+        record = read_run(run)
     except GanDistError:
-        return "not begun"
-    if states is None:
-        return f"{line}, updated {max(age, 0):,.0f} s ago"
-    if "RUNNING" in states and line.startswith("stopped "):  # by the last start; this one has not said a word yet
-        line = line.replace("stopped", "starting", 1)
-    if "RUNNING" not in states and line.startswith("running "):
-        now = "suspended" if "SUSPENDED" in states else "interrupted"
-        line = re.sub(r" left=\S+", "", line.replace("running", now, 1))
-    return f"{line}, updated {max(age, 0):,.0f} s ago"
+        return "starting" if state_of("empty", 0, jobs, queue).words == "starting" else "not begun"
+    ending = ending_of(run, [made for made, _ in jobs])
+    state = state_of(record.state, record.touched, jobs, queue, ending)
+    line = status_line(run, state.words).removeprefix(f"{run.name} ")
+    return f"{line}, updated {max(time.time() - record.touched, 0):,.0f} s ago"
 
 
 def _submission_lines(

@@ -61,19 +61,20 @@ def line_of(step: int, total: int, values: Mapping[str, float | None], left: flo
     return " ".join([*pairs, *([f"left={duration(left)}"] if left is not None else [])])
 
 
-def status_line(path: str | Path) -> str:
+def status_line(path: str | Path, state: str = "") -> str:
     """Returns a run in one line: its name, its state, then step=... loss_d=... of its newest point, as a log has them.
 
-    A run in progress also gets left=..., the time that the remaining images take at the newest rate. Raises UserError
-    where there is no run.
+    `state` is another word for it, of one who knows more than the run's files. A run in progress also gets left=...,
+    the time that the remaining images take at the newest rate. Raises UserError where there is no run.
     """
     run = read_run(path)
+    state = state or run.state
     newest = run.points[-1] if run.points else {}
     step, rate, left = newest.get("step", run.step), newest.get("throughput/images_per_second"), None
-    if run.state == "running" and step and rate:
+    if state == "running" and step and rate:
         left = (run.total - step) * newest["images_seen"] / step / rate
     line = line_of(step, run.total, newest, left)
-    return f"{run.name} {run.state} {line}" + (f" ({run.why})" if run.why else "")
+    return f"{run.name} {state} {line}" + (f" ({run.why})" if run.why and state == run.state else "")
 
 
 class RunConsole:

@@ -71,7 +71,9 @@ def interrupted_once(run: Run, whole: Run, by: str) -> None:
     assert what[:2] == ("0", "requeued") and what[3] == by, run.story()
     saved = [event["step"] for event in run.events("stop")]
     assert len(saved) == 1 and what[2] == f"step-{saved[0]:08d}"
-    assert "requeued at step-" in run.status()
+    status = run.status()
+    assert "requeued at step-" in status and "interrupted" not in status, status
+    assert f"\n  waits to go on (job {run.job} requeued" in status or ": PENDING" not in status, status
     run.wait_for("done")
     assert run.restarts() == 1 and [line[1] for line in run.history()] == ["requeued", "done"]
     assert [event["step"] for event in run.events("start")] == [0, saved[0]]

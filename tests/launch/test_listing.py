@@ -65,7 +65,7 @@ def test_every_run_has_a_row_that_says_what_it_does_and_why(tmp_path: Path, monk
     found = {name: (row.state, row.job, row.step, row.node, row.reason) for name, row in rows.items()}
     assert found == {
         "trains": ("running", "1", 50, "node7", None),
-        "waits": ("pending", "2", 50, None, "Priority"),
+        "waits": ("pending", "2", 50, None, "requeued, waits to go on: Priority"),
         "ended": ("done", "3", 50, None, None),
         "broke": ("failed", "4", 50, "node7", "rank 1 on b: no disk"),
         "gone": ("interrupted", "5", 50, "node7", None),

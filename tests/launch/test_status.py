@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,18 @@ import pytest
 from gan_dist.utils.errors import UserError
 from launch import slurm
 from launch.job.command import options_of_element
+from launch.listing import make_row
 from launch.status import (
     Attempt,
+    Queue,
     all_runs,
     attempts_of,
+    ending_of,
     find_run,
     follow,
     last_word,
     rank_logs,
+    state_of,
     status_lines,
     why_no_log,
 )
@@ -147,3 +152,78 @@ def test_of_an_array_a_failed_element_speaks_for_all() -> None:
     assert last_word([done, failed, done]) == failed
     assert last_word([lost, done]) == done
     assert last_word([done, lost]) is last_word([]) is None  # it may go on
+
+
+def queued(state: str, reason: str = "", starts: str = "N/A", job: str = "8") -> slurm.Queued:
+    """Returns a line of squeue."""
+    return slurm.Queued(job, state, "5:00", "", reason, starts)
+
+
+BEFORE, AFTER = "2026-11-20T00:00:00", "2026-11-22T00:00:00"
+TOUCHED = datetime.fromisoformat("2026-11-21T00:00:00").timestamp()
+WAITS = "waits to go on (job 8 requeued: Priority)"
+STATES = [
+    # what the run recorded, what squeue shows of its job, whether that has begun: state, words
+    ("running", queued("RUNNING", "node1", BEFORE), True, "running", "running"),
+    ("interrupted", queued("RUNNING", "node1", BEFORE), True, "running", "running"),
+    ("running", queued("RUNNING", "node1", AFTER), True, "running", "starting"),
+    ("stopped", queued("RUNNING", "node1"), True, "running", "starting"),
+    ("empty", queued("RUNNING", "node1"), True, "running", "starting"),
+    ("running", queued("PENDING", "(Priority)"), True, "pending", WAITS),
+    ("interrupted", queued("PENDING", "(Priority)"), True, "pending", WAITS),
+    ("stopped", queued("PENDING", "(Priority)"), True, "pending", WAITS),
+    ("stopped", queued("REQUEUE_HOLD", "(None)"), True, "requeue_hold", "waits to go on (job 8 requeued)"),
+    ("stopped", queued("PENDING", "(Priority)"), False, "pending", WAITS.replace("requeued", "submitted again")),
+    ("done", queued("PENDING", "(Priority)"), False, "pending", WAITS.replace("requeued", "submitted again")),
+    ("empty", queued("PENDING", "(Priority)"), False, "pending", "not begun"),
+    ("running", queued("SUSPENDED", "node1"), True, "suspended", "suspended"),
+    ("running", queued("COMPLETING", "node1"), True, "completing", "completing"),
+    ("running", None, True, "interrupted", "interrupted"),
+    ("stopped", None, True, "stopped", "stopped"),
+    ("empty", None, False, "empty", "empty"),
+]
+
+
+@pytest.mark.parametrize(("recorded", "line", "began", "name", "words"), STATES)
+def test_the_state_of_a_run(recorded: str, line: slurm.Queued | None, began: bool, name: str, words: str) -> None:
+    made = Submission("id", "train", "8", 0.0, None, (), 2)
+    queue = Queue(slurm.View((line,) if line else ()))
+    state = state_of(recorded, TOUCHED, [(made, slurm.Job("8", began=began))], queue)
+    assert (state.name, state.words) == (name, words)
+    assert ("waits to go on: Priority" in (state.reason or "")) == ("Priority)" in words)
+    assert state.job == (line and "8")
+
+
+def test_the_state_of_a_run_whose_jobs_cannot_be_asked_for_is_what_it_recorded() -> None:
+    """Of a run that its job finished, it is that; stages other than training do not speak for it."""
+    made = {kind: Submission("id", kind, "8", 0.0, None, (), 2) for kind in ("train", "report")}
+    silent, job = Queue(slurm.View(), "not known: squeue failed"), slurm.Job("8", began=True)
+    state = state_of("running", TOUCHED, [(made["train"], job)], silent)
+    assert (state.name, state.words, state.reason) == ("running", "running", "not known: squeue failed")
+    assert state_of("running", TOUCHED).name == "running"  # trained without any job
+    ending = Attempt("8", 1, "failed", "-", "no disk")
+    assert state_of("running", TOUCHED, [(made["train"], job)], silent, ending).words == "failed"
+    report = state_of("done", TOUCHED, [(made["report"], job)], Queue(slurm.View((queued("PENDING"),))))
+    assert (report.name, report.words) == ("pending", "done")
+
+
+def test_status_and_listing_say_that_a_requeued_run_waits_to_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history(run, 2, "8", "0 | crashed | step-00000040 | rank 1 on b: Killed | lost")
+    (run / "config.yaml").write_text("seed: 0\n")
+    lines = [{"event": "start", "step": 0, "total_steps": 90}, {"step": 40, "images_seen": 640}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    view = slurm.View((queued("PENDING", "(BeginTime)"),))
+    monkeypatch.setattr(slurm, "look", lambda jobs: view)
+    text = "\n".join(status_lines(run))
+    assert "\n  waits to go on (job 8 requeued: BeginTime) step=40/90, updated " in text and "interrupted" not in text
+    row = make_row(run, Queue(view))
+    assert (row.state, row.job, row.reason) == ("pending", "8", "requeued, waits to go on: BeginTime")
+
+
+def test_a_stage_that_could_not_run_has_the_end_of_the_one_before(run: Path) -> None:
+    made = submissions(run)
+    assert ending_of(run, made) is ending_of(run, []) is None
+    history(run, 1, "7_0", "0 | failed | - | no source at x.zip")
+    assert (ended := ending_of(run, made)) and ended.reason == "no source at x.zip"
+    history(run, 2, "8", "0 | requeued | step-00000010 | SIGUSR2", "1 | done | step-00000090 | 90")
+    assert (ended := ending_of(run, made)) and ended.outcome == "done"
