@@ -119,12 +119,12 @@ class Queued:
         known = self.reason.startswith("(") and self.reason != "(None)"
         return self.reason.strip("()") if known else ""
 
-    def started_after(self, moment: float) -> bool:
-        """Returns whether this start of the job began after `moment`, in seconds since 1970; False where unknown."""
+    def started_after(self, moment: float) -> bool | None:
+        """Returns whether this start of the job began after `moment`, in seconds since 1970; None where unknown."""
         try:
             return datetime.fromisoformat(self.starts).timestamp() > moment
         except ValueError:
-            return False
+            return None
 
     def __str__(self) -> str:
         where = f" on {self.nodes}" if self.nodes else ""

@@ -19,6 +19,8 @@ LAUNCH_FAILED = ("FAILED", "NODE_FAIL", "BOOT_FAIL")
 """SLURM's states of a job whose batch script could not start; other jobs with these states have left files."""
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 """SLURM's states of a job that will start, or start again."""
+ENDING = {"done": "all steps are done; the job makes the report", "stopped": "all is saved; the job ends"}
+"""What a job still does when its run has recorded an end."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,11 @@ def state_of(
     recorded  what SLURM shows of its jobs            state         words
     --------  --------------------------------------  ------------  -----------------------------------------------
     -         prepare or report RUNNING or waiting    SLURM's       as recorded
-    -         RUNNING, and it has written since       running       running
-    -         RUNNING                                 running       starting
+    empty     RUNNING                                 running       starting
+    -         RUNNING, and has written nothing since  running       starting
+    done      RUNNING                                 running       done (it makes the report)
+    stopped   RUNNING                                 running       stopped (it ends)
+    -         RUNNING                                 running       running
     empty     one that waits                          pending       not begun
     -         one that waits                          pending       waits to go on (job 7 requeued: Priority)
     -         another state (SUSPENDED)               suspended     suspended
@@ -156,8 +161,11 @@ def state_of(
         if made.kind != "train":
             words = recorded
         elif line.state == "RUNNING":
-            if recorded not in ("running", "interrupted") or line.started_after(touched):
+            new = line.started_after(touched)
+            if new or recorded == "empty" or (new is None and recorded == "stopped"):
                 words, reason = "starting", "no step is logged yet"
+            elif recorded in ENDING:
+                words, reason = recorded, ENDING[recorded]
         elif line.state in WAITING and recorded == "empty":
             words = "not begun"
         elif line.state in WAITING:

@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from gan_dist.distributed.world import World
 from gan_dist.utils.errors import GanDistError, UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `launch status` only looks at leases
+    from gan_dist.distributed.world import World
 
 T = TypeVar("T")
 TERM_S = float(os.environ.get("GAN_DIST_LEASE_TERM_S") or 60)

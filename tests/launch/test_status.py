@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -168,6 +170,10 @@ STATES = [
     ("interrupted", queued("RUNNING", "node1", BEFORE), True, "running", "running"),
     ("running", queued("RUNNING", "node1", AFTER), True, "running", "starting"),
     ("stopped", queued("RUNNING", "node1"), True, "running", "starting"),
+    ("stopped", queued("RUNNING", "node1", AFTER), True, "running", "starting"),
+    ("stopped", queued("RUNNING", "node1", BEFORE), True, "running", "stopped"),
+    ("done", queued("RUNNING", "node1", BEFORE), True, "running", "done"),
+    ("done", queued("RUNNING", "node1", AFTER), True, "running", "starting"),
     ("empty", queued("RUNNING", "node1"), True, "running", "starting"),
     ("running", queued("PENDING", "(Priority)"), True, "pending", WAITS),
     ("interrupted", queued("PENDING", "(Priority)"), True, "pending", WAITS),
@@ -227,3 +233,10 @@ def test_a_stage_that_could_not_run_has_the_end_of_the_one_before(run: Path) -> 
     assert (ended := ending_of(run, made)) and ended.reason == "no source at x.zip"
     history(run, 2, "8", "0 | requeued | step-00000010 | SIGUSR2", "1 | done | step-00000090 | 90")
     assert (ended := ending_of(run, made)) and ended.outcome == "done"
+
+
+def test_what_looks_at_runs_and_submits_them_does_not_wait_for_torch() -> None:
+    names = ("checks", "cli", "listing", "seeds", "status", "stopping", "submit")
+    code = f"import sys, {', '.join(f'launch.{name}' for name in names)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
