@@ -21,20 +21,27 @@ from gan_dist.sampling.standing import estimate_statistics
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.pictures import enlarge, grid, save_gif, save_png, to_uint8
 
+BATCH = 256
+"""Images that a generator draws at a time."""
 MAX_FRAMES = 120
 """Frames of an animation: of a longer run every second, third, ... grid is shown, first and last always."""
 
 
-def generate(generator: torch.nn.Module, latents: Tensor, batch: int = 256) -> Tensor:
-    """Returns uint8 [N, 3, S, S] for `latents` [N, Z], drawn in eval mode; the generator's mode is restored."""
+def generate(generator: torch.nn.Module, latents: Tensor, batch: int = BATCH) -> Tensor:
+    """Returns uint8 [N, 3, S, S] on the CPU for `latents` [N, Z], drawn in eval mode; the generator's mode is
+    restored."""
+    return torch.cat([render(generator, part).cpu() for part in latents.split(batch)])
+
+
+def render(generator: torch.nn.Module, latents: Tensor) -> Tensor:
+    """Returns what `generate` does, on the generator's device: where `latents` are there too, it waits for nothing."""
     training = generator.training
     parameter = next(generator.parameters())
     generator.eval()
     try:
         with torch.no_grad():
-            wanted = latents.to(parameter.device, parameter.dtype)
-            starts = range(0, len(wanted), batch)
-            return torch.cat([to_uint8(generator(wanted[start : start + batch])) for start in starts])
+            parts = latents.to(parameter.device, parameter.dtype).split(BATCH)
+            return torch.cat([to_uint8(generator(part)) for part in parts])
     finally:
         generator.train(training)
 

@@ -18,10 +18,11 @@ from gan_dist.data.dataset import Dataset
 from gan_dist.data.shards import Manifest
 from gan_dist.model.networks import Generator
 from gan_dist.runs.metrics_file import markdown_table
-from gan_dist.sampling.generate import generate, interpolate
-from gan_dist.telemetry.telemetry import Telemetry
+from gan_dist.sampling.generate import interpolate, render
+from gan_dist.telemetry.telemetry import Picture, Telemetry
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.pictures import from_pil, grid, named_rows
+from gan_dist.utils.tensors import HostCopy
 
 WALK_ROWS, WALK_COLUMNS = 4, 8
 CLASS_ROWS, CLASS_COLUMNS = 16, 8
@@ -32,37 +33,45 @@ class Gallery:
 
     def __init__(self, run_dir: Path, telemetry: Telemetry, generator: torch.nn.Module, fixed_latents: Tensor) -> None:
         self._run_dir, self._telemetry, self._generator = run_dir, telemetry, generator
-        self._latents = fixed_latents.cpu()
-        pairs = self._latents[: 2 * min(WALK_ROWS, len(self._latents) // 2)]
+        latents, device = fixed_latents.cpu(), next(generator.parameters()).device
+        pairs = latents[: 2 * min(WALK_ROWS, len(latents) // 2)]
         walks = [interpolate(start, end, WALK_COLUMNS) for start, end in zip(pairs[::2], pairs[1::2], strict=True)]
-        self._all = torch.cat([self._latents, *walks])
+        self._num_fixed = len(latents)
+        # On the device from now on: to bring them there at each drawing would wait for all that it has to do.
+        self._latents = torch.cat([latents, *walks]).to(device)
         self._classes = generator.classes if isinstance(generator, Generator) else NO_CLASSES
         if self._classes.names:
-            fixed = self._classes.draw(len(self._latents), 0)
+            fixed = self._classes.draw(len(latents), 0)
             walked = fixed[: 2 * len(walks) : 2].repeat_interleave(WALK_COLUMNS)  # each in its beginning's class
-            self._labels, self._rows = torch.cat([fixed, walked]), self._classes.largest(CLASS_ROWS)
+            self._labels, self._rows = torch.cat([fixed, walked]).to(device), self._classes.largest(CLASS_ROWS)
+            columns = self._latents[: min(CLASS_COLUMNS, len(latents))]
+            self._class_latents = columns.repeat(len(self._rows), 1)
+            self._class_labels = torch.tensor(self._rows).repeat_interleave(len(columns)).to(device)
 
     def draw(self, step: int) -> None:
         """Draws the fixed latents to samples/ and TensorBoard, a strip of walks between them to TensorBoard, and, of a
-        generator with classes, the same latents in each of the largest classes to both."""
-        if isinstance(self._generator, Generator) and self._classes.names:
-            images = generate(self._generator, self._generator.with_classes(self._all, self._labels))
-            self._draw_classes(step, self._generator)
-        else:
-            images = generate(self._generator, self._all)
-        count = len(self._latents)
-        path = self._run_dir / "samples" / f"step-{step:08d}.png"
-        self._telemetry.image("samples/fixed_latents", step, grid(images[:count]), path)
-        if len(images) > count:
-            self._telemetry.image("samples/interpolation", step, grid(images[count:], WALK_COLUMNS))
+        generator with classes, the same latents in each of the largest classes to both: a row for each class.
 
-    def _draw_classes(self, step: int, generator: Generator) -> None:
-        """Draws a row for each of the largest classes: what some fixed latents, a column each, become in it."""
-        latents = self._latents[:CLASS_COLUMNS]
-        labels = torch.tensor(self._rows).repeat_interleave(len(latents))
-        images = generate(generator, generator.with_classes(latents.repeat(len(self._rows), 1), labels))
-        page = named_rows(grid(images, len(latents)), [self._classes.name(label) for label in self._rows])
-        self._telemetry.image("samples/classes", step, page, self._run_dir / "samples" / f"classes-{step:08d}.png")
+        Queues it all, and waits for no GPU.
+        """
+        fixed, all_, folder = self._num_fixed, len(self._latents), self._run_dir / "samples"
+        pictures = [
+            Picture("samples/fixed_latents", lambda images: grid(images[:fixed]), folder / f"step-{step:08d}.png")
+        ]
+        if all_ > fixed:
+            pictures.append(Picture("samples/interpolation", lambda images: grid(images[fixed:all_], WALK_COLUMNS)))
+        inputs = [self._latents]
+        if isinstance(self._generator, Generator) and self._classes.names:
+            parts = ((self._latents, self._labels), (self._class_latents, self._class_labels))
+            inputs = [self._generator.with_classes(*part) for part in parts]
+            path = folder / f"classes-{step:08d}.png"
+            pictures.append(Picture("samples/classes", lambda images: self._page_of_classes(images[all_:]), path))
+        images = torch.cat([render(self._generator, each) for each in inputs])
+        self._telemetry.images(step, HostCopy(images), pictures)
+
+    def _page_of_classes(self, images: Tensor) -> Tensor:
+        names = [self._classes.name(label) for label in self._rows]
+        return named_rows(grid(images, len(images) // len(names)), names)
 
     def introduce(
         self, step: int, dataset: Dataset, reals: Tensor, config: str, environment: Mapping[str, Any]

@@ -15,23 +15,32 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gan_dist.runs.metrics_file import TEXTS, history_table, read_metrics
 from gan_dist.telemetry.console import RunConsole
+from gan_dist.utils.errors import first_line
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.pictures import png_bytes
+from gan_dist.utils.tensors import HostCopy
 
 EQUILIBRIUM = -math.log(4)
 """V(D, G) where D cannot tell real from fake: log 1/2 + log 1/2 (Goodfellow 2014, theorem 1)."""
+
+POLL_S = 0.002
+"""Between looks at a picture that is on its way from the device."""
+LATER_S = 1.0
+"""How long one is waited for when an earlier one has not come within the time limit."""
 
 CUSTOM_CHARTS = {
     "The game": {
@@ -60,6 +69,16 @@ CUSTOM_CHARTS = {
 """TensorBoard's custom scalars page, which shows some of the tags together: sections, charts, each chart's tags."""
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is made of what has reached the host."""
+
+    tag: str
+    make: Callable[[Tensor], Tensor]
+    """From what was copied to uint8 [3, H, W]; runs on the thread that encodes."""
+    path: Path | None = None
+
+
 class Telemetry:
     """Writes a run's figures, pictures and history on the rank that is `active`; on other ranks each call does nothing.
 
@@ -75,10 +94,14 @@ class Telemetry:
         total_steps: int,
         console: bool = True,
         verbosity: int = 0,
+        timeout_s: float = 300.0,
     ) -> None:
-        """`step` is that of the checkpoint that was resumed from, 0 for a new run; verbosity as in RunConsole."""
+        """`step` is that of the checkpoint that was resumed from, 0 for a new run; verbosity as in RunConsole;
+        timeout_s: dist.timeout_s, how long a picture is waited for."""
         self._console = RunConsole(run_dir.name, step, total_steps, verbosity=None)
         self._board: SummaryWriter | None = None
+        self._timeout_s = self._patience_s = timeout_s
+        self._given_up = threading.Event()
         self._active = active
         if not active:
             return
@@ -128,9 +151,15 @@ class Telemetry:
         It is encoded once, on a thread: the training path pays nothing for it.
         """
         if self._active:
-            with self._lock:
-                self._pictures = [job for job in self._pictures if not job.done() or job.exception()]
-                self._pictures.append(self._encoder.submit(self._draw, tag, step, image, path))
+            self._on_thread(self._draw, tag, step, image, path)
+
+    def images(self, step: int, copy: HostCopy, pictures: Sequence[Picture]) -> None:
+        """Writes pictures of what is still on its way to the host, as `image` does.
+
+        The thread waits for it, `timeout_s` at most: then the step has none of them, and a warning says so.
+        """
+        if self._active:
+            self._on_thread(self._draw_what_arrives, step, copy, pictures)
 
     def text(self, tag: str, step: int, text: str) -> None:
         """Writes a text (Markdown) to TensorBoard: at once in a new run, with the next point in one that goes on.
@@ -170,8 +199,13 @@ class Telemetry:
             if self._board is not None:
                 self._guard(self._board.flush)
 
-    def close(self) -> None:
-        """Flushes and closes the files and the console. A second call does nothing."""
+    def close(self, orderly: bool = True) -> None:
+        """Flushes and closes the files and the console. A second call does nothing.
+
+        Not `orderly` where the device hangs: pictures that are still on their way from there are given up.
+        """
+        if not orderly:
+            self._given_up.set()
         self._console.close()
         if self._active:
             self._finish_pictures()
@@ -210,6 +244,35 @@ class Telemetry:
             # Its writer thread is gone, and every later call would raise the same again.
             self._board = None
             self._console.warn(f"TensorBoard's file cannot be written ({error.strerror or error}); it gets no more")
+
+    def _on_thread(self, draw: Callable[..., None], *arguments: Any) -> None:
+        with self._lock:
+            self._pictures = [job for job in self._pictures if not job.done() or job.exception()]
+            self._pictures.append(self._encoder.submit(draw, *arguments))
+
+    def _draw_what_arrives(self, step: int, copy: HostCopy, pictures: Sequence[Picture]) -> None:
+        if copy.device.type == "cuda":
+            torch.cuda.set_device(copy.device)  # a new thread's is GPU 0, where it would open a context
+        if reason := self._await(copy):
+            self.warn(f"the samples of step {step} are not drawn: {reason}", step)
+            return
+        for picture in pictures:
+            self._guard(partial(self._draw, picture.tag, step, picture.make(copy.host), picture.path))
+
+    def _await(self, copy: HostCopy) -> str:
+        """Returns nothing once the copy has arrived, or why it does not."""
+        limit = time.monotonic() + self._patience_s
+        try:
+            while not copy.arrived:
+                if time.monotonic() > limit:
+                    self._patience_s = min(LATER_S, self._timeout_s)  # the next one stands in the same queue
+                    return f"the device did not finish them within dist.timeout_s={self._timeout_s:g} s"
+                if self._given_up.wait(POLL_S):
+                    return "the device hangs"
+        except RuntimeError as error:  # CUDA's, of whatever the device did before
+            return first_line(error)
+        self._patience_s = self._timeout_s
+        return ""
 
     def _draw(self, tag: str, step: int, image: Tensor, path: Path | None) -> None:
         png = png_bytes(image)

@@ -6,13 +6,13 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gan_dist.distributed.failures import DeviceHangs
 from gan_dist.training.update import STATS
 from gan_dist.utils.stop import StopRequest
+from gan_dist.utils.tensors import HostCopy
 
 WORD_LAG = 4
 """Steps a GPU may run ahead of the control word that the host reads (a CPU has nothing to run ahead)."""
@@ -54,15 +54,14 @@ Word = tuple[int, list[float]]
 class ControlRing:
     """Each step's reduced statistics as the host may read them without waiting for the current step.
 
-    A step's vector is copied to one of a ring of pinned buffers; step s reads the result of step s - lag, so all ranks
+    A step's vector is copied to pinned memory; step s reads the result of step s - lag, so all ranks
     read the same words at the same steps and act alike.
     """
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         self.lag = WORD_LAG if device.type == "cuda" else 0
-        self._pinned = device.type == "cuda"
         self._timeout_s = timeout_s
-        self._ring: deque[tuple[int, torch.Tensor, Any]] = deque()
+        self._ring: deque[tuple[int, HostCopy]] = deque()
         self._since = time.monotonic()
         """When the oldest step in the ring was the next to be done."""
 
@@ -74,52 +73,30 @@ class ControlRing:
         """
         if not self._ring:
             self._since = time.monotonic()
-        # torch keeps pinned memory that is free for the next that asks.
-        host = torch.empty(stats.shape, dtype=stats.dtype, pin_memory=self._pinned)
-        host.copy_(stats, non_blocking=True)
-        self._ring.append((step, host, self._record()))
+        self._ring.append((step, HostCopy(stats)))
         return [self._read()] if len(self._ring) > self.lag else []
 
     def drain(self) -> list[Word]:
         """Returns the words still in the ring, oldest first, once the device has written them."""
         return [self._read() for _ in range(len(self._ring))]
 
-    def settle(self) -> None:
-        """Returns when the device has finished every step so far: a call that waits for it will then not hang.
-
-        Raises DeviceHangs when it does not within the time limit.
-        """
-        for _, _, event in self._ring:
-            self._wait(event)
-
     def check(self) -> None:
         """Raises DeviceHangs when the device has worked on the oldest step for longer than the time limit."""
-        if self._ring and (event := self._ring[0][2]) is not None and not event.query():
+        if self._ring and not self._ring[0][1].arrived:
             if time.monotonic() > self._since + self._timeout_s:
                 raise self._hangs()
         else:
             self._since = time.monotonic()
 
     def _read(self) -> Word:
-        step, host, event = self._ring.popleft()
-        self._wait(event)
-        self._since = time.monotonic()
-        return step, host.tolist()
-
-    def _record(self) -> Any:
-        """Returns an event that is over when the device has done all that was queued so far; None on a CPU."""
-        if not self._pinned:
-            return None
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def _wait(self, event: Any) -> None:
+        step, copy = self._ring.popleft()
         limit = time.monotonic() + self._timeout_s
-        while event is not None and not event.query():
+        while not copy.arrived:
             if time.monotonic() > limit:
                 raise self._hangs()
             time.sleep(POLL_S)
+        self._since = time.monotonic()
+        return step, copy.host.tolist()
 
     def _hangs(self) -> DeviceHangs:
         return DeviceHangs(f"the device did not finish a step within dist.timeout_s={self._timeout_s:g} s")

@@ -285,6 +285,7 @@ def build_run(
             total_steps=(end := min(total_steps, max_steps or total_steps)),
             console=verbosity is not None and world.rank == 0,
             verbosity=verbosity or 0,
+            timeout_s=config.dist.timeout_s,
         )
         closing.callback(telemetry.close)
 
@@ -372,7 +373,7 @@ def build_run(
         except Exception as error:
             if device_may_hang(world, error):
                 closing.pop_all()  # all but this would wait for the device
-                telemetry.close()
+                telemetry.close(orderly=False)
             raise
 
 

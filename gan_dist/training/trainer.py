@@ -174,8 +174,6 @@ def _loop(run: Run) -> str | None:
 
         # Sample.
         if run.step % run.samples_every == 0:
-            if run.is_first:
-                ring.settle()  # what follows waits for the device
             _draw_samples(run)
 
         # Stop (which saves), or save.
@@ -261,7 +259,7 @@ def _log(run: Run, heard: Sequence[Decision], results: Mapping[str, float]) -> N
 
 
 def _draw_samples(run: Run) -> None:
-    """Draws the fixed latents' grid of this step, once; on rank 0 alone, in eval mode."""
+    """Draws the fixed latents' grid of this step, once; on rank 0 alone, in eval mode. Does not wait for a GPU."""
     if run.is_first and run.drawn_step != run.step:
         run.drawn_step = run.step
         if run.standing is not None:

@@ -21,8 +21,8 @@ LONGEST_NAME = 32
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Returns images in [-1, 1] as uint8 on the CPU: -1 becomes 0, 1 becomes 255 (the update's inverse)."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    """Returns images in [-1, 1] as uint8, where they are: -1 becomes 0, 1 becomes 255 (the update's inverse)."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:

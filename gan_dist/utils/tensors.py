@@ -1,4 +1,4 @@
-"""A training state as nested mappings of tensors: copied, moved to the host, compared."""
+"""Tensors on their way to the host; a training state as nested mappings of them: copied, moved there, compared."""
 
 from __future__ import annotations
 
@@ -13,6 +13,33 @@ from torch import Tensor
 from gan_dist.utils.errors import GanDistError
 
 RUNNING = ("running_mean", "running_var")
+
+
+class HostCopy:
+    """A copy of a tensor on its way to the host. Who needs it asks whether it has arrived; nobody else waits."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Queues the copy behind all that the device was given so far; on a CPU it is made at once."""
+        self.device = tensor.device
+        # torch keeps pinned memory that is free for the next that asks.
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        """To be read when the copy has arrived."""
+        self.host.copy_(tensor, non_blocking=True)
+        self._event = record_event(tensor.device)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the copy is there. Does not wait."""
+        return self._event is None or bool(self._event.query())
+
+
+def record_event(device: torch.device) -> Any:
+    """Returns an event that is over when the device has done all that was queued so far; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 @contextmanager

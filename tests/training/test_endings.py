@@ -23,6 +23,7 @@ from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.control import ControlRing
 from gan_dist.training.runner import Captured, Eager
 from gan_dist.training.trainer import train
+from gan_dist.utils import tensors
 from tests.helpers.fake_cuda import FakeGraph, play_cuda
 from tests.helpers.games import CPU, batches, game
 from tests.helpers.processes import Ranks
@@ -99,9 +100,6 @@ class Ring(control.ControlRing):
         super().__init__(*words)
         self.lag = 2
 
-    def _record(self):
-        return Never()
-
 class Never:
     def query(self):
         return False
@@ -111,9 +109,10 @@ def forever(*words, **named):
 
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training import trainer
-trainer.ControlRing = Ring
+from gan_dist.utils import tensors
+trainer.ControlRing, tensors.record_event = Ring, lambda device: Never()
 close = Telemetry.close
-Telemetry.close = lambda self: (close(self), print("metrics written", flush=True))
+Telemetry.close = lambda self, **words: (close(self, **words), print("metrics written", flush=True))
 Stream.close = Eager.close = dist.destroy_process_group = forever
 failure = Checkpointer.failure
 Checkpointer.failure = lambda self, wait=False: forever() if self.saved_step > 0 and wait else failure(self, wait=wait)
@@ -133,7 +132,10 @@ def test_a_device_that_hangs_ends_the_process_with_its_words_written(
     ranks = Ranks(1, config, tmp_path / "run", "dist.timeout_s=1", code=code)
     assert ranks.wait() == [1], ranks.log(0)
     words = "the device did not finish a step within dist.timeout_s=1 s"
-    assert ranks.log(0).splitlines()[-2:] == ["metrics written", f"gan-dist: {words}"]
+    *_, pictures, written, last = ranks.log(0).splitlines()
+    assert (written, last) == ("metrics written", f"gan-dist: {words}")
+    assert pictures.startswith("WARNING: the samples of step 0 are not drawn: the device ")
+    assert ranks.log(0).count("WARNING") == 1
     if module == "launch.job.rank":
         assert (tmp_path / "failed-0").read_text().split("\t")[1:] == [
             "1",
@@ -153,14 +155,14 @@ def test_a_rank_whose_device_hangs_says_so_and_leaves_at_once(dataset: Path, tmp
     assert "trainer.py" in (run / "hang" / "rank-1.txt").read_text()
 
 
-def test_who_waits_for_samples_behind_a_device_that_hangs_hears_of_it(dataset: Path) -> None:
+def test_who_waits_for_samples_behind_a_device_that_hangs_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream.__new__(Stream)
     stream._full = queue.SimpleQueue()
     ring = ControlRing(CPU, timeout_s=0.05)
     ring.lag = 4
     ring.push(1, torch.zeros(3))
     ring.check()  # a step that is done is no hang, however long the samples take
-    ring._record = lambda: SimpleNamespace(query=lambda: False)  # type: ignore[method-assign]
+    monkeypatch.setattr(tensors, "record_event", lambda device: SimpleNamespace(query=lambda: False))
     ring.drain()
     ring.push(2, torch.zeros(3))
     ring.check()  # nor is one that has only begun
@@ -168,7 +170,7 @@ def test_who_waits_for_samples_behind_a_device_that_hangs_hears_of_it(dataset: P
     with pytest.raises(DeviceHangs):
         stream._await_block()
     with pytest.raises(DeviceHangs):
-        ring.settle()
+        ring.drain()
 
 
 def test_who_waits_for_a_save_behind_a_device_that_hangs_hears_of_it(
