@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gan_dist.config.schema import LossName
 from gan_dist.distributed.exchange import OneShot, gathered, summed
 from gan_dist.distributed.world import World
 from gan_dist.model.minibatch_std import MinibatchStd
@@ -182,12 +183,14 @@ def prepare(module: nn.Module, world: World, kernels: Kernels = "torch", one_sho
             part.process_group = world.group
 
 
-def resolve_kernels(name: str, world: World, dtype: torch.dtype) -> tuple[Kernels, str]:
+def resolve_kernels(
+    name: str, world: World, dtype: torch.dtype, loss: LossName = "non_saturating"
+) -> tuple[Kernels, str]:
     """Returns the Kernels that `name` (one of them, or auto) means here, and why in one clause.
 
-    auto: triton on a GPU where they can be built and give the results of torch's, on every rank; else torch. A
-    collective: every rank calls it. `dtype`: the maps', bfloat16 under autocast. Raises UserError for triton where it
-    cannot be, and for another name.
+    auto: triton on a GPU where they can be built and give the results of torch's, on every rank; else torch. The same
+    goes for the kernel of the game's `loss` (losses_triton.py): both or neither. A collective: every rank calls it.
+    `dtype`: the maps', bfloat16 under autocast. Raises UserError for triton where it cannot be, and for another name.
     """
     if name not in ("auto", *get_args(Kernels)):
         raise UserError(f"train.batchnorm_kernels: expected auto, {', '.join(get_args(Kernels))}, found {name!r}")
@@ -202,13 +205,15 @@ def resolve_kernels(name: str, world: World, dtype: torch.dtype) -> tuple[Kernel
     failure = ""
     try:
         import_module("gan_dist.model.batchnorm_triton").check(world.device, dtype)
+        import_module("gan_dist.model.losses_triton").check(world.device, dtype, loss)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no C compiler, a driver too old for it, wrong results: all mean one thing
         failure = f"{type(error).__name__}: {first_line(error)}"
     failures = {rank: text for rank, text in enumerate(world.gather_objects(failure)) if text}
     if not failures:
-        return "triton", "fused with the activation" if name == "auto" else "set by train.batchnorm_kernels"
+        fused = "fused with the activation; losses too are one kernel"
+        return "triton", fused if name == "auto" else "set by train.batchnorm_kernels"
     rank, text = next(iter(failures.items()))
     told = f"Triton's kernels fail on rank {rank} ({text})"
     if name == "triton":

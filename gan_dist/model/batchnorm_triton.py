@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gan_dist.distributed.exchange import OneShot, gathered, summed
+from gan_dist.model.custom_ops import define, exact
 
 TILE = 4096
 """Values that a program has in hand at a time: sixteen a thread, so that each load and store can be of 16 bytes."""
@@ -245,28 +246,11 @@ def _track_kernel(
         tl.store(num_batches, tl.load(num_batches) + GROUPS)
 
 
-# Each launch, or two, is an operation of torch's: opaque to torch.compile, known to fake tensors by its shapes alone.
-
-
-def _define(signature: str, fake: Any) -> Any:
-    """Returns a decorator that makes a function torch.ops.gan_dist's operation of this signature."""
-    name, arguments = f"gan_dist::{signature.partition('(')[0]}", signature[signature.index("(") :]
-    torch.library.define(name, arguments)
-    torch.library.register_fake(name, fake)
-
-    def register(function: Any) -> Any:
-        torch.library.impl(name, ("CPU", "CUDA"))(function)
-        return function
-
-    return register
+# Each launch, or two, is an operation of torch's.
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _tile(channels: int) -> dict[str, int]:
@@ -287,7 +271,7 @@ def _shape(x: Tensor, groups: int) -> tuple[int, int]:
     return x.numel() // (groups * x.shape[1]), x.shape[1]
 
 
-@_define("batch_statistics(Tensor x, int groups) -> Tensor", lambda x, groups: _empty_record(x, groups))
+@define("batch_statistics(Tensor x, int groups) -> Tensor", lambda x, groups: _empty_record(x, groups))
 def _batch_statistics(x: Tensor, groups: int) -> Tensor:
     """Returns the record of each group, [groups, 2 C + 1]."""
     x = _rows(x)
@@ -303,10 +287,10 @@ def _batch_statistics(x: Tensor, groups: int) -> Tensor:
 
 
 def _empty_record(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty((*shape, 2 * x.shape[1] + 1), dtype=_exact(x))
+    return x.new_empty((*shape, 2 * x.shape[1] + 1), dtype=exact(x))
 
 
-@_define("merge_records(Tensor records) -> Tensor", lambda records: records.new_empty(records.shape[1:]))
+@define("merge_records(Tensor records) -> Tensor", lambda records: records.new_empty(records.shape[1:]))
 def _merge_records(records: Tensor) -> Tensor:
     """Returns the record [groups, 2 C + 1] of all parts of `records` [parts, groups, 2 C + 1]."""
     parts, groups, width = records.shape
@@ -317,7 +301,7 @@ def _merge_records(records: Tensor) -> Tensor:
     return merged
 
 
-@_define(
+@define(
     "normalise(Tensor x, Tensor record, Tensor weight, Tensor bias, float eps, float slope) -> Tensor",
     lambda x, *_: torch.empty_like(_rows(x)),
 )
@@ -332,7 +316,7 @@ def _normalise(x: Tensor, record: Tensor, weight: Tensor, bias: Tensor, eps: flo
     return y
 
 
-@_define(
+@define(
     "gradient_sums(Tensor dy, Tensor x, Tensor record, Tensor weight, Tensor bias, float eps, float slope) "
     "-> (Tensor, Tensor, Tensor)",
     lambda dy, x, record, weight, bias, *_: (
@@ -362,7 +346,7 @@ def _gradient_sums(
     return sums, dweight, dbias
 
 
-@_define(
+@define(
     "input_gradient(Tensor dy, Tensor x, Tensor record, Tensor weight, Tensor bias, Tensor sums, float eps, "
     "float slope) -> Tensor",
     lambda dy, x, *_: torch.empty_like(_rows(x)),
@@ -382,7 +366,7 @@ def _input_gradient(
     return dx
 
 
-@_define(
+@define(
     "track(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches, Tensor record, float momentum) "
     "-> ()",
     lambda *_: None,

@@ -1,12 +1,13 @@
 """The minimax game and its relatives, on logits (Goodfellow et al. 2014, eq. 1; other sources at their names below).
 
 With D(x) = sigmoid(logit): log D = logsigmoid(logit) and log(1 - D) = logsigmoid(-logit), exact where a probability
-would have rounded to 0 or 1. Every function returns a *sum* over the local batch: training/update.py divides by the
-global batch, so that ranks with unequal shares add up to the same mean.
+would have rounded to 0 or 1. Losses are *sums* over the local batch; `discriminator_terms` and `generator_terms`, all
+that a pass takes of its logits, divide them by the global batch, so that ranks with unequal shares add up to the same
+mean. On a GPU losses_triton.py makes these two in one kernel.
 
 A new loss is a name in config/schema.py's LossName, a branch in `discriminator_loss` and in `generator_loss`, perhaps a
-place in SHIFT_INVARIANT, and its formula in the tests. Which targets it takes stands in schema.py's LossConfig; one
-that compares pairs gets the real logits in training/update.py's `generator_pass`.
+place in SHIFT_INVARIANT, a row in losses_triton.py's KINDS, and its formula in the tests. Which targets it takes stands
+in schema.py's LossConfig; one that compares pairs has a place in PAIRED.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gan_dist.config.schema import WITH_GENERATOR_TARGET, LossName
+from gan_dist.model.custom_ops import exact
 from gan_dist.utils.errors import UserError
 
 SHIFT_INVARIANT: frozenset[LossName] = frozenset({"wasserstein", "relativistic"})
 """The losses that compare logits with one another alone: a constant added to all of them changes nothing."""
+PAIRED: frozenset[LossName] = frozenset({"relativistic"})
+"""The losses whose generator sees the logits of real images too."""
 
 
 def cross_entropy(logits: Tensor, target: float) -> Tensor:
@@ -87,6 +91,35 @@ def generator_loss(
         assert real_logits is not None, "pairs need the real images' logits"
         return cross_entropy(fake_logits - real_logits, 1.0)
     raise _unknown(name)
+
+
+def discriminator_terms(
+    logits: Tensor, images: int, name: LossName, real_target: float = 1.0, signs: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Returns D's loss, a scalar, and [loss, D(x), D(G(z)), V(D, G)], of which no gradient is taken, and with `signs`
+    behind them the sign of real logits: sums over `logits` [2 b], of real images and then of fakes, over `images`.
+    """
+    logits = logits.to(exact(logits))
+    real_logits, fake_logits = logits.chunk(2)
+    value = minimax_value(real_logits, fake_logits)
+    loss = discriminator_loss(real_logits, fake_logits, name, real_target, value)
+    with torch.no_grad():
+        sums = [loss[None], logits.sigmoid().view(2, -1).sum(1), value[None]]
+        if signs:
+            sums.append(real_logits.sign().sum()[None])
+        extras = torch.cat(sums).div_(images)
+    return loss / images, extras
+
+
+def generator_terms(logits: Tensor, images: int, name: LossName, target: float | None = None) -> tuple[Tensor, Tensor]:
+    """Returns G's loss, a scalar, and [loss, D(G(z))], of which no gradient is taken: sums over fakes' `logits` [b]
+    (where the loss is PAIRED, [2 b], those of real images first), over `images`."""
+    logits = logits.to(exact(logits))
+    real_logits, fake_logits = logits.chunk(2) if name in PAIRED else (None, logits)
+    loss = generator_loss(fake_logits, name, target, real_logits)
+    with torch.no_grad():
+        extras = torch.stack([loss, fake_logits.sigmoid().sum()])
+    return loss / images, extras.div_(images)
 
 
 def _unknown(name: str) -> UserError:

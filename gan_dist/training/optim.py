@@ -191,7 +191,7 @@ class Player:
         self.gradients.take(loss, self.leaves, self._one, extras, self.world)
         norm = torch.linalg.vector_norm(self.gradients.values)
         both = norm + self.gradients.extras[0]
-        skipped = (both - both).ne(0).float()  # what is not finite leaves NaN, which equals nothing
+        skipped = (both - both).nan_to_num(nan=1.0).float()  # what is not finite leaves NaN
         # GradScaler's hook: where it is 1, a fused Adam does nothing, its step counters included.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()

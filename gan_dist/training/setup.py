@@ -218,7 +218,9 @@ def build_run(
 
     # The game: networks, update, average; the same on all ranks.
     precision, why_precision = resolve_precision(config.train.precision, world.device)
-    kernels, why_kernels = resolve_kernels(config.train.batchnorm_kernels, world, maps_dtype(precision))
+    kernels, why_kernels = resolve_kernels(
+        config.train.batchnorm_kernels, world, maps_dtype(precision), config.loss.name
+    )
     collectives = resolve_collectives(world)
     update = build_update(config, world, precision, kernels, collectives, classes)
     runner = make_runner(config.train.runner, update)

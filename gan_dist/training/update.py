@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,10 @@ from gan_dist.data.classes import one_hot
 from gan_dist.data.order import rank_slice
 from gan_dist.distributed.exchange import PLAIN, Collectives
 from gan_dist.distributed.world import World
+from gan_dist.model import losses
 from gan_dist.model.augment import NO_AUGMENT, NUMBERS, Augment
 from gan_dist.model.batchnorm import Kernels, prepare
-from gan_dist.model.losses import SHIFT_INVARIANT, discriminator_loss, generator_loss, minimax_value
+from gan_dist.model.losses import PAIRED, SHIFT_INVARIANT
 from gan_dist.model.networks import IMAGE_CHANNELS
 from gan_dist.model.penalty import NO_PENALTY, GradientPenalty
 from gan_dist.training.draws import draw_dropped, draw_noise, draw_uniform
@@ -100,8 +102,11 @@ class Update:
         self.num_classes: int = getattr(generator, "num_classes", 0)
         self._labelled = min(1, self.num_classes)  # how many of a pass's draws are classes
         self.loss = loss
+        self._paired = loss in PAIRED
         judge: Any = discriminator  # of which nn.Module says nothing
         judge.level_counts = loss not in SHIFT_INVARIANT
+        terms: Any = import_module("gan_dist.model.losses_triton") if batchnorm_kernels == "triton" else losses
+        self.discriminator_terms, self.generator_terms = terms.discriminator_terms, terms.generator_terms
         self.real_target = real_target
         self.generator_target = generator_target
         self.penalty = penalty
@@ -194,8 +199,7 @@ class Update:
         values += [g_sums[2], g_sums[3], skipped]
         return torch.stack([value.to(self.dtype) for value in values])
 
-    # The three passes below are what a runner may compile. Losses and statistics are sums over this rank's share,
-    # divided by the *global* batch: summed over ranks they are means, whatever the shares.
+    # The three passes below are what a runner may compile.
 
     def generate(self, latents: Tensor, *classes: Tensor) -> Tensor:
         """Returns fakes [b, 3, S, S] in [-1, 1], in a game with classes those of the real images at their places."""
@@ -219,20 +223,15 @@ class Update:
             images.requires_grad_()
         again = [each[self.penalty.places(self.lo)] for each in classes] * (0 if exact else self.penalty.kinds)
         with self._autocast():
-            logits = self._judge(images, 2, [*classes, *classes, *again])
-        logits, batch = logits.to(self.dtype), len(real)
-        plain = logits[: 2 * batch] if self.penalty.kinds else logits
-        real_logits, fake_logits = plain.chunk(2)
-        value = minimax_value(real_logits, fake_logits)
-        loss = discriminator_loss(real_logits, fake_logits, self.loss, self.real_target, value)
-        with torch.no_grad():
-            sums = [loss[None], plain.sigmoid().view(2, -1).sum(1), value[None]]
-            if self.augment.adapts:
-                sums.append(real_logits.sign().sum()[None])
-            extras = torch.cat(sums).div_(self.global_batch)
-        loss = loss / self.global_batch
+            plain = logits = self._judge(images, 2, [*classes, *classes, *again])
         if self.penalty.kinds:
-            penalty = self.penalty(logits, images, batch, self.lo, self.global_batch)
+            logits = logits.to(self.dtype)
+            plain = logits[: 2 * len(real)]
+        loss, extras = self.discriminator_terms(
+            plain, self.global_batch, self.loss, self.real_target, self.augment.adapts
+        )
+        if self.penalty.kinds:
+            penalty = self.penalty(logits, images, len(real), self.lo, self.global_batch)
             loss = loss + penalty
             extras[0] += penalty.detach()
         return loss, extras
@@ -243,17 +242,13 @@ class Update:
         The uint8 `real` images count only where the loss compares pairs. Images are augmented as in D's last pass.
         """
         classes, draws = draws[: self._labelled], draws[self._labelled :]
-        paired = self.loss == "relativistic"
-        reals = [to_signed(real, fake.dtype)] if paired else []
+        reals = [to_signed(real, fake.dtype)] if self._paired else []
         kinds = self._augmented([*reals, fake], draws)
-        images = torch.cat(list(kinds)) if paired else kinds[0]
+        images = torch.cat(list(kinds)) if self._paired else kinds[0]
         with self._autocast():
-            logits = self._judge(images, len(kinds), list(classes) * len(kinds)).to(self.dtype)
-        real_logits, logits = logits.chunk(2) if paired else (None, logits)
-        loss = generator_loss(logits, self.loss, self.generator_target, real_logits)
-        with torch.no_grad():
-            extras = torch.stack([loss, logits.sigmoid().sum()])
-        return loss / self.global_batch, extras.div_(self.global_batch)
+            logits = self._judge(images, len(kinds), list(classes) * len(kinds))
+        terms: tuple[Tensor, Tensor] = self.generator_terms(logits, self.global_batch, self.loss, self.generator_target)
+        return terms
 
     def _judge(self, images: Tensor, groups: int, classes: Sequence[Tensor]) -> Tensor:
         """Returns D's logits of `images`; in a game with classes, of those whose rows these are, part after part."""

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from gan_dist.distributed.world import World
 
 KERNELS = {
-    # ours: batchnorm_triton.py says what each launches
+    # ours: batchnorm_triton.py and losses_triton.py say what each launches
     "gan_dist::batch_statistics": 2,
     "gan_dist::gradient_sums": 2,
     # torch's: sums, their inverse and the running statistics, the result; sums and the result

@@ -10,17 +10,20 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gan_dist.config.schema import WITH_GENERATOR_TARGET, WITH_REAL_TARGET, LossName
 from gan_dist.distributed.world import World
+from gan_dist.model.augment import Augment
 from gan_dist.model.batchnorm import BatchNorm, prepare, resolve_kernels
+from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training.runner import Compiled
-from tests.helpers.games import CPU, batches, game, tensors
+from tests.helpers.games import CPU, batches, game, moves, tensors
 from tests.helpers.ranks import run_ranks
 
 SIZES = (1, 2, 3)
@@ -163,6 +166,84 @@ def _save_checks(out: str) -> None:
     right, honest = [check(dtype) for dtype in dtypes], batchnorm_triton._input_gradient
     torch.library.impl("gan_dist::input_gradient", "AutogradCPU")(lambda *arguments: honest(*arguments[:-1], 1.0))
     torch.save({"right": right, "wrong": [check(dtype) for dtype in dtypes]}, Path(out) / "checks.pt")
+
+
+LOGITS = (2.0, -1.0, 0.0, 1.0, -1e-3, 60.0, -60.0, 3e4, 0.5, -2.5, 17.0)
+"""Of images before D is sure, and after; those where a hinge bends among them."""
+
+
+def logits(count: int, dtype: torch.dtype) -> Tensor:
+    """Returns [2 * count]."""
+    source = torch.Generator().manual_seed(count)
+    drawn = torch.randn(2 * count, generator=source, dtype=torch.float64) * 3
+    extremes = torch.tensor(LOGITS, dtype=torch.float64)[: 2 * count]
+    drawn[: len(extremes)] = extremes
+    return drawn.roll(count // 2).to(dtype)
+
+
+def terms_of(module: Any, player: str, name: Any, given: Tensor, target: float | None) -> list[Tensor]:
+    """Returns the loss, its sums, and the gradient of twice the loss."""
+    given = given.clone().requires_grad_()
+    if player == "discriminator":
+        loss, sums = module.discriminator_terms(given, 7, name, 1.0 if target is None else target, True)
+    else:
+        loss, sums = module.generator_terms(given, 7, name, target)
+    return [loss.detach(), sums, torch.autograd.grad(loss * 2, given)[0]]
+
+
+COUNTS = {torch.float64: 11, torch.float32: 1030, torch.bfloat16: 1}
+"""Logits of each kind: some, more than the kernel has in hand at a time, and one."""
+TARGETS = {"discriminator": WITH_REAL_TARGET, "generator": WITH_GENERATOR_TARGET}
+"""Which losses take one."""
+Case = tuple[str, str, int, torch.dtype, float | None]
+
+
+def cases() -> list[Case]:
+    """Returns (player, loss, count, dtype, target) of all that is compared."""
+    return [
+        (player, name, count, dtype, target)
+        for player in ("discriminator", "generator")
+        for name in get_args(LossName)
+        for dtype, count in COUNTS.items()
+        for target in (None, 0.9)[: 1 + (name in TARGETS[player])]
+    ]
+
+
+def save_losses(out: str) -> None:
+    """Saves what the losses' kernel makes of all cases; what the start's check says of it, and of a wrong one; and the
+    state and statistics of games that ask for more than the plain one."""
+    from gan_dist.model import losses_triton
+
+    torch.set_num_threads(1)
+    found: dict[Any, Any] = {}
+    for player, name, count, dtype, target in cases():
+        found[player, name, count, dtype, target] = terms_of(losses_triton, player, name, logits(count, dtype), target)
+    found["games"] = {name: played(losses_triton, settings) for name, settings in OTHER_GAMES.items()}
+    for what in ("right", "wrong"):
+        found[what] = []
+        for name in ("hinge", "relativistic"):
+            try:
+                losses_triton.check(CPU, torch.float32, name)
+                found[what].append("")
+            except ArithmeticError as error:
+                found[what].append(str(error))
+        losses_triton.KINDS["generator"] = dict.fromkeys(get_args(LossName), ("squares", 0.0, 0.5))
+    torch.save(found, Path(out) / "losses.pt")
+
+
+OTHER_GAMES: dict[str, dict[str, Any]] = {
+    "penalty": {"model": {"d_norm": "none"}, "penalty": GradientPenalty(1.0, 0.1, 2), "loss": "least_squares"},
+    "augmented pairs": {"augment": Augment(translation=True, target=0.6), "loss": "relativistic", "real_target": 1.0},
+}
+
+
+def played(losses: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns the state after two steps of a game with these losses and torch's batch norm, and its statistics."""
+    update = game(**settings)
+    update.discriminator_terms, update.generator_terms = losses.discriminator_terms, losses.generator_terms
+    for step in range(2):
+        stats = update.step(*moves(update, step))
+    return {**tensors(update), "stats": stats[:8]}
 
 
 def main(out: str) -> None:

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from gan_dist.model import batchnorm_triton as kernels  # noqa: E402
+from gan_dist.model import losses_triton  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 """A100, H100 and H200, B200."""
@@ -58,10 +59,13 @@ def _compile(name: str, dtype: str, arch: int, channels_divisible: bool = True) 
         for index, (key, kind) in enumerate(types.items())
         if kind[0] == "*" or (key == "channels" and channels_divisible)
     }
+    return _build(function, types, constants, attributes, arch, kernels.WARPS if name in MAPS else 4)
+
+
+def _build(function: Any, types: Any, constants: dict[str, Any], attributes: Any, arch: int, warps: int) -> Any:
     places = {(function.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(function, types, places, attributes)
-    options = {"num_warps": kernels.WARPS if name in MAPS else 4}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
 def _wide_accesses(ptx: str) -> Counter[str]:
@@ -108,6 +112,17 @@ def test_kernels_over_maps_access_16_bytes_and_spill_nothing(name: str, dtype: s
 @pytest.mark.parametrize("name", SMALL)
 def test_the_small_kernels_spill_nothing(name: str, arch: int, tmp_path: Path) -> None:
     used = _resources(_compile(name, "fp32", arch), tmp_path)
+    assert used["LOCAL"] == 0 and used["STACK"] == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("player", "name"), [("discriminator", "non_saturating"), ("generator", "relativistic")])
+def test_the_losses_kernel_spills_nothing(player: str, name: Any, arch: int, tmp_path: Path) -> None:
+    function, constants = losses_triton._losses_kernel, losses_triton._constants(player, name, 0.9, 128)
+    pointers = {"logits": "*bf16", "loss": "*fp32", "sums": "*fp32", "gradient": "*bf16", "size": "i32"}
+    types = {key: pointers.get(key, "constexpr") for key in function.arg_names}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(types.values()) if kind[0] == "*"}
+    used = _resources(_build(function, types, constants, aligned, arch, 4), tmp_path)
     assert used["LOCAL"] == 0 and used["STACK"] == 0
 
 

@@ -108,7 +108,7 @@ class _Kernels:
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
-    def check(self, device: torch.device, dtype: torch.dtype) -> None:
+    def check(self, device: torch.device, dtype: torch.dtype, *loss: str) -> None:
         if self.error:
             raise self.error
 
@@ -116,7 +116,10 @@ class _Kernels:
 def test_a_gpu_takes_tritons_where_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = World(device=torch.device("cuda", 0))
     monkeypatch.setattr(batchnorm, "import_module", lambda name: _Kernels(None))
-    assert resolve_kernels("auto", gpu, torch.bfloat16) == ("triton", "fused with the activation")
+    assert resolve_kernels("auto", gpu, torch.bfloat16) == (
+        "triton",
+        "fused with the activation; losses too are one kernel",
+    )
     assert resolve_kernels("torch", gpu, torch.bfloat16)[0] == "torch"
     monkeypatch.setattr(batchnorm, "import_module", lambda name: _Kernels(RuntimeError("Failed to find C compiler\n")))
     kernels, why = resolve_kernels("auto", gpu, torch.bfloat16)

@@ -1,0 +1,29 @@
+"""Functions made operations of torch: opaque to torch.compile, known to fake tensors by their shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def define(signature: str, fake: Any) -> Any:
+    """Returns a decorator that makes a function torch.ops.gan_dist's operation of this `signature`.
+
+    fake: what returns tensors of the results' shapes, given the same arguments.
+    """
+    name, arguments = f"gan_dist::{signature.partition('(')[0]}", signature[signature.index("(") :]
+    torch.library.define(name, arguments)
+    torch.library.register_fake(name, fake)
+
+    def register(function: Any) -> Any:
+        torch.library.impl(name, ("CPU", "CUDA"))(function)
+        return function
+
+    return register
+
+
+def exact(x: Tensor) -> torch.dtype:
+    """Returns the dtype in which sums over `x` are made: float64 where it is that, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
