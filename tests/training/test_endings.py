@@ -24,6 +24,7 @@ from gan_dist.training.control import ControlRing
 from gan_dist.training.runner import Captured, Eager
 from gan_dist.training.trainer import train
 from gan_dist.utils import tensors
+from gan_dist.utils.errors import GanDistError
 from tests.helpers.fake_cuda import FakeGraph, play_cuda
 from tests.helpers.games import CPU, batches, game
 from tests.helpers.processes import Ranks
@@ -85,6 +86,55 @@ def train_and_note_the_end(rank: int, dataset: str, out: str, fails: bool) -> No
 def test_the_runner_is_closed_before_the_process_group_is_destroyed(dataset: Path, tmp_path: Path, fails: bool) -> None:
     run_ranks(2, train_and_note_the_end, str(dataset), str(tmp_path), fails)
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
+
+
+def _fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the second step find this rank's GPU full; what it drives is a CPU until then."""
+
+    def step(self: Eager, *words: Any) -> torch.Tensor:
+        if self.update.buffers.flat.any():  # the first one counted its passes
+            object.__setattr__(self.update.world, "device", torch.device("cuda", 0))
+            raise torch.OutOfMemoryError(FULL)
+        return self.update.step(*words)
+
+    monkeypatch.setattr(Eager, "step", step)
+
+
+def train_until_a_gpu_is_full(rank: int, dataset: str, out: str) -> None:
+    """Trains as one of two ranks, the second of which runs out of memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        destroyed: list[object] = []
+        if rank == 1:
+            _fill_the_gpu(patch)
+            patch.setattr(dist, "destroy_process_group", destroyed.append)
+        with pytest.raises(GanDistError) as caught:
+            train(small(Path(dataset)), run_dir=f"{out}/run", max_steps=9, console=False)
+    error, host = caught.value, os.uname().nodename
+    if rank == 1:
+        assert str(error).startswith("the GPU is out of memory with train.global_batch=8 on 2 rank(s); lower ")
+        assert error.exit_now and not destroyed
+        Path(out, "1").touch()
+        os._exit(0)  # as exit_at_once does
+    assert f"rank 1 on {host} was lost, its last words: OutOfMemoryError: {FULL}" in str(error)
+    assert not error.exit_now
+    Path(out, "0").touch()
+
+
+def test_a_rank_whose_gpu_is_full_leaves_at_once_and_the_other_says_why(dataset: Path, tmp_path: Path) -> None:
+    run_ranks(2, train_until_a_gpu_is_full, str(dataset), str(tmp_path))
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+
+def test_a_lone_gpu_that_is_full_is_left_in_order(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fill_the_gpu(monkeypatch)
+    with pytest.raises(GanDistError, match="the GPU is out of memory") as caught:
+        train(small(dataset), run_dir=tmp_path / "run", max_steps=9, console=False)
+    assert not caught.value.exit_now
 
 
 HANGS = """
