@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from gan_dist.distributed.failures import DeviceHangs
 from gan_dist.distributed.world import World
 from gan_dist.runs.checkpoint import save
 from gan_dist.utils.errors import GanDistError, first_line
-from gan_dist.utils.tensors import assert_ranks_agree, state_digest, to_host
+from gan_dist.utils.tensors import assert_ranks_agree, record_event, state_digest, to_host
 
 WAIT_S = 1.0
 
@@ -29,6 +30,7 @@ class Checkpointer:
     written. Rank 0 then writes it; `before_publishing` runs last before it becomes visible, and may raise to forbid it.
     `facts` go into every checkpoint's manifest. `every_steps`, `every_minutes`, `keep` and `keep_epochs` are the
     configuration's; `synchronised` says whether batch norm's running statistics are the same on all ranks.
+    Who waits for a save gets DeviceHangs where the device has not made the copy to be saved within `timeout_s`.
     """
 
     def __init__(
@@ -44,18 +46,18 @@ class Checkpointer:
         synchronised: bool = True,
         facts: Mapping[str, Any] | None = None,
         before_publishing: Callable[[], None] = lambda: None,
+        timeout_s: float = 300.0,
     ) -> None:
         self.directory = directory
         self.saved_step = saved_step
         """The newest step that was given to be saved; -1 before the first."""
-        self.while_waiting: Callable[[], None] = lambda: None
-        """Called every second of a wait for a save. It may raise: where the device hangs, the copy to be saved never
-        comes."""
         self._world, self._synchronised = world, synchronised
         self._keep, self._keep_epochs = keep, keep_epochs
         self._every_steps, self._every_s = every_steps, 60 * every_minutes
         self._facts, self._before_publishing = facts or {}, before_publishing
         self._next_by_clock = math.inf
+        self._timeout_s, self._began = timeout_s, 0.0
+        self._copied: Any = None
         self._state: Mapping[str, Any] | None = None
         self._stream: Any = None
         self._thread: threading.Thread | None = None
@@ -97,10 +99,8 @@ class Checkpointer:
         """
         self._join()
         self._state, self.saved_step = state, int(state["step"])
-        device, copied = self._world.device, None
-        if device.type == "cuda":
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+        device, self._began = self._world.device, time.monotonic()
+        copied = self._copied = record_event(device)
 
         def work() -> None:
             try:
@@ -177,7 +177,9 @@ class Checkpointer:
         if self._thread is not None:
             while self._thread.is_alive():
                 self._thread.join(timeout=WAIT_S)
-                self.while_waiting()
+                late = time.monotonic() > self._began + self._timeout_s
+                if late and self._copied is not None and not self._copied.query():
+                    raise DeviceHangs(f"the device did not finish a step within dist.timeout_s={self._timeout_s:g} s")
             self._thread = None
 
 

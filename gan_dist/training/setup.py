@@ -309,6 +309,7 @@ def build_run(
                 key: facts[key] for key in ("dataset", "parent", "grown_from", "torch", "world_size") if key in facts
             },
             before_publishing=before_publishing,
+            timeout_s=config.dist.timeout_s,
         )
         closing.callback(lambda: checkpointer.failure(wait=True))
         order = Order(dataset.shard_sizes, config.seed, config.data.window_shards)

@@ -129,7 +129,7 @@ def _loop(run: Run) -> str | None:
         return _stop_reason(run)
     run.statistics.start(run.step, run.images_seen, run.stream.wait_seconds)
     run.checkpointer.start_clock()
-    run.stream.while_waiting = run.checkpointer.while_waiting = ring.check
+    run.stream.while_waiting = ring.check
     runner = run.runner.name
     while run.step < run.end:
         # Draw: this rank's slice of the next images, latents and noise.
