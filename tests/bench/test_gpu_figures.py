@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from gan_dist.model import batchnorm
 from tests.bench.gpu_figures import __main__ as figures
 from tests.bench.gpu_figures import check
 
@@ -74,3 +76,6 @@ def test_kernels_are_told_apart_by_name() -> None:
         "Memcpy DtoD (Device -> Device)": "copies and casts",
     }
     assert {name: check.kind_of(name) for name in kinds} == kinds
+    source = Path(batchnorm.__file__).with_name("batchnorm_triton.py").read_text()
+    ours = re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE)
+    assert len(ours) >= 7 and {check.kind_of(name) for name in ours} == {"batch norm"}

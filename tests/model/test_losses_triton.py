@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, get_args
 
 import pytest
@@ -57,6 +58,15 @@ def test_it_equals_torch_in_float64(found: dict[Any, Any], player: str, name: st
 @pytest.mark.parametrize("name", OTHER_GAMES)
 def test_other_games_are_the_same(found: dict[Any, Any], name: str) -> None:
     assert worst(found["games"][name], played(losses, OTHER_GAMES[name])) < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # Triton's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", get_args(LossName))
+def test_it_is_right_on_a_gpu(name: Any, dtype: torch.dtype) -> None:
+    importlib.import_module("gan_dist.model.losses_triton").check(torch.device("cuda", 0), dtype, name)
 
 
 def test_the_check_passes_the_right_kernel_and_sees_a_wrong_one(found: dict[Any, Any]) -> None:

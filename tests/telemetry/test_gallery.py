@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,11 +23,13 @@ from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.trainer import train
 from gan_dist.utils import tensors
+from gan_dist.utils.pictures import from_pil, grid
 from gan_dist.utils.tensors import HostCopy
 from tests.helpers.dispatch import fake_gpus
 from tests.helpers.games import STYLES
 from tests.helpers.training import assert_identical, small
 from tests.telemetry.test_telemetry import board
+from tests.training.test_runner import waiting_is_an_error
 
 LATENT = 8
 TAGS = ("samples/fixed_latents", "samples/interpolation", "samples/classes")
@@ -102,6 +105,22 @@ def test_drawing_on_a_gpu_queues_a_copy_to_the_host_and_waits_for_nothing(
     ((step, copy, pictures),) = sent
     assert step == 4 and copy.host.device.type == "cpu" and copy.device.type == "cuda" and not copy.arrived
     assert tuple(each.tag for each in pictures) == TAGS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_grid_is_drawn_without_a_wait(tmp_path: Path) -> None:
+    network, latents = _generator().cuda(), torch.randn(9, LATENT)
+    telemetry = _telemetry(tmp_path, console=False)
+    gallery = Gallery(tmp_path, telemetry, network, latents)
+    gallery.draw(1)  # finds kernels and memory
+    telemetry.flush()
+    with waiting_is_an_error():
+        gallery.draw(2)
+    telemetry.close()
+    expected = grid(generate(network, network.with_classes(latents, STYLES.draw(9, 0))))
+    with Image.open(tmp_path / "samples" / "step-00000002.png") as picture:
+        assert torch.equal(from_pil(picture), expected)
 
 
 def test_pictures_are_written_when_they_have_come_and_are_the_same(tmp_path: Path, event: _Event) -> None:

@@ -24,7 +24,7 @@ KINDS = {
     "convolutions and products": r"conv|gemm|wgrad|dgrad|fprop|cutlass|xmma|cudnn|nvjet|gemv|splitk",
     "collectives": r"nccl|all_?reduce|all_?gather|symm",
     "optimiser": r"adam|multi_tensor|foreach",
-    "batch norm": r"batch_?norm|bn_|_stats|_finish|_apply|_sums|_back_dx",
+    "batch norm": r"batch_?norm|bn_|_(statistics|merge|normalise|chunk_sums|add_sums|input_gradient|track)_kernel",
     "copies and casts": r"copy|memcpy|memset|cat|fill",
 }
 """Words in the names of kernels. The first kind that has one takes it; what is left is elementwise."""
