@@ -221,7 +221,7 @@ def save_losses(out: str) -> None:
     found["games"] = {name: played(losses_triton, settings) for name, settings in OTHER_GAMES.items()}
     for what in ("right", "wrong"):
         found[what] = []
-        for name in ("hinge", "relativistic"):
+        for name in CHECKED:
             try:
                 losses_triton.check(CPU, torch.float32, name)
                 found[what].append("")
@@ -231,6 +231,7 @@ def save_losses(out: str) -> None:
     torch.save(found, Path(out) / "losses.pt")
 
 
+CHECKED: tuple[LossName, ...] = ("hinge", "relativistic")
 OTHER_GAMES: dict[str, dict[str, Any]] = {
     "penalty": {"model": {"d_norm": "none"}, "penalty": GradientPenalty(1.0, 0.1, 2), "loss": "least_squares"},
     "augmented pairs": {"augment": Augment(translation=True, target=0.6), "loss": "relativistic", "real_target": 1.0},
