@@ -30,7 +30,7 @@ MAX_FRAMES = 120
 def generate(generator: torch.nn.Module, latents: Tensor, batch: int = BATCH) -> Tensor:
     """Returns uint8 [N, 3, S, S] on the CPU for `latents` [N, Z], drawn in eval mode; the generator's mode is
     restored."""
-    return torch.cat([render(generator, part).cpu() for part in latents.split(batch)])
+    return torch.cat([render(generator, part).cpu() for part in torch.split(latents, batch)])
 
 
 def render(generator: torch.nn.Module, latents: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def render(generator: torch.nn.Module, latents: Tensor) -> Tensor:
     generator.eval()
     try:
         with torch.no_grad():
-            parts = latents.to(parameter.device, parameter.dtype).split(BATCH)
+            parts = torch.split(latents.to(parameter.device, parameter.dtype), BATCH)
             return torch.cat([to_uint8(generator(part)) for part in parts])
     finally:
         generator.train(training)
