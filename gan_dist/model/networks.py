@@ -103,10 +103,14 @@ class Generator(nn.Module):
             self.add_module(f"convt{i + 1}", nn.ConvTranspose2d(wide, narrow, side, 2, 1, bias=False))
 
     def class_vectors(self, classes: Tensor) -> Tensor:
-        """Returns [B, CLASS_DIM]: for one-hot rows [B, num_classes + 1] the vectors of these classes, whose numbers are
-        1 in root mean square, as those of latents; for others the mixtures that they weigh."""
+        """Returns [B, CLASS_DIM]: for one-hot rows [B, num_classes + 1] the vectors of these classes, of length 1; for
+        others the mixtures that they weigh.
+
+        All images of a class move its weights one way, while latents pull theirs to and fro, and Adam's steps are as
+        long for both. Vectors as long as latents, 8, would take over within a few steps, and each class be one picture.
+        """
         with torch.autocast(classes.device.type, enabled=False):
-            table = self.class_table * (self.class_table.square().mean(1, keepdim=True) + EPS).rsqrt()
+            table = self.class_table * (self.class_table.square().sum(1, keepdim=True) + EPS).rsqrt()
             return classes.to(table.dtype) @ table
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ latents = torch.randn(16, {latent_dim}, 1, 1)  # N(0, 1)
 """Loads an exported generator with torch and safetensors alone; the two parts below are for one with classes."""
 TABLE = """\
 table = weights.pop("class_table")  # a row for each class, the first for images without one
-table = table * (table.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+table = table * (table.square().sum(1, keepdim=True) + 1e-8).rsqrt()
 """
 CHOICE = """\
 classes = {names}

@@ -26,7 +26,7 @@ from gan_dist.training.trainer import train
 
 GAMES = {"without": ["model.classes=none"], "with classes": ["model.classes=dataset"]}
 FIGURES = (
-    *("swd", "swd_floor", "feature_distance", "diversity"),
+    *("swd", "swd_floor", "feature_distance", "feature_recall", "diversity", "repeated"),
     *("class_agreement", "class_agreement_chance", "class_agreement_real"),
 )
 SMALL = ["model.resolution=32", "model.g_channels=16", "model.d_channels=16", "train.global_batch=64"]

@@ -180,12 +180,12 @@ def test_with_spectral_norm_a_class_cannot_make_the_discriminator_steeper() -> N
     torch.testing.assert_close(part(unit * 1e6), full, rtol=1e-9, atol=0)
 
 
-def test_vectors_of_classes_have_the_size_of_latents_and_strength_goes_beyond_them() -> None:
+def test_vectors_of_classes_have_one_length_and_strength_goes_beyond_them() -> None:
     generator = Generator(32, 8, 4, classes=STYLES)
     initialise(generator, 0.1, torch.Generator().manual_seed(0))
     with torch.no_grad():
         generator.class_table.mul_(7)
     plain, none, strong = (generator.vectors_of(torch.arange(3), w) for w in (1.0, 0.0, 1.5))
-    torch.testing.assert_close(plain.square().mean(1), torch.ones(3))
+    torch.testing.assert_close(plain.square().sum(1), torch.ones(3))
     torch.testing.assert_close(none, plain[:1].expand(3, -1))
     torch.testing.assert_close(strong, plain[:1] + 1.5 * (plain - plain[:1]))
