@@ -45,7 +45,10 @@ def prepare(
         ),
     ] = False,
     fast_checks: Annotated[
-        bool, typer.Option("--fast-checks", help="Leave out checks that are dear: those of TIFFs' packed strips.")
+        bool,
+        typer.Option(
+            "--fast-checks", help="Leave out checks that are dear: those of AVIFs and of TIFFs' packed strips."
+        ),
     ] = False,
 ) -> None:
     """Turn images into a dataset of WebDataset shards.

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
-from gan_dist.data.prepare import ends, icons, jpeg, png, structure, tiff, webp
+from gan_dist.data.prepare import avif, ends, icons, jpeg, png, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 
 MEMORY_LIMIT = 800 * 2**20
@@ -123,8 +123,8 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
         if not patient:
             if format == "ICO":
                 png.check_inner(data)
-            if format == "AVIF" and (place := structure.hole(data, image)) is not None:
-                raise Rejected("corrupt", f"{format}: its pixels are overwritten from byte {place} on")
+            if format == "AVIF" and not fast:
+                avif.check(data)
             if structure.odd(data, format) and "odd_structure" not in flags:
                 flags.append("odd_structure")
         if format == "PNG" and "transparency" in image.info:
@@ -137,7 +137,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
         image, white = tiff.corrected(image, told)
         if format == "XBM" or (format == "PSD" and mode == "1"):
             image = ImageChops.invert(image)  # a bit that is set is ink
-        if format == "AVIF" and (shown := structure.clean_aperture(data, image.size)):
+        if format == "AVIF" and (shown := avif.clean_aperture(data, image.size)):
             image, info = image.crop(shown), image.info
             image.info = info
             width, height = image.size

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from gan_dist.data.prepare import libtiff, webp
+from gan_dist.data.prepare import avif, libtiff, webp
 from gan_dist.data.prepare.account import Account, TooManyRejects, contact_sheet
 from gan_dist.data.prepare.images import RESAMPLE, Recipe
 from gan_dist.data.prepare.plan import FOLDER, Options, Plan, claim, make_plan, settle
@@ -41,7 +41,7 @@ REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timi
 STAGED = "staged"
 _PLAN_LOCK, _FINISH_LOCK, _STAGE_LOCK = 2**30, 2**30 + 1, 2**30 + 2
 _NO_LOCKS = "this file system has no locks: make sure that no two runs prepare the same part at once"
-_FAST = "--fast-checks: deflated strips of TIFFs were not checked for damage"
+_FAST = "--fast-checks: AVIFs and deflated strips of TIFFs were not checked for damage"
 _UNHEARD = "Pillow's {} cannot be called here: damage of {}s was looked for in part only"
 _NOT_ALL = "the dataset is complete when all shards are done: by the other tasks, or by this command without --task"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -353,6 +353,7 @@ class _Run:
                 *([_FAST] if plan.image.fast_checks else []),
                 *([] if libtiff.available() else [_UNHEARD.format("libtiff", "TIFF")]),
                 *([] if webp.available() else [_UNHEARD.format("libwebp", "WebP")]),
+                *([] if avif.available() else [_UNHEARD.format("dav1d", "AVIF")]),
                 *([_NO_LOCKS] if self.locks.missing else []),
                 *([_NOT_ALL] if len(parts) < plan.num_shards else []),
             ],

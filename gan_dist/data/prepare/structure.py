@@ -1,19 +1,12 @@
-"""What the boxes, chunks and tables around compressed pixels tell: whether they are all there, and which to show."""
+"""What the boxes, chunks and tables around compressed pixels tell: whether they are all there."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
-
-_HOLE = 64
-"""Bytes of one value in a row that no coder writes, unless for an area that it can predict."""
-_FLAT_PIXELS = 192
-"""Pixels of such an area that a byte of a run stands for, at least."""
 
 _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 """Bytes of a number of each type in a directory."""
@@ -68,7 +61,7 @@ def odd(data: bytes, format: str) -> str | None:
         case "WEBP":
             end = 8 + int.from_bytes(data[4:8], "little")
         case "AVIF":
-            kinds = [(kind, start, stop) for kind, start, stop in _boxes(data)]
+            kinds = [(kind, start, stop) for kind, start, stop in boxes(data)]
             end = next((start - 8 for kind, start, stop in kinds if not kind.isascii() or stop > len(data)), end)
         case "BMP" if _bmp_is_packed(data):
             return None if _rle_is_whole(data) else "its rows are too long or do not end"
@@ -136,55 +129,6 @@ def _gif_is_whole(data: bytes) -> bool:
     return pictures > 0 and (place >= len(data) or data[place] == 0x3B)
 
 
-def hole(data: bytes, image: Image.Image) -> int | None:
-    """Returns where the compressed pixels of an AVIF were overwritten with one value, or None.
-
-    Such runs are also how areas of one colour look. They are a hole if the picture, decoded, has no such area or one
-    that is too small for them.
-    """
-    first, needed = None, 0
-    for start, end in _primary(data)[1]:
-        samples = np.frombuffer(data, np.uint8)[start:end:8]  # a run has several of these
-        equal, count = samples[1:] == samples[:-1], _HOLE // 8 - 2
-        if len(equal) < count or not (np.convolve(equal, np.ones(count, int), "valid") == count).any():
-            continue
-        values = np.frombuffer(data, np.uint8)[start:end]
-        edges = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1, [len(values)]])
-        lengths = np.diff(edges)
-        runs = lengths > _HOLE - 16
-        if runs.any():
-            first = start + int(edges[:-1][runs][0]) if first is None else first
-            needed += _FLAT_PIXELS * int(lengths[runs].sum())
-    return first if needed > 0 and needed > _flat_pixels(image) else None
-
-
-def _flat_pixels(image: Image.Image) -> int:
-    """Returns the number of pixels that equal the one above or the one to the left."""
-    flat = 0
-    for top in range(0, image.height, 512):
-        rows = np.asarray(image.crop((0, max(0, top - 1), image.width, min(image.height, top + 512))))
-        rows = rows.reshape(*rows.shape[:2], -1)
-        above = (rows[1:, 1:] == rows[:-1, 1:]).all(2)
-        left = (rows[1:, 1:] == rows[1:, :-1]).all(2)
-        flat += int((above | left).sum())
-    return flat
-
-
-def clean_aperture(data: bytes, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """Returns the box of the part of an AVIF of `size` that is to be shown (its `clap` property), or None for all."""
-    content = _primary(data)[0].get(b"clap", b"")
-    if len(content) < 32:
-        return None
-    values = struct.unpack(">8i", content[:32])
-    if min(values[:4]) <= 0 or values[5] <= 0 or values[7] <= 0:
-        return None
-    width, height, right, down = (Fraction(values[i], values[i + 1]) for i in (0, 2, 4, 6))
-    left, top = (size[0] - width) / 2 + right, (size[1] - height) / 2 + down
-    box = round(left), round(top), round(left + width), round(top + height)
-    inside = 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
-    return box if inside and box != (0, 0, *size) else None
-
-
 def riff_chunks(data: bytes, place: int = 12) -> Iterator[tuple[bytes, int, int]]:
     """Yields kind, start and size of the content of each chunk of a RIFF file, from `place` on."""
     while place + 8 <= len(data):
@@ -224,7 +168,7 @@ def _sgi_end(data: bytes) -> int:
     return end + int(lengths.sum())
 
 
-def _boxes(data: bytes, place: int = 0) -> Iterator[tuple[bytes, int, int]]:
+def boxes(data: bytes, place: int = 0) -> Iterator[tuple[bytes, int, int]]:
     """Yields kind, start and end of the content of each box of ISO 14496-12; the last may end beyond `data`."""
     while place + 8 <= len(data):
         size, head = int.from_bytes(data[place : place + 4], "big"), 8
@@ -239,63 +183,5 @@ def _boxes(data: bytes, place: int = 0) -> Iterator[tuple[bytes, int, int]]:
 
 def _last_box_end(data: bytes) -> int:
     """Returns where the last box ends; a file without any box that can hold pixels is taken to go on."""
-    ends = {kind: end for kind, _, end in _boxes(data)}
+    ends = {kind: end for kind, _, end in boxes(data)}
     return max(ends.values(), default=0) if ends.keys() & {b"mdat", b"jp2c", b"meta"} else len(data) + 1
-
-
-def _primary(data: bytes) -> tuple[dict[bytes, bytes], list[tuple[int, int]]]:
-    """Returns the properties, by kind, of an AVIF's primary picture, and the extents of its data in the file; both are
-    empty where they cannot be followed."""
-    try:
-        meta = next(data[start + 4 : end] for kind, start, end in _boxes(data) if kind == b"meta")
-        parts = {kind: meta[start:end] for kind, start, end in _boxes(meta)}
-        item = _numbers(parts[b"pitm"], 4, 2 if parts[b"pitm"][0] == 0 else 4)[0]
-        kinds = {kind: parts[b"iprp"][start:end] for kind, start, end in _boxes(parts[b"iprp"])}
-        known = [(kind, kinds[b"ipco"][start:end]) for kind, start, end in _boxes(kinds[b"ipco"])]
-        used = [known[number - 1] for number in _associated(kinds[b"ipma"], item) if 0 < number <= len(known)]
-        return dict(used), _extents(parts.get(b"iloc", b""), item)
-    except (StopIteration, KeyError, IndexError, ValueError):
-        return {}, []
-
-
-def _numbers(data: bytes, place: int, *sizes: int) -> list[int]:
-    """Returns big-endian numbers of these sizes in bytes (0: the number is 0). Raises IndexError beyond the end."""
-    numbers = []
-    for size in sizes:
-        if place + size > len(data):
-            raise IndexError(place)
-        numbers.append(int.from_bytes(data[place : place + size], "big"))
-        place += size
-    return numbers
-
-
-def _associated(ipma: bytes, item: int) -> list[int]:
-    """Returns the numbers, from 1, of the properties that an `ipma` box gives to an item."""
-    wide_items, wide_numbers = ipma[0] >= 1, ipma[3] & 1
-    place, step = 8, 2 if wide_numbers else 1
-    for _ in range(_numbers(ipma, 4, 4)[0]):
-        number, count = _numbers(ipma, place, 4 if wide_items else 2, 1)
-        place += (4 if wide_items else 2) + 1
-        found = _numbers(ipma, place, *[step] * count)
-        place += step * count
-        if number == item:
-            return [value & (0x7FFF if wide_numbers else 0x7F) for value in found]
-    return []
-
-
-def _extents(iloc: bytes, item: int) -> list[tuple[int, int]]:
-    """Returns start and end in the file of each extent that an `iloc` box gives to an item."""
-    version, sizes, more = _numbers(iloc, 0, 1, 0, 0)[0], iloc[4], iloc[5]
-    offset_size, length_size, base_size, index_size = sizes >> 4, sizes & 15, more >> 4, more & 15
-    id_size = 4 if version == 2 else 2
-    count, place = _numbers(iloc, 6, id_size)[0], 6 + id_size
-    for _ in range(count):
-        head = (id_size, 2 if version else 0, 2, base_size, 2)
-        number, method, _, base, extents = _numbers(iloc, place, *head)
-        place += sum(head)
-        shape = (index_size if version else 0, offset_size, length_size)
-        found = [_numbers(iloc, place + i * sum(shape), *shape) for i in range(extents)]
-        place += extents * sum(shape)
-        if number == item:
-            return [(base + start, base + start + size) for _, start, size in found] if method & 15 == 0 else []
-    return []

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from gan_dist.data.prepare import jpeg, structure, tiff, webp
+from gan_dist.data.prepare import avif, jpeg, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
@@ -37,6 +37,7 @@ CERTAIN = {
     "PNG, palette": 9,
     "TIFF, deflate": 9,
     "TIFF, JPEG": 6,
+    "AVIF": 9,
 }
 """Formats in which at least so many kinds of damage, the gross ones, are always found."""
 
@@ -338,9 +339,23 @@ def test_files_that_hold_more_than_they_say_are_flagged() -> None:
         assert damage.outcome(data[:half] + data[half - 100 :]) in ("odd_structure", "corrupt", "truncated"), format
 
 
+def test_every_picture_of_an_avif_is_checked_but_thumbnails() -> None:
+    """Its transparency is a picture of its own."""
+    image = texture((96, 64), "RGBA")
+    image.putalpha(texture((96, 64), "L"))
+    data = encode(image, "AVIF", quality=80)
+    parts = list(avif._pictures(data))
+    assert len(parts) == 2 and reason(data) == ""
+    for part in parts:
+        place = data.index(part) + len(part) // 2
+        bad = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        assert reason(bad) == "corrupt"
+        assert reason(bad.replace(b"auxl", b"thmb")) == ("" if part is parts[1] else "corrupt")
+
+
 def broken(check: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     target, name, instead = {
-        "hole": (structure, "hole", lambda *_: None),
+        "avif": (avif, "check", lambda *_: None),
         "webp": (webp, "decode", lambda *_: None),
         "strips": (tiff, "_strips", lambda *_: ()),
         "jpeg": (jpeg, "_look_for_damage", lambda *_: None),
@@ -348,10 +363,10 @@ def broken(check: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(target, name, instead)
 
 
-@pytest.mark.parametrize("check", ["hole", "webp", "strips", "jpeg"])
+@pytest.mark.parametrize("check", ["avif", "webp", "strips", "jpeg"])
 def test_each_check_is_needed(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: without the check, this damage passes."""
-    names = {"hole": "AVIF", "webp": "WebP", "strips": "TIFF, deflate", "jpeg": "JPEG"}
+    names = {"avif": "AVIF", "webp": "WebP", "strips": "TIFF, deflate", "jpeg": "JPEG"}
     name = names[check]
     data = damage.encode(0, name)
 
@@ -367,10 +382,11 @@ def test_each_check_is_needed(check: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_fast_checks_leave_out_what_is_dear_and_say_so(tmp_path: Path) -> None:
-    data = damage.encode(0, "TIFF, deflate")
-    bad = data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
-    assert reason(bad) == "corrupt" and reason(bad, Recipe(32, fast_checks=True)) == ""
-    assert np.array_equal(square(data, RECIPE).pixels, square(data, Recipe(32, fast_checks=True)).pixels)
+    for name in ("AVIF", "TIFF, deflate"):
+        data = damage.encode(0, name)
+        bad = data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
+        assert reason(bad) == "corrupt" and reason(bad, Recipe(32, fast_checks=True)) == ""
+        assert np.array_equal(square(data, RECIPE).pixels, square(data, Recipe(32, fast_checks=True)).pixels)
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.tif").write_bytes(data)
     careful, fast = (prepare(tmp_path / "in", tmp_path / str(f), workers=0, fast_checks=f) for f in (False, True))

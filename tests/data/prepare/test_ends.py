@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gan_dist.data.prepare import ends, libtiff, structure, tiff, webp
+from gan_dist.data.prepare import avif, ends, libtiff, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
@@ -156,12 +156,12 @@ def test_libtiff_needs_to_be_heard(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_heard_here_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(encode(RGB))
-    assert libtiff.available() and webp.available()
+    assert libtiff.available() and webp.available() and avif.available()
     assert not prepare(tmp_path / "in", tmp_path / "all", workers=0).notes
-    for module in (libtiff, webp):
+    for module in (libtiff, webp, avif):
         monkeypatch.setattr(module, "_library", lambda: None)
     notes = prepare(tmp_path / "in", tmp_path / "less", workers=0).notes
-    assert [word in note for word, note in zip(("TIFF", "WebP"), notes, strict=True)] == [True, True]
+    assert [word in note for word, note in zip(("TIFF", "WebP", "AVIF"), notes, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize(
