@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
-from gan_dist.data.prepare import avif, ends, icons, jpeg, png, structure, tiff, webp
+from gan_dist.data.prepare import avif, bmp, ends, icons, jpeg, png, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 
 MEMORY_LIMIT = 800 * 2**20
@@ -167,6 +167,10 @@ def _load(header: Image.Image, data: bytes, patient: bool, fast: bool, flags: li
     if header.format == "WEBP" and not patient and (still := webp.decode(data, header.mode, header.size)):
         still.info = header.info
         return still
+    if bmp.is_packed(header):
+        if bmp.load(header, data, patient):
+            flags.append("odd_structure")
+        return header
     stream, watched = getattr(header, "fp", None), None
     if not patient and header.format in ("GIF", "TGA", "PCX", "SUN", "PPM", "SGI", "PSD"):
         watched = ends.streamed(header, data)

@@ -63,8 +63,6 @@ def odd(data: bytes, format: str) -> str | None:
         case "AVIF":
             kinds = [(kind, start, stop) for kind, start, stop in boxes(data)]
             end = next((start - 8 for kind, start, stop in kinds if not kind.isascii() or stop > len(data)), end)
-        case "BMP" if _bmp_is_packed(data):
-            return None if _rle_is_whole(data) else "its rows are too long or do not end"
         case "BMP":
             stated = int.from_bytes(data[2:6], "little")
             end = stated if stated == int.from_bytes(data[10:14], "little") + _bmp_pixels(data) else end
@@ -74,40 +72,9 @@ def odd(data: bytes, format: str) -> str | None:
 
 
 def _bmp_pixels(data: bytes) -> int:
-    """Returns the bytes of the pixels of a BMP without compression."""
+    """Returns the bytes that the pixels of a BMP take without compression."""
     width, height, _, bits = struct.unpack("<iiHH", data[18:30])
     return int((width * bits + 31) // 32 * 4 * abs(height))
-
-
-def _bmp_is_packed(data: bytes) -> bool:
-    """Returns whether a BMP is run-length encoded. (The oldest header, of 12 bytes, does not say, and never is.)"""
-    return int.from_bytes(data[14:18], "little") > 12 and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
-
-
-def _rle_is_whole(data: bytes) -> bool:
-    """Returns whether the runs of a BMP exceed no row, and come to a mark of their end. (Rows, and the picture, may end
-    early: what is left out has the first colour.)"""
-    width, height, four = *struct.unpack("<ii", data[18:26]), data[30] == 2
-    place, x, y = int.from_bytes(data[10:14], "little"), 0, 0
-    while place + 1 < len(data) and y <= abs(height) and x <= (width if y < abs(height) else 0):
-        count, value = data[place], data[place + 1]
-        place += 2
-        if count:
-            x += count
-        elif value == 0:
-            x, y = 0, y + 1
-        elif value == 1:
-            return y >= abs(height) - 1 or not data[place:].strip(b"\0")
-        elif value == 2 and place + 1 < len(data):
-            x, y = x + data[place], y + data[place + 1]
-            place += 2
-        elif value == 2:
-            return False
-        else:
-            x += value
-            size = (value + 1) // 2 if four else value
-            place += size + size % 2
-    return False
 
 
 def _gif_is_whole(data: bytes) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gan_dist.data.prepare import avif, ends, libtiff, structure, tiff, webp
+from gan_dist.data.prepare import avif, ends, libtiff, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
@@ -130,8 +130,7 @@ def test_bytes_that_were_doubled_or_lost_are_seen(name: str) -> None:
     middle = len(data) * 2 // 5
     for place in (middle, middle + 60, middle + 200):
         assert damage.outcome(data[: place + 90] + data[place:]), ("doubled", place)
-        if "BMP" not in name:  # its rows may end early
-            assert damage.outcome(data[:place] + data[place + 90 :]), ("lost", place)
+        assert damage.outcome(data[:place] + data[place + 90 :]), ("lost", place)
 
 
 @pytest.mark.parametrize("name", ["GIF", "TGA", "PCX", "SUN"])
@@ -195,25 +194,72 @@ def test_the_oldest_header_of_bmps_says_nothing_of_packing() -> None:
     """Where later ones say it, it has colours."""
     head = struct.pack("<IHHHH", 12, 8, 3, 1, 8) + bytes([9, 9, 9, 0, 1, 0, 0, 0, 0]) + bytes(768 - 9)
     data = b"BM" + struct.pack("<IHHI", 14 + len(head) + 24, 0, 0, 14 + len(head)) + head + bytes(24)
-    assert data[30:34] == b"\1\0\0\0" and structure.odd(data, "BMP") is None
-    assert "odd_structure" not in square(data, Recipe(32)).flags
+    assert data[30:34] == b"\1\0\0\0" and "odd_structure" not in square(data, Recipe(32)).flags
 
 
-@pytest.mark.parametrize(("rows", "sound"), [
-    ([b"\x08\1\0\0", b"\x08\2\0\0", b"\x08\3\0\2"], False),  # a mark that is cut
-    ([b"\3\1\0\0", b"\5\2\0\0", b"\x08\3\0\1"], True),  # rows that end early, by their own mark
-    ([b"\x08\1\0\0", b"\0\0", b"\2\3\0\1"], True),  # an empty row, and a last one that ends with the picture
-    ([b"\x08\1\0\0", b"\3\2\0\1"], True),  # a picture that ends before its last row
-    ([b"\x08\1\0\0", b"\x08\2\0\0", b"\x08\3\0\0", b"\x08\4\0\1"], False),
-    ([b"\x09\1\0\0", b"\x08\2\0\0", b"\x08\3\0\1"], False),
-    ([b"\x08\1\0\0", b"\x08\2\0\1", b"\x08\3\0\1"], False),  # more after its end
-])  # fmt: skip
-def test_rows_of_a_packed_bmp_may_end_early(rows: list[bytes], sound: bool) -> None:
-    whole = encode(Image.new("P", (8, 3)), "BMP")
-    start, pixels = int.from_bytes(whole[10:14], "little"), b"".join(rows)
-    head = bytearray(whole[:start])
-    head[2:6], head[30:38] = struct.pack("<I", start + len(pixels)), struct.pack("<II", 1, len(pixels))
-    assert (structure.odd(bytes(head) + pixels, "BMP") is None) == sound
+def packed_bmp(pixels: bytes, size: tuple[int, int] = (8, 4), bits: int = 8, shift: int = 0, stated: int = 0) -> bytes:
+    """Returns a BMP of these packed pixels, of which colour i is (16 (i % 16), 0, 0); `shift`: bytes before them;
+    `stated`: bytes that the header says they have too many."""
+    palette = b"".join(bytes((0, 0, i % 16 * 16, 0)) for i in range(2**bits)) + bytes(shift)
+    start, length = 54 + len(palette), len(pixels) + stated
+    head = b"BM" + struct.pack("<IHHI", start + length, 0, 0, start)
+    head += struct.pack("<IiiHHIIiiII", 40, *size, 1, bits, 1 if bits == 8 else 2, length, 0, 0, 0, 0)
+    return head + palette + pixels
+
+
+PACKED = {
+    "mark that is cut": (b"\x08\x11\0\0\x08\x22\0\0\x08\x33\0\0\x08\x44\0\2", [1, 2, 3, 4], False),
+    "rows that end early": (b"\x08\x11\0\0\4\x22\0\0\x08\x33\0\0\x08\x44\0\1", [1, (2, 4), 3, 4], True),
+    "empty rows": (b"\x08\x11\0\0\0\0\0\0\x08\x44\0\1", [1, 0, 0, 4], True),
+    "only an end": (b"\0\1", [0, 0, 0, 0], True),
+    "early end": (b"\x08\x11\0\0\4\x22\0\1", [1, (2, 4), 0, 0], True),
+    "jump over rows": (b"\x08\x11\0\2\0\2\0\0\x08\x44\0\1", [1, 0, 0, 4], True),
+    "jump within a row": (b"\0\2\4\1\4\x22\0\0\x08\x33\0\0\x08\x44\0\1", [0, (0, 4, 2), 3, 4], True),
+    "pixels as they are": (
+        b"\0\5\x11\x11\x11\x11\x22\0\3\x22\0\0\x08\x22\0\0\0\0\x08\x44\0\1",
+        [(1, 4, 2), 2, 0, 4],
+        True,
+    ),
+    "a row too many": (b"\x08\x11\0\0\x08\x22\0\0\x08\x33\0\0\x08\x44\0\0\x08\x55\0\1", [1, 2, 3, 4], False),
+    "a row too long": (b"\x09\x11\0\0\x08\x22\0\0\x08\x33\0\0\x08\x44\0\1", [1, 2, 3, 4], False),
+    "more after its end": (b"\x08\x11\0\0\x08\x22\0\1\x08\x33\0\1", [1, 2, 0, 0], False),
+    "no mark of the end": (b"\x08\x11\0\0\x08\x22\0\0\x08\x33\0\0\x08\x44", [1, 2, 3, 4], False),
+}
+"""Packed rows of 8 pixels, the last row first: a row's colour, or its first colour, of how many, and the others'."""
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_bmps(name: str, bits: int, shift: int) -> None:
+    """Rows may be empty, and the pixels may begin at an odd byte."""
+    pixels, rows, sound = PACKED[name]
+    if bits == 4:
+        pixels = pixels.replace(b"\0\5\x11\x11\x11\x11\x22", b"\0\5\x11\x11\x22")
+    expected = np.zeros((4, 8), int)
+    for y, row in enumerate(rows):
+        first, count, rest = (*row, 0)[:3] if isinstance(row, tuple) else (row, 8, 0)
+        expected[3 - y] = [first] * count + [rest] * (8 - count)
+    made = square(packed_bmp(pixels, bits=bits, shift=shift), Recipe(4, resample="box", full_decode=True))
+    assert np.array_equal(made.pixels[0], 16 * expected[:, 2:6])
+    assert ("odd_structure" not in made.flags) == sound
+
+
+def test_a_packed_bmp_ends_where_it_says() -> None:
+    """Unless it says what its pixels would take without being packed."""
+    rows = b"\x08\1\0\0\x08\2\0\0\x08\3\0\0\x08\4\0\1"
+    for extra, stated, sound in (
+        (b"", 0, True),
+        (b"\0\0\0", 0, True),
+        (b"", 2, False),
+        (b"", 32 - len(rows), True),
+        (b"", -2, False),
+        (b"\7", 0, False),
+    ):
+        flags = square(packed_bmp(rows + extra, stated=stated), Recipe(4)).flags
+        assert ("odd_structure" not in flags) == sound, (extra, stated)
+    with pytest.raises(Rejected, match="truncated"):
+        square(packed_bmp(rows[:-5]), Recipe(4))
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
