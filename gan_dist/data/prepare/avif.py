@@ -8,6 +8,7 @@ so Pillow's copy of dav1d decodes the pixels here a second time.
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -20,6 +21,7 @@ from gan_dist.data.prepare.structure import boxes
 
 _INTERFACE = 7
 """The version of dav1d's interface that has these structures."""
+_EXIF = rb"(infe(?:\x02.{7}|\x03.{9}))Exif"
 _INVALID = -22
 _LONGEST_PICTURE = 4096
 """Bytes, more than a Dav1dPicture has."""
@@ -101,6 +103,17 @@ def _is_damaged(library: Any, pixels: bytes) -> bool:
     finally:
         library.dav1d_data_unref(ctypes.byref(given))
         library.dav1d_close(ctypes.byref(decoder))
+
+
+def without_exif(data: bytes) -> bytes:
+    """Returns an AVIF whose EXIF is hidden. It says nothing of how the picture is shown, and where it is broken the
+    picture would be refused."""
+    try:
+        start, end = next((start, end) for kind, start, end in boxes(data) if kind == b"meta")
+        start, end = next((start + 4 + s, start + 4 + e) for k, s, e in boxes(data[start + 4 : end]) if k == b"iinf")
+    except StopIteration:
+        return data
+    return data[:start] + re.sub(_EXIF, rb"\1none", data[start:end], flags=re.S) + data[end:]
 
 
 def clean_aperture(data: bytes, size: tuple[int, int]) -> tuple[int, int, int, int] | None:

@@ -185,7 +185,7 @@ def _load(header: Image.Image, data: bytes, patient: bool, fast: bool, flags: li
         header.format == "QOI"
         and not patient
         and stream
-        and (rest := data[stream.tell() :]) not in (b"", bytes(7) + b"\1")
+        and not (bytes(7) + b"\1").startswith(rest := data[stream.tell() :])
     ):
         raise Rejected("corrupt", f"QOI: {len(rest)} bytes are left when the picture is complete")
     if watched and watched.is_early:
@@ -234,14 +234,16 @@ def _open(data: bytes) -> Image.Image:
                             return factory(io.BytesIO(data), "")
                     if name in ("ICO", "ICNS"):
                         return icons.opened(data)
-                    return tiff.opened(data) if name == "TIFF" else factory(io.BytesIO(data), "")
+                    if name == "TIFF":
+                        return tiff.opened(data)
+                    return factory(io.BytesIO(avif.without_exif(data) if name == "AVIF" else data), "")
             except Rejected as rejected:
                 failure = rejected if failure is None or rejected.reason == "unsupported" else failure
-    if failure:
-        raise failure
     if data[-18:-2] == b"TRUEVISION-XFILE" or _is_old_tga(data):
         with named_failures("TGA", data):
             return Image.OPEN["TGA"][0](io.BytesIO(data), "")
+    if failure:
+        raise failure
     for magic, offset in _KNOWN_BUT_UNREAD.items():
         if prefix[offset : offset + len(magic)] == magic:
             raise Rejected("unsupported", f"begins with {prefix[:12]!r}")

@@ -21,6 +21,7 @@ _ABOUT_HEADERS = re.compile(r"JFIF revision|Adobe color|Invalid SOS|ICC marker|b
 """Warnings about what stands before the pixels. libjpeg tells its first warning only, so they may hide another."""
 _NO_END = "Premature end of JPEG file"
 _END = b"\xff\xd9"
+_SCAN = b"\xff\xda"
 _HOLE = bytes(64)
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _PROGRESSIVE = (0xC2, 0xCA)
@@ -53,6 +54,7 @@ def decode(data: bytes, mode: str, size: tuple[int, int]) -> Image.Image | None:
                 data = plain
                 continue
             early = _NO_END in text or (data[-2:] == _END and "premature end of data segment" in text)
+            early = early or _END not in data[data.rfind(_SCAN) :]
             raise Rejected("truncated" if early else "corrupt", f"JPEG: {text}") from None
         if pixels.shape[:2] != (height, width):
             return None

@@ -39,14 +39,21 @@ _OTHER = frozenset(f".{ending}" for ending in _OTHER_ENDINGS.split())
 _ARCHIVE_ENDINGS = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"))
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
 _TRASH = "$recycle.bin recycler recycled #recycle @recycle lost+found found.000"
-_KEPT_BY_DEVICES = "@eadir @tmp #snapshot @recently-snapshot"
-_SYSTEM_FOLDERS = frozenset((*_TRASH.split(), *_KEPT_BY_DEVICES.split(), "system volume information"))
+_KEPT_BY_DEVICES = "@eadir @tmp #snapshot ~snapshot @recently-snapshot @sharebin"
+_SPACED = ("system volume information", "network trash folder", "temporary items")
+_SYSTEM_FOLDERS = frozenset((*_TRASH.split(), *_KEPT_BY_DEVICES.split(), *_SPACED))
 """Folders of disks, NASes and systems: what they hold is a thumbnail, a backup, or was thrown away."""
 _JOIN = "one part of several of a split zip: join them first (`zip -s 0 SET.zip --out whole.zip`)"
 _NOT_READ = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it (`7z x`)",
     b"Rar!\x1a\x07": "a rar archive: unpack it (`unrar x`)",
     b"PAR1": "a parquet table: write its images into a folder or a tar",
+    b"ARROW1": "an Arrow table: write its images into a folder or a tar",
+    b"\x89HDF": "an HDF5 file: write its images into a folder or a tar",
+    b"\x04\x22\x4d\x18": "compressed with lz4: unpack it (`lz4 -d`)",
+    b"LZIP": "compressed with lzip: unpack it (`lzip -d`)",
+    b"\x5d\0\0": "compressed with lzma: unpack it (`unlzma`)",
+    b"\x1f\x9d": "compressed with compress: unpack it (`uncompress`)",
     b"PK\7\x08": _JOIN,
 }
 """What a source may be by mistake, by its first bytes, and what to do."""
@@ -194,7 +201,7 @@ def list_source(
         others = (
             ", ".join(f"{count} {kind}" for kind, count in sorted(listing.skipped.items())) or "nothing else either"
         )
-        raise UserError(f"source {source.path} holds no image: found {others}")
+        raise UserError("; ".join([f"source {source.path} holds no image: found {others}", *listing.notes]))
     return listing
 
 
@@ -304,10 +311,21 @@ class _Members:
         else:
             self._others[path] = kind or "", entry
 
-    def add_link(self, path: str, target: str) -> None:
-        """Adds a link to `target`, a path in the archive."""
-        self._forget(path)
-        self._links[path] = target
+    def add_link(self, path: str, target: str, hard: bool = False) -> None:
+        """Adds a link to `target`, a path in the archive. A hard one is the file that is there by now."""
+        kind, found = self._behind(path, target) if hard else (None, None)
+        if found is not None:
+            self.add(path, replace(found, path=path), kind)
+        else:
+            self._forget(path)
+            self._links[path] = target
+
+    def _behind(self, path: str, target: str) -> tuple[str | None, Entry | None]:
+        """Returns the file at `target`, if there is one, and as what kind it is skipped, if it is, under `path`."""
+        kind, found = self._others.get(target, (None, self.entries.get(target)))
+        if own := skip_kind(path):  # it has an ending that says so, or none at all
+            return kind if target in self.entries and own == "not an image" else own, found
+        return None if found is not None else kind, found
 
     def _forget(self, path: str) -> None:
         for known in (self.entries, self._others, self._links):
@@ -317,11 +335,7 @@ class _Members:
         """Adds all to the listing. A link is the file that it leads to; one that leads nowhere cannot be read."""
         for path, target in self._links.items():
             target = self._followed(target)
-            kind, found = self._others.get(target, (None, self.entries.get(target)))
-            if own := skip_kind(path):  # it has an ending that says so, or none at all
-                kind = kind if target in self.entries and own == "not an image" else own
-            elif found is not None:
-                kind = None
+            kind, found = self._behind(path, target)
             if any(known.startswith(f"{target}/") for known in self.entries) and found is None:
                 kind = "link to a folder"
             if kind:
@@ -353,8 +367,8 @@ class _Members:
 
 
 def _normal(path: str) -> str:
-    """Returns a member's path without what unpacking ignores: `./` and doubled slashes."""
-    return re.sub(r"^(\./+)+", "", re.sub(r"/(\./|/)+", "/", path)) if "/" in path else path
+    """Returns a member's path without what unpacking ignores: `./`, doubled slashes, and a way out at the beginning."""
+    return re.sub(r"^(\.{0,2}/+)+", "", re.sub(r"/(\./|/)+", "/", path)) if "/" in path else path
 
 
 def _target(path: str, link: str) -> str:
@@ -404,16 +418,19 @@ def _refuse_several(source: Source, archive: zipfile.ZipFile) -> None:
 
 
 def _zip_path(info: zipfile.ZipInfo) -> str:
-    """Returns a member's path with `/`: programs of Windows write backslashes, and some put Unicode in a field of its
-    own."""
+    """Returns a member's path with `/`: programs of Windows write backslashes, some put Unicode in a field of its own,
+    and those of Unix and macOS often write it without saying so."""
     extra, path = info.extra, info.filename
-    while len(extra) >= 4:
-        kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
-        field_, extra = extra[4 : 4 + size], extra[4 + size :]
-        if kind == 0x7075 and field_[:1] == b"\1" and not info.flag_bits & 0x800:
-            with contextlib.suppress(UnicodeError):
-                if zlib.crc32(info.orig_filename.encode("cp437")) == int.from_bytes(field_[1:5], "little"):
-                    path = field_[5:].decode()
+    if not info.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            path = info.filename.encode("cp437").decode()
+        while len(extra) >= 4:
+            kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
+            field_, extra = extra[4 : 4 + size], extra[4 + size :]
+            if kind == 0x7075 and field_[:1] == b"\1":
+                with contextlib.suppress(UnicodeError):
+                    if zlib.crc32(info.orig_filename.encode("cp437")) == int.from_bytes(field_[1:5], "little"):
+                        path = field_[5:].decode()
     windows = info.create_system in (0, 10, 11)  # FAT, NTFS, VFAT
     return path.replace("\\", "/") if windows else path
 
@@ -470,7 +487,7 @@ def _list_one_tar(
                 continue
             if member.issym() or member.islnk():
                 link = member.linkname
-                members.add_link(path, _target(path, link) if member.issym() else _normal(link))
+                members.add_link(path, _target(path, link) if member.issym() else _normal(link), member.islnk())
                 continue
             if not member.isreg():
                 members.add(path, None, "special file")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bz2
 import contextlib
-import gzip
 import hashlib
 import importlib
 import lzma
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -17,24 +18,24 @@ from gan_dist.data.remote.fetch import fetch
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand_source, is_address, present, temporary_name
 
-
-def _zstd_open(path: Path | str, mode: str) -> Any:
-    """Returns a zstd file, opened by Python 3.14 or a package that can. Raises UserError where there is none."""
-    for name in ("compression.zstd", "backports.zstd", "zstandard"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name).open(path, mode)
-    raise UserError(
-        f"source {path} is compressed with zstd, which this Python cannot read: unpack it (`zstd -d`), "
-        "or `pip install backports.zstd`"
-    )
-
-
-_COMPRESSED: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
-    b"\x28\xb5\x2f\xfd": _zstd_open,
+_BLOCK = 2**20
+_MOST_STRAY = 2**16
+"""Bytes after a compressed tar that are passed over: a signature, a line end. More may be a part that is damaged."""
+_DECODERS: dict[bytes, Callable[[], Any]] = {
+    b"\x1f\x8b": lambda: zlib.decompressobj(31),
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ\0": lzma.LZMADecompressor,
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": lambda: _zstd().ZstdDecompressor(),
 }
+"""What unpacks one stream, by a pattern of its first bytes. (zstd has streams of two kinds, one of which is empty.)"""
+_LONGEST_MAGIC = 6
+
+
+def _zstd() -> Any:
+    """Returns the module that unpacks zstd: of Python 3.14, or a package. Raises ImportError where there is none."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("compression.zstd")
+    return importlib.import_module("backports.zstd")
 
 
 def spread(texts: Sequence[str | Path]) -> list[str]:
@@ -61,10 +62,10 @@ def needs_staging(text: str) -> bool:
 def _compression(path: Path) -> bytes | None:
     try:
         with path.open("rb") as stream:
-            head = stream.read(6)
+            head = stream.read(_LONGEST_MAGIC)
     except OSError:
         return None
-    return next((magic for magic in _COMPRESSED if head.startswith(magic)), None)
+    return next((magic for magic in _DECODERS if re.match(magic, head)), None)
 
 
 def source_name(text: str) -> str:
@@ -90,8 +91,8 @@ def stage(text: str, folder: Path) -> Path:
             _fetch(text, fetched)
         magic = _compression(fetched if is_address(text) else Path(text))
         if magic:
-            with _COMPRESSED[magic](fetched if is_address(text) else text, "rb") as packed:
-                _copy(packed, unpacked, text)
+            with Path(fetched if is_address(text) else text).open("rb") as packed:
+                _copy(_unpacked(packed, magic), unpacked, text)
             unpacked.replace(fetched)
         fetched.replace(target)
     finally:
@@ -113,17 +114,53 @@ def _fetch(address: str, target: Path) -> None:
     fetch(address, receive)
 
 
-def _copy(source: IO[bytes], target: Path, text: str) -> None:
+def _unpacked(packed: IO[bytes], magic: bytes) -> Iterator[bytes]:
+    """Yields what is unpacked of a file's streams, one after the other, and then what follows them, if it is little:
+    whoever reads the tar says what became of it. Raises whatever a decoder raises, EOFError for a stream that is cut
+    short, and ValueError if much follows."""
+    data = packed.read(_BLOCK)
+    while re.match(magic, data):
+        decoder = _DECODERS[magic]()
+        while not decoder.eof:
+            if not data:
+                raise EOFError("it ends in the middle")
+            yield from _pieces(decoder, data)
+            data = decoder.unused_data if decoder.eof else packed.read(_BLOCK)
+        while not (data := data.lstrip(b"\0")) and (more := packed.read(_BLOCK)):  # zeros fill it up
+            data = more
+        data += packed.read(_LONGEST_MAGIC)
+    data += packed.read(_MOST_STRAY)
+    if len(data) > _MOST_STRAY:
+        raise ValueError("what follows the first part is no other one")
+    yield data
+
+
+def _pieces(decoder: Any, data: bytes) -> Iterator[bytes]:
+    """Yields what a decoder makes of `data`, a block at a time: a little may become very much."""
+    more = True
+    while more and not decoder.eof:
+        piece = decoder.decompress(data, _BLOCK)
+        yield piece
+        data = getattr(decoder, "unconsumed_tail", b"")  # zlib's gives back what others keep
+        more = bool(data) or len(piece) == _BLOCK or not getattr(decoder, "needs_input", True)
+
+
+def _copy(chunks: Iterator[bytes], target: Path, text: str) -> None:
     """Writes what is unpacked from the source `text` to `target`. Raises UserError when it is damaged."""
     with target.open("wb") as out:
         while True:
             try:
-                data = source.read(2**20)
+                data = next(chunks, None)
+            except ImportError:
+                raise UserError(
+                    f"source {text} is compressed with zstd, which this Python cannot read: unpack it (`zstd -d`), "
+                    "or `pip install backports.zstd`"
+                ) from None
             except Exception as error:  # each decompressor has errors of its own, and bz2's are OSErrors
                 if isinstance(error, OSError) and error.errno is not None:
                     raise UserError(f"source {text} cannot be read: {error.strerror}") from None
                 raise UserError(f"source {text} is damaged or cut short ({error}): fetch it again") from None
-            if not data:
+            if data is None:
                 break
             out.write(data)
         out.flush()

@@ -33,6 +33,8 @@ def cut_short(data: bytes, format: str, tags: Any = None) -> bool:
             return not data.endswith(bytes(7) + b"\1")
         case "SGI":
             return _sgi_end(data) > len(data)
+        case "GIF":
+            return not data.rstrip(b"\0").endswith(b";")
     return False
 
 

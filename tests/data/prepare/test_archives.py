@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -158,6 +159,30 @@ def test_links_and_versions_in_a_tar(tmp_path: Path, format: int) -> None:
     assert np.array_equal(last, new)
 
 
+def test_a_hard_link_is_the_version_that_was_there(tmp_path: Path) -> None:
+    """As unpacking has it, which then replaces the file, but not what is linked."""
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        add(archive, "a.png", encode(1))
+        add(archive, "b.png", b"", type=tarfile.LNKTYPE, linkname="./a.png")
+        add(archive, "a.png", encode(2))
+    (tmp_path / "in").mkdir()
+    for name, seed in (("a.png", 2), ("b.png", 1)):
+        (tmp_path / "in" / name).write_bytes(encode(seed))
+    for name in ("in", "in.tar"):
+        prepare(tmp_path / name, tmp_path / f"out-{name}", workers=0)
+    assert dataset(tmp_path / "out-in") == dataset(tmp_path / "out-in.tar")
+
+
+@pytest.mark.parametrize("name", ["/a/b.png", "../a/b.png", "//.././a//b.png", "./a/./b.png", "a/b.png"])
+def test_members_are_where_unpacking_puts_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in.tar").write_bytes(tar({name: encode(1)}))
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(name), encode(1))
+    for ending in ("tar", "zip"):
+        prepare(tmp_path / f"in.{ending}", tmp_path / ending, workers=0)
+        assert paths(tmp_path / ending) == ["a/b.png"]
+
+
 def test_the_last_of_a_zips_versions_counts(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
         for seed in (1, 2, 3):
@@ -209,6 +234,45 @@ def test_the_unicode_name_of_a_zip_counts(tmp_path: Path) -> None:
     assert paths(tmp_path / "out") == [right, "kept.png"]
 
 
+def test_names_in_unicode_that_do_not_say_so(tmp_path: Path) -> None:
+    """As macOS and many programs of Unix write them; those of old Windows programs are no UTF-8."""
+    names = ["Mu\u0308ller/\u00e9.png", "\u7d75.png"]
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in (*names, "M#ller.png"):
+            archive.writestr(zipfile.ZipInfo(name), encode(1))
+    data = bytearray((tmp_path / "in.zip").read_bytes().replace(b"M#ller", "M\u00fcller".encode("cp437")))
+    for signature, place in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
+        for match in re.finditer(re.escape(signature), bytes(data)):
+            data[match.start() + place] &= ~0x08
+    (tmp_path / "in.zip").write_bytes(data)
+    prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
+    assert paths(tmp_path / "out") == sorted([*names, "M\u00fcller.png"], key=str.encode)
+
+
+PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_what_follows_a_compressed_tar_is_said_or_refused(tmp_path: Path, ending: str) -> None:
+    packed, path = PACK[ending](tar({"a.png": encode(1)})), tmp_path / f"in.tar.{ending}"
+    for number, (more, said) in enumerate(((bytes(700), ""), (b"\n", "has 1 bytes"), (b"signature", "has 9 bytes"))):
+        path.write_bytes(packed + more)
+        account = prepare(path, tmp_path / str(number), workers=0)
+        assert account.written == 1 and "".join(account.notes).startswith(f"{path.name} {said}" if said else "")
+        assert len(account.notes) == bool(said)
+    second = bytearray(PACK[ending](tar({"b.txt": os.urandom(100_000)})))
+    second[0] ^= 1  # it is no other stream any more
+    for bad in (
+        packed + second,
+        packed + PACK[ending](tar({"b.png": encode(2)}))[:-4],
+        packed[:-4],
+        packed[:-9] + b"x",
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=rf"in\.tar\.{ending} is .*damaged.*: fetch it again"):
+            prepare(path, tmp_path / "bad", workers=0)
+
+
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.95])
 def test_a_damaged_compressed_tar_is_one_line(tmp_path: Path, ending: str, where: float) -> None:
@@ -229,6 +293,10 @@ def test_a_damaged_compressed_tar_is_one_line(tmp_path: Path, ending: str, where
         ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive: unpack it"),
         ("a.rar", b"Rar!\x1a\x07\x01" + bytes(99), "a rar archive: unpack it"),
         ("train.parquet", b"PAR1" + bytes(99), "a parquet table: write its images"),
+        ("train.arrow", b"ARROW1" + bytes(99), "an Arrow table: write its images"),
+        ("a.tar.lz4", b"\x04\x22\x4d\x18" + bytes(99), r"compressed with lz4: unpack it \(`lz4 -d`\)"),
+        ("a.tar.lz", b"LZIP\1" + bytes(99), "compressed with lzip"),
+        ("a.iso", bytes(2**15) + b"\1CD001" + bytes(99), "holds no image.* bytes after its end mark"),
         ("shard.tar", b"", "is empty: fetch it again"),
         ("set.z01", b"PK\7\x08PK\3\4" + bytes(99), "one part of several of a split zip"),
         ("set.z02", b"\x99" * 900, "one part of several"),
@@ -255,15 +323,15 @@ def test_the_last_part_of_a_split_zip_is_named(tmp_path: Path) -> None:
 
 
 def test_zstd_is_read_where_it_can_be_and_named_elsewhere(tmp_path: Path) -> None:
-    """A raw zstd frame, made by hand: one uncompressed block a 128 KiB."""
+    """Two frames, made by hand, of one uncompressed block a 128 KiB; between them one that holds nothing."""
     raw = tar({"a.png": encode(1)})
     frame = b"\x28\xb5\x2f\xfd\xa0" + struct.pack("<I", len(raw))
     for start in range(0, len(raw), 2**17):
         block = raw[start : start + 2**17]
         frame += struct.pack("<I", (start + 2**17 >= len(raw)) | len(block) << 3)[:3] + block
-    (tmp_path / "in.tar.zst").write_bytes(frame)
+    (tmp_path / "in.tar.zst").write_bytes(frame + b"\x5f\x2a\x4d\x18\4\0\0\0more" + frame)
     try:
-        assert prepare(tmp_path / "in.tar.zst", tmp_path / "out", workers=0).written == 1
+        assert prepare(tmp_path / "in.tar.zst", tmp_path / "out", workers=0).skipped == {"older version": 1}
     except UserError as error:
         assert "zstd -d" in str(error) and not (tmp_path / "out").exists()
 

@@ -283,6 +283,14 @@ def test_what_is_cut_is_truncated(ending: str) -> None:
     assert {reason(data[: len(data) * part // 10]) for part in (3, 5, 7, 9)} == {"truncated"}
 
 
+def test_what_is_cut_before_its_pixels_is_truncated() -> None:
+    jpeg, gif = encode(texture(), "JPEG", progressive=True), encode(texture(mode="P"), "GIF")
+    places = [match.start() + 9 for match in re.finditer(b"\xff[\xdb\xc4\xc2\xda]\0", jpeg)]
+    assert {reason(jpeg[:place]) for place in places} == {"truncated"} and len(places) > 6
+    assert {reason(gif[:place]) for place in (15, 200, 800)} == {"truncated"}
+    assert reason(gif[:790] + bytes([99]) + gif[791:]) != "truncated"
+
+
 KEPT = {
     "JPEG": {},
     "PNG": {},

@@ -184,28 +184,30 @@ def test_what_two_formats_claim_is_read_by_the_one_that_can() -> None:
     assert made.format == "XBM" and made.pixels.max() == 0  # ink
     with pytest.raises(Rejected, match="corrupt"):
         square(text.encode()[:40], Recipe(16))
+    named = b"\x0a" + old_tga(24)[1:18] + b"ten bytes." + old_tga(24)[18:]  # its text makes it begin as a PCX does
+    assert square(named, RECIPE).format == "TGA" and same(named, colours())
+    pcx = encode(Image.fromarray(colours()), "PCX")
+    assert square(pcx, RECIPE).format == "PCX" and same(pcx, colours())
 
 
-def with_aperture(data: bytes, width: int, height: int, right: int, down: int) -> bytes:
-    """Returns an AVIF of Pillow's with a clean aperture: a property more, given to the first item."""
-    clap = struct.pack(">I4s8i", 40, b"clap", width, 1, height, 1, right, 1, down, 1)
+def with_properties(data: bytes, *properties: bytes) -> bytes:
+    """Returns an AVIF of Pillow's with more properties, given to the first item."""
     box = {kind: data.index(kind) - 4 for kind in (b"meta", b"iprp", b"ipco", b"ipma", b"iloc")}
     size = {kind: int.from_bytes(data[at : at + 4], "big") for kind, at in box.items()}
     number = boxes_in(data[box[b"ipco"] + 8 : box[b"ipco"] + size[b"ipco"]]) + 1
     ipma = bytearray(data[box[b"ipma"] : box[b"ipma"] + size[b"ipma"]])
     count = 8 + 4 + 4 + 2
-    ipma[count] += 1
-    ipma.insert(count + ipma[count], 0x80 | number)
+    for more in range(len(properties)):
+        ipma[count] += 1
+        ipma.insert(count + ipma[count], 0x80 | number + more)
     ipma[:4] = struct.pack(">I", len(ipma))
-    grown = len(clap) + 1
-    ipco = data[box[b"ipco"] : box[b"ipco"] + size[b"ipco"]] + clap
+    ipco = data[box[b"ipco"] : box[b"ipco"] + size[b"ipco"]] + b"".join(properties)
     ipco = struct.pack(">I", len(ipco)) + ipco[4:]
     iprp = b"iprp" + ipco + bytes(ipma)
     meta = bytearray(data[box[b"meta"] : box[b"iprp"]] + struct.pack(">I", 4 + len(iprp)) + iprp)
     meta += data[box[b"iprp"] + size[b"iprp"] : box[b"meta"] + size[b"meta"]]
     meta[:4] = struct.pack(">I", len(meta))
-    assert len(meta) == size[b"meta"] + grown
-    mdat = data.index(b"mdat") + 4
+    mdat, grown = data.index(b"mdat") + 4, len(meta) - size[b"meta"]
     where = bytes(meta).index(struct.pack(">I", mdat))
     meta[where : where + 4] = struct.pack(">I", mdat + grown)
     return data[: box[b"meta"]] + bytes(meta) + data[box[b"meta"] + size[b"meta"] :]
@@ -219,19 +221,36 @@ def boxes_in(ipco: bytes) -> int:
     return number
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_an_avif_is_cut_to_its_clean_aperture(orientation: int) -> None:
-    """The aperture first, then the turn."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    whole = Image.fromarray(colours(200, 120))
-    data = with_aperture(encode(whole, "AVIF", quality=95, exif=exif), 100, 80, -30, 10)
-    shown = whole.crop((20, 30, 120, 110))
-    if orientation == 6:
-        shown = shown.transpose(Image.Transpose.ROTATE_270)
-    made, expected = square(data, RECIPE), square(encode(shown), RECIPE)
+@pytest.mark.parametrize("aperture", [False, True])
+@pytest.mark.parametrize("quarters", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_an_avif_is_cut_turned_and_mirrored(aperture: bool, quarters: int | None, axis: int | None) -> None:
+    """In this order."""
+    shown = Image.fromarray(colours(200, 120))
+    data, properties = encode(shown, "AVIF", quality=95), []
+    if aperture:
+        properties.append(struct.pack(">I4s8i", 40, b"clap", 100, 1, 80, 1, -30, 1, 10, 1))
+        shown = shown.crop((20, 30, 120, 110))
+    if quarters is not None:
+        properties.append(struct.pack(">I4sB", 9, b"irot", quarters))
+        shown = shown.rotate(90 * quarters, expand=True)
+    if axis is not None:
+        properties.append(struct.pack(">I4sB", 9, b"imir", axis))
+        shown = shown.transpose((Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.FLIP_LEFT_RIGHT)[axis])
+    made, expected = square(with_properties(data, *properties), RECIPE), square(encode(shown), RECIPE)
     assert (made.width, made.height) == shown.size
     assert np.abs(made.pixels.astype(int) - expected.pixels).mean() < 3
+
+
+def test_the_exif_of_an_avif_may_be_broken() -> None:
+    """It says nothing of its pixels: Pillow writes an orientation as a property, too."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "maker", 6
+    data = encode(Image.fromarray(colours(90, 60)), "AVIF", exif=exif)
+    whole = square(data, RECIPE)
+    for broken in (b"??\0*", b"MM\xff\xff", bytes(4)):
+        made = square(data.replace(b"MM\0*", broken), RECIPE)
+        assert np.array_equal(made.pixels, whole.pixels) and made.flags == ["enlarged", "oriented"]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
