@@ -171,6 +171,8 @@ def _load(header: Image.Image, data: bytes, patient: bool, fast: bool, flags: li
         if bmp.load(header, data, patient):
             flags.append("odd_structure")
         return header
+    if header.format == "SUN":
+        ends.with_padding_first(header)
     stream, watched = getattr(header, "fp", None), None
     if not patient and header.format in ("GIF", "TGA", "PCX", "SUN", "PPM", "SGI", "PSD"):
         watched = ends.streamed(header, data)

@@ -23,7 +23,21 @@ _BLANK = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 _BLOCK = 2**20
 """Bytes of text that are looked at together."""
 _STREAMED = {"gif", "tga_rle", "pcx", "sun_rle"}
-_RAW_BITS = {"1": 1, "1;I": 1, "L": 8, "P": 8, "RGB": 24, "BGR": 24, "BGRX": 32, "RGBX": 32, "I;16B": 16, "L;16B": 16}
+_PADDED = {"BGRX": "XBGR", "RGBX": "XRGB"}
+_RAW_BITS = {
+    "1": 1,
+    "1;I": 1,
+    "L": 8,
+    "P": 8,
+    "RGB": 24,
+    "BGR": 24,
+    "BGRX": 32,
+    "RGBX": 32,
+    "XBGR": 32,
+    "XRGB": 32,
+    "I;16B": 16,
+    "L;16B": 16,
+}
 
 
 class Stream(io.BytesIO):
@@ -42,6 +56,17 @@ class Stream(io.BytesIO):
         result = super().read(size)
         self.is_early = self.is_early and self.tell() <= self._last
         return result
+
+
+def with_padding_first(image: Image.Image) -> None:
+    """Lets the 32-bit pixels of an opened Sun file begin, as they do, with the byte that does not count. (Pillow would
+    pass over the last.)"""
+    if isinstance(image, ImageFile.ImageFile):
+        for number, tile in enumerate(image.tile):
+            mode, *more = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+            if mode in _PADDED:
+                mode = _PADDED[mode]
+                image.tile[number] = tile._replace(args=(mode, *more) if isinstance(tile.args, tuple) else mode)
 
 
 def streamed(image: Image.Image, data: bytes) -> Stream | None:

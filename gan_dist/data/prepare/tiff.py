@@ -24,6 +24,11 @@ _BIG_ENDIAN, _MISREAD = b"MM\0\x2b", b"MM\x2b\0"
 TiffImagePlugin.PREFIXES.append(_MISREAD)
 # A mode that Pillow can read but does not list: 16-bit gray, big-endian, white as zero.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+_FILL_ORDER = 266
+_REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
+"""Each byte with its bits the other way round, as a fill order of 2 stores what is not JPEG."""
+for (_order, _white, _kind, _, *_rest), _modes in tuple(TiffImagePlugin.OPEN_INFO.items()):
+    TiffImagePlugin.OPEN_INFO.setdefault((_order, _white, _kind, 2, *_rest), _modes)  # libtiff turns the bits
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,15 @@ def opened(data: bytes) -> ImageFile.ImageFile:
     """Returns a TIFF, opened so that Pillow reads it right. Raises whatever Pillow raises."""
     try:
         image = _pillow(data)
-        by_planes = image.tag_v2.get(284) == 2 and any(tile.codec_name == "raw" for tile in image.tile)
+        is_raw = any(tile.codec_name == "raw" for tile in image.tile)
+        is_misread = is_raw and (image.tag_v2.get(284) == 2 or image.tag_v2.get(_FILL_ORDER) == 2)
     except (SyntaxError, IndexError):
-        by_planes = True
-    if not by_planes:
+        is_misread = True
+    if not is_misread:
         _in_native_order(image)
         return image
-    # Pillow's own reader takes a plane of 16 bits for one of 8, and knows few kinds of planes. libtiff's is right.
+    # Pillow's own reader takes a plane of 16 bits for one of 8, knows few kinds of planes, and turns bits only of what
+    # has 8 or fewer. libtiff's is right.
     before, TiffImagePlugin.READ_LIBTIFF = TiffImagePlugin.READ_LIBTIFF, True
     try:
         image = _pillow(data)
@@ -140,6 +147,8 @@ def _strips(image: TiffImagePlugin.TiffImageFile, data: bytes) -> Iterator[tuple
     columns, rows = -(-width // across), -(-height // down)
     for number, (start, size) in enumerate(zip(starts or (), sizes or (), strict=False)):
         strip = data[start : start + size]
+        if tags.get(_FILL_ORDER) == 2 and image.info["compression"] in _DEFLATED:
+            strip = strip.translate(_REVERSED)
         if size and image.info["compression"] == "jpeg":
             strip = tags.get(347, b"\xff\xd8\xff\xd9")[:-2] + strip[2:]
         left, top = number % columns * across, number // columns % rows * down
