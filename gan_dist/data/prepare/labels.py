@@ -117,7 +117,7 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
             mark = _separator(stream.readline(), file_column, label_column)
             stream.seek(0)
             rows = csv.reader(stream, strict=True, delimiter=mark)
-            columns = next(rows, [])
+            columns = [name.strip() for name in next(rows, [])]
             if "\ufffd" in "".join(columns):
                 raise UserError(f"--labels {spec}: {path} is not a table in UTF-8")
             places = [_column(spec, path, columns, name) for name in (file_column, label_column)]
@@ -143,7 +143,9 @@ def _separator(first_line: str, *columns: str) -> str:
     has these columns, else the comma."""
     for mark in ",;\t|":
         with suppress(csv.Error):
-            if set(columns) <= set(next(csv.reader([first_line], strict=True, delimiter=mark), [])):
+            if set(columns) <= {
+                name.strip() for name in next(csv.reader([first_line], strict=True, delimiter=mark), [])
+            }:
                 return mark
     return ","
 

@@ -17,6 +17,9 @@ _MOST = 64
 """Candidates of which the better spelt are preferred; among more, none is."""
 
 
+_SAME_ENDINGS = {".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".tiff": ".tif"}
+
+
 @dataclass
 class Matches:
     """`keys`: for each target the key that means it, or None; `ambiguous_targets`, `ambiguous_keys`: those with
@@ -32,6 +35,11 @@ class _Path:
     parts: tuple[str, ...]
     """As they are spelt, normalised, the last first and without its ending."""
     ending: str
+
+    @property
+    def kind(self) -> str:
+        """The ending, however it is spelt."""
+        return _SAME_ENDINGS.get(self.ending.lower(), self.ending.lower())
 
     def ends(self) -> list[str]:
         """Returns the path's ends in one case, the shortest first."""
@@ -53,10 +61,10 @@ def _path(text: str) -> _Path:
 def _fit(one: _Path, other: _Path) -> tuple[bool, int] | None:
     """Returns how well two paths with a common end fit: equal endings, and parts in the same case. None: another
     ending."""
-    if one.ending and other.ending and one.ending.lower() != other.ending.lower():
+    if one.ending and other.ending and one.kind != other.kind:
         return None
     alike = sum(a == b for a, b in zip(one.parts, other.parts, strict=False))
-    return one.ending.lower() == other.ending.lower(), alike + (one.ending == other.ending)
+    return one.kind == other.kind, alike + (one.ending == other.ending)
 
 
 class _Side:

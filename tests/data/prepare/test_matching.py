@@ -53,6 +53,8 @@ def test_respelt_paths_find_one_another(paths: list[tuple[str, ...]], data: st.D
         (["train/1.png", "test/1.png"], ["test/1.png", "train/1.png"], [1, 0]),
         (["b/1.png"], ["a/1.png", "b/1.png"], [None, 0]),
         (["a/1.jpg", "1.png"], ["a/1.png"], [1]),
+        (["1.jpg", "2.TIFF"], ["1.jpeg", "2.tif"], [0, 1]),
+        (["1.jpg", "1.jpeg"], ["1.jpeg", "1.jpg"], [1, 0]),  # the same spelling is better
     ],
 )
 def test_what_is_clear_and_what_is_not(keys: list[str], targets: list[str], expected: list[int | None]) -> None:
@@ -164,7 +166,7 @@ def test_numbers_that_are_too_long_are_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 def test_tables_are_separated_by_what_their_first_line_is(tmp_path: Path, mark: str) -> None:
-    table = f'\ufeff"file"{mark}style\r\na.png{mark}"x, y"\r\nb.png{mark}z\r\n'
+    table = f'\ufeff"file"{mark} style \r\na.png{mark}"x, y"\r\nb.png{mark}z\r\n'
     assert label(tmp_path, ["a.png", "b.png"], table) == {"a.png": "x, y", "b.png": "z"}
     with pytest.raises(UserError, match="swallows whole rows"):
         label(tmp_path, ["a.png"], f'file{mark}style\na.png{mark}"x\nb.png{mark}y\nc.png{mark}"\n', "other")
