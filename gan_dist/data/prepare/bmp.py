@@ -24,7 +24,8 @@ def load(image: Image.Image, data: bytes, patient: bool) -> bool:
     Raises Rejected where the pixels end too early, unless `patient`."""
     assert isinstance(image, ImageFile.ImageFile)
     (tile,) = image.tile
-    _, in_halves, direction = tile.args  # type: ignore[misc]
+    assert isinstance(tile.args, tuple)
+    _, in_halves, direction = tile.args
     pixels, end, fits = _unpacked(data, tile.offset, image.size, bool(in_halves))
     if end is None and not patient:
         raise Rejected("truncated", f"{image.format}: its rows are not complete")

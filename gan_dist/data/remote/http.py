@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
-from http.client import HTTPException, InvalidURL
+from http.client import BadStatusLine, HTTPException, IncompleteRead, InvalidURL
 from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -165,21 +165,36 @@ def _check_start(response: Any, transfer: Transfer, start: int) -> None:
     if transfer.received == 0:
         if response.status == 206:
             raise AttemptFailed("the server sent a part of the file that was not asked for")
-        length, tag = headers.get("Content-Length", ""), headers.get("ETag", "")
-        transfer.total = int(length) if re.fullmatch(r"[0-9]{1,18}", length.strip()) else None
-        transfer.version = tag if tag.startswith('"') else headers.get("Last-Modified", "")
+        lengths = {length.strip() for length in headers.get_all("Content-Length", [])}
+        if len(lengths) > 1:
+            raise AttemptFailed("the server states several lengths")
+        length = "" if headers.get("Transfer-Encoding") else "".join(lengths)  # which tells the length otherwise
+        transfer.total = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+        transfer.version = _version(headers)
         transfer.ranges = "bytes" in headers.get("Accept-Ranges", "")
         return
     place = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
     same = place is not None and int(place[1]) == start
     if place is not None and place[2] != "*" and transfer.total is not None:
         same = same and int(place[2]) == transfer.total
+    if transfer.version and _version(headers):  # some servers pass over the condition
+        same = same and _version(headers) == transfer.version
     if response.status != 206 or not same:
         transfer.ranges = False
         raise AttemptFailed("the server does not go on where it broke off, or the file changed meanwhile")
 
 
+def _version(headers: Message) -> str:
+    """Returns what a server calls this version of a file, if that proves that two are the same."""
+    tag = headers.get("ETag", "")
+    return tag if tag.startswith('"') else headers.get("Last-Modified", "")
+
+
 def reason(error: Exception) -> str:
-    """Returns what went wrong, in the system's words where it has any."""
+    """Returns what went wrong in one line, in the system's words where it has any."""
     cause = getattr(error, "reason", error)
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    if isinstance(cause, IncompleteRead):
+        return "connection lost"
+    if isinstance(cause, BadStatusLine) and not isinstance(cause, ConnectionError):
+        return f"the server's answer is no HTTP ({str(cause)[:40]!r})"
+    return " ".join((getattr(cause, "strerror", None) or str(cause) or type(cause).__name__).split())

@@ -55,6 +55,8 @@ def get(address: str, log: list[str] | None = None) -> bytes:
 class Cut:
     """Sends at most a part of `contents[n]` to the n-th request, from where it is asked."""
 
+    ignores_conditions = False
+
     def __init__(self, contents: list[bytes], part: int, headers: dict[str, str], versions: list[str] | None = None):
         self.contents, self.part, self.headers, self.versions = contents, part, headers, versions
         self.ranges: list[str | None] = []
@@ -65,7 +67,7 @@ class Cut:
         version = self.versions[min(nth, len(self.versions) - 1)] if self.versions else None
         asked = request.headers.get("Range")
         self.ranges.append(asked)
-        if version and asked and request.headers.get("If-Range") != version:
+        if version and asked and request.headers.get("If-Range") != version and not self.ignores_conditions:
             asked = None
         start = int(asked.split("=")[1].rstrip("-")) if asked and "Accept-Ranges" in self.headers else 0
         request.send_response(206 if start else 200)
@@ -101,9 +103,11 @@ def test_a_server_without_ranges_is_asked_for_all_again() -> None:
     assert cut.ranges == [None] * 3
 
 
+@pytest.mark.parametrize("ignores", [False, True])
 @pytest.mark.parametrize("versions", [None, ['"v1"', '"v2"']])
-def test_a_file_that_changed_meanwhile_is_fetched_anew(versions: list[str] | None) -> None:
-    """By its version, or by the bytes that are asked for twice: never half of one file and half of another."""
+def test_a_file_that_changed_meanwhile_is_fetched_anew(versions: list[str] | None, ignores: bool) -> None:
+    """By its version, also where the server does not look at it, or by the bytes that are asked for twice: never half
+    of one file and half of another."""
 
     class Once(Cut):
         def __call__(self, request: BaseHTTPRequestHandler) -> None:
@@ -128,6 +132,30 @@ def test_nonsense_lengths_are_passed_over(length: str) -> None:
             assert get(f"{address}/a.tar") == DATA[:1000]
         except GanDistError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"GARBAGE\r\n\r\n", r"is no HTTP \('GARBAGE\\r\\n'\)"),
+        (b"HTTP/1.1 99999 X\r\n\r\n", "is no HTTP"),
+        (b"", "closed connection"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 9\r\n\r\n" + DATA[:9], "several lengths"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\ncut", "connection lost after 3 bytes"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 9\r\n\r\n3\r\nabc\r\n0\r\n\r\n", ""),
+    ],
+)
+def test_what_is_no_answer_is_one_line(answer: bytes, message: str) -> None:
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        request.wfile.write(answer)
+
+    with server(handle) as address:
+        if not message:
+            assert get(address) == b"abc"  # the length of what comes in chunks is theirs
+            return
+        with pytest.raises(GanDistError, match=message) as caught:
+            get(address)
+    assert "\n" not in str(caught.value) and "\r" not in str(caught.value)
 
 
 QUOTED = {
