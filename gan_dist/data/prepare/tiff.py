@@ -27,8 +27,8 @@ TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "
 _FILL_ORDER = 266
 _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 """Each byte with its bits the other way round, as a fill order of 2 stores what is not JPEG."""
-for (_order, _white, _kind, _, *_rest), _modes in tuple(TiffImagePlugin.OPEN_INFO.items()):
-    TiffImagePlugin.OPEN_INFO.setdefault((_order, _white, _kind, 2, *_rest), _modes)  # libtiff turns the bits
+for (_order, _white, _kind, _, _bits, _more), _modes in tuple(TiffImagePlugin.OPEN_INFO.items()):
+    TiffImagePlugin.OPEN_INFO.setdefault((_order, _white, _kind, 2, _bits, _more), _modes)  # libtiff turns the bits
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import subprocess
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def test_names_in_unicode_that_do_not_say_so(tmp_path: Path) -> None:
     assert paths(tmp_path / "out") == sorted([*names, "M\u00fcller.png"], key=str.encode)
 
 
-PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 
 
 @pytest.mark.parametrize("ending", PACK)

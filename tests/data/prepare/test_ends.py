@@ -207,7 +207,7 @@ def packed_bmp(pixels: bytes, size: tuple[int, int] = (8, 4), bits: int = 8, shi
     return head + palette + pixels
 
 
-PACKED = {
+PACKED: dict[str, tuple[bytes, list[int | tuple[int, ...]], bool]] = {
     "mark that is cut": (b"\x08\x11\0\0\x08\x22\0\0\x08\x33\0\0\x08\x44\0\2", [1, 2, 3, 4], False),
     "rows that end early": (b"\x08\x11\0\0\4\x22\0\0\x08\x33\0\0\x08\x44\0\1", [1, (2, 4), 3, 4], True),
     "empty rows": (b"\x08\x11\0\0\0\0\0\0\x08\x44\0\1", [1, 0, 0, 4], True),
