@@ -75,7 +75,7 @@ def make_row(run: Path, queue: Queue) -> Row:
         record = read_run(run)
         newest = record.points[-1] if record.points else {}
         recorded, step, total, touched = record.state, record.step, record.total, record.touched
-        updated = max(time.time() - touched, 0)
+        updated = max(time.time() - touched, 0) if touched else None
         known |= {key: newest.get(tag) for key, tag in FIGURES.items()}
         known["best_swd"] = min((row["swd"] for row in record.evaluations if row.get("swd") is not None), default=None)
         known["node"] = record.environment.get("host") if recorded == "running" else None

@@ -243,7 +243,8 @@ def _progress(run: Path, jobs: Sequence[tuple[Submission, slurm.Job]], queue: Qu
     ending = ending_of(run, [made for made, _ in jobs])
     state = state_of(record.state, record.touched, jobs, queue, ending)
     line = status_line(run, state.words).removeprefix(f"{run.name} ")
-    return f"{line}, updated {max(time.time() - record.touched, 0):,.0f} s ago"
+    updated = f", updated {max(time.time() - record.touched, 0):,.0f} s ago" if record.touched else ""
+    return line + updated
 
 
 def _submission_lines(

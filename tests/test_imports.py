@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def level(module: str) -> int:
     return next((n for n, layer in enumerate(LAYERS) for folder in layer.split() if module.startswith(folder)), -1)
 
 
+@cache
 def arrows(root: Path) -> dict[str, set[str]]:
     """Returns {module: modules of ours that it imports, anywhere in it}."""
     paths = [*root.glob("gan_dist/**/*.py"), *root.glob("launch/**/*.py")]

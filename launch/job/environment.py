@@ -41,6 +41,8 @@ OF_JOB = {
 }
 """Variables that a job sets only where it asked for something, and that are another job's otherwise."""
 GPU_OPTIONS = {"SLURM_GPUS": "TresPerJob", "SLURM_GPUS_PER_NODE": "TresPerNode", "SLURM_GPUS_PER_TASK": "TresPerTask"}
+SHARES = {"SLURM_CPUS_PER_GPU": "CpusPerTres", "SLURM_TRES_PER_TASK": "TresPerTask"}
+"""Options of a job with the fields that it has then. Next to another job's, srun refuses --cpus-per-task."""
 
 
 def of_other_jobs(name: str) -> bool:
@@ -76,6 +78,7 @@ def corrections(env: Mapping[str, str], job: str) -> Dict[str, Optional[str]]:
         changed.update((name, None) for name in env if name.startswith(("SLURM_GPU", "SLURM_JOB_GPUS")))
     elif any(name in tres for name in GPU_OPTIONS.values()):
         changed.update((name, None) for name, field in GPU_OPTIONS.items() if name in env and field not in tres)
+    changed.update((name, None) for name, field in SHARES.items() if field not in fields)
     return {name: value for name, value in changed.items() if value is not None or name in env}
 
 

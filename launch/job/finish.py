@@ -31,6 +31,8 @@ from launch.job.verdict import (
     verdict,
 )
 
+BOUNDS = ("max_starts", "max_crashes", "max_requeues")
+"""What a person sets for plain sbatch, as GAN_DIST_MAX_STARTS and so on."""
 REFUSALS = 3
 KILL_WAIT_S, MARGIN_S, NOTIFY_S = 30, 5, 60
 PATIENCE = 20
@@ -272,6 +274,13 @@ def finish(attempt: Path) -> Verdict:
 
 def begin(attempt: Path) -> Verdict:
     """Returns whether a start may begin; if not, why is written down."""
+    known = read_known(attempt)
+    wrong = [key for key in BOUNDS if not re.match(r"\d*$", known.get(key, ""))]
+    if wrong:
+        words = "GAN_DIST_%s: expected a number, found %s" % (wrong[0].upper(), known[wrong[0]])
+        ending = Verdict("end", "failed", words, EXIT_USAGE)
+        record(attempt.parent, int(known.get("restart") or 0), "-", ending, "usage")
+        return ending
     facts, history = read_facts(attempt, "")
     earlier = [start for start in history if start.restart != facts.restart]
     refused = may_begin(earlier, facts.progress, facts.restart, facts.max_starts, facts.max_requeues)

@@ -270,5 +270,25 @@ def test_a_variable_is_dropped_or_corrected_by_what_the_controller_says() -> Non
     assert plain == dict.fromkeys(name for name in env if name.startswith(("SLURM_ARRAY", "SLURM_GPU")))
     assert environment.corrections(env, "") == {}  # sbatch's own --hint, for all that is known
     assert environment.corrections({**env, "SLURM_STEP_ID": "0"}, "") == {"SLURM_STEP_ID": None, "SLURM_HINT": None}
+    shares = {"SLURM_CPUS_PER_GPU": "6", "SLURM_TRES_PER_TASK": "cpu:6", "SLURM_CPUS_PER_TASK": "4"}
+    assert environment.corrections(shares, line + "CPUs/Task=4") == {
+        "SLURM_CPUS_PER_GPU": None,
+        "SLURM_TRES_PER_TASK": None,
+        "SLURM_ARRAY_JOB_ID": "5",
+        "SLURM_ARRAY_TASK_ID": "2",
+    }
+    mine = "JobId=8 JobName=a UserId=u(0) CPUs/Task=4 CpusPerTres=gpu:6 TresPerTask=cpu:6"
+    assert environment.corrections(shares, mine) == {}
     assert environment.of_other_jobs("SLURM_CPU_BIND") and environment.of_other_jobs("PET_NNODES")
     assert not environment.of_other_jobs("SLURM_CONF") and not environment.of_other_jobs("RANKED")
+
+
+@pytest.mark.parametrize(("key", "found"), [("max_starts", "three"), ("max_requeues", "-1"), ("max_crashes", "2")])
+def test_a_bound_that_is_no_number_is_named_before_anything_starts(tmp_path: Path, key: str, found: str) -> None:
+    at = attempt(tmp_path, facts=f"job=7\nrestart=0\nrun={tmp_path}\noutput=\n{key}={found}\n")
+    ending = finish.begin(at)
+    assert (ending.decision == "begin") == found.isdigit()
+    if ending.decision != "begin":
+        assert (ending.decision, ending.status) == ("end", 2)
+        line = f"0\tfailed\t-\tGAN_DIST_{key.upper()}: expected a number, found {found}\n"
+        assert (at.parent / "history").read_text() == line
