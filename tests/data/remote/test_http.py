@@ -115,6 +115,7 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(versions: list[str] | Non
             super().__call__(request)
 
     cut = Once([DATA, CHANGED], 0, RANGES, versions)
+    cut.ignores_conditions = ignores
     with server(cut) as address:
         assert get(f"{address}/a.tar") == CHANGED
 
