@@ -21,7 +21,7 @@ from gan_dist.config.schema import LossName
 from gan_dist.model import losses
 from gan_dist.model.custom_ops import define, exact
 
-BLOCK = 1024
+BLOCK = 512
 """Logits of each kind that the program has in hand at a time."""
 TERMS = 18
 """Of the series below, up to float64's last digit."""
