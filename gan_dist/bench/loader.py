@@ -13,7 +13,8 @@ import torch
 
 from gan_dist.data.dataset import Dataset
 from gan_dist.data.order import Order
-from gan_dist.data.stream import RING, Stream, choose_placement
+from gan_dist.data.placement import choose_placement
+from gan_dist.data.stream import RING, Stream
 from gan_dist.utils.files import read_through
 
 SOURCE_BYTES = 2**28

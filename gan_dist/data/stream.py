@@ -11,8 +11,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,10 +22,8 @@ import torch
 from gan_dist.data.classes import Labels
 from gan_dist.data.dataset import Dataset, Gather
 from gan_dist.data.order import Order, rank_slice
-from gan_dist.data.remote.cache import FETCHERS, in_parallel
-from gan_dist.utils.errors import UserError
+from gan_dist.data.windows import Windows
 from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
-from gan_dist.utils.system import available_memory
 
 RING = 2
 """Blocks in flight: one in use, one being filled. Three are 15 % slower on one core: they no longer fit its caches."""
@@ -33,77 +31,6 @@ WAIT_S = 1.0
 BLOCK_BYTES = 2**22
 """Small batches are gathered several at once, up to this size: handing a batch from thread to thread costs as much as
 copying 20 images (measured at 64x64). A block larger than the processor's caches would be slower again."""
-DEVICE_SHARE = 0.25
-"""Share of a GPU's free memory that the dataset may take; the networks and the caching allocator need the rest."""
-HOST_SHARE = 0.5
-"""Share of the available memory that a dataset may fill as page cache before `auto` prefers windows."""
-
-
-def choose_placement(placement: str, dataset: Dataset, device: torch.device, window_shards: int = 0) -> str:
-    """Returns the placement that `placement` (data.placement) means here.
-
-    `auto` is `device` when the set fits into its share of a GPU's memory, else `windowed` when there are windows and
-    the set is remote or larger than memory, else `memory`.
-
-    Raises:
-        UserError: the placement is impossible here.
-    """
-    size = dataset.num_samples * 3 * dataset.resolution**2
-    if placement == "windowed" and not window_shards:
-        raise UserError("data.placement=windowed needs data.window_shards of 1 or more, which is part of a run's order")
-    if placement == "device" and device.type != "cuda":
-        raise UserError("data.placement=device keeps the set in GPU memory, but training is on the CPU; use memory")
-    if placement == "windowed" or (dataset.cache is not None and dataset.cache.windowed):
-        return "windowed"
-    if placement in ("device", "auto") and device.type == "cuda":
-        room = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
-        if size <= room:
-            return "device"
-        if placement == "device":
-            raise UserError(
-                f"data.placement=device needs {size / 2**30:.1f} GiB of GPU memory, a quarter of what is free is "
-                f"{room / 2**30:.1f} GiB; use data.placement=memory"
-            )
-    if placement == "auto" and window_shards and size > HOST_SHARE * available_memory():
-        return "windowed"
-    return "memory"
-
-
-def stage(
-    dataset: Dataset,
-    placement: str,
-    *,
-    first: bool = True,
-    progress: Callable[[str, int, int], None] = lambda verb, done, total: None,
-    cancelled: Callable[[], bool] = never_cancelled,
-) -> str | None:
-    """Returns a warning when the dataset is larger than memory, else None, having made it ready for random access.
-
-    A remote one is fetched to this machine. Then the `first` rank of each machine reads it once from end to end, unless
-    that is cancelled. With windows nothing is done: each is made ready in its turn. `progress` is called with what is
-    done (staging or reading), the bytes done and the bytes in all.
-
-    Raises:
-        UserError: a shard is damaged.
-    """
-    if placement == "windowed":
-        return None
-    if dataset.cache is not None:
-        dataset.cache.fetch_all(lambda done, total: progress("staging", done, total), cancelled)
-    total = sum(shard.bytes for shard in dataset.manifest.shards)
-    done = 0
-    if total > (memory := available_memory()):  # its end would displace its beginning: nothing would be warm
-        return (
-            f"the samples take {total / 2**30:.1f} GiB, and {memory / 2**30:.1f} GiB of memory are available: reads "
-            "will wait for the disk; a new run with data.window_shards reads ahead instead"
-        )
-    for i, shard in enumerate(dataset.manifest.shards if first else ()):
-        if cancelled():
-            break
-        dataset.warm(i, cancelled)
-        done += shard.bytes
-        progress("reading", done, total)
-    return None
 
 
 class Resident:
@@ -141,114 +68,6 @@ class Resident:
         if self._device.type == "cuda":
             permutation = permutation.pin_memory()  # the step does not wait for the copy
         return permutation.to(self._device, non_blocking=True)
-
-
-Ready = Callable[[int, Callable[[], bool]], None]
-"""Makes a shard ready for random access, unless that is cancelled."""
-
-
-@dataclass
-class _Window:
-    """The positions [begin, end) and their shards, which a thread makes ready."""
-
-    begin: int
-    end: int
-    shards: list[int]
-    failure: list[BaseException] = field(default_factory=list)
-    thread: threading.Thread | None = None
-
-    def fetch(self, ready: Ready, cancelled: Callable[[], bool]) -> None:
-        """Starts to make the shards ready."""
-
-        def work() -> None:
-            try:
-                in_parallel(ready, self.shards, FETCHERS, cancelled)
-            except BaseException as error:  # raised by wait()
-                self.failure.append(error)
-
-        self.thread = threading.Thread(target=work, name="window", daemon=True)
-        self.thread.start()
-
-    def wait(self) -> None:
-        """Returns when the shards are ready. Raises the error that prevented it."""
-        assert self.thread is not None
-        self.thread.join()
-        if self.failure:
-            raise self.failure.pop()  # a stored error would keep alive its frames and their maps
-
-
-class Windows:
-    """Makes the windows of an order ready one after another, from `position` on.
-
-    At most two windows are present at a time, 2 K shards (a batch larger than a window needs all that it spans). Ranks
-    of one machine share the files and are a few batches apart, so that for moments there are 3 K.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        order: Order,
-        position: int,
-        *,
-        cancelled: Callable[[], bool],
-        leave: Callable[[int], None],
-        labels: Labels | None = None,
-    ) -> None:
-        """`leave(shard)` is called before a shard is dropped, which may not be read afterwards. `labels` are loaded
-        ahead of need, too."""
-        self._dataset, self._cancelled, self._leave, self._labels = dataset, cancelled, leave, labels
-        self._to_come = _windows_from(order, position)
-        self._present: deque[_Window] = deque()
-
-    def reach(self, start: int, stop: int) -> None:
-        """Returns when all samples at positions [start, stop) are ready; from call to call both only grow."""
-        first = not self._present
-        while self._present and self._present[0].end <= start:
-            self._drop(self._present.popleft())
-        while not self._present or self._present[-1].end < stop:
-            self._begin(next(self._to_come))
-        for window in self._present:
-            if window.begin < stop:
-                window.wait()
-        if len(self._present) == 1:
-            ahead = next(self._to_come)
-            if first and self._dataset.cache is not None:
-                self._dataset.cache.tidy(ahead.shards)
-            self._begin(ahead)
-
-    def close(self) -> None:
-        """Returns when no thread fetches any more; cancel the work first. The files stay for the next process."""
-        for window in self._present:
-            if window.thread is not None:
-                window.thread.join()
-
-    def _ready(self, shard: int, cancelled: Callable[[], bool]) -> None:
-        self._dataset.warm(shard, cancelled)
-        if self._labels is not None:
-            self._labels.load(shard)
-
-    def _begin(self, window: _Window) -> None:
-        window.fetch(self._ready, self._cancelled)
-        self._present.append(window)
-
-    def _drop(self, window: _Window) -> None:
-        still_used = {shard for other in self._present for shard in other.shards}
-        for shard in window.shards:
-            if shard not in still_used:
-                self._leave(shard)
-                self._dataset.drop(shard)
-
-
-def _windows_from(order: Order, position: int) -> Iterator[_Window]:
-    """Yields the windows of this epoch and all that follow, from the one that contains `position` on."""
-    epoch = position // order.num_samples
-    end = epoch * order.num_samples
-    while True:
-        for shards in order.windows(epoch):
-            begin, end = end, end + sum(order.shard_sizes[shard] for shard in shards)
-            if end > position:
-                yield _Window(begin, end, shards)
-        epoch += 1
 
 
 @dataclass

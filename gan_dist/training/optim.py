@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,107 +12,12 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 
 from gan_dist.distributed.world import World
+from gan_dist.training.adam import Adam, RampedAdam
 from gan_dist.training.gradients import FlatGradients
 
 EMA_RAMP = 0.05
 """Early on the half-life is this share of the images seen so far (Karras et al. 2020, arXiv:2006.06676): the average
 forgets the first, meaningless weights."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The share of the learning rates that holds at a position: a rise over `warmup_images`, times a fall until
-    `decay_images`, linear or cosine (Loshchilov and Hutter 2017, eq. 5), to `decay_to`."""
-
-    warmup_images: int = 0
-    decay: Literal["none", "linear", "cosine"] = "none"
-    decay_images: int = 0
-    decay_to: float = 0.0
-
-    def __call__(self, images_seen: int) -> float:
-        """Returns the share, in [0, 1], for a step that begins when D has seen so many images.
-
-        The warm-up counts from the next image on, so that no step has a rate of 0.
-        """
-        share = min(1.0, (images_seen + 1) / self.warmup_images) if self.warmup_images else 1.0
-        if self.decay == "none":
-            return share
-        way = min(1.0, images_seen / self.decay_images)
-        fallen = 1 - way if self.decay == "linear" else (1 + math.cos(math.pi * way)) / 2
-        return share * (self.decay_to + (1 - self.decay_to) * fallen)
-
-    @property
-    def constant(self) -> bool:
-        """Whether the rates never move."""
-        return self.warmup_images == 0 and self.decay == "none"
-
-
-CONSTANT = Schedule()
-
-
-@dataclass(frozen=True)
-class Beta2Ramp:
-    """How Adam's second decay rate moves, linearly, to `to` over the first `images` (Huang et al. 2024,
-    arXiv:2501.05441): early gradients, of a game that changes fast, are forgotten sooner. 0 images: it stays."""
-
-    to: float = 0.999
-    images: int = 0
-
-    def __call__(self, start: float, images_seen: int) -> float:
-        """Returns the rate for a step that begins when D has seen so many images, `start` being that of the first."""
-        return start + (self.to - start) * min(1.0, images_seen / self.images) if self.images else start
-
-
-STILL = Beta2Ramp()
-
-
-class Adam(torch.optim.Adam):
-    """torch's Adam without its guards against torch.compile, which never sees it here: they would import the compiler.
-
-    That took 2.4 s of each process's start, eager ones too, and 1 s of its end (one core of an AMD EPYC, torch 2.15).
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
-
-
-class RampedAdam(Adam):
-    """Adam whose second decay rate is a scalar on the device, which a CUDA graph reads anew at each replay.
-
-    The step is what torch's computes when its betas are set anew before it, and nothing where `found_inf` is not 0.
-    torch's fused one takes this rate as a number of the host.
-    """
-
-    beta2: Tensor
-    found_inf: Tensor
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Updates the parameters by their gradients."""
-        (group,) = self.param_groups
-        parameters = group["params"]
-        states = [self.state[parameter] for parameter in parameters]
-        means, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-        done = 1 - self.found_inf
-        # Gradients of a skipped update may be anything; the weights of all that follows are 0 then.
-        gradients = [torch.where(done != 0, parameter.grad, 0.0) for parameter in parameters]
-        torch._foreach_add_(steps, [done] * len(steps))
-        dtype, beta1 = parameters[0].dtype, group["betas"][0]
-        done, beta2, count = (value.to(dtype) for value in (done, self.beta2, steps[0].clamp(min=1)))
-        for moments, values, decay in (
-            (means, gradients, beta1),
-            (squares, torch._foreach_mul(gradients, gradients), beta2),
-        ):
-            weight = (1 - decay) * done
-            torch._foreach_mul_(moments, 1 - weight)
-            torch._foreach_add_(moments, torch._foreach_mul(values, weight))
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, (1 - beta2**count).sqrt())
-        torch._foreach_add_(roots, group["eps"])
-        moves = torch._foreach_div(means, roots)
-        torch._foreach_mul_(moves, group["lr"] / (1 - beta1**count) * done)
-        torch._foreach_sub_(parameters, moves)
 
 
 class Player:

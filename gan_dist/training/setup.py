@@ -21,9 +21,10 @@ from gan_dist.config.schema import Config, to_yaml
 from gan_dist.data.classes import NO_CLASSES, Classes, Labels, choose_classes
 from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
+from gan_dist.data.placement import choose_placement, stage
 from gan_dist.data.remote.fetch import redacted
 from gan_dist.data.shards import check_resolution
-from gan_dist.data.stream import Stream, choose_placement, stage
+from gan_dist.data.stream import Stream
 from gan_dist.distributed.exchange import PLAIN, Collectives, resolve_collectives
 from gan_dist.distributed.failures import device_may_hang, naming_lost_ranks
 from gan_dist.distributed.heartbeat import with_heartbeat
@@ -32,7 +33,8 @@ from gan_dist.distributed.world import World, join
 from gan_dist.model.augment import Augment
 from gan_dist.model.batchnorm import Kernels, resolve_kernels
 from gan_dist.model.growth import grow
-from gan_dist.model.networks import build_discriminator, build_generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import build_discriminator, build_generator
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.runs.checkpoint import check_disk
 from gan_dist.runs.lease import Lease, claim
@@ -43,8 +45,9 @@ from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.checkpointer import Checkpointer
 from gan_dist.training.control import StopWatcher
 from gan_dist.training.evaluator import Evaluator
-from gan_dist.training.optim import EMA, STILL, Beta2Ramp, Schedule
+from gan_dist.training.optim import EMA
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
+from gan_dist.training.schedule import STILL, Beta2Ramp, Schedule
 from gan_dist.training.statistics import StepStatistics
 from gan_dist.training.torch_settings import resolve_deterministic, torch_settings
 from gan_dist.training.update import Precision, Update, maps_dtype

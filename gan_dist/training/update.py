@@ -26,7 +26,8 @@ from gan_dist.model.losses import PAIRED, SHIFT_INVARIANT
 from gan_dist.model.networks import IMAGE_CHANNELS
 from gan_dist.model.penalty import NO_PENALTY, GradientPenalty
 from gan_dist.training.draws import draw_dropped, draw_noise, draw_uniform
-from gan_dist.training.optim import CONSTANT, STILL, Beta2Ramp, Buffers, Player, Schedule
+from gan_dist.training.optim import Buffers, Player
+from gan_dist.training.schedule import CONSTANT, STILL, Beta2Ramp, Schedule
 from gan_dist.utils.tensors import copy_state, to_host
 
 Precision = Literal["bf16", "tf32", "fp32", "fp64"]

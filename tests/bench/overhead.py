@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from gan_dist.distributed.world import World
-from gan_dist.model.networks import Discriminator, Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Discriminator, Generator
 from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.statistics import update_ratio

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from gan_dist.data.dataset import Dataset, Gather, gather, open_dataset
 from gan_dist.data.order import Order
-from gan_dist.data.stream import RING, Stream, choose_placement
+from gan_dist.data.placement import choose_placement
+from gan_dist.data.stream import RING, Stream
 from gan_dist.utils.errors import UserError
 
 CPU = torch.device("cpu")

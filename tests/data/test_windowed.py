@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from gan_dist.data.classes import Classes, Labels
 from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order
+from gan_dist.data.placement import choose_placement, stage
 from gan_dist.data.remote.fetch import RetryPolicy
 from gan_dist.data.shards import MANIFEST
-from gan_dist.data.stream import RING, Resident, Stream, choose_placement, stage
+from gan_dist.data.stream import RING, Resident, Stream
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.helpers.datasets import write_dataset
 from tests.helpers.ranks import run_ranks

@@ -25,7 +25,8 @@ from gan_dist.evaluation import inception
 from gan_dist.evaluation.evaluate import EvaluationOptions, _keep, evaluate_run
 from gan_dist.evaluation.protocol import YOUNG_IMAGES, Evaluation, accuracy, warnings
 from gan_dist.model.batchnorm import BatchNorm
-from gan_dist.model.networks import Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Generator
 from gan_dist.runs.checkpoint import find, save
 from gan_dist.runs.record import read_evaluations
 from gan_dist.training.trainer import train

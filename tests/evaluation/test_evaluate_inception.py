@@ -20,7 +20,8 @@ from gan_dist.data.prepare.verify import verify
 from gan_dist.distributed.world import World, join
 from gan_dist.evaluation import inception
 from gan_dist.evaluation.protocol import Evaluation
-from gan_dist.model.networks import Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Generator
 from gan_dist.sampling.generate import draw_latents, generate
 from gan_dist.utils.errors import UserError
 from tests.helpers.ranks import run_ranks

@@ -10,7 +10,8 @@ from torch import Tensor
 from gan_dist.config.schema import Blocks, DNorm, Init, Upsample
 from gan_dist.data.classes import NO_CLASSES, Classes
 from gan_dist.distributed.world import World
-from gan_dist.model.networks import Discriminator, Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Discriminator, Generator
 from gan_dist.training.draws import draw_latents
 from gan_dist.training.update import NO_REQUESTS, Requests, Update
 

@@ -11,7 +11,8 @@ import yaml
 
 from gan_dist.data.dataset import Dataset, gather
 from gan_dist.distributed.world import World
-from gan_dist.model.networks import Discriminator, Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Discriminator, Generator
 from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
 from gan_dist.training.draws import draw_latents

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gan_dist.model.initialise import initialise
 from gan_dist.model.minibatch_std import EPS, MinibatchStd
-from gan_dist.model.networks import Discriminator, initialise
+from gan_dist.model.networks import Discriminator
 
 
 def _plain(x: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,8 @@ from torch import nn
 
 from gan_dist.config.schema import RESOLUTIONS
 from gan_dist.model.convolution import conv_down, conv_up, fold
-from gan_dist.model.networks import Discriminator, Generator, initialise, layer_widths
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Discriminator, Generator, layer_widths
 from gan_dist.utils.errors import UserError
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gan_dist.data.classes import Classes
-from gan_dist.model.networks import Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Generator
 from gan_dist.sampling.classes import Asked, arrange, ask
 from gan_dist.sampling.export import export_generator, load_weights
 from gan_dist.sampling.generate import draw_latents, generate

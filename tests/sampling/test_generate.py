@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import gan_dist
-from gan_dist.model.networks import Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Generator
 from gan_dist.sampling.generate import draw, draw_latents, generate, interpolate
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import UserError

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gan_dist.model.networks import Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Generator
 from gan_dist.runs.checkpoint import find
 from gan_dist.sampling.generate import build_generator, draw_latents, generate
 from gan_dist.sampling.sample import sample_run

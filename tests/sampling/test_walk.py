@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gan_dist.cli.runs import sample
-from gan_dist.model.networks import Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Generator
 from gan_dist.sampling.export import export_generator
 from gan_dist.sampling.generate import draw_latents, slerp
 from gan_dist.sampling.sample import sample_run

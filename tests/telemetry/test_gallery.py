@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gan_dist.data.classes import Classes
-from gan_dist.model.networks import Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import Generator
 from gan_dist.runs.metrics_file import read_metrics
 from gan_dist.sampling.generate import generate
 from gan_dist.sampling.standing import Standing

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gan_dist.config.schema import load_config
-from gan_dist.training.optim import STILL, Beta2Ramp, RampedAdam
+from gan_dist.training.adam import RampedAdam
+from gan_dist.training.schedule import STILL, Beta2Ramp
 from gan_dist.training.statistics import update_ratio
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import UserError

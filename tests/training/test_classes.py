@@ -11,7 +11,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gan_dist.data.classes import Classes
-from gan_dist.model.networks import CLASS_DIM, Discriminator, Generator, initialise
+from gan_dist.model.initialise import initialise
+from gan_dist.model.networks import CLASS_DIM, Discriminator, Generator
 from gan_dist.report.report import make_report
 from gan_dist.runs.checkpoint import find
 from gan_dist.sampling.generate import generate, load_generator

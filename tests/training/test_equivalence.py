@@ -18,7 +18,7 @@ from gan_dist.model.augment import Augment
 from gan_dist.model.batchnorm import BatchNorm
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training.draws import draw_noise
-from gan_dist.training.optim import Beta2Ramp
+from gan_dist.training.schedule import Beta2Ramp
 from tests.helpers.games import CPU, STYLES, batches, game, moves, tensors, worst
 from tests.helpers.ranks import run_ranks
 

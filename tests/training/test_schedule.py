@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gan_dist.config.schema import load_config
-from gan_dist.training.optim import Schedule
+from gan_dist.training.schedule import Schedule
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import UserError
 from tests.helpers.games import batches, game
