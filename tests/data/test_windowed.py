@@ -205,7 +205,7 @@ def test_placements_are_chosen_by_where_the_set_is_and_what_fits(
         assert choose_placement("windowed", dataset, CPU, 3) == "windowed"
         with pytest.raises(UserError, match=r"needs data\.window_shards"):
             choose_placement("windowed", dataset, CPU, 0)
-        monkeypatch.setattr("gan_dist.data.stream.available_memory", lambda: 100_000)
+        monkeypatch.setattr("gan_dist.data.placement.available_memory", lambda: 100_000)
         assert choose_placement("auto", dataset, CPU, 3) == "windowed"
         assert choose_placement("auto", dataset, CPU, 0) == "memory"
     with open_remote(source.as_uri(), tmp_path, window_shards=2) as dataset:
@@ -245,7 +245,7 @@ def test_a_damaged_header_is_found_before_training(
     with open_dataset(source) as dataset:
         assert stage(dataset, "memory", progress=lambda *words: calls.append(words)) is None
         assert calls[-1][0] == "reading" and calls[-1][1] == calls[-1][2] > 0
-        monkeypatch.setattr("gan_dist.data.stream.available_memory", lambda: 100_000)
+        monkeypatch.setattr("gan_dist.data.placement.available_memory", lambda: 100_000)
         warning = stage(dataset, "memory")
         assert warning is not None and "data.window_shards" in warning
 
