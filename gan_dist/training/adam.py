@@ -1,26 +1,14 @@
-"""Adam (Kingma and Ba 2015): torch's own, and one whose second decay rate moves."""
+"""Adam (Kingma and Ba 2015) whose second decay rate moves."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Adam(torch.optim.Adam):
-    """torch's Adam without its guards against torch.compile, which never sees it here: they would import the compiler.
-
-    That took 2.4 s of each process's start, eager ones too, and 1 s of its end (one core of an AMD EPYC, torch 2.15).
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
-
-
-class RampedAdam(Adam):
+class RampedAdam(torch.optim.Adam):
     """Adam whose second decay rate is a scalar on the device, which a CUDA graph reads anew at each replay.
 
     The step is what torch's computes when its betas are set anew before it, and nothing where `found_inf` is not 0.

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 
 from gan_dist.distributed.world import World
-from gan_dist.training.adam import Adam, RampedAdam
+from gan_dist.training.adam import RampedAdam
 from gan_dist.training.gradients import FlatGradients
 
 EMA_RAMP = 0.05
@@ -44,7 +44,7 @@ class Player:
         self.parameters = list(network.parameters())
         self.gradients = FlatGradients(self.parameters, num_extras, num_buckets)
         self.betas = betas
-        adam = RampedAdam if beta2_moves else Adam
+        adam = RampedAdam if beta2_moves else torch.optim.Adam
         self.optimizer = adam(self.parameters, lr=lr, betas=betas, fused=True, capturable=world.device.type == "cuda")
         if isinstance(self.optimizer, RampedAdam):
             self.optimizer.beta2 = torch.full((), betas[1], dtype=torch.float64, device=world.device)
