@@ -395,7 +395,8 @@ def cancel(run: Run, cluster: ClusterFile = None) -> None:
     """Cancel the jobs of a run or a sweep. They save if the cluster's KillWait is long enough, and are not requeued."""
     from launch import stopping
 
-    print("\n".join(stopping.cancel(_find(run, cluster))))
+    for line in stopping.cancel(_find(run, cluster)):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from gan_dist.runs.naming import runs_home
 from gan_dist.runs.record import read_run
 from gan_dist.runs.study import JOURNAL, is_sweep, read_sweep, workers_of
 from gan_dist.utils.errors import GanDistError, UserError
-from launch.status import Queue, ending_of, look, state_of
+from launch.status import NO_STEP, Queue, ending_of, look, state_of
 from launch.submit import jobs_of, submissions
 
 FIGURES = {
@@ -90,7 +90,7 @@ def make_row(run: Path, queue: Queue) -> Row:
     if state.job:
         known["job"], known["node"] = state.job, state.nodes or None
     if state.words == "running" and not newest:
-        known["reason"] = "no step is logged yet"
+        known["reason"] = NO_STEP
     return Row(name=run.name, run=str(run), state=state.name, step=step, total_steps=total, updated_s=updated, **known)
 
 

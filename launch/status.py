@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gan_dist.runs.naming import run_path, runs_home
-from gan_dist.runs.study import OBJECTIVE, RECORD, Sweep, Trial, is_sweep, read_sweep, workers_of
+from gan_dist.runs.study import OBJECTIVE, RECORD, Sweep, Trial, is_sweep, read_sweep, trial_path, workers_of
 from gan_dist.utils.errors import GanDistError, UserError
 from launch import slurm
 from launch.job.verdict import FINAL
@@ -19,6 +19,9 @@ LAUNCH_FAILED = ("FAILED", "NODE_FAIL", "BOOT_FAIL")
 """SLURM's states of a job whose batch script could not start; other jobs with these states have left files."""
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 """SLURM's states of a job that will start, or start again."""
+SKEW_S = 60
+"""A run's files may be this much younger than the record of its end: they lie on other servers, with other clocks."""
+NO_STEP = "no step is logged yet"
 ENDING = {"done": "all steps are done; the job makes the report", "stopped": "all is saved; the job ends"}
 """What a job still does when its run has recorded an end."""
 
@@ -32,6 +35,8 @@ class Attempt:
     outcome: str
     checkpoint: str
     reason: str
+    at: float = float("inf")
+    """When the last line of its job was recorded, in seconds since 1970."""
 
 
 def find_run(run: str, runs: str | None = None) -> Path:
@@ -56,10 +61,11 @@ def attempts_of(run: Path, submission: Submission) -> list[Attempt]:
     """Returns how each start of a submission's jobs ended, in order, without those that still run."""
     attempts: dict[tuple[str, int], Attempt] = {}  # the last word on a start is the one that holds
     for file in sorted((run / "launch" / submission.id / "attempts").glob("*/history")):
+        at = file.stat().st_mtime
         for line in file.read_text(errors="replace").splitlines():
             cells = line.split("\t")
             if len(cells) >= 4 and cells[0].isdigit():
-                made = Attempt(file.parent.name, int(cells[0]), *cells[1:4])
+                made = Attempt(file.parent.name, int(cells[0]), cells[1], cells[2], cells[3], at)
                 attempts.pop((made.job, made.restart), None)
                 attempts[made.job, made.restart] = made
     return list(attempts.values())
@@ -77,13 +83,19 @@ def ending_of(run: Path, made: Sequence[Submission]) -> Attempt | None:
 
     A stage of a pipeline that could not run has the end of the one that it waited for.
     """
-    for each in reversed(made):
-        ending = last_word(attempts_of(run, each))
-        if ending and (each is made[-1] or ending.outcome != "done"):
-            return ending
-        if not each.after:
-            break
-    return None
+    if not made:
+        return None
+    ending = last_word(attempts_of(run, made[-1]))
+    if ending is None and (before := _waited_for(made[-1], made)):
+        ending = ending_of(run, before)
+        return None if ending and ending.outcome == "done" else ending
+    return ending
+
+
+def _waited_for(each: Submission, made: Sequence[Submission]) -> list[Submission]:
+    """Returns the submissions up to the one that a submission waits or waited for; nothing where it is not known."""
+    ids = (each.after or "").split(":")
+    return next((list(made[: place + 1]) for place, other in enumerate(made) if other.job in ids), [])
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,8 @@ def state_of(
     empty     one that waits                          pending       not begun
     -         one that waits                          pending       waits to go on (job 7 requeued: Priority)
     -         another state (SUSPENDED)               suspended     suspended
-    -         none; the end of its last job is known  that outcome  the same
+    -         none; its last job's end is known, and  that outcome  the same
+              nothing was written since
     -         nothing that could be known             as recorded   as recorded
     running   none of its jobs                        interrupted   interrupted
     -         none                                    as recorded   as recorded
@@ -163,7 +176,7 @@ def state_of(
         elif line.state == "RUNNING":
             new = line.started_after(touched)
             if new or recorded == "empty" or (new is None and recorded == "stopped"):
-                words, reason = "starting", "no step is logged yet"
+                words, reason = "starting", NO_STEP
             elif recorded in ENDING:
                 words, reason = recorded, ENDING[recorded]
         elif line.state in WAITING and recorded == "empty":
@@ -172,11 +185,11 @@ def state_of(
             what, cause = "requeued" if job.began else "submitted again", f": {line.why}" if line.why else ""
             words, reason = f"waits to go on (job {line.job} {what}{cause})", f"{what}, waits to go on{cause}"
         return State(line.state.lower(), words, reason, job.id, line.nodes)
-    if ending:
+    if ending and ending.at >= touched - SKEW_S:
         return State(ending.outcome, ending.outcome, None if ending.outcome == "done" else ending.reason)
     if jobs and (unseen := queue.why_unseen(jobs[-1][1])):
         return State(recorded, recorded, unseen)
-    gone = recorded == "running" and bool(jobs)
+    gone = recorded == "running" and bool(jobs) and not ending  # after its end, what writes is no job
     return State("interrupted", "interrupted") if gone else State(recorded, recorded)
 
 
@@ -269,13 +282,11 @@ def _submission_lines(
 
 def _last_known(run: Path, each: Submission, job: slurm.Job, made: Sequence[Submission]) -> str:
     """Returns what is known of a job that is not queued and recorded no end."""
-    before = (each.after or "").split(":")
-    for other in made:
-        if other.job in before:
-            attempts = attempts_of(run, other)
-            failed = next((attempt for attempt in attempts if attempt.outcome in ("failed", "cancelled")), None)
-            if failed:
-                return f"cancelled, because {other.kind} (job {other.job}) {failed.outcome}: {failed.reason}"
+    for other in _waited_for(each, made)[-1:]:
+        attempts = attempts_of(run, other)
+        failed = next((attempt for attempt in attempts if attempt.outcome in ("failed", "cancelled")), None)
+        if failed:
+            return f"cancelled, because {other.kind} (job {other.job}) {failed.outcome}: {failed.reason}"
     state = slurm.final_state(job)
     if state.startswith("CANCELLED") and each.after:
         return f"CANCELLED, because what it waited for ({each.after}) did not end well"
@@ -305,7 +316,7 @@ def rank_logs(run: Path, rank: str) -> list[Path]:
 def why_no_log(run: Path, rank: str) -> str:
     """Returns why there is no log of a rank, as a message."""
     if is_sweep(run):
-        return f"{run} is a sweep, and its trials have logs; for example: python -m launch logs {run / 'trial-0000'}"
+        return f"{run} is a sweep, and its trials have logs; for example: python -m launch logs {trial_path(run, 0)}"
     if submissions(run) or not (run / "config.yaml").is_file():
         return f"no log of rank {rank} in {run / 'logs'} yet"
     return f"{run} was not started as a job: its output went to a terminal; `gan-dist report` shows its history"

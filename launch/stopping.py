@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from gan_dist.runs.lease import seems_held
@@ -27,18 +28,28 @@ def stop(directory: Path) -> list[str]:
     """
     if not is_sweep(directory):
         return _stop_anywhere(directory)
-    lines: list[str] = []
+    runs = _running_trials(directory)
     touch(directory / STOP)  # its workers are to start no more
-    for trial in read_sweep(directory).trials:
+    lines: list[str] = []
+    try:
+        view = slurm.look([job for run in runs for job in jobs_of(run)])
+    except UserError:
+        raise
+    except GanDistError as error:  # SLURM is silent; the runs' own files reach them all the same
+        for run in runs:
+            touch(run / STOP)
+            lines.append(f"{run.name} is asked to save and end; its job: {error}")
+        runs = []
+    for run in runs:
         try:
-            lines += _stop_anywhere(trial.path) if trial.state == "running" else []
+            lines += _stop_anywhere(run, view)
         except NoJob:
             continue
         except UserError:
             raise
-        except GanDistError as error:  # SLURM is silent; the run's own file reaches it all the same
-            touch(trial.path / STOP)
-            lines.append(f"{trial.name} is asked to save and end; of its job nothing is known: {error}")
+        except GanDistError as error:
+            touch(run / STOP)
+            lines.append(f"{run.name} is asked to save and end; its job: {error}")
     working = workers_of(directory)
     if not lines and not working:
         (directory / STOP).unlink(missing_ok=True)
@@ -46,42 +57,53 @@ def stop(directory: Path) -> list[str]:
     return [*lines, _of_workers(working)]
 
 
-def cancel(directory: Path) -> list[str]:
-    """Returns a line for each job of a run or a sweep that is cancelled. Raises UserError where there is none."""
+def cancel(directory: Path) -> Iterator[str]:
+    """Yields a line for each job of a run or a sweep that is cancelled.
+
+    Raises UserError where there is none, and of jobs that could not be cancelled the first error, after the others.
+    """
     if not is_sweep(directory):
-        return cancel_run(directory)
-    trials = [trial for trial in read_sweep(directory).trials if trial.state == "running"]
+        yield from cancel_run(directory)
+        return
+    runs = _running_trials(directory)
+    view = slurm.look([job for run in runs for job in jobs_of(run)])
     was_asked = (directory / STOP).exists()
     touch(directory / STOP)  # or its workers would go on to the next trials
-    lines: list[str] = []
+    cancelled: list[str] = []
     errors: list[GanDistError] = []
-    for trial in trials:
+    for run in runs:
         try:
-            lines += cancel_run(trial.path)
+            cancelled += cancel_run(run, view)
         except NoJob:
             continue
         except GanDistError as error:
             errors.append(error)
-    if not lines:
-        if not was_asked:
-            (directory / STOP).unlink(missing_ok=True)
-        if errors:
-            raise errors[0]
+    if cancelled:
+        yield from cancelled
+        yield _of_workers(workers_of(directory))
+    elif not was_asked:
+        (directory / STOP).unlink(missing_ok=True)
+    if errors:
+        raise errors[0]
+    if not cancelled:
         raise NoJob(
             f"{directory}: no trial has a job in the queue; nothing to cancel; what runs without one is asked to save "
             f"and end by: python -m launch stop {shlex.quote(str(directory))}"
         )
-    return [*lines, *map(str, errors), _of_workers(workers_of(directory))]
+
+
+def _running_trials(folder: Path) -> list[Path]:
+    return [trial.path for trial in read_sweep(folder).trials if trial.state == "running"]
 
 
 def _of_workers(working: list[str]) -> str:
     return f"{len(working)} worker(s) asked to end; the same `launch sweep` continues"
 
 
-def _stop_anywhere(run: Path) -> list[str]:
+def _stop_anywhere(run: Path, view: slurm.View | None = None) -> list[str]:
     """Returns what is done about each job of a run, or about its process where it is none."""
     try:
-        return stop_run(run)
+        return stop_run(run, view)
     except NoJob:
         if not seems_held(run):
             raise
@@ -89,33 +111,37 @@ def _stop_anywhere(run: Path) -> list[str]:
         return [f"{run.name} is asked to save and end"]
 
 
-def cancel_run(run: Path) -> list[str]:
-    """Returns a line for each job of a run that is cancelled. Raises UserError when none is here to be cancelled."""
+def cancel_run(run: Path, view: slurm.View | None = None) -> list[str]:
+    """Returns a line for each job of a run that is cancelled. Raises UserError when none is here to be cancelled.
+
+    `view` is what SLURM shows, of other jobs too; None asks it."""
     jobs = jobs_of(run)
-    view = slurm.look(jobs)
-    if hidden := [job for job in view.hidden if not has_ended(run, job.id)]:
+    view = view or slurm.look(jobs)
+    if hidden := [job for job in jobs if job in view.hidden and not has_ended(run, job.id)]:
         raise UserError(
             f"{run} has job {hidden[0].id} of {hidden[0].user}, which cannot be seen from here (PrivateData) and is "
             f"not yours to cancel; python -m launch stop {shlex.quote(str(run))} asks it to save and end"
         )
-    if not view.lines:
-        raise NoJob(f"{run} has no job in the queue; nothing to cancel")
     going = sorted((job for job in jobs if view.of(job)), key=lambda job: job.order)
+    if not going:
+        raise NoJob(f"{run} has no job in the queue; nothing to cancel")
     for job in going:
         slurm.cancel(job)
     return [f"job {job.id} is cancelled" for job in going]
 
 
-def stop_run(run: Path) -> list[str]:
-    """Returns what is done about each job of a run, a line each. Raises NoJob when it has none in the queue."""
+def stop_run(run: Path, view: slurm.View | None = None) -> list[str]:
+    """Returns what is done about each job of a run, a line each. Raises NoJob when it has none in the queue.
+
+    `view` is what SLURM shows, of other jobs too; None asks it."""
     jobs = dict(zip(jobs_of(run), (each.kind for each in submissions(run)), strict=True))
     deadline = time.monotonic() + 40
-    while (view := slurm.look(list(jobs))).lines:
-        if time.monotonic() > deadline or all(line.state != "COMPLETING" for line in view.lines):
-            break
+    view = view or slurm.look(list(jobs))
+    while any(line.state == "COMPLETING" for job in jobs for line in view.of(job)) and time.monotonic() < deadline:
         time.sleep(1)  # between two starts: soon the job is pending again, or gone
-    hidden = [job for job in view.hidden if not has_ended(run, job.id)]
-    if not view.lines and not hidden:
+        view = slurm.look(list(jobs))
+    hidden = [job for job in jobs if job in view.hidden and not has_ended(run, job.id)]
+    if not hidden and not any(view.of(job) for job in jobs):
         raise NoJob(f"{run} has no job in the queue; nothing to stop")
     status = f"see: python -m launch status {shlex.quote(str(run))}"
     lines = []

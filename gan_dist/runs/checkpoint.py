@@ -202,6 +202,8 @@ def find(run: Path, step: int | None = None) -> Loaded:
     """
     if not run.is_dir():
         raise UserError(f"no run at {run}; expected a run directory or a name under $GAN_DIST_RUNS (default ./runs)")
+    if is_sweep(run):
+        raise UserError(f"{run} is a sweep; name one of its trials, for example {trial_path(run, 0)}")
     directory = run / "checkpoints"
     if step is not None:
         path = directory / directory_name(step)
@@ -210,8 +212,6 @@ def find(run: Path, step: int | None = None) -> Loaded:
             raise UserError(f"{run} has no checkpoint of step {step}; it has: {steps}")
         return load(path)
     newest = load_newest(directory)
-    if newest is None and is_sweep(run):
-        raise UserError(f"{run} is a sweep; name one of its trials, for example {trial_path(run, 0)}")
     if newest is None:
         raise UserError(f"{run} has no checkpoints yet; train it first")
     return newest

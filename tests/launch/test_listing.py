@@ -97,6 +97,21 @@ def test_every_run_has_a_row_that_says_what_it_does_and_why(tmp_path: Path, monk
     assert text[2].endswith("rank 1 on b: no disk") and json.dumps(asdict(row))
 
 
+def test_a_run_without_a_step_says_so_and_one_without_a_file_has_no_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path, "begins", "1", "start")
+    lines = (tmp_path / "begins" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "begins" / "metrics.jsonl").write_text(lines[0] + "\n")
+    make_run(tmp_path, "configured", "2", "")
+    (tmp_path / "configured" / "config.yaml").touch()
+    line = slurm.Queued("1", "RUNNING", "5:00", "node7", "node7", "2026-01-01T00:00:00")
+    monkeypatch.setattr(slurm, "look", lambda jobs: slurm.View((line,)))
+    rows = {row.name: row for row in list_runs(str(tmp_path))}
+    assert (rows["begins"].state, rows["begins"].reason) == ("running", "no step is logged yet")
+    assert rows["begins"].updated_s is not None and rows["configured"].updated_s is None
+
+
 def test_a_home_without_runs_is_one_line_and_a_silent_squeue_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from launch import slurm
 from launch.job.command import options_of_element
 from launch.listing import make_row
 from launch.status import (
+    SKEW_S,
     Attempt,
     Queue,
     all_runs,
@@ -209,6 +210,15 @@ def test_the_state_of_a_run_whose_jobs_cannot_be_asked_for_is_what_it_recorded()
     assert state_of("running", TOUCHED).name == "running"  # trained without any job
     ending = Attempt("8", 1, "failed", "-", "no disk")
     assert state_of("running", TOUCHED, [(made["train"], job)], silent, ending).words == "failed"
+    # what has written since that end is another start, without a job
+    older = replace(ending, at=TOUCHED - 2 * SKEW_S)
+    for recorded in ("running", "done", "stopped"):
+        assert state_of(recorded, TOUCHED, [(made["train"], job)], Queue(slurm.View()), older).words == recorded
+    # of several jobs in the queue the one that runs speaks
+    pair = [(made["train"], job), (made["report"], slurm.Job("9", began=True))]
+    view = slurm.View((queued("PENDING", "(Priority)"), queued("RUNNING", "node1", job="9")))
+    running = state_of("done", TOUCHED, pair, Queue(view))
+    assert (running.name, running.words, running.job) == ("running", "done", "9")
     report = state_of("done", TOUCHED, [(made["report"], job)], Queue(slurm.View((queued("PENDING"),))))
     assert (report.name, report.words) == ("pending", "done")
 
@@ -231,11 +241,24 @@ def test_a_stage_that_could_not_run_has_the_end_of_the_one_before(run: Path) -> 
     assert ending_of(run, made) is ending_of(run, []) is None
     history(run, 1, "7_0", "0 | failed | - | no source at x.zip")
     assert (ended := ending_of(run, made)) and ended.reason == "no source at x.zip"
+    assert ending_of(run, [made[0], replace(made[1], after=None)]) is None  # it waited for nothing
+    assert ending_of(run, [made[0], replace(made[1], after="6")]) is None
     history(run, 2, "8", "0 | requeued | step-00000010 | SIGUSR2", "1 | done | step-00000090 | 90")
     assert (ended := ending_of(run, made)) and ended.outcome == "done"
 
 
-def test_what_looks_at_runs_and_submits_them_does_not_wait_for_torch() -> None:
+def test_a_stage_waits_as_long_as_the_one_before_ended_well(run: Path) -> None:
+    history(run, 1, "7_0", "0 | done | - | ended well")
+    assert ending_of(run, submissions(run)) is None
+
+
+def test_a_job_that_has_begun_without_a_trace_of_the_run_is_starting(run: Path) -> None:
+    starting = Queue(slurm.View((queued("RUNNING", "node1"),)))
+    assert status_lines(run, starting)[1] == "  starting"
+    assert status_lines(run, Queue(slurm.View((queued("PENDING", "(Priority)"),))))[1] == "  not begun"
+
+
+def test_what_looks_at_runs_and_submits_them_imports_torch_late_at_most() -> None:
     names = ("checks", "cli", "listing", "seeds", "status", "stopping", "submit")
     code = f"import sys, {', '.join(f'launch.{name}' for name in names)}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -392,11 +392,13 @@ def test_status_ls_and_stop_know_a_sweep(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="no trial and no worker runs; nothing to stop"):
         stop(tmp_path / "sweep")
     assert not (tmp_path / "sweep" / STOP).exists()
-    silent = GanDistError("not known: squeue failed")  # and there may be a job: its run's file reaches it
-    with monkeypatch.context() as patch:
-        patch.setattr("launch.stopping.stop_run", lambda run: (_ for _ in ()).throw(silent))
-        assert stop(tmp_path / "sweep")[0].endswith("of its job nothing is known: not known: squeue failed")
-    assert (tmp_path / "sweep" / "trial-0001" / STOP).exists()
+    silent = GanDistError("squeue failed")  # and there may be a job: its run's file reaches it
+    for function in ("slurm.look", "stop_run"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"launch.stopping.{function}", lambda *words: (_ for _ in ()).throw(silent))
+            line, workers = stop(tmp_path / "sweep")
+        assert line == "trial-0001 is asked to save and end; its job: squeue failed" and workers.startswith("0 worker")
+        (tmp_path / "sweep" / "trial-0001" / STOP).unlink()
     lease = hold(tmp_path / "sweep" / "workers" / "elsewhere")  # of which only the age of its lease can tell
     assert status_lines(find_run("sweep"))[3].strip() == "1 worker(s): elsewhere"
     assert [row.state for row in list_runs(str(tmp_path))] == ["running"]
@@ -444,6 +446,8 @@ def test_stop_reaches_what_runs_without_a_job(tmp_path: Path) -> None:
         logs(str(tmp_path / "sweep"))
     with pytest.raises(UserError, match=r"sweep is a sweep; name one of its trials, for example \S+/trial-0000$"):
         find(tmp_path / "sweep")
+    with pytest.raises(UserError, match="is a sweep; name one of its trials"):
+        find(tmp_path / "sweep", 10)
 
 
 def test_cancelling_a_sweep_cancels_the_jobs_of_its_trials_and_ends_its_workers(
@@ -457,19 +461,34 @@ def test_cancelling_a_sweep_cancels_the_jobs_of_its_trials_and_ends_its_workers(
     with pytest.raises(
         UserError, match=r"no trial has a job in the queue; nothing to cancel; what runs without .* stop"
     ):
-        cancel(folder)
+        list(cancel(folder))
     assert not (folder / STOP).exists(), "the workers go on"
+    (folder / STOP).touch()
+    with pytest.raises(UserError, match="nothing to cancel"):
+        list(cancel(folder))
+    assert (folder / STOP).exists(), "somebody asked before"
+    (folder / STOP).unlink()
     config = str(folder / "trial-0000" / "config.yaml")
     submit_training(config, [], load_cluster(None), folder / "trial-0000", alone=False)
     fake.program("squeue", "exit 1")
     with pytest.raises(GanDistError, match="squeue"):
-        cancel(folder)
+        list(cancel(folder))
     assert not (folder / STOP).exists()
     fake.program("squeue", f"echo '71|RUNNING|1:00||(None)|n1|N/A|trial-0000|{folder / 'trial-0000'}'")
     hold(folder / "workers" / "elsewhere")
-    told = cancel(folder)
-    assert told == ["job 71 is cancelled", "1 worker(s) asked to end; the same `launch sweep` continues"]
+    workers = "1 worker(s) asked to end; the same `launch sweep` continues"
+    assert list(cancel(folder)) == ["job 71 is cancelled", workers]
     assert fake.calls("scancel") == ["71"] and (folder / STOP).exists()
+    config = str(folder / "trial-0001" / "config.yaml")
+    submit_training(config, [], load_cluster(None), folder / "trial-0001", alone=False)
+    both = "".join(f"7{n + 1}|RUNNING|1:00||(None)|n1|N/A|trial-000{n}|{folder}/trial-000{n}\\n" for n in (0, 1))
+    fake.program("squeue", f"printf '{both}'")
+    fake.program("scancel", '[[ $* != 71 ]] || { echo "Access denied" >&2; exit 1; }')
+    asked, lines = len(fake.calls("squeue")), cancel(folder)
+    assert [next(lines), next(lines)] == ["job 72 is cancelled", workers]
+    with pytest.raises(GanDistError, match="Access denied"):  # what could not be cancelled is told, and is no success
+        next(lines)
+    assert len(fake.calls("squeue")) == asked + 1, "SLURM is asked once, whatever the number of trials"
 
 
 @pytest.mark.parametrize("first", [True, False])

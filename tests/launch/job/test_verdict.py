@@ -283,7 +283,9 @@ def test_a_variable_is_dropped_or_corrected_by_what_the_controller_says() -> Non
     assert not environment.of_other_jobs("SLURM_CONF") and not environment.of_other_jobs("RANKED")
 
 
-@pytest.mark.parametrize(("key", "found"), [("max_starts", "three"), ("max_requeues", "-1"), ("max_crashes", "2")])
+@pytest.mark.parametrize(
+    ("key", "found"), [("max_starts", "three"), ("max_requeues", "-1"), ("max_crashes", "2.5"), ("max_crashes", "2")]
+)
 def test_a_bound_that_is_no_number_is_named_before_anything_starts(tmp_path: Path, key: str, found: str) -> None:
     at = attempt(tmp_path, facts=f"job=7\nrestart=0\nrun={tmp_path}\noutput=\n{key}={found}\n")
     ending = finish.begin(at)
