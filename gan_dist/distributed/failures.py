@@ -33,6 +33,10 @@ class DeviceHangs(RankLost):
 
     exit_now = True
 
+    def __init__(self, timeout_s: float) -> None:
+        """timeout_s: how long the device was waited for."""
+        super().__init__(f"the device did not finish a step within dist.timeout_s={timeout_s:g} s")
+
 
 def _is_collective_failure(error: BaseException) -> bool:
     """Returns whether `error` is a collective's: another rank's trouble, seen from here."""

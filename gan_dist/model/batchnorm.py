@@ -205,7 +205,9 @@ def resolve_kernels(
     failure = ""
     try:
         import_module("gan_dist.model.batchnorm_triton").check(world.device, dtype)
-        import_module("gan_dist.model.losses_triton").check(world.device, dtype, loss)
+        # Logits have the maps' dtype, or that of what is added to them: a bias, a class's part.
+        for logits in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
+            import_module("gan_dist.model.losses_triton").check(world.device, logits, loss)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no C compiler, a driver too old for it, wrong results: all mean one thing

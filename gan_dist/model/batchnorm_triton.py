@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gan_dist.distributed.exchange import OneShot, gathered, summed
-from gan_dist.model.custom_ops import define, exact
+from gan_dist.model.custom_ops import define, exact, require_close
 
 TILE = 4096
 """Values that a program has in hand at a time: sixteen a thread, so that each load and store can be of 16 bytes."""
@@ -452,9 +452,8 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
     source = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(8, 64, 4, 4, generator=source).mul_(2).add_(1) for _ in range(2))
     x, dy = (values.to(device, dtype).contiguous(memory_format=torch.channels_last) for values in (x, dy))
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias = (torch.randn(64, generator=source).to(device, exact) for _ in range(2))
-    mean, var, count = (torch.ones(shape, device=device, dtype=exact) for shape in ((64,), (64,), ()))
+    weight, bias = (torch.randn(64, generator=source).to(device, exact(x)) for _ in range(2))
+    mean, var, count = (torch.ones(shape, device=device, dtype=exact(x)) for shape in ((64,), (64,), ()))
     leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     y = norm_and_activation(
         x, weight, bias, mean, var, count.long(), groups=2, momentum=0.1, eps=1e-5, slope=0.2, group=None
@@ -466,8 +465,5 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
     parts = [F.batch_norm(part, mean, var, weight, bias, True, 0.1, 1e-5) for part in x.chunk(2)]
     y = F.leaky_relu(torch.cat(parts), 0.2)
     expected = [y, mean, var, *torch.autograd.grad(y, leaves, dy.double())]
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.02)
     names = ("result", "running mean", "running variance", "gradient", "weight's gradient", "bias' gradient")
-    for name, one, other in zip(names, found, expected, strict=True):
-        if not torch.linalg.vector_norm(one.double() - other) <= tolerance * torch.linalg.vector_norm(other):
-            raise ArithmeticError(f"{name} differs from torch's by more than {tolerance:g}")
+    require_close(dict(zip(names, zip(found, expected, strict=True), strict=True)), dtype)

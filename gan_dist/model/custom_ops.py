@@ -1,7 +1,9 @@
-"""Functions made operations of torch: opaque to torch.compile, known to fake tensors by their shapes alone."""
+"""Functions made operations of torch: opaque to torch.compile, known to fake tensors by their shapes alone; and what
+their kernels are checked against."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,3 +29,12 @@ def define(signature: str, fake: Any) -> Any:
 def exact(x: Tensor) -> torch.dtype:
     """Returns the dtype in which sums over `x` are made: float64 where it is that, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def require_close(results: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+    """Raises ArithmeticError unless each result of a kernel, named, is near the one that torch computes in float64: as
+    near as `dtype`, in which the kernel reads and writes, allows."""
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.02)
+    for name, (one, other) in results.items():
+        if not torch.linalg.vector_norm(one.double() - other) <= tolerance * torch.linalg.vector_norm(other):
+            raise ArithmeticError(f"{name} differs from torch's by more than {tolerance:g}")

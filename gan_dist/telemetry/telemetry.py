@@ -251,8 +251,6 @@ class Telemetry:
             self._pictures.append(self._encoder.submit(draw, *arguments))
 
     def _draw_what_arrives(self, step: int, copy: HostCopy, pictures: Sequence[Picture]) -> None:
-        if copy.device.type == "cuda":
-            torch.cuda.set_device(copy.device)  # a new thread's is GPU 0, where it would open a context
         if reason := self._await(copy):
             self.warn(f"the samples of step {step} are not drawn: {reason}", step)
             return
@@ -263,6 +261,8 @@ class Telemetry:
         """Returns nothing once the copy has arrived, or why it does not."""
         limit = time.monotonic() + self._patience_s
         try:
+            if copy.device.type == "cuda":
+                torch.cuda.set_device(copy.device)  # a new thread's is GPU 0, where it would open a context
             while not copy.arrived:
                 if time.monotonic() > limit:
                     self._patience_s = min(LATER_S, self._timeout_s)  # the next one stands in the same queue

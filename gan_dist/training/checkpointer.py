@@ -179,7 +179,7 @@ class Checkpointer:
                 self._thread.join(timeout=WAIT_S)
                 late = time.monotonic() > self._began + self._timeout_s
                 if late and self._copied is not None and not self._copied.query():
-                    raise DeviceHangs(f"the device did not finish a step within dist.timeout_s={self._timeout_s:g} s")
+                    raise DeviceHangs(self._timeout_s)
             self._thread = None
 
 

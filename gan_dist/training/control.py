@@ -84,7 +84,7 @@ class ControlRing:
         """Raises DeviceHangs when the device has worked on the oldest step for longer than the time limit."""
         if self._ring and not self._ring[0][1].arrived:
             if time.monotonic() > self._since + self._timeout_s:
-                raise self._hangs()
+                raise DeviceHangs(self._timeout_s)
         else:
             self._since = time.monotonic()
 
@@ -93,13 +93,10 @@ class ControlRing:
         limit = time.monotonic() + self._timeout_s
         while not copy.arrived:
             if time.monotonic() > limit:
-                raise self._hangs()
+                raise DeviceHangs(self._timeout_s)
             time.sleep(POLL_S)
         self._since = time.monotonic()
         return step, copy.host.tolist()
-
-    def _hangs(self) -> DeviceHangs:
-        return DeviceHangs(f"the device did not finish a step within dist.timeout_s={self._timeout_s:g} s")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -105,26 +105,35 @@ def test_a_cpu_takes_torchs_operations_and_refuses_tritons() -> None:
 class _Kernels:
     """In the place of the module of kernels: its check raises `error`."""
 
+    checked: ClassVar[list[torch.dtype]] = []
+
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
     def check(self, device: torch.device, dtype: torch.dtype, *loss: str) -> None:
+        self.checked.append(dtype)
         if self.error:
             raise self.error
 
 
 def test_a_gpu_takes_tritons_where_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = World(device=torch.device("cuda", 0))
+    _Kernels.checked.clear()
     monkeypatch.setattr(batchnorm, "import_module", lambda name: _Kernels(None))
     assert resolve_kernels("auto", gpu, torch.bfloat16) == (
         "triton",
         "fused with the activation; losses too are one kernel",
     )
+    assert _Kernels.checked == [torch.bfloat16, torch.bfloat16, torch.float32]  # maps, logits, logits with a bias
     assert resolve_kernels("torch", gpu, torch.bfloat16)[0] == "torch"
-    monkeypatch.setattr(batchnorm, "import_module", lambda name: _Kernels(RuntimeError("Failed to find C compiler\n")))
-    kernels, why = resolve_kernels("auto", gpu, torch.bfloat16)
-    assert kernels == "torch"
-    assert why == "Triton's kernels fail on rank 0 (RuntimeError: Failed to find C compiler)"
+    for broken in ("batchnorm", "losses"):
+        failing = _Kernels(RuntimeError("Failed to find C compiler\n"))
+        monkeypatch.setattr(
+            batchnorm, "import_module", lambda name, it=broken, to=failing: to if it in name else _Kernels(None)
+        )
+        kernels, why = resolve_kernels("auto", gpu, torch.bfloat16)
+        assert kernels == "torch"
+        assert why == "Triton's kernels fail on rank 0 (RuntimeError: Failed to find C compiler)"
     with pytest.raises(UserError, match=r"batchnorm_kernels=triton, but .* Failed to find C compiler"):
         resolve_kernels("triton", gpu, torch.bfloat16)
     with pytest.raises(torch.OutOfMemoryError):  # no fault of the kernels

@@ -153,17 +153,25 @@ def test_pictures_are_written_when_they_have_come_and_are_the_same(tmp_path: Pat
 
 @pytest.mark.parametrize("orderly", [True, False])
 def test_a_device_that_hangs_holds_up_no_close(
-    tmp_path: Path, event: _Event, capsys: pytest.CaptureFixture[str], orderly: bool
+    tmp_path: Path,
+    event: _Event,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    orderly: bool,
 ) -> None:
-    telemetry = _telemetry(tmp_path, timeout_s=0.2 if orderly else 1000)
+    monkeypatch.setattr("gan_dist.telemetry.telemetry.LATER_S", 0.01)
+    telemetry = _telemetry(tmp_path, timeout_s=2 if orderly else 1000)
     gallery = Gallery(tmp_path, telemetry, _generator(), torch.randn(4, LATENT))
     for step in (1, 2, 3):
         gallery.draw(step)
     telemetry.event("end", 3)
     began = time.monotonic()
-    telemetry.close(orderly=orderly)
-    assert time.monotonic() - began < 10
-    why = "the device did not finish them within dist.timeout_s=0.2 s" if orderly else "the device hangs"
+    closing = threading.Thread(target=telemetry.close, kwargs={"orderly": orderly}, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert not orderly or time.monotonic() - began < 5.5  # one whole wait, and no more
+    why = "the device did not finish them within dist.timeout_s=2 s" if orderly else "the device hangs"
     lines = [f"the samples of step {step} are not drawn: {why}" for step in (1, 2, 3)]
     assert [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line] == [
         f"WARNING: {line}" for line in lines
@@ -174,9 +182,10 @@ def test_a_device_that_hangs_holds_up_no_close(
 
 
 def test_a_broken_device_is_a_line_and_what_comes_after_a_stall_is_drawn(
-    tmp_path: Path, event: _Event, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, event: _Event, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    telemetry = _telemetry(tmp_path, timeout_s=0.1)
+    monkeypatch.setattr("gan_dist.telemetry.telemetry.LATER_S", 0.01)
+    telemetry = _telemetry(tmp_path, timeout_s=2)
     gallery = Gallery(tmp_path, telemetry, _generator(), torch.randn(4, LATENT))
     event.error = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ..."
     gallery.draw(1)
@@ -186,11 +195,18 @@ def test_a_broken_device_is_a_line_and_what_comes_after_a_stall_is_drawn(
     telemetry.flush()
     event.over = True
     gallery.draw(3)
+    telemetry.flush()
+    event.over = False
+    gallery.draw(4)  # which is waited for as long as the first
+    threading.Timer(0.2, lambda: setattr(event, "over", True)).start()
     telemetry.close()
     out = capsys.readouterr().out
     assert "step 1 are not drawn: CUDA error: an illegal memory access was encountered\n" in out
     assert "step 2 are not drawn: the device did not" in out and "step 3" not in out
-    assert [path.name for path in (tmp_path / "samples").glob("step-*")] == ["step-00000003.png"]
+    assert [path.name for path in sorted((tmp_path / "samples").glob("step-*"))] == [
+        "step-00000003.png",
+        "step-00000004.png",
+    ]
 
 
 def test_the_thread_takes_the_pictures_gpu_before_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +219,20 @@ def test_the_thread_takes_the_pictures_gpu_before_it_asks(tmp_path: Path, monkey
     telemetry.close()
     assert calls == ["cuda:1"]
     assert not any(line.get("event") == "warning" for line in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_a_gpu_that_cannot_be_taken_any_more_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(torch.cuda, "set_device", broken)
+    copy: Any = HostCopy(torch.zeros(1))
+    copy.device = torch.device("cuda", 1)
+    telemetry = _telemetry(tmp_path, console=False)
+    telemetry.images(1, copy, [])
+    telemetry.close()
+    (warning,) = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "warning"]
+    assert warning["reason"] == "the samples of step 1 are not drawn: CUDA error: unspecified launch failure"
 
 
 def test_a_run_whose_pictures_never_come_ends_with_the_bits_of_one_that_has_them(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from gan_dist.distributed.failures import DeviceHangs
 from gan_dist.distributed.world import World, join
 from gan_dist.runs import checkpoint
 from gan_dist.runs.checkpoint import find
@@ -22,7 +23,7 @@ from gan_dist.training.trainer import train
 from gan_dist.utils.errors import GanDistError
 from gan_dist.utils.files import write_hashed
 from gan_dist.utils.stop import StopRequest
-from gan_dist.utils.tensors import copy_state
+from gan_dist.utils.tensors import copy_state, to_host
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import small
 
@@ -131,6 +132,27 @@ def test_the_thread_takes_its_ranks_gpu_first_and_one_stream_for_all_saves(
         checkpointer.save(state(step))
         assert checkpointer.failure(wait=True) is None
     assert calls == ["set_device cuda:1", "Stream", "copy", "set_device cuda:1", "copy"]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_save_waits_for_a_slow_device_and_not_for_one_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    goes_on = threading.Event()
+    event = SimpleNamespace(query=goes_on.is_set)
+    monkeypatch.setattr("gan_dist.training.checkpointer.record_event", lambda device: event)
+    monkeypatch.setattr("gan_dist.training.checkpointer.WAIT_S", 0.01)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(), keep=2, timeout_s=0.1 if hangs else 60)
+    monkeypatch.setattr(checkpointer, "_on_host", lambda state, copied: (goes_on.wait(60), to_host(state))[1])
+    checkpointer.save(state(1))
+    if hangs:
+        with pytest.raises(DeviceHangs, match=r"did not finish a step within dist.timeout_s=0.1 s"):
+            checkpointer.wait()
+        goes_on.set()
+    else:
+        threading.Timer(0.1, goes_on.set).start()
+        checkpointer.wait()
+        assert saved(tmp_path / "checkpoints") == ["latest", "step-00000001"]
 
 
 @pytest.mark.gpu

@@ -162,7 +162,7 @@ from gan_dist.training import trainer
 from gan_dist.utils import tensors
 trainer.ControlRing, tensors.record_event = Ring, lambda device: Never()
 close = Telemetry.close
-Telemetry.close = lambda self, **words: (close(self, **words), print("metrics written", flush=True))
+Telemetry.close = lambda self, **words: (close(self, **words), print("metrics written", words, flush=True))
 Stream.close = Eager.close = dist.destroy_process_group = forever
 failure = Checkpointer.failure
 Checkpointer.failure = lambda self, wait=False: forever() if self.saved_step > 0 and wait else failure(self, wait=wait)
@@ -183,7 +183,7 @@ def test_a_device_that_hangs_ends_the_process_with_its_words_written(
     assert ranks.wait() == [1], ranks.log(0)
     words = "the device did not finish a step within dist.timeout_s=1 s"
     *_, pictures, written, last = ranks.log(0).splitlines()
-    assert (written, last) == ("metrics written", f"gan-dist: {words}")
+    assert (written, last) == ("metrics written {'orderly': False}", f"gan-dist: {words}")
     assert pictures.startswith("WARNING: the samples of step 0 are not drawn: the device ")
     assert ranks.log(0).count("WARNING") == 1
     if module == "launch.job.rank":
