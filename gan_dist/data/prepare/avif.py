@@ -11,6 +11,7 @@ import ctypes
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
@@ -72,27 +73,29 @@ def available() -> bool:
     return _library() is not None or find_spec("PIL._avif") is None
 
 
-def check(data: bytes) -> None:
-    """Raises Rejected if the pixels of an AVIF, which could be decoded, do not end where their data do."""
+def check(data: bytes, pixels: int) -> None:
+    """Raises Rejected if the pixels of an AVIF, which could be decoded, do not end where their data do. What is larger
+    than the picture, of `pixels`, is no part of it."""
     library = _library()
-    if library is not None and any(_is_damaged(library, pixels) for pixels in _pictures(data)):
+    if library is not None and any(_is_damaged(library, part, pixels) for part in _pictures(data)):
         raise Rejected("corrupt", "AVIF: its pixels do not end where their data do")
 
 
-def _is_damaged(library: Any, pixels: bytes) -> bool:
-    """Returns whether dav1d, when it is strict, refuses a picture in AV1."""
+def _is_damaged(library: Any, part: bytes, pixels: int) -> bool:
+    """Returns whether dav1d, when it is strict, refuses a picture in AV1 of at most `pixels`."""
     settings, decoder, given = _Settings(), ctypes.c_void_p(), _Data()
     library.dav1d_default_settings(ctypes.byref(settings))
     settings.threads = settings.frame_delay = settings.strict = 1
+    settings.frame_size_limit = pixels
     settings.apply_grain = settings.inloop_filters = 0  # which change pixels alone
     settings.logger = (ctypes.c_void_p * 2)()
     if library.dav1d_open(ctypes.byref(decoder), ctypes.byref(settings)) < 0:
         return False
     try:
-        place = library.dav1d_data_create(ctypes.byref(given), len(pixels))
+        place = library.dav1d_data_create(ctypes.byref(given), len(part))
         if not place:
             return False
-        ctypes.memmove(place, pixels, len(pixels))
+        ctypes.memmove(place, part, len(part))
         status = library.dav1d_send_data(decoder, ctypes.byref(given))
         while status == 0:  # a picture a layer
             picture = ctypes.create_string_buffer(_LONGEST_PICTURE)
@@ -138,12 +141,21 @@ def _meta(data: bytes) -> dict[bytes, bytes]:
 
 
 def _pictures(data: bytes) -> Iterator[bytes]:
-    """Yields the data of each picture in AV1 that is no thumbnail: the tiles of the primary one, its transparency."""
+    """Yields the data of each picture in AV1 that is no thumbnail: the tiles of the primary one, its transparency. Not
+    of all of them where they have more bytes than the file: a few may be named very often."""
+    left = len(data)
     try:
         parts = _meta(data)
         thumbnails = set(_referring(parts.get(b"iref", b""), b"thmb"))
+        places: dict[int, list[tuple[int, int]]] = {}
+        with suppress(IndexError):  # what comes before its damage counts
+            places.update(_extents(parts[b"iloc"]))
         for item in _coded(parts[b"iinf"]):
-            pixels = b"".join(data[start:end] for start, end in _extents(parts[b"iloc"], item))
+            extents = places.get(item, [])
+            left -= sum(end - start for start, end in extents)
+            if left < 0:
+                return
+            pixels = b"".join(data[start:end] for start, end in extents)
             if pixels and item not in thumbnails:
                 yield pixels
     except (StopIteration, KeyError, IndexError):
@@ -204,8 +216,8 @@ def _associated(ipma: bytes, item: int) -> list[int]:
     return []
 
 
-def _extents(iloc: bytes, item: int) -> list[tuple[int, int]]:
-    """Returns start and end in the file of each extent that an `iloc` box gives to an item."""
+def _extents(iloc: bytes) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Yields each item of an `iloc` box with start and end in the file of each of its extents."""
     version, sizes, more = _numbers(iloc, 0, 1, 0, 0)[0], iloc[4], iloc[5]
     offset_size, length_size, base_size, index_size = sizes >> 4, sizes & 15, more >> 4, more & 15
     id_size = 4 if version == 2 else 2
@@ -215,8 +227,7 @@ def _extents(iloc: bytes, item: int) -> list[tuple[int, int]]:
         number, method, _, base, extents = _numbers(iloc, place, *head)
         place += sum(head)
         shape = (index_size if version else 0, offset_size, length_size)
+        extents = extents if any(shape) else min(extents, 1)
         found = [_numbers(iloc, place + i * sum(shape), *shape) for i in range(extents)]
         place += extents * sum(shape)
-        if number == item:
-            return [(base + start, base + start + size) for _, start, size in found] if method & 15 == 0 else []
-    return []
+        yield number, [(base + start, base + start + size) for _, start, size in found] if method & 15 == 0 else []

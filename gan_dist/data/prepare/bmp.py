@@ -67,7 +67,7 @@ def _unpacked(data: bytes, place: int, size: tuple[int, int], in_halves: bool) -
             run = data[place : place + (value + 1) // 2 if in_halves else place + value]
             place += len(run) + len(run) % 2
             run = _halves(run)[:value] if in_halves else run
-            count = value
+            count = len(run)  # less than `value` where the file ends
         fits, run = fits and x + count <= width, run[: max(0, width - x)]
         pixels[y * width + x : y * width + x + len(run)] = run
         x += count

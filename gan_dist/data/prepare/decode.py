@@ -124,7 +124,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
             if format == "ICO":
                 png.check_inner(data)
             if format == "AVIF" and not fast:
-                avif.check(data)
+                avif.check(data, width * height)
             if structure.odd(data, format) and "odd_structure" not in flags:
                 flags.append("odd_structure")
         if format == "PNG" and "transparency" in image.info:
@@ -287,7 +287,10 @@ def named_failures(name: str, data: bytes = b"", image: Image.Image | None = Non
         elif _unsupported(text, data, image):
             reason = "unsupported"
         else:
-            reason = "truncated" if structure.cut_short(data, name, getattr(image, "tag_v2", None)) else "corrupt"
+            reason = "corrupt"
+            with suppress(Exception):  # its account of itself may be damaged, too
+                if structure.cut_short(data, name, getattr(image, "tag_v2", None)):
+                    reason = "truncated"
         raise Rejected(reason, text) from None
 
 

@@ -105,11 +105,11 @@ def _long_cells() -> Iterator[None]:
 def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
     """Returns the labels that a table gives to each path, and its description."""
     parts = spec.rsplit(":", 2)
-    if len(parts) != 3 or not all(parts):
+    if len(parts) != 3 or not all(part.strip() for part in parts):
         raise UserError(
             f"--labels {spec}: expected `folders` or CSV:FILECOL:LABELCOL, as all_data_info.csv:new_filename:style"
         )
-    path, file_column, label_column = expand(parts[0]), parts[1], parts[2]
+    path, file_column, label_column = expand(parts[0]), parts[1].strip(), parts[2].strip()
     table: dict[str, set[str]] = {}
     line = 1
     try:

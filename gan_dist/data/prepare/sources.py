@@ -384,7 +384,7 @@ def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], 
             for info in archive.infolist():
                 tick()
                 path = _normal(_zip_path(info))
-                if path.endswith("/"):
+                if not path or path.endswith("/"):
                     continue
                 encrypted = bool(info.flag_bits & 1)
                 if stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 5000 and not encrypted:

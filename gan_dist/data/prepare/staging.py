@@ -142,7 +142,7 @@ def _pieces(decoder: Any, data: bytes) -> Iterator[bytes]:
         piece = decoder.decompress(data, _BLOCK)
         yield piece
         data = getattr(decoder, "unconsumed_tail", b"")  # zlib's gives back what others keep
-        more = bool(data) or len(piece) == _BLOCK or not getattr(decoder, "needs_input", True)
+        more = len(piece) == _BLOCK or not getattr(decoder, "needs_input", True)
 
 
 def _copy(chunks: Iterator[bytes], target: Path, text: str) -> None:

@@ -49,7 +49,7 @@ def filled_up(data: bytes) -> bytes:
     elif b"\xff\x4f\xff\x51" in data[:4096]:  # JPEG 2000: up to the end of the part of a tile
         part = data.rfind(b"\xff\x90\0\n")
         end, last = part + int.from_bytes(data[part + 6 : part + 10], "big"), b"\xff\xd9"
-    elif data[:4] in (b"qoif", b"DDS "):  # at most four bytes a pixel
+    elif data[:4] in (b"qoif", b"DDS ") and len(data) >= 20:  # at most four bytes a pixel
         width, height = struct.unpack_from(*((">II", data, 4) if data[:4] == b"qoif" else ("<II", data, 12)))
         end += 4 * width * height
     return data + bytes(end - len(data)) + last if len(data) < end < _MOST_FILLED else data
@@ -129,6 +129,8 @@ def _tiff_end(data: bytes, tags: Any) -> int:
 def _sgi_end(data: bytes) -> int:
     """Returns where the pixels of an SGI file end: those of a packed one are rows, one after another, after tables of
     where they begin and how long they are."""
+    if len(data) < 12:
+        return 12
     width, height, channels = (int.from_bytes(data[place : place + 2], "big") for place in (6, 8, 10))
     if data[2] == 0:
         return 512 + data[3] * width * height * channels

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gan_dist.data.dataset import open_dataset
+from gan_dist.data.prepare import staging
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.utils.errors import UserError
 from tests.helpers.images import encode as encode_image
@@ -235,6 +236,29 @@ def test_the_unicode_name_of_a_zip_counts(tmp_path: Path) -> None:
     assert paths(tmp_path / "out") == [right, "kept.png"]
 
 
+def test_a_name_that_says_that_it_is_unicode_is_not_read_twice(tmp_path: Path) -> None:
+    """These letters' bytes in the old code are those of another name in UTF-8."""
+    name, field = "\u251c\u255d.png", b"\1" + struct.pack("<I", 0) + b"other.png"
+    assert name.encode("cp437").decode() == "\u00fc.png"
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        info = zipfile.ZipInfo(name)
+        info.extra = struct.pack("<HH", 0x7075, len(field)) + field
+        archive.writestr(info, encode(1))
+    prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
+    assert paths(tmp_path / "out") == [name]
+
+
+@pytest.mark.parametrize("root", ["/", "./", "//", "\\"])
+def test_the_root_folder_in_a_zip_is_no_file(tmp_path: Path, root: str) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        info = zipfile.ZipInfo("x")
+        info.filename, info.create_system = root, 0
+        archive.writestr(info, b"")
+        archive.writestr("a.png", encode(1))
+    account = prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
+    assert (account.seen, account.skipped, paths(tmp_path / "out")) == (1, {}, ["a.png"])
+
+
 def test_names_in_unicode_that_do_not_say_so(tmp_path: Path) -> None:
     """As macOS and many programs of Unix write them; those of old Windows programs are no UTF-8."""
     names = ["Mu\u0308ller/\u00e9.png", "\u7d75.png"]
@@ -251,6 +275,7 @@ def test_names_in_unicode_that_do_not_say_so(tmp_path: Path) -> None:
 
 
 PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+MAGIC = {"gz": b"\x1f\x8b", "bz2": b"BZh", "xz": b"\xfd7zXZ\0"}
 
 
 @pytest.mark.parametrize("ending", PACK)
@@ -272,6 +297,19 @@ def test_what_follows_a_compressed_tar_is_said_or_refused(tmp_path: Path, ending
         path.write_bytes(bad)
         with pytest.raises(UserError, match=rf"in\.tar\.{ending} is .*damaged.*: fetch it again"):
             prepare(path, tmp_path / "bad", workers=0)
+
+
+@pytest.mark.parametrize("block", [7, 64, 2**20])
+@pytest.mark.parametrize("ending", PACK)
+def test_streams_are_unpacked_a_block_at_a_time(ending: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A little may become very much, or nothing; and streams begin anywhere in a block, with zeros between them."""
+    monkeypatch.setattr(staging, "_BLOCK", block)
+    parts = [bytes(20_000), os.urandom(300), b"", b"abc" * 4000]
+    zeros = (bytes(0), bytes(1), bytes(131), bytes(9))
+    packed = b"".join(PACK[ending](part) + zero for part, zero in zip(parts, zeros, strict=True))
+    pieces = list(staging._unpacked(io.BytesIO(packed + b"stray"), MAGIC[ending]))
+    assert b"".join(pieces) == b"".join(parts) + b"stray"
+    assert max(map(len, pieces)) <= max(block, len(b"stray"))
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
@@ -338,11 +376,14 @@ def test_zstd_is_read_where_it_can_be_and_named_elsewhere(tmp_path: Path) -> Non
 
 
 def test_folders_of_systems_and_devices_are_no_pictures(tmp_path: Path) -> None:
-    for name in ("@eaDir/a.jpg", "$RECYCLE.BIN", "lost+found", "#recycle/x", "System Volume Information", "ok"):
+    names = ["@eaDir/a.jpg", "@tmp", "#recycle/x", "@Recycle", "#snapshot", "~snapshot/daily.0", "@Recently-Snapshot"]
+    names += ["$RECYCLE.BIN", "RECYCLER", "FOUND.000", "System Volume Information"]
+    names += ["lost+found", "Network Trash Folder", "Temporary Items"]
+    for name in (*names, "ok"):
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "p.png").write_bytes(encode(1))
     account = prepare(tmp_path / "in", tmp_path / "out", workers=0)
-    assert account.skipped == {"system folder": 5} and paths(tmp_path / "out") == ["ok/p.png"]
+    assert account.skipped == {"system folder": len(names)} and paths(tmp_path / "out") == ["ok/p.png"]
 
 
 def test_links_through_linked_folders_are_followed(tmp_path: Path) -> None:

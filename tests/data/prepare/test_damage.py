@@ -7,7 +7,8 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,63 @@ def test_a_truncated_file_without_any_pixels_is_not_kept() -> None:
     data = encode(texture(), "BMP")
     assert reason(data[:60], Recipe(64, keep_truncated=True)) == "truncated"
     assert reason(encode(texture(), "WEBP")[:24], Recipe(64, keep_truncated=True)) in ("truncated", "corrupt")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([b"", b"RIFF\0\1\0\0WEBP", b"\0\0\0\x0cftypavif", b"\xff\x4f\xff\x51", b"II*\0", b"MM\0*", b"BM"])
+    | st.sampled_from(
+        [b"\1\xda", b"\1\xda\1\1", b"\1\xda\0\1", b"qoif", b"DDS ", b"GIF89a", b"8BPS", b"P6", b"\x89PNG"]
+    ),
+    st.binary(max_size=60),
+    st.booleans(),
+)
+def test_the_beginning_of_a_file_is_damaged_or_none(head: bytes, rest: bytes, keep: bool) -> None:
+    """Nothing else is raised, however little of it there is."""
+    data = head + rest
+    reason(data, Recipe(32, keep_truncated=keep))
+    structure.filled_up(data)
+
+
+def test_an_account_that_cannot_be_read_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bool:
+        raise TypeError("a place that is a text")
+
+    assert reason(b"\1\xda") == "truncated"
+    monkeypatch.setattr(structure, "cut_short", broken)
+    assert reason(b"\1\xda") == "corrupt"
+
+
+@pytest.mark.parametrize("format", ["QOI", "SGI", "GIF"])
+def test_a_file_that_lost_its_last_bytes_is_truncated(format: str) -> None:
+    """Not more than a part of what marks its end."""
+    data = encode(texture((40, 30), "RGB").quantize(20) if format == "GIF" else texture((40, 30)), format)
+    assert not structure.cut_short(data, format) and reason(data) == ""
+    for lost in (1,) if format == "GIF" else (1, 3, 7):
+        assert structure.cut_short(data[:-lost], format)
+    assert not structure.cut_short(data + bytes(3), "GIF") or format != "GIF"
+
+
+def test_items_of_an_avif_that_are_none_of_its_pictures_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is larger than the picture is not decoded; many that share their bytes are not gathered."""
+    small, large = (encode(texture(size), "AVIF", quality=60) for size in ((32, 32), (320, 240)))
+    (part,) = avif._pictures(large)
+    bad = part[: len(part) // 2] + bytes([part[len(part) // 2] ^ 1]) + part[len(part) // 2 + 1 :]
+    library = avif._library()
+    assert avif._is_damaged(library, bad, 320 * 240) and not avif._is_damaged(library, bad, 320 * 240 - 1)
+    assert not avif._is_damaged(library, part, 320 * 240)
+    parsed, extents = list[bytes](), avif._extents
+    monkeypatch.setattr(avif, "_coded", lambda iinf: range(1, 200))
+
+    def shared(iloc: bytes) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        parsed.append(iloc)
+        yield from ((item, [(0, 100)]) for item in range(1, 200))
+        raise IndexError("damaged behind them")
+
+    monkeypatch.setattr(avif, "_extents", shared)
+    assert len(list(avif._pictures(small))) == len(small) // 100 and len(parsed) == 1
+    zero = bytes((1, 0, 0, 0, 0, 0)) + b"\xff\xff" + b"".join(bytes((0, i, 0, 0, 0, 0, 0xFF, 0xFF)) for i in range(200))
+    assert sum(len(found) for _, found in islice(extents(zero), 200)) == 200
 
 
 def test_files_that_hold_more_than_they_say_are_flagged() -> None:

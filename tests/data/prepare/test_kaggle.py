@@ -147,9 +147,18 @@ def test_a_table_matches_by_path_then_by_unique_name(tmp_path: Path) -> None:
     assert (account.unlabelled, account.ambiguous) == (2, 2)
 
 
+def test_blanks_beside_names_of_columns_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("name, file , style\n1,1.png,x\n2,2.png,y\n")
+    source = write_zip(tmp_path / "in.zip", {"1.png": encode(1), "2.png": encode(2)})
+    for number, columns in enumerate(("file:style", " file : style", "file: style ")):
+        account = prepare(source, tmp_path / f"{number}", labels=f"{tmp_path}/t.csv:{columns}", workers=0)
+        assert account.classes == {"x": 1, "y": 1}
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("{}/t.csv: :l", "expected `folders` or CSV:FILECOL:LABELCOL"),
         ("t.csv", "expected `folders` or CSV:FILECOL:LABELCOL"),
         ("{}/none.csv:f:l", "cannot be read"),
         ("{}/t.csv:file:l", "no column 'file' .* it has f, l"),

@@ -47,6 +47,7 @@ def test_respelt_paths_find_one_another(paths: list[tuple[str, ...]], data: st.D
         (["1.png"], ["a/1.png", "b/1.png"], [None, None]),
         (["1.PNG", "1.png"], ["1.png", "1.PNG"], [1, 0]),  # the same case is better
         (["1.jpg"], ["1.png"], [None]),
+        (["1", "1.jpg"], ["1.jpeg"], [1]),  # an ending of the same kind is better than none
         (["1"], ["1.png", "1.jpg"], [None, None]),
         (["a/1", "a/1.png"], ["a/1.png"], [1]),
         (["x/1.png", "y/1.png"], ["1.png"], [None]),
