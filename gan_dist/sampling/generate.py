@@ -27,10 +27,10 @@ MAX_FRAMES = 120
 """Frames of an animation: of a longer run every second, third, ... grid is shown, first and last always."""
 
 
-def generate(generator: torch.nn.Module, latents: Tensor, batch: int = BATCH) -> Tensor:
+def generate(generator: torch.nn.Module, latents: Tensor) -> Tensor:
     """Returns uint8 [N, 3, S, S] on the CPU for `latents` [N, Z], drawn in eval mode; the generator's mode is
     restored."""
-    return torch.cat([render(generator, part).cpu() for part in torch.split(latents, batch)])
+    return torch.cat([render(generator, part).cpu() for part in torch.split(latents, BATCH)])
 
 
 def render(generator: torch.nn.Module, latents: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class Checkpointer:
         world: World,
         *,
         keep: int,
+        timeout_s: float,
         every_steps: int = 0,
         every_minutes: float = 0,
         keep_epochs: bool = False,
@@ -46,7 +47,6 @@ class Checkpointer:
         synchronised: bool = True,
         facts: Mapping[str, Any] | None = None,
         before_publishing: Callable[[], None] = lambda: None,
-        timeout_s: float = 300.0,
     ) -> None:
         self.directory = directory
         self.saved_step = saved_step

@@ -32,13 +32,16 @@ def test_pixels_come_back_as_they_went_in() -> None:
     assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
-def test_drawing_disturbs_nothing_and_batches_do_not_matter(generator: Generator) -> None:
+def test_drawing_disturbs_nothing_and_batches_do_not_matter(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator.train()
     before = {name: value.clone() for name, value in generator.state_dict().items()}
     latents = torch.randn(7, 8, generator=torch.Generator().manual_seed(1))
     images = generate(generator, latents)
     assert images.shape == (7, 3, 32, 32) and images.dtype == torch.uint8
-    assert torch.equal(images, generate(generator, latents, batch=2))
+    monkeypatch.setattr("gan_dist.sampling.generate.BATCH", 2)
+    assert torch.equal(images, generate(generator, latents))
     assert generator.training
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
 

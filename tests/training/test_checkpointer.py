@@ -39,7 +39,7 @@ def saved(directory: Path) -> list[str]:
 def test_a_failure_is_told_once_and_the_next_save_goes_on(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    checkpointer = Checkpointer(blocked / "checkpoints", World(), keep=2)
+    checkpointer = Checkpointer(blocked / "checkpoints", World(), keep=2, timeout_s=60)
     checkpointer.save(state(1))
     assert isinstance(checkpointer.failure(wait=True), OSError)
     assert checkpointer.failure(wait=True) is None
@@ -57,7 +57,7 @@ def test_the_caller_does_not_wait_and_the_guard_has_the_last_word(tmp_path: Path
         assert gate.wait(20)
         raise GanDistError("not any more")
 
-    checkpointer = Checkpointer(tmp_path / "checkpoints", World(), keep=2, before_publishing=guard)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(), keep=2, timeout_s=60, before_publishing=guard)
     checkpointer.save(state(1))  # returns although the save cannot end
     assert checkpointer.failure() is None
     gate.set()
@@ -73,7 +73,7 @@ def test_whatever_ends_the_thread_is_a_failed_save(
         raise error
 
     monkeypatch.setattr(checkpointing, "save", broken)
-    checkpointer = Checkpointer(tmp_path / "checkpoints", World(), keep=2)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(), keep=2, timeout_s=60)
     checkpointer.save(state(1))
     with pytest.raises(GanDistError, match=rf"the checkpoint could not be made: {type(error).__name__}"):
         checkpointer.wait()
@@ -82,7 +82,7 @@ def test_whatever_ends_the_thread_is_a_failed_save(
 def fail_as_rank(rank: int, folder: str) -> None:
     """Saves on two ranks, of which the second cannot copy its state: neither waits for the other in vain."""
     with join("cpu") as world:
-        checkpointer = Checkpointer(Path(folder) / "checkpoints", world, keep=2)
+        checkpointer = Checkpointer(Path(folder) / "checkpoints", world, keep=2, timeout_s=60)
         mine: dict[str, Any] = (
             state(1) if rank == 0 else {**state(1), "generator": {"w": torch.empty(1, device="meta")}}
         )
@@ -99,7 +99,7 @@ def test_a_rank_that_cannot_copy_its_state_tells_the_others(tmp_path: Path) -> N
 def save_as_rank(rank: int, folder: str) -> None:
     """Saves a state that is the same on both ranks, then one that is not."""
     with join("cpu") as world:
-        checkpointer = Checkpointer(Path(folder) / "checkpoints", world, keep=2)
+        checkpointer = Checkpointer(Path(folder) / "checkpoints", world, keep=2, timeout_s=60)
         checkpointer.save(state(1))
         checkpointer.save(state(2, value=1e-30 * rank))
         failure = checkpointer.failure(wait=True)
@@ -127,7 +127,7 @@ def test_the_thread_takes_its_ranks_gpu_first_and_one_stream_for_all_saves(
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted("copy", nullcontext()))
     wait = SimpleNamespace(wait_event=lambda event: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: noted("Stream", wait))
-    checkpointer = Checkpointer(tmp_path / "checkpoints", World(device=device), keep=2)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(device=device), keep=2, timeout_s=60)
     for step in (1, 2):
         checkpointer.save(state(step))
         assert checkpointer.failure(wait=True) is None
@@ -158,7 +158,7 @@ def test_a_save_waits_for_a_slow_device_and_not_for_one_that_hangs(
 @pytest.mark.gpu
 def test_on_a_gpu_what_is_saved_is_the_step_that_was_copied(tmp_path: Path) -> None:
     """Later steps overwrite the weights at once; the copy is made before them and read beside them."""
-    checkpointer = Checkpointer(tmp_path / "checkpoints", World(device=torch.device("cuda", 0)), keep=9)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", World(device=torch.device("cuda", 0)), keep=9, timeout_s=60)
     weights = torch.zeros(16, 1024, 1024, device="cuda")
     for step in range(1, 6):
         weights.fill_(step)
