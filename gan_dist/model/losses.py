@@ -5,9 +5,10 @@ would have rounded to 0 or 1. Losses are *sums* over the local batch; `discrimin
 that a pass takes of its logits, divide them by the global batch, so that ranks with unequal shares add up to the same
 mean. On a GPU losses_triton.py makes these two in one kernel.
 
-A new loss is a name in config/schema.py's LossName, a branch in `discriminator_loss` and in `generator_loss`, perhaps a
-place in SHIFT_INVARIANT, a row in losses_triton.py's KINDS, and its formula in the tests. Which targets it takes stands
-in schema.py's LossConfig; one that compares pairs has a place in PAIRED.
+A new loss is a name in config/schema.py's LossName, perhaps in WITH_GENERATOR_TARGET, WITH_REAL_TARGET and WITH_SIGN
+there, and in the words of LossConfig; here a branch in `discriminator_loss` and in `generator_loss`, perhaps a place in
+SHIFT_INVARIANT and PAIRED; in losses_triton.py a row in each table of KINDS (a new kind: a branch in `_term`, and what
+it takes in `_constants`); its formula in tests/model/test_losses.py; its name in docs/training.md.
 """
 
 from __future__ import annotations

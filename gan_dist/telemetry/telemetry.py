@@ -1,8 +1,8 @@
 """What a run logs: TensorBoard, metrics.jsonl and the console. Only rank 0 writes; each logged step stands once.
 
-Every tag is written here, by `scalars`, `image` and `text`, and named where its value is made: training/update.py
-(STATS), training/statistics.py, evaluation/protocol.py and, for pictures and texts, gallery.py. docs/watching.md lists
-them all.
+Every tag of a run is written here, by `scalars`, `images` and `text` (hparams.py's are a sweep's), and named where its
+value is made: training/update.py (STATS), training/statistics.py, evaluation/protocol.py and, for pictures and texts,
+gallery.py. docs/watching.md lists them all.
 
 A run that resumes from step s drops the metric lines after s (events stay: they are its history) and opens TensorBoard
 with purge_step = s + 1, so curves are clean through any number of restarts.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gan_dist.config.schema import LossName
+from gan_dist.config.schema import WITH_SIGN, LossName
 from gan_dist.model.losses import cross_entropy, discriminator_loss, generator_loss, minimax_value
 from gan_dist.utils.errors import UserError
 
@@ -47,6 +47,15 @@ def test_a_losing_generator_saturates_in_minimax_only() -> None:
     logits = torch.tensor([-20.0], requires_grad=True)  # D is sure that this is fake
     assert torch.autograd.grad(generator_loss(logits, "minimax"), logits)[0].abs() < 1e-8
     assert torch.autograd.grad(generator_loss(logits, "non_saturating"), logits)[0].abs() > 0.99
+
+
+def test_the_sign_of_a_logit_means_something_where_real_and_generated_are_treated_alike() -> None:
+    """Of images that may be either, D says 0 there: its loss is smallest around it. (Pairs do not tell where.)"""
+    logits = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    for name in get_args(LossName):
+        sums = torch.stack([discriminator_loss(logit[None], logit[None], name) for logit in logits])
+        symmetric = torch.allclose(sums, sums.flip(0)) and not torch.allclose(sums, sums[3])
+        assert symmetric == (name in WITH_SIGN), name
 
 
 def test_the_other_losses_are_their_papers() -> None:

@@ -21,8 +21,9 @@ from gan_dist.data.prepare.account import Account, TooManyRejects, contact_sheet
 from gan_dist.data.prepare.images import RESAMPLE, Recipe
 from gan_dist.data.prepare.plan import FOLDER, Options, Plan, claim, make_plan, settle
 from gan_dist.data.prepare.staging import needs_staging, source_name, spread, stage
-from gan_dist.data.prepare.verify import store_command, stored_command, verify
+from gan_dist.data.prepare.verify import store_command, verify, was_made_by
 from gan_dist.data.prepare.workers import Done, make_jobs, run_jobs
+from gan_dist.data.remote.fetch import masked
 from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardInfo, ShardWriter, read_manifest, shard_name
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import (
@@ -152,14 +153,14 @@ def _with_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tupl
     for text, (path, _) in zip(texts, paths, strict=True):
         if path.parent.name == STAGED and path.parent.parent.name == FOLDER and str(path) in message:
             path.unlink(missing_ok=True)
-            message = message.replace(str(path), text)
+            message = message.replace(str(path), masked(text))
     return UserError(message)
 
 
 def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_fraction: float) -> Account | None:
     """Returns the account of a dataset that is complete and sound, so that nothing is fetched again; else None."""
     arguments = {**options.non_defaults(), "max_reject_fraction": max_reject_fraction}
-    if not present(out / MANIFEST) or stored_command(out) != (list(texts), arguments) or verify(out):
+    if not present(out / MANIFEST) or not was_made_by(out, texts, arguments) or verify(out):
         return None
     manifest = read_manifest(out)
     shards = len(manifest.shards)

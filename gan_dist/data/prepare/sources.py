@@ -1,7 +1,9 @@
 """Folders, zips and tars (WebDataset shards too) -> sorted entries; nothing is extracted or decoded.
 
 A new kind of source is recognised in `open_source` (and leaves `_NOT_READ`), listed by `list_source`, and read in
-reading.py; `Source.has_checksums` says what its stamps are. staging.py first unpacks what is one compressed stream.
+reading.py; `Source.has_checksums` says what its stamps are, `Source.stem` what its name is without an ending.
+staging.py first unpacks what is one compressed stream. A new format of images is a name in decode.py's _FORMATS, with
+its endings in _ENDINGS here.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gan_dist.data.remote.fetch import fetch
+from gan_dist.data.remote.fetch import fetch, masked
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand_source, is_address, present, temporary_name
 
@@ -49,7 +49,7 @@ def spread(texts: Sequence[str | Path]) -> list[str]:
             try:
                 many = list(braceexpand(text))
             except ValueError as error:
-                raise UserError(f"source {text}: unbalanced braces ({error})") from None
+                raise UserError(f"source {masked(text)}: unbalanced braces ({error})") from None
         expanded += map(expand_source, many)
     return expanded
 
@@ -153,13 +153,13 @@ def _copy(chunks: Iterator[bytes], target: Path, text: str) -> None:
                 data = next(chunks, None)
             except ImportError:
                 raise UserError(
-                    f"source {text} is compressed with zstd, which this Python cannot read: unpack it (`zstd -d`), "
-                    "or `pip install backports.zstd`"
+                    f"source {masked(text)} is compressed with zstd, which this Python cannot read: unpack it "
+                    "(`zstd -d`), or `pip install backports.zstd`"
                 ) from None
             except Exception as error:  # each decompressor has errors of its own, and bz2's are OSErrors
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise UserError(f"source {text} cannot be read: {error.strerror}") from None
-                raise UserError(f"source {text} is damaged or cut short ({error}): fetch it again") from None
+                    raise UserError(f"source {masked(text)} cannot be read: {error.strerror}") from None
+                raise UserError(f"source {masked(text)} is damaged or cut short ({error}): fetch it again") from None
             if data is None:
                 break
             out.write(data)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gan_dist.data.prepare.plan import FOLDER
+from gan_dist.data.remote.fetch import masked
 from gan_dist.data.shards import Manifest, ShardInfo, member_fault, quick_fault, read_manifest
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import clear_temporaries, expand, write_atomically
@@ -122,10 +123,21 @@ def _list_faults(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def store_command(root: Path, sources: Sequence[str], options: dict[str, Any]) -> None:
-    """Stores the command of the dataset in `root`, apart from what is reproducible, since it has absolute paths."""
+    """Stores the command of the dataset in `root`, apart from what is reproducible, since it has absolute paths. Its
+    secrets are left out: others read a dataset, too."""
     clear_temporaries(root / FOLDER / COMMAND)
-    command = {"sources": list(sources), "options": options}
-    write_atomically(root / FOLDER / COMMAND, json.dumps(command, indent=1).encode())
+    write_atomically(root / FOLDER / COMMAND, json.dumps(_kept(sources, options), indent=1).encode())
+
+
+def was_made_by(root: Path, sources: Sequence[str], options: dict[str, Any]) -> bool:
+    """Returns whether the last `prepare` into `root` had these sources and options, whatever their secrets."""
+    kept = _kept(sources, options)
+    return stored_command(root) == (kept["sources"], kept["options"])
+
+
+def _kept(sources: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    options = {name: masked(value) if isinstance(value, str) else value for name, value in options.items()}
+    return {"sources": [masked(source) for source in sources], "options": options}
 
 
 def stored_command(root: Path) -> tuple[list[str], dict[str, Any]] | None:

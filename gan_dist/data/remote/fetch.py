@@ -25,6 +25,7 @@ from urllib.request import url2pathname
 
 from gan_dist.data.remote import http
 from gan_dist.data.remote.http import AttemptFailed, reason
+from gan_dist.data.remote.http import masked as masked
 from gan_dist.data.remote.http import redacted as redacted
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.stop import never_cancelled, raise_if_cancelled

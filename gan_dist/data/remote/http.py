@@ -24,6 +24,11 @@ TRANSIENT = {408, 425, 429}
 """HTTP statuses below 500 after which another attempt may succeed."""
 _OVERLAP = 2**16
 """Bytes that are asked for again where the server names no version of the file: they prove that it is the same."""
+_SECRET = re.compile(
+    r"((?<=//)[^/?#@:\s]*:|[?&][^=&#\s]*(?:token|sig|secret|passw|auth|credential|(?:api|access)_?-?key)[^=&#\s]*=)"
+    r"(?:(?<=:)[^/?#\s]*(?=@)|(?<==)[^&#\s]*)",
+    re.IGNORECASE,
+)
 _SAFE = "/%:=&?~+!$,;'@()*[]"
 
 
@@ -33,9 +38,15 @@ class AttemptFailed(Exception):
 
 def redacted(address: str) -> str:
     """Returns the address as messages may show it: without user, password and query, which may hold secrets."""
-    if address.startswith("pipe:"):
+    if address.startswith("pipe:") or "://" not in address:
         return address
     return re.sub(r"(?<=//)[^/]*@", "", re.split(r"[?#]", address)[0])
+
+
+def masked(text: str) -> str:
+    """Returns a text, such as an address or a command with some, as it may be kept: with *** for each password, token
+    and signature in an address."""
+    return _SECRET.sub(r"\1***", text)
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.verify import repair_command, verify
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.conftest import RunHere
+from tests.helpers.server import Server
 from tests.helpers.sources import contents, encode, fill
 
 
@@ -132,3 +135,35 @@ def test_other_labels_are_refused(tmp_path: Path) -> None:
         prepare(source, tmp_path / "out", workers=0, labels=spec)
     with pytest.raises(UserError, match="another recipe"):
         prepare(source, tmp_path / "out", workers=0, labels=spec, resolution=32)
+
+
+@pytest.mark.parametrize("fault", [None, "damaged", "no image"])
+def test_a_dataset_keeps_no_password(tmp_path: Path, fault: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {None: {"a.png": encode(1)}, "no image": {"a.txt": b"x"}, "damaged": {"a.png": encode(1)}}[fault]
+    folder, out = tmp_path / "web", tmp_path / "out"
+    folder.mkdir()
+    with tarfile.open(folder / "in.tar.gz", "w:gz") as archive:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    if fault == "damaged":
+        (folder / "in.tar.gz").write_bytes((folder / "in.tar.gz").read_bytes()[:-20])
+    with Server(folder) as server:
+        address = server.address.replace("//", "//me:hidden1@") + "/in.tar.gz?v=1&token=hidden2"
+        if fault:
+            with pytest.raises(UserError, match=r"me:\*\*\*@.*token=\*\*\*") as caught:
+                prepare(address, out, workers=0)
+            said = str(caught.value)
+        else:
+            prepare(address, out, workers=0)
+            assert server.requests["in.tar.gz"] == 1
+            again = address.replace("hidden", "new")
+            assert prepare(again, out, workers=0).written == 1 and server.requests["in.tar.gz"] == 1
+            prepare(again.replace("v=1", "v=2"), out, workers=0)
+            assert server.requests["in.tar.gz"] == 2
+            said = repair_command(out)
+            assert "me:***@" in said and "v=2" in said
+    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"hidden" in data or b"new1" in data for data in kept)
+    assert "hidden" not in said + capsys.readouterr().out

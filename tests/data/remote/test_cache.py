@@ -85,6 +85,7 @@ def test_addresses() -> None:
     assert file_address("http://host/set/?a=b/c", "x.tar") == "http://host/set/x.tar?a=b/c"
     assert file_address("pipe:ssh host cat '/set/{}'", "x.tar") == "pipe:ssh host cat '/set/x.tar'"
     assert redacted("https://me:password@host/set/x.tar?signature=1") == "https://host/set/x.tar"
+    assert redacted("/set #1/x?.tar") == "/set #1/x?.tar"
 
 
 def rare(fault: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gan_dist.data.remote.fetch import RetryPolicy, fetch
+from gan_dist.data.remote.fetch import RetryPolicy, fetch, masked
 from gan_dist.utils.errors import GanDistError, UserError
 
 DATA = np.random.default_rng(0).bytes(500_000)
@@ -279,3 +279,17 @@ def test_a_redirect_that_goes_round_is_one_line() -> None:
     with server(handle) as address, pytest.raises(UserError, match="infinite loop") as caught:
         get(f"{address}/a")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("https://me:p:w%40@host:80/a.tar", "https://me:***@host:80/a.tar"),
+        ("https://host/a?x=1&X-Amz-Signature=ab/c&y=2#z", "https://host/a?x=1&X-Amz-Signature=***&y=2#z"),
+        ("https://host/a?sv=3&SIG=s%3D&api_key=k&accessKey=k", "https://host/a?sv=3&SIG=***&api_key=***&accessKey=***"),
+        ("pipe:curl https://a:b@h/{}?token=c | cat", "pipe:curl https://a:***@h/{}?token=*** | cat"),
+        *((text, text) for text in ("https://me@host/a", "http://host:80/a@b.tar", "https://h/?key=a/b.tar", "/a:b@c")),
+    ],
+)
+def test_secrets_are_not_kept(text: str, kept: str) -> None:
+    assert masked(text) == kept
