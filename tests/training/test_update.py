@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training.draws import draw_flips, draw_latents
 from gan_dist.training.update import STATS, Update, real_and_fake, to_signed
 from tests.helpers import games
@@ -297,3 +298,42 @@ def test_reals_and_fakes_are_one_batch(dtype: torch.dtype) -> None:
 def test_pixels_span_the_signed_range() -> None:
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
     assert to_signed(pixels, torch.float32).flatten().tolist() == [-1.0, 1.0]
+
+
+GAMES: dict[str, dict[str, Any]] = {
+    "thesis": {},
+    "bf16": {"precision": "bf16"},
+    "penalty": {
+        "penalty": GradientPenalty(0.1, kinds=2),
+        "model": {"d_norm": "none", "upsample": "nearest"},
+    },
+    "classes": {"model": {"classes": games.STYLES}, "d_steps": 2},
+}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", GAMES)
+def test_no_graph_outlives_its_step(name: str, kept: bool) -> None:
+    """A leaf's AccumulateGrad node remembers the stream on which it was made; one that is left of an eager step breaks
+    the capture of the next. (The control keeps what the discriminator returned.)"""
+    update, marked, outputs = game(**GAMES[name]), set[int](), list[Any]()
+    leaves: list[Any] = [leaf for player in (update.g, update.d) for leaf in player.leaves]
+
+    def facts(leaf: Any) -> Any:
+        """Returns the notes on the node of a leaf, which live as long as the node."""
+        with torch.enable_grad():
+            node = leaf.view_as(leaf).grad_fn
+        return node.next_functions[0][0].metadata
+
+    def mark(index: int) -> None:
+        facts(leaves[index])["in a step"] = True
+        marked.add(index)
+
+    for index, leaf in enumerate(leaves):
+        leaf.register_hook(lambda gradient, index=index: mark(index))
+    if kept:
+        update.d.network.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    for step in range(2):
+        update.step(*games.moves(update, step))
+    assert len(marked) == len(leaves)
+    assert any("in a step" in facts(leaf) for leaf in leaves) == kept
