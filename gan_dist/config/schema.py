@@ -386,7 +386,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     return validate(Config, values, origin, overrides)
 
 
-PRESETS = ("paintings64", "paintings128", "paintings256", "demo")
+PRESETS = ("paintings64", "paintings64-modern", "paintings128", "paintings256", "demo")
 
 
 def preset(name: str) -> Config:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gan_dist.config.base import known_keys
 from gan_dist.config.diff import change_rule, changes
@@ -217,7 +218,7 @@ def test_every_preset_is_there_and_gives_every_value_its_source() -> None:
                 line for line in (home / f"{name}.yaml").read_text().splitlines() if re.match(r"\s*\w+: ?\S", line)
             ]
             assert len(values) > 30 and [line for line in values if "#" not in line] == [], name
-            assert preset(name).model.resolution == int(name.removeprefix("paintings"))
+            assert preset(name).model.resolution == int(name.removeprefix("paintings").removesuffix("-modern"))
 
 
 def test_the_penalty_of_larger_presets_grows_with_the_image_and_they_keep_their_widths() -> None:
@@ -232,6 +233,24 @@ def test_the_penalty_of_larger_presets_grows_with_the_image_and_they_keep_their_
     assert widths[0] == widths[1][:-1] == [512, 512, 256, 128, 64]
     thesis = preset("paintings64").model
     assert thesis.max_channels is None and layer_widths(64, thesis.g_channels) == [512, 256, 128, 64]
+
+
+def test_the_modern_preset_sees_as_many_images_with_the_same_networks_as_the_thesis() -> None:
+    modern, thesis = preset("paintings64-modern"), preset("paintings64")
+    assert modern.train.epochs == thesis.train.epochs and modern.optim.decay_images == 30 * 103_250
+    for key in ("resolution", "latent_dim", "g_channels", "d_channels", "blocks", "max_channels", "minibatch_std"):
+        assert getattr(modern.model, key) == getattr(thesis.model, key)
+    for key in ("scalars_every", "samples_every"):
+        assert getattr(modern.log, key) * modern.train.global_batch == getattr(thesis.log, key) * 128
+
+
+def test_the_modern_preset_is_the_recipe_that_was_measured() -> None:
+    root = Path(__file__).parent.parent.parent
+    words = yaml.safe_load((root / "tests/bench/recipes.yaml").read_text())["recipes"]["penalty32"]
+    measured, modern = load_config(root / "configs/paintings64.yaml", words), preset("paintings64-modern")
+    assert modern.model == measured.model and modern.loss == measured.loss and modern.data == measured.data
+    assert modern.optim.model_copy(update={"decay_images": 400_000}) == measured.optim
+    assert modern.train == measured.train
 
 
 def test_changes_and_their_rules() -> None:
