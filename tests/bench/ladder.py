@@ -112,12 +112,12 @@ class Ladder:
             return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=log, check=True, text=True).stdout
 
     def cost(self) -> None:
-        """Writes the seconds of a step of each recipe, measured in turn by one process on one thread."""
+        """Writes the seconds an image of each recipe, measured in turn by one process on one thread."""
         torch.set_num_threads(1)
-        steps = {}
+        steps, batches = {}, {}
         for name in self.recipes["recipes"]:
             config = load_config(self.recipes["base"], ["data.shards=none", *words_of(self.recipes, name)])
-            steps[name] = a_step(config)
+            steps[name], batches[name] = a_step(config), config.train.global_batch
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for index in range(self.args.rounds + 1):
             for name, step in steps.items():
@@ -125,7 +125,7 @@ class Ladder:
                 step()
                 if index:
                     seconds[name].append(time.process_time() - start)
-        medians = {name: statistics.median(found) for name, found in seconds.items()}
+        medians = {name: statistics.median(found) / batches[name] for name, found in seconds.items()}
         (self.home / "cost.json").write_text(json.dumps(medians, indent=2))
         print(json.dumps({name: round(value / medians[BASELINE], 3) for name, value in medians.items()}, indent=2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,16 @@ def test_checkpoints_are_chosen_by_one_half_and_told_by_the_other() -> None:
     line = {"select": rows, "report": [{**row, "swd": 100 - row["swd"]} for row in rows]}
     assert best_row(line)["swd"] == 96 and best_row(line, limit=10)["swd"] == 95
     assert nearest_row(line, 25)["step"] == 2
+
+
+def test_what_a_recipe_costs_is_told_by_image(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = yaml.safe_load((home / "recipes.yaml").read_text())
+    recipes["recipes"]["small"] = ["train.global_batch=4"]
+    (home / "recipes.yaml").write_text(yaml.safe_dump(recipes))
+    batch = yaml.safe_load((home / "base.yaml").read_text())["train"]["global_batch"]
+    seconds = iter(range(1000))
+    monkeypatch.setattr("tests.bench.ladder.a_step", lambda config: lambda: None)
+    monkeypatch.setattr("tests.bench.ladder.time.process_time", lambda: next(seconds))  # each step takes one
+    monkeypatch.setattr("sys.argv", ["ladder", "cost", str(home), "--recipes", str(home / "recipes.yaml")])
+    main()
+    assert json.loads((home / "cost.json").read_text()) == {"thesis": 1 / batch, "nearest": 1 / batch, "small": 1 / 4}
