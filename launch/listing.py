@@ -85,7 +85,7 @@ def make_row(run: Path, queue: Queue) -> Row:
     state = state_of(recorded, touched, list(zip(made, jobs, strict=True)), queue, ending)
     if made:
         known["job"] = made[-1].job
-    if ending or state.job or state.reason:
+    if state.job or state.reason:
         known["reason"] = state.reason
     if state.job:
         known["job"], known["node"] = state.job, state.nodes or None

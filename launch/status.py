@@ -189,7 +189,7 @@ def state_of(
         return State(ending.outcome, ending.outcome, None if ending.outcome == "done" else ending.reason)
     if jobs and (unseen := queue.why_unseen(jobs[-1][1])):
         return State(recorded, recorded, unseen)
-    gone = recorded == "running" and bool(jobs) and not ending  # after its end, what writes is no job
+    gone = recorded == "running" and bool(jobs) and not ending  # after its end, what writes may be no job
     return State("interrupted", "interrupted") if gone else State(recorded, recorded)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gan_dist.runs.lease import seems_held
@@ -28,17 +28,17 @@ def stop(directory: Path) -> list[str]:
     """
     if not is_sweep(directory):
         return _stop_anywhere(directory)
-    runs = _running_trials(directory)
     touch(directory / STOP)  # its workers are to start no more
+    runs = _running_trials(directory)
     lines: list[str] = []
     try:
-        view = slurm.look([job for run in runs for job in jobs_of(run)])
+        view = _settled([job for run in runs for job in jobs_of(run)])
     except UserError:
         raise
     except GanDistError as error:  # SLURM is silent; the runs' own files reach them all the same
-        for run in runs:
+        for run in (run for run in runs if jobs_of(run) or seems_held(run)):
             touch(run / STOP)
-            lines.append(f"{run.name} is asked to save and end; its job: {error}")
+            lines.append(f"{run.name} is asked to save and end" + (f"; its job: {error}" if jobs_of(run) else ""))
         runs = []
     for run in runs:
         try:
@@ -60,7 +60,7 @@ def stop(directory: Path) -> list[str]:
 def cancel(directory: Path) -> Iterator[str]:
     """Yields a line for each job of a run or a sweep that is cancelled.
 
-    Raises UserError where there is none, and of jobs that could not be cancelled the first error, after the others.
+    Raises UserError where there is none. Where jobs could not be cancelled, it yields why, and raises the first error.
     """
     if not is_sweep(directory):
         yield from cancel_run(directory)
@@ -84,6 +84,7 @@ def cancel(directory: Path) -> Iterator[str]:
     elif not was_asked:
         (directory / STOP).unlink(missing_ok=True)
     if errors:
+        yield from map(str, errors[1:])
         raise errors[0]
     if not cancelled:
         raise NoJob(
@@ -130,16 +131,23 @@ def cancel_run(run: Path, view: slurm.View | None = None) -> list[str]:
     return [f"job {job.id} is cancelled" for job in going]
 
 
+def _settled(jobs: Sequence[slurm.Job]) -> slurm.View:
+    """Returns what SLURM shows of jobs once none of them is between two starts: soon it is pending again, or gone."""
+    deadline = time.monotonic() + 40
+    while True:
+        view = slurm.look(jobs)
+        completing = any(line.state == "COMPLETING" for job in jobs for line in view.of(job))
+        if not completing or time.monotonic() > deadline:
+            return view
+        time.sleep(1)
+
+
 def stop_run(run: Path, view: slurm.View | None = None) -> list[str]:
     """Returns what is done about each job of a run, a line each. Raises NoJob when it has none in the queue.
 
     `view` is what SLURM shows, of other jobs too; None asks it."""
     jobs = dict(zip(jobs_of(run), (each.kind for each in submissions(run)), strict=True))
-    deadline = time.monotonic() + 40
-    view = view or slurm.look(list(jobs))
-    while any(line.state == "COMPLETING" for job in jobs for line in view.of(job)) and time.monotonic() < deadline:
-        time.sleep(1)  # between two starts: soon the job is pending again, or gone
-        view = slurm.look(list(jobs))
+    view = view or _settled(list(jobs))
     hidden = [job for job in jobs if job in view.hidden and not has_ended(run, job.id)]
     if not hidden and not any(view.of(job) for job in jobs):
         raise NoJob(f"{run} has no job in the queue; nothing to stop")

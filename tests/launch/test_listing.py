@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from gan_dist.utils.errors import UserError
 from launch import slurm, status
 from launch.listing import list_runs, table_lines
+from launch.status import status_lines
 from launch.submit import Submission
 
 
@@ -37,6 +40,20 @@ def make_run(home: Path, name: str, job: str, event: str, history: str = "", swd
         lines += [{"step": 40, "images_seen": 640, **figures}, {"step": 50, "images_seen": 800, **figures}]
         lines += [{"event": event, "step": 50, "time": 0}] if event != "start" else []
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_newer_start_by_hand_speaks_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job failed before; how it ended then is old."""
+    monkeypatch.setattr(slurm, "look", lambda jobs: slurm.View())
+    make_run(tmp_path, "art", "4", "stop", "0 | failed | - | rank 1 on b: no disk")
+    metrics, history = tmp_path / "art/metrics.jsonl", next(tmp_path.glob("art/launch/*/attempts/4/history"))
+    assert [(row.state, row.reason) for row in list_runs(str(tmp_path))] == [("failed", "rank 1 on b: no disk")]
+    lines = [{"event": "start", "step": 50, "time": 0, "total_steps": 90}]
+    lines += [{"event": "stop", "step": 60, "time": 0, "reason": "SIGINT"}]
+    metrics.write_text(metrics.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
+    os.utime(history, (time.time() - 7200,) * 2)
+    assert [(row.state, row.reason) for row in list_runs(str(tmp_path))] == [("stopped", "SIGINT")]
+    assert "(SIGINT)" in status_lines(tmp_path / "art")[1]
 
 
 def test_every_run_has_a_row_that_says_what_it_does_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,13 +392,6 @@ def test_status_ls_and_stop_know_a_sweep(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="no trial and no worker runs; nothing to stop"):
         stop(tmp_path / "sweep")
     assert not (tmp_path / "sweep" / STOP).exists()
-    silent = GanDistError("squeue failed")  # and there may be a job: its run's file reaches it
-    for function in ("slurm.look", "stop_run"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"launch.stopping.{function}", lambda *words: (_ for _ in ()).throw(silent))
-            line, workers = stop(tmp_path / "sweep")
-        assert line == "trial-0001 is asked to save and end; its job: squeue failed" and workers.startswith("0 worker")
-        (tmp_path / "sweep" / "trial-0001" / STOP).unlink()
     lease = hold(tmp_path / "sweep" / "workers" / "elsewhere")  # of which only the age of its lease can tell
     assert status_lines(find_run("sweep"))[3].strip() == "1 worker(s): elsewhere"
     assert [row.state for row in list_runs(str(tmp_path))] == ["running"]
@@ -489,6 +482,65 @@ def test_cancelling_a_sweep_cancels_the_jobs_of_its_trials_and_ends_its_workers(
     with pytest.raises(GanDistError, match="Access denied"):  # what could not be cancelled is told, and is no success
         next(lines)
     assert len(fake.calls("squeue")) == asked + 1, "SLURM is asked once, whatever the number of trials"
+
+
+def with_jobs(folder: Path, trials: Sequence[int], parallel: int) -> Callable[[str], str]:
+    """Makes a sweep whose worker was killed, and a job (71, 72, ...) for each of these trials; returns what squeue
+    prints of states as `71:RUNNING 72:PENDING`, as a line of bash."""
+    with pytest.raises(Killed):
+        worker(folder, Files(kill_at=4), parallel=parallel).work(StopRequest())
+    names = {str(71 + i): f"trial-{trial:04}" for i, trial in enumerate(trials)}
+    for name in names.values():
+        submit_training(str(folder / name / "config.yaml"), [], load_cluster(None), folder / name, alone=False)
+
+    def shown(states: str) -> str:
+        pairs = (word.split(":") for word in states.split())
+        rows = (f"{job}|{state}|1:00||(None)|n1|N/A|{names[job]}|{folder / names[job]}" for job, state in pairs)
+        return "printf '%s\\n' " + " ".join(f"'{row}'" for row in rows)
+
+    return shown
+
+
+def test_a_trial_that_starts_while_another_ends_is_asked_as_one_that_runs(
+    fake: Slurm,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "sweep"
+    shown = with_jobs(folder, (0, 1), parallel=2)
+    first, then = shown("71:COMPLETING 72:PENDING"), shown("72:RUNNING")
+    fake.program("squeue", f"if [[ -e {tmp_path}/asked ]]; then {then}; else touch {tmp_path}/asked; {first}; fi")
+    line, _ = stop(folder)
+    assert line.startswith("job 72 is asked to save and end") and fake.calls("scancel") == []
+    assert [(folder / f"trial-000{n}" / STOP).exists() for n in (0, 1)] == [False, True]
+
+
+def test_what_cannot_be_asked_of_slurm_is_asked_by_file_where_something_may_run(
+    fake: Slurm,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The first has a job, the second a living process, and nothing runs of the third."""
+    folder = tmp_path / "sweep"
+    with_jobs(folder, (0,), parallel=3)
+    hold(folder / "trial-0001")
+    fake.program("squeue", "echo 'no controller' >&2; exit 1")
+    first, second, _ = stop(folder)
+    assert first.startswith("trial-0000 is asked to save and end; its job: squeue")
+    assert second == "trial-0001 is asked to save and end"
+    assert [(folder / f"trial-000{n}" / STOP).exists() for n in (0, 1, 2)] == [True, True, False]
+
+
+def test_each_job_that_cannot_be_cancelled_is_named(
+    fake: Slurm,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "sweep"
+    shown = with_jobs(folder, (0, 1, 2), parallel=3)
+    fake.program("squeue", shown("71:RUNNING 72:RUNNING 73:RUNNING"))
+    fake.program("scancel", '[[ $* == 73 ]] || { echo "Access denied to $*" >&2; exit 1; }')
+    lines, said = cancel(folder), list[str]()
+    with pytest.raises(GanDistError, match="Access denied to 71"):
+        said += iter(lines)
+    assert said[0] == "job 73 is cancelled" and "Access denied to 72" in said[2] and len(said) == 3
 
 
 @pytest.mark.parametrize("first", [True, False])

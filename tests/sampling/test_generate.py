@@ -15,7 +15,7 @@ from gan_dist.model.networks import Generator
 from gan_dist.sampling.generate import draw, draw_latents, generate, interpolate
 from gan_dist.training.trainer import train
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.pictures import grid, save_png, to_uint8
+from gan_dist.utils.pictures import grid, grid_side, save_png, to_uint8
 from tests.helpers.training import small
 
 
@@ -50,6 +50,13 @@ def test_a_grid_is_as_square_as_can_be() -> None:
     images = torch.zeros(10, 3, 16, 16, dtype=torch.uint8)
     assert grid(images).shape == (3, 3 * 18 + 2, 4 * 18 + 2)
     assert grid(images[:1]).dtype == torch.uint8
+    assert (grid(images)[:, :2] == 255).all() and (grid(images)[:, -17:-2, -17:-2] == 255).all()  # on white
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (1, 4), (2, 1), (3, 5), (7, 3), (7, None), (12, 12)])
+def test_the_longer_side_of_a_grid_is_known_before(count: int, columns: int | None) -> None:
+    page = grid(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), columns)
+    assert max(page.shape) == grid_side(count, 8, columns if columns is None else min(columns, count))
 
 
 def test_walks_keep_their_ends_and_their_length() -> None:

@@ -23,7 +23,10 @@ from gan_dist.data.prepare.structure import boxes
 _INTERFACE = 7
 """The version of dav1d's interface that has these structures."""
 _EXIF = rb"(infe(?:\x02.{7}|\x03.{9}))Exif"
+_ALPHA = re.compile(rb"....urn:(?:mpeg:mpegB:cicp:systems:auxiliary:alpha|mpeg:hevc:2015:auxid:1)\0", re.S)
 _INVALID = -22
+_LARGEST_TILE = 2**24
+"""Pixels that a tile may have although the picture has less."""
 _LONGEST_PICTURE = 4096
 """Bytes, more than a Dav1dPicture has."""
 
@@ -74,19 +77,19 @@ def available() -> bool:
 
 
 def check(data: bytes, pixels: int) -> None:
-    """Raises Rejected if the pixels of an AVIF, which could be decoded, do not end where their data do. What is larger
-    than the picture, of `pixels`, is no part of it."""
+    """Raises Rejected if the data of an AVIF, which could be decoded, do not end where its `pixels` do."""
     library = _library()
     if library is not None and any(_is_damaged(library, part, pixels) for part in _pictures(data)):
         raise Rejected("corrupt", "AVIF: its pixels do not end where their data do")
 
 
 def _is_damaged(library: Any, part: bytes, pixels: int) -> bool:
-    """Returns whether dav1d, when it is strict, refuses a picture in AV1 of at most `pixels`."""
+    """Returns whether a strict dav1d refuses a part of a picture of `pixels`: all of it, or a tile, which may be larger
+    and cut."""
     settings, decoder, given = _Settings(), ctypes.c_void_p(), _Data()
     library.dav1d_default_settings(ctypes.byref(settings))
     settings.threads = settings.frame_delay = settings.strict = 1
-    settings.frame_size_limit = pixels
+    settings.frame_size_limit = max(pixels, _LARGEST_TILE)
     settings.apply_grain = settings.inloop_filters = 0  # which change pixels alone
     settings.logger = (ctypes.c_void_p * 2)()
     if library.dav1d_open(ctypes.byref(decoder), ctypes.byref(settings)) < 0:
@@ -140,26 +143,44 @@ def _meta(data: bytes) -> dict[bytes, bytes]:
     return {kind: meta[start:end] for kind, start, end in boxes(meta)}
 
 
+def _primary(parts: dict[bytes, bytes]) -> int:
+    """Returns the item that is the picture."""
+    return _numbers(parts[b"pitm"], 4, 2 if parts[b"pitm"][0] == 0 else 4)[0]
+
+
 def _pictures(data: bytes) -> Iterator[bytes]:
-    """Yields the data of each picture in AV1 that is no thumbnail: the tiles of the primary one, its transparency. Not
-    of all of them where they have more bytes than the file: a few may be named very often."""
-    left = len(data)
+    """Yields the data of each picture in AV1 that is shown: the primary one or its tiles, and their transparency.
+    Tiles that share their data are one. (The rest, thumbnails and others, is decoded by nobody.)"""
     try:
         parts = _meta(data)
-        thumbnails = set(_referring(parts.get(b"iref", b""), b"thmb"))
-        places: dict[int, list[tuple[int, int]]] = {}
+        coded, places = set(_coded(parts[b"iinf"])), dict[int, tuple[tuple[int, int], ...]]()
         with suppress(IndexError):  # what comes before its damage counts
             places.update(_extents(parts[b"iloc"]))
-        for item in _coded(parts[b"iinf"]):
-            extents = places.get(item, [])
-            left -= sum(end - start for start, end in extents)
-            if left < 0:
-                return
-            pixels = b"".join(data[start:end] for start, end in extents)
-            if pixels and item not in thumbnails:
-                yield pixels
+        seen: set[tuple[tuple[int, int], ...]] = {()}
+        for item in _shown(parts):
+            extents = places.get(item, ())
+            if item in coded and extents not in seen:
+                seen.add(extents)
+                if sum(end - start for start, end in extents) > len(data):
+                    continue
+                yield b"".join(data[start:end] for start, end in extents)
     except (StopIteration, KeyError, IndexError):
         return
+
+
+def _shown(parts: dict[bytes, bytes]) -> list[int]:
+    """Returns the items that make the picture: the primary one, its tiles, and the transparency of each."""
+    tiles, alphas = dict[int, list[int]](), dict[int, int]()
+    transparent = {item for item, found in _given(parts).items() if _ALPHA.match(found.get(b"auxC", b""))}
+    for kind, item, others in _references(parts.get(b"iref", bytes(4))):
+        if kind == b"dimg":
+            tiles.setdefault(item, others)
+        elif kind == b"auxl" and item in transparent:
+            alphas |= {other: item for other in others if other not in alphas}
+    primary = _primary(parts)
+    colours = [primary, *tiles.get(primary, [])]
+    found = [alphas[item] for item in colours if item in alphas]
+    return [*colours, *found, *(tile for item in found for tile in tiles.get(item, []))]
 
 
 def _coded(iinf: bytes) -> Iterator[int]:
@@ -172,21 +193,29 @@ def _coded(iinf: bytes) -> Iterator[int]:
                 yield _numbers(info, 4, size)[0]
 
 
-def _referring(iref: bytes, kind: bytes) -> Iterator[int]:
-    """Yields the items that an `iref` box lets refer to others in this way."""
-    for name, start, _ in boxes(iref, 4):
-        if name == kind:
-            yield _numbers(iref, start, 2 if iref[0] == 0 else 4)[0]
+def _references(iref: bytes) -> Iterator[tuple[bytes, int, list[int]]]:
+    """Yields each reference of an `iref` box: its kind, the item that refers, and those it refers to."""
+    size = 2 if iref[0] == 0 else 4
+    for kind, start, _ in boxes(iref, 4):
+        item, count = _numbers(iref, start, size, 2)
+        yield kind, item, _numbers(iref, start + size + 2, *[size] * count)
+
+
+def _given(parts: dict[bytes, bytes]) -> dict[int, dict[bytes, bytes]]:
+    """Returns the properties of each item, by kind."""
+    kinds = {kind: parts[b"iprp"][start:end] for kind, start, end in boxes(parts[b"iprp"])}
+    known = [(kind, kinds[b"ipco"][start:end]) for kind, start, end in boxes(kinds[b"ipco"])]
+    given: dict[int, dict[bytes, bytes]] = {}
+    for item, numbers in _associations(kinds[b"ipma"]):
+        given.setdefault(item, dict(known[number - 1] for number in numbers if 0 < number <= len(known)))
+    return given
 
 
 def _properties(data: bytes) -> dict[bytes, bytes]:
     """Returns the properties, by kind, of an AVIF's primary picture; none where they cannot be followed."""
     try:
         parts = _meta(data)
-        item = _numbers(parts[b"pitm"], 4, 2 if parts[b"pitm"][0] == 0 else 4)[0]
-        kinds = {kind: parts[b"iprp"][start:end] for kind, start, end in boxes(parts[b"iprp"])}
-        known = [(kind, kinds[b"ipco"][start:end]) for kind, start, end in boxes(kinds[b"ipco"])]
-        return dict(known[number - 1] for number in _associated(kinds[b"ipma"], item) if 0 < number <= len(known))
+        return _given(parts).get(_primary(parts), {})
     except (StopIteration, KeyError, IndexError, ValueError):
         return {}
 
@@ -202,21 +231,19 @@ def _numbers(data: bytes, place: int, *sizes: int) -> list[int]:
     return numbers
 
 
-def _associated(ipma: bytes, item: int) -> list[int]:
-    """Returns the numbers, from 1, of the properties that an `ipma` box gives to an item."""
+def _associations(ipma: bytes) -> Iterator[tuple[int, list[int]]]:
+    """Yields each item of an `ipma` box with the numbers, from 1, of its properties."""
     wide_items, wide_numbers = ipma[0] >= 1, ipma[3] & 1
     place, step = 8, 2 if wide_numbers else 1
     for _ in range(_numbers(ipma, 4, 4)[0]):
-        number, count = _numbers(ipma, place, 4 if wide_items else 2, 1)
+        item, count = _numbers(ipma, place, 4 if wide_items else 2, 1)
         place += (4 if wide_items else 2) + 1
-        found = _numbers(ipma, place, *[step] * count)
+        numbers = _numbers(ipma, place, *[step] * count)
         place += step * count
-        if number == item:
-            return [value & (0x7FFF if wide_numbers else 0x7F) for value in found]
-    return []
+        yield item, [number & (0x7FFF if wide_numbers else 0x7F) for number in numbers]
 
 
-def _extents(iloc: bytes) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+def _extents(iloc: bytes) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
     """Yields each item of an `iloc` box with start and end in the file of each of its extents."""
     version, sizes, more = _numbers(iloc, 0, 1, 0, 0)[0], iloc[4], iloc[5]
     offset_size, length_size, base_size, index_size = sizes >> 4, sizes & 15, more >> 4, more & 15
@@ -230,4 +257,5 @@ def _extents(iloc: bytes) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         extents = extents if any(shape) else min(extents, 1)
         found = [_numbers(iloc, place + i * sum(shape), *shape) for i in range(extents)]
         place += extents * sum(shape)
-        yield number, [(base + start, base + start + size) for _, start, size in found] if method & 15 == 0 else []
+        spans = tuple((base + start, base + start + size) for _, start, size in found if size)
+        yield number, spans if method & 15 == 0 else ()

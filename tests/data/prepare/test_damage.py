@@ -7,9 +7,9 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
 from tests.bench import damage
+from tests.helpers.avif import grid
 from tests.helpers.images import ORANGE, encode, plain
 from tests.helpers.tiff import tiff as tiff_of
 
@@ -375,26 +376,44 @@ def test_a_file_that_lost_its_last_bytes_is_truncated(format: str) -> None:
     assert not structure.cut_short(data + bytes(3), "GIF") or format != "GIF"
 
 
-def test_items_of_an_avif_that_are_none_of_its_pictures_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is larger than the picture is not decoded; many that share their bytes are not gathered."""
-    small, large = (encode(texture(size), "AVIF", quality=60) for size in ((32, 32), (320, 240)))
-    (part,) = avif._pictures(large)
-    bad = part[: len(part) // 2] + bytes([part[len(part) // 2] ^ 1]) + part[len(part) // 2 + 1 :]
-    library = avif._library()
-    assert avif._is_damaged(library, bad, 320 * 240) and not avif._is_damaged(library, bad, 320 * 240 - 1)
-    assert not avif._is_damaged(library, part, 320 * 240)
-    parsed, extents = list[bytes](), avif._extents
-    monkeypatch.setattr(avif, "_coded", lambda iinf: range(1, 200))
+def damaged(data: bytes, part: bytes) -> bytes:
+    """Returns a file with another bit in the middle of a part of it."""
+    place = data.rindex(part) + len(part) // 2
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
 
-    def shared(iloc: bytes) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        parsed.append(iloc)
-        yield from ((item, [(0, 100)]) for item in range(1, 200))
-        raise IndexError("damaged behind them")
 
-    monkeypatch.setattr(avif, "_extents", shared)
-    assert len(list(avif._pictures(small))) == len(small) // 100 and len(parsed) == 1
-    zero = bytes((1, 0, 0, 0, 0, 0)) + b"\xff\xff" + b"".join(bytes((0, i, 0, 0, 0, 0, 0xFF, 0xFF)) for i in range(200))
-    assert sum(len(found) for _, found in islice(extents(zero), 200)) == 200
+def test_the_tiles_of_an_avif_are_checked_though_they_are_larger_than_the_picture() -> None:
+    tiles = [encode(damage.picture(seed, "RGB").resize((256, 256)), "AVIF", quality=60) for seed in (1, 2)]
+    data = grid(tiles, 2, (256, 256), (300, 200))  # of which the last row and column are cut
+    made = square(data, Recipe(200, resample="box", full_decode=True))
+    assert (made.width, made.height, made.flags) == (300, 200, [])
+    first, second = avif._pictures(data)
+    assert first != second and reason(damaged(data, first)) == reason(damaged(data, second)) == "corrupt"
+
+
+def test_each_tile_of_an_avif_is_checked_once_and_nothing_that_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat, real = encode(Image.new("RGB", (64, 64), "white"), "AVIF"), encode(texture((64, 64)), "AVIF", quality=60)
+    data = grid([*[flat] * 15, real], 4, (64, 64), (256, 256), strangers=500)
+    looked, is_damaged = list[bytes](), avif._is_damaged
+
+    def noted(library: Any, part: bytes, pixels: int) -> bool:
+        looked.append(part)
+        return is_damaged(library, part, pixels)
+
+    monkeypatch.setattr(avif, "_is_damaged", noted)
+    assert reason(data) == "" and len(looked) == 2
+    assert reason(damaged(data, looked[1])) == "corrupt"
+
+
+def test_what_stands_behind_the_damage_of_an_avif_is_not_believed() -> None:
+    """Of a table of places that is cut, what came before counts; one of many items in a few bytes is no work."""
+    place = bytes((0x44, 0, 0, 2)) + struct.pack(">HHHII", 1, 0, 1, 7, 9) + b"\0\2"
+    found = dict[int, Any]()
+    with pytest.raises(IndexError):
+        found.update(avif._extents(bytes(4) + place))
+    assert found == {1: ((7, 16),)}
+    empty = bytes((1, 0, 0, 0, 0, 0)) + b"\0\2" + bytes((0, 1, 0, 0, 0, 0, 0xFF, 0xFF)) * 2
+    assert list(avif._extents(empty)) == [(1, ())] * 2
 
 
 def test_files_that_hold_more_than_they_say_are_flagged() -> None:
