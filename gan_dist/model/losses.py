@@ -3,7 +3,8 @@
 With D(x) = sigmoid(logit): log D = logsigmoid(logit) and log(1 - D) = logsigmoid(-logit), exact where a probability
 would have rounded to 0 or 1. Losses are *sums* over the local batch; `discriminator_terms` and `generator_terms`, all
 that a pass takes of its logits, divide them by the global batch, so that ranks with unequal shares add up to the same
-mean. On a GPU losses_triton.py makes these two in one kernel.
+mean. On a GPU losses_triton.py makes these two in one kernel. The penalty on D's slopes (penalty.py) is added in
+training/update.py's `discriminator_pass`.
 
 A new loss is a name in config/schema.py's LossName, perhaps in WITH_GENERATOR_TARGET, WITH_REAL_TARGET and WITH_SIGN
 there, and in the words of LossConfig; here a branch in `discriminator_loss` and in `generator_loss`, perhaps a place in

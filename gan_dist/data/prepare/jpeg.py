@@ -2,7 +2,7 @@
 
 A JPEG has no checksum. Found are data that end early or late, codes that do not exist, restart markers out of order,
 scans that are missing, and holes of zeros. Not to be found are bits that changed into other valid codes while the
-number of blocks stayed the same.
+number of blocks stayed the same. One that cannot even be opened is judged in decode.py's `named_failures`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 A new kind of source is recognised in `open_source` (and leaves `_NOT_READ`), listed by `list_source`, and read in
 reading.py; `Source.has_checksums` says what its stamps are, `Source.stem` what its name is without an ending.
-staging.py first unpacks what is one compressed stream. A new format of images is a name in decode.py's _FORMATS, with
-its endings in _ENDINGS here.
+staging.py first unpacks what is one compressed stream. docs/preparing.md lists them.
+
+A new format of images that Pillow reads is a name in decode.py's _FORMATS (no more in _KNOWN_BUT_UNREAD), with its
+endings in _ENDINGS here, what a pixel takes in _BYTES_PER_PIXEL, a check for damage in a file of its own, and a line in
+tests/bench/damage.py's FORMATS.
 """
 
 from __future__ import annotations
