@@ -73,7 +73,7 @@ def cancel(directory: Path) -> Iterator[str]:
     errors: list[GanDistError] = []
     for run in runs:
         try:
-            cancelled += cancel_run(run, view)
+            cancelled += cancel_run(run, view)  # keeps what came before an error
         except NoJob:
             continue
         except GanDistError as error:
@@ -112,8 +112,9 @@ def _stop_anywhere(run: Path, view: slurm.View | None = None) -> list[str]:
         return [f"{run.name} is asked to save and end"]
 
 
-def cancel_run(run: Path, view: slurm.View | None = None) -> list[str]:
-    """Returns a line for each job of a run that is cancelled. Raises UserError when none is here to be cancelled.
+def cancel_run(run: Path, view: slurm.View | None = None) -> Iterator[str]:
+    """Yields a line for each job of a run that is cancelled. Raises UserError when none is here to be cancelled, and
+    the first error of those that could not be, after the others.
 
     `view` is what SLURM shows, of other jobs too; None asks it."""
     jobs = jobs_of(run)
@@ -126,9 +127,16 @@ def cancel_run(run: Path, view: slurm.View | None = None) -> list[str]:
     going = sorted((job for job in jobs if view.of(job)), key=lambda job: job.order)
     if not going:
         raise NoJob(f"{run} has no job in the queue; nothing to cancel")
+    errors: list[GanDistError] = []
     for job in going:
-        slurm.cancel(job)
-    return [f"job {job.id} is cancelled" for job in going]
+        try:
+            slurm.cancel(job)
+            yield f"job {job.id} is cancelled"
+        except GanDistError as error:
+            errors.append(error)
+    if errors:
+        yield from map(str, errors[1:])
+        raise errors[0]
 
 
 def _settled(jobs: Sequence[slurm.Job]) -> slurm.View:

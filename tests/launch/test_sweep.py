@@ -541,6 +541,25 @@ def test_each_job_that_cannot_be_cancelled_is_named(
     with pytest.raises(GanDistError, match="Access denied to 71"):
         said += iter(lines)
     assert said[0] == "job 73 is cancelled" and "Access denied to 72" in said[2] and len(said) == 3
+    fake.program("squeue", shown("71:RUNNING"))
+    with pytest.raises(GanDistError, match="Access denied to 71"):
+        list(cancel(folder / "trial-0000"))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_job_that_cannot_be_cancelled_keeps_no_other_of_its_run_from_it(
+    fake: Slurm,  # noqa: F811
+    tmp_path: Path,
+    whole: bool,
+) -> None:
+    folder = tmp_path / "sweep"
+    shown = with_jobs(folder, (0, 0, 0), parallel=1)
+    fake.program("squeue", shown("71:RUNNING 72:RUNNING 73:RUNNING"))
+    fake.program("scancel", '[[ $* == 72 ]] || { echo "Access denied to $*" >&2; exit 1; }')
+    lines, said = cancel(folder if whole else folder / "trial-0000"), list[str]()
+    with pytest.raises(GanDistError, match="Access denied to 71"):
+        said += iter(lines)
+    assert said[0] == "job 72 is cancelled" and any("Access denied to 73" in line for line in said)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -203,11 +203,12 @@ def _references(iref: bytes) -> Iterator[tuple[bytes, int, list[int]]]:
 
 def _given(parts: dict[bytes, bytes]) -> dict[int, dict[bytes, bytes]]:
     """Returns the properties of each item, by kind."""
-    kinds = {kind: parts[b"iprp"][start:end] for kind, start, end in boxes(parts[b"iprp"])}
-    known = [(kind, kinds[b"ipco"][start:end]) for kind, start, end in boxes(kinds[b"ipco"])]
+    ipco = next(parts[b"iprp"][start:end] for kind, start, end in boxes(parts[b"iprp"]) if kind == b"ipco")
+    known = [(kind, ipco[start:end]) for kind, start, end in boxes(ipco)]
     given: dict[int, dict[bytes, bytes]] = {}
-    for item, numbers in _associations(kinds[b"ipma"]):
-        given.setdefault(item, dict(known[number - 1] for number in numbers if 0 < number <= len(known)))
+    for kind, start, end in boxes(parts[b"iprp"]):
+        for item, numbers in _associations(parts[b"iprp"][start:end]) if kind == b"ipma" else ():
+            given.setdefault(item, dict(known[number - 1] for number in numbers if 0 < number <= len(known)))
     return given
 
 

@@ -42,7 +42,9 @@ def verify(root: str | Path, progress: Callable[[int, int], None] | None = None)
         UserError: no dataset there, or its manifest cannot be read.
     """
     root = expand(root)
-    again = f"run `{repair_command(root)}` again (it rewrites only what is damaged)"
+    command = repair_command(root)
+    hidden = ", with your own words for each ***" if "***" in command else ""
+    again = f"run `{command}` again{hidden} (it rewrites only what is damaged)"
     try:
         manifest = read_manifest(root)
     except UserError as error:
@@ -126,25 +128,26 @@ def store_command(root: Path, sources: Sequence[str], options: dict[str, Any]) -
     """Stores the command of the dataset in `root`, apart from what is reproducible, since it has absolute paths. Its
     secrets are left out: others read a dataset, too."""
     clear_temporaries(root / FOLDER / COMMAND)
-    write_atomically(root / FOLDER / COMMAND, json.dumps(_kept(sources, options), indent=1).encode())
+    kept = dict(zip(("sources", "options"), _without_secrets(sources, options), strict=True))
+    write_atomically(root / FOLDER / COMMAND, json.dumps(kept, indent=1).encode())
 
 
 def was_made_by(root: Path, sources: Sequence[str], options: dict[str, Any]) -> bool:
     """Returns whether the last `prepare` into `root` had these sources and options, whatever their secrets."""
-    kept = _kept(sources, options)
-    return stored_command(root) == (kept["sources"], kept["options"])
+    return stored_command(root) == _without_secrets(sources, options)
 
 
-def _kept(sources: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+def _without_secrets(sources: Sequence[str], options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     options = {name: masked(value) if isinstance(value, str) else value for name, value in options.items()}
-    return {"sources": [masked(source) for source in sources], "options": options}
+    return [masked(source) for source in sources], options
 
 
 def stored_command(root: Path) -> tuple[list[str], dict[str, Any]] | None:
     """Returns the sources and options of the last `prepare` into `root`, or None when they are not known."""
     try:
         command = json.loads((root / FOLDER / COMMAND).read_bytes())
-        return [str(source) for source in command["sources"]], dict(command["options"])
+        # One that an earlier release stored has its secrets still.
+        return _without_secrets([str(source) for source in command["sources"]], dict(command["options"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -164,6 +164,12 @@ def test_a_dataset_keeps_no_password(tmp_path: Path, fault: str | None, capsys: 
             assert server.requests["in.tar.gz"] == 2
             said = repair_command(out)
             assert "me:***@" in said and "v=2" in said
+            (out / "shard-00000.tar").unlink()
+            assert "` again, with your own words for each *** (" in str(verify(out)[0])
+            command = out / ".prepare/command.json"  # as an earlier release stored it
+            command.write_text(command.read_text().replace("me:***", "me:hidden3"))
+            assert repair_command(out) == said
+            command.write_text(command.read_text().replace("hidden3", "***"))
     kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(b"hidden" in data or b"new1" in data for data in kept)
     assert "hidden" not in said + capsys.readouterr().out
