@@ -19,7 +19,6 @@ from gan_dist.cli.data import prepare, verify
 from gan_dist.cli.evaluate import encoder, evaluate
 from gan_dist.cli.runs import demo, report, sample, train
 from gan_dist.utils.errors import EXIT_FAILED, GanDistError, exit_at_once
-from gan_dist.utils.system import leave_uncollected
 
 
 class _InOrderOfUse(TyperGroup):
@@ -63,7 +62,6 @@ def main() -> None:
     """Runs the command that the arguments name and exits with its status; a user's mistake is one line on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class may be "Naïve Art" where a terminal knows ASCII
-    leave_uncollected()
     threading.excepthook = _ignore_disk_errors(threading.excepthook)
     try:
         app()

@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, GanDistError, UserError, exit_at_once
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.stop import StopRequest
-from gan_dist.utils.system import leave_uncollected
 from launch.job.addresses import Task, agree_on_master, read_task
 
 ATTEMPT = "GAN_DIST_ATTEMPT"
@@ -234,7 +233,6 @@ def parse_job(words: list[str]) -> TrainJob:
 
 def main() -> None:
     """Runs the rank that the arguments describe."""
-    leave_uncollected()
     if sys.argv[1:2] == ["submitit"]:
         block_signals()  # until TrainJob handles them: Submitit's own handler would requeue the job from the rank
         from submitit.core.submission import process_job
