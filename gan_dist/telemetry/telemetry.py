@@ -22,8 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -33,6 +35,10 @@ from gan_dist.utils.errors import first_line
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.pictures import png_bytes
 from gan_dist.utils.tensors import HostCopy
+
+# TensorBoard's own, in pure Python, takes a tenth of a second for a grid of samples, and most of Python's lock with it:
+# the GPU that this process feeds runs dry meanwhile.
+pywrap_tensorflow.crc32c = google_crc32c.value
 
 EQUILIBRIUM = -math.log(4)
 """V(D, G) where D cannot tell real from fake: log 1/2 + log 1/2 (Goodfellow 2014, theorem 1)."""
