@@ -189,7 +189,8 @@ def resolve_kernels(
     """Returns the Kernels that `name` (one of them, or auto) means here, and why in one clause.
 
     auto: triton on a GPU where they can be built and give the results of torch's, on every rank; else torch. The same
-    goes for the kernel of the game's `loss` (losses_triton.py): both or neither. A collective: every rank calls it.
+    goes for the kernel of the game's `loss` (losses_triton.py) and, in bfloat16, for those of the layers between images
+    and maps (image_layers_triton.py): all or none. A collective: every rank calls it.
     `dtype`: the maps', bfloat16 under autocast. Raises UserError for triton where it cannot be, and for another name.
     """
     if name not in ("auto", *get_args(Kernels)):
@@ -205,6 +206,8 @@ def resolve_kernels(
     failure = ""
     try:
         import_module("gan_dist.model.batchnorm_triton").check(world.device, dtype)
+        if dtype == torch.bfloat16:
+            import_module("gan_dist.model.image_layers_triton").check(world.device)
         # Logits have the maps' dtype, or that of what is added to them: a bias, a class's part.
         for logits in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
             import_module("gan_dist.model.losses_triton").check(world.device, logits, loss)
@@ -214,7 +217,7 @@ def resolve_kernels(
         failure = f"{type(error).__name__}: {first_line(error)}"
     failures = {rank: text for rank, text in enumerate(world.gather_objects(failure)) if text}
     if not failures:
-        fused = "fused with the activation; losses too are one kernel"
+        fused = "fused with the activation; losses and the layers at images have kernels too"
         return "triton", fused if name == "auto" else "set by train.batchnorm_kernels"
     rank, text = next(iter(failures.items()))
     told = f"Triton's kernels fail on rank {rank} ({text})"

@@ -106,7 +106,8 @@ class Update:
         self._paired = loss in PAIRED
         judge: Any = discriminator  # of which nn.Module says nothing
         judge.level_counts = loss not in SHIFT_INVARIANT
-        terms: Any = import_module("gan_dist.model.losses_triton") if batchnorm_kernels == "triton" else losses
+        fused = batchnorm_kernels == "triton"
+        terms: Any = import_module("gan_dist.model.losses_triton") if fused else losses
         self.discriminator_terms, self.generator_terms = terms.discriminator_terms, terms.generator_terms
         self.real_target = real_target
         self.generator_target = generator_target
@@ -121,8 +122,11 @@ class Update:
             network.to(device=world.device, dtype=self.dtype).to(memory_format=torch.channels_last).train()
             alone = World(device=world.device)
             prepare(network, world if sync_batchnorm else alone, batchnorm_kernels, collectives.one_shot)
-        # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
         self.maps = maps = maps_dtype(precision)
+        if fused and maps == torch.bfloat16 and not (penalty.kinds and penalty.method == "exact"):
+            layers: Any = import_module("gan_dist.model.image_layers_triton")
+            generator.image_layers = discriminator.image_layers = layers
+        # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
         shared: dict[str, Any] = {"maps": maps, "num_buckets": collectives.gradient_buckets}
         shared["beta2_moves"] = beta2_ramp.images > 0
         self.g = Player(generator, world, lr=g_lr, betas=g_betas, num_extras=4, **shared)

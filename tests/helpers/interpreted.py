@@ -231,6 +231,99 @@ def save_losses(out: str) -> None:
     torch.save(found, Path(out) / "losses.pt")
 
 
+@dataclass(frozen=True)
+class ImageExample:
+    """What the layers between images and maps are given: `count` images of `side` pixels, maps of `channels`."""
+
+    count: int
+    channels: int
+    side: int
+    slope: float = 0.2
+    biased: bool = False
+    layout: torch.memory_format = torch.channels_last
+    programs: int = 1024
+    """How many programs share a sum over pixels: few of them have several tiles each."""
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Returns images, maps that are given and maps' gradient, weight and bias, all bfloat16."""
+        source = torch.Generator().manual_seed(self.side)
+        image, half = (self.count, 3, self.side, self.side), self.side // 2
+        maps = (self.count, self.channels, half, half)
+        shapes = {"images": image, "maps": maps, "weight": (self.channels, 3, 4, 4), "bias": (self.channels,)}
+        drawn = {name: torch.randn(shape, generator=source).bfloat16() for name, shape in shapes.items()}
+        return {
+            name: each.contiguous(memory_format=self.layout) if each.dim() == 4 else each
+            for name, each in drawn.items()
+        }
+
+
+IMAGE_EXAMPLES = {
+    "one image": ImageExample(1, 16, 8),
+    "a bias, ReLU": ImageExample(3, 24, 8, slope=0.0, biased=True),
+    "few channels, no activation": ImageExample(2, 5, 16, slope=1.0, biased=True),
+    "three channel tiles, the last one broken": ImageExample(2, 130, 8, biased=True),
+    "sums of several tiles, the last one short": ImageExample(5, 16, 12, programs=2, biased=True),
+    "a training image": ImageExample(1, 64, 32),
+    "contiguous": ImageExample(3, 16, 8, layout=torch.contiguous_format),
+}
+LAYER_KINDS = ("to_maps", "to_images")
+
+
+def image_layer(module: Any, kind: str, example: ImageExample, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the result of a layer, and its gradients."""
+    given = {name: values.to(dtype).requires_grad_() for name, values in example.arrays().items()}
+    if kind == "to_images":
+        leaves = {"maps": given["maps"], "weight": given["weight"]}
+        result, gradient = module.to_images(*leaves.values()), given["images"]
+    else:
+        leaves = {name: given[name] for name in ("images", "weight", "bias")[: 2 + example.biased]}
+        bias = leaves.get("bias")
+        result, gradient = (
+            module.to_maps(leaves["images"], leaves["weight"], bias, example.slope),
+            given["maps"],
+        )
+    gradients = torch.autograd.grad(result, list(leaves.values()), gradient.detach())
+    return {"result": result.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+IMAGE_GAMES: dict[str, dict[str, Any]] = {
+    "thesis": {},
+    "penalty": {"model": {"d_norm": "none"}, "penalty": GradientPenalty(1.0, 0.1, 2)},
+    "nearest": {"model": {"upsample": "nearest"}},
+}
+
+
+def image_game(layers: Any, settings: dict[str, Any]) -> Tensor:
+    """Returns the statistics of a step of a bfloat16 game with these layers at images, and torch's everything else."""
+    update = game(precision="bf16", global_batch=4, **settings)
+    for player in (update.g, update.d):
+        player.network.image_layers = layers
+    return update.step(*moves(update, 0))[:8]
+
+
+def save_image_layers(out: str) -> None:
+    """Saves what the kernels make of all examples; what the start's check says of them, and of wrong ones; and
+    what games come to with them."""
+    from gan_dist.model import image_layers_triton as layers
+
+    torch.set_num_threads(1)
+    found: dict[Any, Any] = {}
+    for name, example in IMAGE_EXAMPLES.items():
+        for kind in LAYER_KINDS:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(layers, "PROGRAMS", example.programs)
+                found[name, kind] = image_layer(layers, kind, example, torch.bfloat16)
+    found["games"] = {name: image_game(layers, settings) for name, settings in IMAGE_GAMES.items()}
+    layers.check(CPU)
+    honest = layers._maps_to_image
+    torch.library.impl("gan_dist::maps_to_image", "AutogradCPU")(lambda maps, _, *rest: honest(maps, None, *rest))
+    try:
+        layers.check(CPU)
+    except ArithmeticError as error:
+        found["wrong"] = str(error)
+    torch.save(found, Path(out) / "layers.pt")
+
+
 CHECKED: tuple[LossName, ...] = ("hinge", "relativistic")
 OTHER_GAMES: dict[str, dict[str, Any]] = {
     "penalty": {"model": {"d_norm": "none"}, "penalty": GradientPenalty(1.0, 0.1, 2), "loss": "least_squares"},

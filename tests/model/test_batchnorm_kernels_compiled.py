@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from gan_dist.model import batchnorm_triton as kernels  # noqa: E402
-from gan_dist.model import losses_triton  # noqa: E402
+from gan_dist.model import image_layers_triton, losses_triton  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 """A100, H100 and H200, B200."""
@@ -123,6 +123,36 @@ def test_the_losses_kernel_spills_nothing(player: str, name: Any, arch: int, tmp
     types = {key: pointers.get(key, "constexpr") for key in function.arg_names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(types.values()) if kind[0] == "*"}
     used = _resources(_build(function, types, constants, aligned, arch, 4), tmp_path)
+    assert used["LOCAL"] == 0 and used["STACK"] == 0
+
+
+IMAGE_LAYERS: dict[str, dict[str, int]] = {
+    "_to_maps_kernel": {"st": 1},
+    "_to_images_kernel": {"ld": 8},  # four pixels of maps for each block, and of what was activated
+    "_weight_gradient_kernel": {},  # Hopper and later load what they multiply by another instruction
+}
+"""Kernels between images and maps, with how often they read or write a tile of maps, 16 bytes at a time."""
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_the_layers_at_images_access_maps_by_16_bytes_and_spill_nothing(name: str, arch: int, tmp_path: Path) -> None:
+    function, tile = getattr(image_layers_triton, name), image_layers_triton._tile(64)
+    constants = {"SIDE": 32, "SLOPE": 0.2, "BIASED": True, "MASKED": True, "ONE": 12, **tile}
+    constants = {key: value for key, value in constants.items() if key in function.arg_names}
+    counts = ("pixels", "channels", "blocks", "chunk")
+    kinds = dict.fromkeys(counts, "i32") | {"parts": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    types = {key: kinds.get(key, "*bf16") for key in function.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (key, kind) in enumerate(types.items())
+        if kind[0] == "*" or key == "channels"
+    }
+    compiled = _build(function, types, constants, aligned, arch, 4)
+    wide = _wide_accesses(compiled.asm["ptx"])
+    for kind, tiles in IMAGE_LAYERS[name].items():
+        assert wide[kind] >= tiles * tile["PIXELS"] * tile["CHANNELS"] * BYTES["bf16"] // (16 * 128)
+    used = _resources(compiled, tmp_path)
     assert used["LOCAL"] == 0 and used["STACK"] == 0
 
 

@@ -105,12 +105,12 @@ def test_a_cpu_takes_torchs_operations_and_refuses_tritons() -> None:
 class _Kernels:
     """In the place of the module of kernels: its check raises `error`."""
 
-    checked: ClassVar[list[torch.dtype]] = []
+    checked: ClassVar[list[torch.dtype | None]] = []
 
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
-    def check(self, device: torch.device, dtype: torch.dtype, *loss: str) -> None:
+    def check(self, device: torch.device, dtype: torch.dtype | None = None, *loss: str) -> None:
         self.checked.append(dtype)
         if self.error:
             raise self.error
@@ -122,11 +122,12 @@ def test_a_gpu_takes_tritons_where_they_are_right(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(batchnorm, "import_module", lambda name: _Kernels(None))
     assert resolve_kernels("auto", gpu, torch.bfloat16) == (
         "triton",
-        "fused with the activation; losses too are one kernel",
+        "fused with the activation; losses and the layers at images have kernels too",
     )
-    assert _Kernels.checked == [torch.bfloat16, torch.bfloat16, torch.float32]  # maps, logits, logits with a bias
+    # Maps, images, logits, logits with a bias.
+    assert _Kernels.checked == [torch.bfloat16, None, torch.bfloat16, torch.float32]
     assert resolve_kernels("torch", gpu, torch.bfloat16)[0] == "torch"
-    for broken in ("batchnorm", "losses"):
+    for broken in ("batchnorm", "image_layers", "losses"):
         failing = _Kernels(RuntimeError("Failed to find C compiler\n"))
         monkeypatch.setattr(
             batchnorm, "import_module", lambda name, it=broken, to=failing: to if it in name else _Kernels(None)
