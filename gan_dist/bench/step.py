@@ -150,9 +150,9 @@ def _measure(
     limits: dict[str, float],
 ) -> dict[str, Any]:
     """Returns a row of the sweep: the rate is the runner's own, undisturbed; the parts are of eager steps after it."""
+    gflop, megabytes = work(*build(world, batch, precision, shape, "torch"))  # whose work does not hang on the kernels
     _release(world.device)
     update, reals, latents = build(world, batch, precision, shape)
-    gflop, megabytes = work(update, reals, latents)
     with closing(make_runner(name, update)) as runner:
         steps = time_steps(world, runner, reals, latents, seconds)
     median = statistics.median(steps)

@@ -173,7 +173,7 @@ def compare(
     """Returns medians of interleaved rounds: the peer's and each runner's images/s and the ratios."""
     chosen, why = resolve_precision(precision, device)
     shape = {"resolution": 64, "latent_dim": 100, "channels": 64}
-    gflop, _ = work(*build(World(device=device), batch, chosen, shape))
+    gflop, _ = work(*build(World(device=device), batch, chosen, shape, "torch"))
     # Ours; the tutorial's is what torch does by itself.
     arithmetic: Any = partial(float32_products, "tf32" if chosen == "tf32" else "ieee")
     with arithmetic():

@@ -2,7 +2,7 @@
 
   python -m tests.bench.gpu_figures check --out FOLDER     is it right here, and how fast: the tests marked gpu,
                                                            images/s beside the card's limits, where a step's time goes
-  python -m tests.bench.gpu_figures choices --out FOLDER   what was left to measure: runners, kernels by trial, layouts,
+  python -m tests.bench.gpu_figures choices --out FOLDER   what was left to measure: runners, kernels, by trial or not,
                                                            the price of determinism, the tutorial's step beside ours
   python -m tests.bench.gpu_figures job --out FOLDER       the thesis' whole job on stand-in images, an evaluation
   python -m tests.bench.gpu_figures ranks --out FOLDER     where there are several GPUs: how they scale, how they end
@@ -41,17 +41,17 @@ MODULE = "tests.bench.gpu_figures"
 COMMANDS: dict[str, dict[str, Part]] = {
     "check": {
         "machine": (check.machine, 60),
-        "step": (check.step, 180),
-        "profile": (check.step_profile, 90),
+        "step": (check.step, 120),
+        "profile": (check.step_profile, 60),
         "tests": (check.tests, 210),
     },
     "choices": {
         "runners": (choices.runners, 55),
-        "batchnorm": (choices.batchnorm, 60),
+        "kernels": (choices.kernels, 75),
         "determinism": (choices.determinism, 100),
         "peer": (choices.peer, 90),
         "layers": (choices.layers, 70),
-        "compiled": (choices.compiled, 195),
+        "compiled": (choices.compiled, 180),
     },
     "job": {"headline": (job.headline, 390), "evaluation": (job.evaluation, 170)},
     "ranks": {

@@ -17,10 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from gan_dist.bench.step import bench_step, build
 from gan_dist.training.runner import Captured
 from gan_dist.training.torch_settings import torch_settings
-from tests.bench.gpu_figures.plan import Plan, keep
+from tests.bench.gpu_figures.plan import Plan
 
 FIELDS = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory,temperature.gpu,ecc.mode.current"
 KINDS = {
+    "image layers": r"_(to_maps|to_images|weight_gradient)_kernel",
     "convolutions and products": r"conv|gemm|wgrad|dgrad|fprop|cutlass|xmma|cudnn|nvjet|gemv|splitk",
     "collectives": r"nccl|all_?reduce|all_?gather|symm",
     "optimiser": r"adam|multi_tensor|foreach",
@@ -67,24 +68,18 @@ def tests(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
 
 
 def step(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
-    """Returns images/s over batches and runners, with the shares of the measured limits and peak memory.
-
-    As a run sets torch: first with its deterministic kernels, then without.
-    """
-    found = {}
-    for deterministic in (True, False):
-        with torch_settings(plan.device, deterministic, plan.precision):
-            found["deterministic" if deterministic else "not_deterministic"] = bench_step(
-                plan.world,
-                batches=(*plan.batches, plan.large_batch),
-                runners=plan.runners,
-                precision=plan.precision,
-                seconds=plan.seconds / 2,
-                log=print,
-                **plan.shape,
-            )
-        keep(work, found)
-    return found
+    """Returns images/s over batches and runners, with the shares of the measured limits and peak memory, as a run sets
+    torch."""
+    with torch_settings(plan.device, True, plan.precision):
+        return bench_step(
+            plan.world,
+            batches=(*plan.batches, plan.large_batch),
+            runners=plan.runners,
+            precision=plan.precision,
+            seconds=plan.seconds / 2,
+            log=print,
+            **plan.shape,
+        )
 
 
 def step_profile(plan: Plan, out: Path, work: Path) -> dict[str, Any]:

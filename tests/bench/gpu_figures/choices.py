@@ -1,4 +1,4 @@
-"""What only a GPU can decide: runners, kernels by trial, layouts and paddings, the price of determinism."""
+"""What only a GPU can decide: runners, kernels of our own or torch's, kernels by trial, the price of determinism."""
 
 from __future__ import annotations
 
@@ -81,18 +81,27 @@ def determinism(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
     return found
 
 
-def batchnorm(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
-    """Returns images/s of captured steps with the fused kernels where they can be, and with torch's, interleaved."""
+def kernels(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
+    """Returns images/s of captured steps, interleaved: with our kernels where they can be, with torch's layers at
+    images, and with torch's everything."""
     found: dict[str, Any] = {}
     for batch in plan.batches:
-        rates: dict[str, list[float]] = {"auto": [], "torch": []}
+        rates: dict[str, list[float]] = {"auto": [], "auto, torch's image layers": [], "torch": []}
         for _ in range(1 if plan.dry else 3):
-            for kernels, each in rates.items():
-                each.append(plan.images_per_second(batch, lambda update: Captured(update, ""), kernels=kernels))
-        found[str(batch)] = {kernels: statistics.median(each) for kernels, each in rates.items()}
+            for name, each in rates.items():
+                wrap = _with_torchs_image_layers if "image" in name else lambda update: Captured(update, "")
+                each.append(plan.images_per_second(batch, wrap, kernels=name.split(",")[0]))
+        found[str(batch)] = {name: statistics.median(each) for name, each in rates.items()}
         keep(work, found)
     chosen, why = resolve_kernels("auto", plan.world, maps_dtype(plan.precision))
     return {**found, "auto": f"{chosen}: {why}"}
+
+
+def _with_torchs_image_layers(update: Update) -> Runner:
+    for player in (update.g, update.d):
+        network: Any = player.network
+        network.image_layers = None
+    return Captured(update, "")
 
 
 def peer(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
@@ -113,11 +122,11 @@ class _As(nn.Module):
 
 
 def layers(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
-    """Returns microseconds, forward and back, of both networks' ends in several forms, and of D on both halves."""
+    """Returns microseconds, forward and back, of both networks' small ends in two forms, and of D on both halves."""
     found = {}
     for batch in plan.batches:
         update, _reals, latents = build(plan.world, batch, plan.precision, plan.shape)
-        ends = _image_layers(plan, batch) | _small_ends(plan, update, latents[0])
+        ends = _small_ends(plan, update, latents[0])
         found[str(batch)] = {
             "ends": {name: plan.microseconds(_both_ways(plan, layer, x)) for name, (layer, x) in ends.items()},
             "D on both halves": _halves(plan, update, latents[0]),
@@ -136,22 +145,6 @@ def _both_ways(plan: Plan, layer: nn.Module, x: torch.Tensor) -> Callable[[], An
         return torch.autograd.grad(y.float().sum(), [x, *layer.parameters()])
 
     return call
-
-
-def _image_layers(plan: Plan, batch: int) -> dict[str, tuple[nn.Module, torch.Tensor]]:
-    """Returns {name: (layer, input)} of the layers with 3 channels, padded and not, in both layouts."""
-    wide, side = plan.shape["channels"], plan.shape["resolution"]
-    found: dict[str, tuple[nn.Module, torch.Tensor]] = {}
-    for name, layout in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
-        to: dict[str, Any] = {"device": plan.device, "memory_format": layout}
-        for channels in (3, 4, 8):
-            first = nn.Conv2d(channels, wide, 4, 2, 1, bias=False).to(**to)
-            last = nn.ConvTranspose2d(wide, channels, 4, 2, 1, bias=False).to(**to)
-            images = torch.randn(batch, channels, side, side).to(**to).requires_grad_()
-            maps = torch.randn(batch, wide, side // 2, side // 2).to(**to).requires_grad_()
-            found[f"D's first layer, {channels} channels, {name}"] = first, images
-            found[f"G's last layer, {channels} channels, {name}"] = last, maps
-    return found
 
 
 def _small_ends(plan: Plan, update: Update, z: torch.Tensor) -> dict[str, tuple[nn.Module, torch.Tensor]]:

@@ -104,8 +104,8 @@ GPU = Plan(
     shape={"resolution": 64, "latent_dim": 100, "channels": 64},
     batches=(128, 1024),
     large_batch=4096,
-    seconds=1.5,
-    rounds=9,
+    seconds=1.0,
+    rounds=5,
     runners=("eager", "captured"),
 )
 _TINY = ("model.resolution=32", "model.latent_dim=8", "model.g_channels=4", "model.d_channels=4", "train.device=cpu")
