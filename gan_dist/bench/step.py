@@ -123,7 +123,7 @@ def build(
     discriminator = Discriminator(shape["resolution"], shape["channels"], max_channels=widest)
     for network in (generator, discriminator):
         initialise(network, 0.02, source)
-    chosen, _ = resolve_kernels(kernels, world, maps_dtype(precision))
+    chosen, _ = resolve_kernels(kernels, world, maps_dtype(precision), resolution=shape["resolution"])
     update = Update(
         generator,
         discriminator,

@@ -184,13 +184,13 @@ def prepare(module: nn.Module, world: World, kernels: Kernels = "torch", one_sho
 
 
 def resolve_kernels(
-    name: str, world: World, dtype: torch.dtype, loss: LossName = "non_saturating"
+    name: str, world: World, dtype: torch.dtype, loss: LossName = "non_saturating", resolution: int = 64
 ) -> tuple[Kernels, str]:
     """Returns the Kernels that `name` (one of them, or auto) means here, and why in one clause.
 
     auto: triton on a GPU where they can be built and give the results of torch's, on every rank; else torch. The same
     goes for the kernel of the game's `loss` (losses_triton.py) and, in bfloat16, for those of the layers between images
-    and maps (image_layers_triton.py): all or none. A collective: every rank calls it.
+    and maps, of `resolution` pixels (image_layers_triton.py): all or none. A collective: every rank calls it.
     `dtype`: the maps', bfloat16 under autocast. Raises UserError for triton where it cannot be, and for another name.
     """
     if name not in ("auto", *get_args(Kernels)):
@@ -207,7 +207,7 @@ def resolve_kernels(
     try:
         import_module("gan_dist.model.batchnorm_triton").check(world.device, dtype)
         if dtype == torch.bfloat16:
-            import_module("gan_dist.model.image_layers_triton").check(world.device)
+            import_module("gan_dist.model.image_layers_triton").check(world.device, resolution)
         # Logits have the maps' dtype, or that of what is added to them: a bias, a class's part.
         for logits in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
             import_module("gan_dist.model.losses_triton").check(world.device, logits, loss)

@@ -40,9 +40,12 @@ the device, because the number of chunks decides the order of sums, and so the b
 WARPS = 4
 MERGED_PARTS, MERGED_CHANNELS = 128, 16
 """Records that one program of a merge has in hand at a time, and how many of their channels."""
+COUNTS = ("rows", "chunk", "parts", "groups")
+"""Numbers for which Triton is to build no kernel of its own where they are 1 or divisible by 16: a build takes half a
+second, a run needs ten kernels instead of twenty, and addresses hang on the channels alone."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _statistics_kernel(x, records, rows, channels, chunk, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Writes the record of a chunk of rows of one group. Grid: channel tiles, chunks, groups."""
     dtype = records.dtype.element_ty
@@ -71,7 +74,7 @@ def _statistics_kernel(x, records, rows, channels, chunk, ROWS: tl.constexpr, CH
     tl.store(record + 2 * channels, count.to(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _merge_kernel(records, merged, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     """Merges `records` [parts, groups, 2 C + 1] into `merged` [groups, 2 C + 1]. Grid: channel tiles, groups."""
     dtype = records.dtype.element_ty
@@ -121,7 +124,7 @@ def _affine(distance, scale, shift):
     return tl.fma(distance, scale, tl.broadcast_to(shift[None, :], distance.shape))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _normalise_kernel(
     x, record, weight, bias, y, rows, channels,
     EPS: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -141,7 +144,7 @@ def _normalise_kernel(
     tl.store(y + at, tl.where(value > 0, value, value * SLOPE), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _chunk_sums_kernel(
     dy, x, record, weight, bias, sums, rows, channels, chunk,
     EPS: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -173,10 +176,9 @@ def _chunk_sums_kernel(
     tl.store(sums + channels + channel, tl.sum(product, 0) * invstd, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _add_sums_kernel(
-    chunk_sums, sums, dweight, dbias, parts, channels,
-    GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+    chunk_sums, sums, dweight, dbias, parts, groups, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """Adds `chunk_sums` [parts, groups, 2, C] up to `sums` [groups, 2, C] and to both parameters' gradients [C]."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -184,13 +186,13 @@ def _add_sums_kernel(
     dtype = sums.dtype.element_ty
     dw = tl.zeros([CHANNELS], dtype)
     db = tl.zeros([CHANNELS], dtype)
-    for group in tl.static_range(GROUPS):
+    for group in range(groups):
         total = tl.zeros([CHANNELS], dtype)
         product = tl.zeros([CHANNELS], dtype)
         for start in range(0, parts, PARTS):
             part = start + tl.arange(0, PARTS)
             both = (part < parts)[:, None] & inside[None, :]
-            at = chunk_sums + ((part * GROUPS + group) * 2 * channels)[:, None] + channel[None, :]
+            at = chunk_sums + ((part * groups + group) * 2 * channels)[:, None] + channel[None, :]
             total += tl.sum(tl.load(at, mask=both, other=0.0), 0)
             product += tl.sum(tl.load(at + channels, mask=both, other=0.0), 0)
         tl.store(sums + group * 2 * channels + channel, total, mask=inside)
@@ -201,7 +203,7 @@ def _add_sums_kernel(
     tl.store(dbias + channel, db, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _input_gradient_kernel(
     dy, x, record, weight, bias, sums, dx, rows, channels,
     EPS: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -226,17 +228,16 @@ def _input_gradient_kernel(
     tl.store(dx + at, (dz - mean_dz[None, :] - distance * mean_product[None, :]) * scale[None, :], mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _track_kernel(
-    running_mean, running_var, num_batches, record, channels,
-    MOMENTUM: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+    running_mean, running_var, num_batches, record, groups, channels, MOMENTUM: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """Moves the running statistics once a group, in order, as torch does. Grid: channel tiles."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     mean = tl.load(running_mean + channel, mask=inside, other=0.0)
     var = tl.load(running_var + channel, mask=inside, other=0.0)
-    for _ in tl.static_range(GROUPS):
+    for _ in range(groups):
         m2 = tl.load(record + channels + channel, mask=inside, other=0.0)
         mean += (tl.load(record + channel, mask=inside, other=0.0) - mean) * MOMENTUM
         var += (m2 / (tl.load(record + 2 * channels) - 1) - var) * MOMENTUM
@@ -244,7 +245,7 @@ def _track_kernel(
     tl.store(running_mean + channel, mean, mask=inside)
     tl.store(running_var + channel, var, mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(num_batches, tl.load(num_batches) + GROUPS)
+        tl.store(num_batches, tl.load(num_batches) + groups)
 
 
 # Each launch, or two, is an operation of torch's.
@@ -342,7 +343,7 @@ def _gradient_sums(
             dy, x, record, weight, bias, parts, rows, channels, chunk, eps, slope, **tile, num_warps=WARPS
         )
         _add_sums_kernel[(triton.cdiv(channels, MERGED_CHANNELS),)](
-            parts, sums, dweight, dbias, chunks, channels, groups, MERGED_PARTS, MERGED_CHANNELS
+            parts, sums, dweight, dbias, chunks, groups, channels, MERGED_PARTS, MERGED_CHANNELS
         )
     return sums, dweight, dbias
 
@@ -377,7 +378,7 @@ def _track(running_mean: Tensor, running_var: Tensor, num_batches: Tensor, recor
     channels = running_mean.numel()
     with torch.cuda.device_of(record):
         _track_kernel[(triton.cdiv(channels, MERGED_CHANNELS),)](
-            running_mean, running_var, num_batches, record, channels, momentum, len(record), MERGED_CHANNELS
+            running_mean, running_var, num_batches, record, len(record), channels, momentum, MERGED_CHANNELS
         )
 
 

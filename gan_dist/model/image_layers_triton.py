@@ -1,8 +1,8 @@
 """The layers between images and maps for GPUs, as Triton kernels: D's first with its activation, and G's last.
 
 An image has three channels, and matrix units multiply eight and more at a time: cuDNN copies images to wider ones and
-multiplies zeros, for a third of the step's time on an H100, where these layers have a fortieth of its arithmetic. These
-kernels gather a pixel's patch of 4 x 4 x 3 numbers themselves, and are bound by memory.
+multiplies zeros, for more than a quarter of the step's time on an H100, though these layers have a fortieth of its
+arithmetic. These kernels gather a pixel's patch of 4 x 4 x 3 numbers themselves, and are bound by memory.
 
 Both layers are one matrix between patches of an image, [48], and pixels of maps, [C]: D's first layer takes patches to
 pixels, G's last takes pixels to patches that overlap and add up, and each is the other's gradient. Weights are
@@ -33,6 +33,8 @@ TILE_PIXELS, TILE_CHANNELS = 64, 64
 """What a program has in hand at a time; of the tiles tried on an H100 about the fastest for each kernel."""
 PROGRAMS = 1024
 """About as many programs share a sum over all pixels. Fixed: it decides the order of sums, and so the bits."""
+COUNTS = ("pixels", "blocks", "chunk")
+"""Numbers for which Triton is to build no kernel of its own, as in batchnorm_triton.py."""
 OPERANDS = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 """What a product is taken of: the interpreter knows bfloat16 by its bits alone."""
 
@@ -61,7 +63,7 @@ def _before(maps, activated, at, mask, SLOPE: tl.constexpr, MASKED: tl.constexpr
     return value.to(OPERANDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _to_maps_kernel(
     images, weight, bias, maps, pixels, channels,
     SIDE: tl.constexpr, SLOPE: tl.constexpr, BIASED: tl.constexpr,
@@ -84,7 +86,7 @@ def _to_maps_kernel(
     tl.store(maps + out, value, mask=(pixel < pixels)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _to_images_kernel(
     maps, activated, weight, images, blocks, channels,
     SIDE: tl.constexpr, SLOPE: tl.constexpr, MASKED: tl.constexpr,
@@ -119,7 +121,7 @@ def _to_images_kernel(
     tl.store(images + at, total, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _weight_gradient_kernel(
     images, maps, activated, parts, pixels, channels, chunk,
     SIDE: tl.constexpr, SLOPE: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr,
@@ -260,7 +262,7 @@ class _ToImages(torch.autograd.Function):
 def to_maps(images: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
     """Returns bfloat16 leaky_relu(conv2d(images, weight, bias), slope), [B, C, S / 2, S / 2], in channels_last.
 
-    images: [B, 3, S, S]; weight: [C, 3, 4, 4]; bias: [C] or None; slope: above 0. Gradients can be taken once.
+    images: [B, 3, S, S]; weight: [C, 3, 4, 4]; bias: [C] or None; slope: 0 or more. Gradients can be taken once.
     """
     half = torch.bfloat16
     maps: Tensor = _ToMaps.apply(images.to(half), weight.to(half), None if bias is None else bias.to(half), slope)
@@ -276,30 +278,30 @@ def to_images(maps: Tensor, weight: Tensor) -> Tensor:
     return images
 
 
-def check(device: torch.device) -> None:
-    """Raises unless the kernels can be built for `device`, and do there what torch's do in float64.
+def check(device: torch.device, side: int) -> None:
+    """Raises unless the kernels for images of `side` pixels can be built for `device`, and do there what torch's do in
+    float64.
 
     Raises ArithmeticError where results differ, and whatever Triton raises where it cannot build them.
     """
     source = torch.Generator().manual_seed(0)
-    shapes = {"images": (3, 3, 32, 32), "maps": (3, 24, 16, 16), "weight": (24, 3, 4, 4), "bias": (24,)}
-    drawn = {name: torch.randn(shape, generator=source).to(device, torch.bfloat16) for name, shape in shapes.items()}
-    images, maps, weight, bias = drawn.values()
-    found = _played(to_maps, (images, weight, bias), maps, 0.2) + _played(to_images, (maps, weight), images)
-    images, maps, weight, bias = (values.double() for values in drawn.values())
-    expected = _played(_conv, (images, weight, bias), maps, 0.2) + _played(_conv_transpose, (maps, weight), images)
-    names = ["maps", "images' gradient", "weight's gradient", "bias' gradient"]
-    names += ["images", "maps' gradient", "G's weight's gradient"]
+    shapes = ((1, 3, side, side), (1, 64, side // 2, side // 2), (64, 3, 4, 4))
+    drawn = [torch.randn(shape, generator=source).to(device, torch.bfloat16) for shape in shapes]
+    images, maps, weight = drawn
+    found = _played(to_maps, (images, weight), maps, None, 0.2) + _played(to_images, (maps, weight), images)
+    images, maps, weight = (values.double() for values in drawn)
+    expected = _played(_conv, (images, weight), maps, None, 0.2) + _played(_conv_transpose, (maps, weight), images)
+    names = ["maps", "images' gradient", "weight's gradient", "images", "maps' gradient", "G's weight's gradient"]
     require_close(dict(zip(names, zip(found, expected, strict=True), strict=True)), torch.bfloat16)
 
 
-def _played(layer: Any, inputs: tuple[Tensor, ...], gradient: Tensor, *slope: float) -> list[Tensor]:
+def _played(layer: Any, inputs: tuple[Tensor, ...], gradient: Tensor, *rest: Any) -> list[Tensor]:
     leaves = [values.detach().requires_grad_() for values in inputs]
-    result = layer(*leaves, *slope)
+    result = layer(*leaves, *rest)
     return [result.detach(), *torch.autograd.grad(result, leaves, gradient)]
 
 
-def _conv(images: Tensor, weight: Tensor, bias: Tensor, slope: float) -> Tensor:
+def _conv(images: Tensor, weight: Tensor, bias: None, slope: float) -> Tensor:
     return F.leaky_relu(F.conv2d(images, weight, bias, STRIDE, PADDING), slope)
 
 

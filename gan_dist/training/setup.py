@@ -222,7 +222,7 @@ def build_run(
     # The game: networks, update, average; the same on all ranks.
     precision, why_precision = resolve_precision(config.train.precision, world.device)
     kernels, why_kernels = resolve_kernels(
-        config.train.batchnorm_kernels, world, maps_dtype(precision), config.loss.name
+        config.train.batchnorm_kernels, world, maps_dtype(precision), config.loss.name, config.model.resolution
     )
     collectives = resolve_collectives(world)
     update = build_update(config, world, precision, kernels, collectives, classes)

@@ -314,11 +314,11 @@ def save_image_layers(out: str) -> None:
                 patch.setattr(layers, "PROGRAMS", example.programs)
                 found[name, kind] = image_layer(layers, kind, example, torch.bfloat16)
     found["games"] = {name: image_game(layers, settings) for name, settings in IMAGE_GAMES.items()}
-    layers.check(CPU)
+    layers.check(CPU, 8)
     honest = layers._maps_to_image
     torch.library.impl("gan_dist::maps_to_image", "AutogradCPU")(lambda maps, _, *rest: honest(maps, None, *rest))
     try:
-        layers.check(CPU)
+        layers.check(CPU, 8)
     except ArithmeticError as error:
         found["wrong"] = str(error)
     torch.save(found, Path(out) / "layers.pt")

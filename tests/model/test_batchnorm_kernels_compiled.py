@@ -35,12 +35,12 @@ BYTES = {"bf16": 2, "fp32": 4}
 def _compile(name: str, dtype: str, arch: int, channels_divisible: bool = True) -> Any:
     """Returns Triton's result for 64 channels or more, specialised as a launch with aligned tensors is."""
     function = getattr(kernels, name)
-    constants: dict[str, Any] = {"EPS": 1e-5, "SLOPE": 0.2, "MOMENTUM": 0.1, "GROUPS": 2}
+    constants: dict[str, Any] = {"EPS": 1e-5, "SLOPE": 0.2, "MOMENTUM": 0.1}
     constants |= {"PARTS": kernels.MERGED_PARTS, "CHANNELS": kernels.MERGED_CHANNELS}
     if name in MAPS:
         constants |= kernels._tile(128)
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
-    maps, counts = ("x", "y", "dx", "dy"), ("rows", "channels", "chunk", "parts")
+    maps, counts = ("x", "y", "dx", "dy"), ("rows", "channels", "chunk", "parts", "groups")
     types = {
         key: "constexpr"
         if key in constants

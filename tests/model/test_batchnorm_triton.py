@@ -105,13 +105,13 @@ def test_a_cpu_takes_torchs_operations_and_refuses_tritons() -> None:
 class _Kernels:
     """In the place of the module of kernels: its check raises `error`."""
 
-    checked: ClassVar[list[torch.dtype | None]] = []
+    checked: ClassVar[list[object]] = []
 
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
-    def check(self, device: torch.device, dtype: torch.dtype | None = None, *loss: str) -> None:
-        self.checked.append(dtype)
+    def check(self, device: torch.device, what: object, *loss: str) -> None:
+        self.checked.append(what)
         if self.error:
             raise self.error
 
@@ -125,7 +125,7 @@ def test_a_gpu_takes_tritons_where_they_are_right(monkeypatch: pytest.MonkeyPatc
         "fused with the activation; losses and the layers at images have kernels too",
     )
     # Maps, images, logits, logits with a bias.
-    assert _Kernels.checked == [torch.bfloat16, None, torch.bfloat16, torch.float32]
+    assert _Kernels.checked == [torch.bfloat16, 64, torch.bfloat16, torch.float32]
     assert resolve_kernels("torch", gpu, torch.bfloat16)[0] == "torch"
     for broken in ("batchnorm", "image_layers", "losses"):
         failing = _Kernels(RuntimeError("Failed to find C compiler\n"))

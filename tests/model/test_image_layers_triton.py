@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +54,14 @@ def test_the_game_is_the_same_up_to_bfloat16(found: dict[Any, Any], name: str) -
 
 def test_the_starts_check_sees_a_gradient_that_forgets_the_activation(found: dict[Any, Any]) -> None:
     assert found["wrong"].startswith("images' gradient differs from torch's by more than")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # Triton's own
+@pytest.mark.parametrize("side", [32, 64, 256])
+def test_they_are_right_on_a_gpu(side: int) -> None:
+    importlib.import_module("gan_dist.model.image_layers_triton").check(torch.device("cuda", 0), side)
 
 
 def _layers(**settings: Any) -> set[bool]:
