@@ -46,7 +46,7 @@ gan_dist_begin() {
   export SLURM_EXPORT_ENV=ALL # the ranks need these variables, whatever sbatch --export says
   # The batch shell survives the signals that end its ranks, to decide what becomes of the job.
   on_term=gan_dist_on_term
-  trap : USR2 CONT
+  trap : USR2 # and not CONT, which SLURM sends just before TERM: of two traps at once, bash's wait loses one
   trap '$on_term' TERM
   echo "gan_dist: start $restart of job $job on ${SLURM_JOB_NODELIST:-?}, $(date -u '+%Y-%m-%d %H:%M:%S UTC')"
   mark=$(cat "$run/checkpoints/latest" 2>/dev/null)
@@ -77,9 +77,12 @@ gan_dist_srun() {
 # On TERM: after a time limit or a preemption there are KillWait seconds to act in, but srun waits longer for its ranks.
 # Any other TERM needs no action: a cancelled job ends, and a job with a grace time goes on.
 gan_dist_on_term() {
+  local since
+  printf -v since '%(%s)T' -1
   kill -0 "$pid" 2>/dev/null || return 0
   on_term=: # a second one would start this again
-  if gan_dist_step finish term "$attempt" "$pid"; then gan_dist_finish 143; fi
+  gan_dist_facts 143
+  if gan_dist_step finish term "$attempt" "$pid" "$since"; then gan_dist_end 0; fi
   on_term=gan_dist_on_term
 }
 
@@ -93,7 +96,10 @@ gan_dist_finish() { # STATUS OF SRUN
   rm -f "$attempt/verdict"
   gan_dist_facts "$1"
   gan_dist_step finish finish "$attempt"
-  set -- $?
+  gan_dist_end $?
+}
+
+gan_dist_end() { # STATUS OF THE STEP THAT DECIDED: does what ATTEMPT/verdict says
   decision="" code=""
   read -r decision code 2>/dev/null <"$attempt/verdict"
   on_term=""

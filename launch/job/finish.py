@@ -3,7 +3,8 @@
     finish finish ATTEMPT      after srun: decides, and writes `requeue|end|cancel STATUS` to ATTEMPT/verdict
     finish requeue ATTEMPT     asks SLURM to requeue the job; exits with 0 when it will
     finish begin ATTEMPT       before it: `begin 0`, or `end 1` where earlier starts have used up the bounds
-    finish term ATTEMPT PID    when SLURM wants the job to end: exits with 0 when srun, PID, cannot be waited for
+    finish term ATTEMPT PID SINCE    on a TERM at SINCE: requeues at once a job that ends before srun, PID, could, then
+                               decides as `finish` does; exits with 1 when the TERM needs no action
 
 Run by slurm/lib.sh as `python3 -I launch/job finish ...`, outside any container. Needs nothing but Python 3.6 and its
 standard library.
@@ -264,9 +265,9 @@ def requeue(attempt: Path) -> bool:
     return False
 
 
-def finish(attempt: Path) -> Verdict:
-    """Returns what becomes of the job, once that is written down."""
-    facts, history = read_facts(attempt, "" if (attempt / "done").exists() else ask(read_known(attempt)["job"]))
+def finish(attempt: Path, job: str) -> Verdict:
+    """Returns what becomes of the job, of which the controller says `job`, once that is written down."""
+    facts, history = read_facts(attempt, job)
     ending = verdict(facts, history)
     record(attempt.parent, facts.restart, facts.mark, ending, facts.fault)
     return ending
@@ -291,28 +292,41 @@ def begin(attempt: Path) -> Verdict:
     return ending
 
 
-def must_end(attempt: Path, pid: int) -> bool:
-    """Returns whether a TERM of SLURM's ends the job before srun, process `pid`, could: a time limit, a preemption.
+def term(attempt: Path, pid: int, since: float) -> Optional[Verdict]:
+    """Returns what becomes of a job that SLURM ends before srun, process `pid`, could: a time limit, a preemption.
 
-    Waits for srun for as long as KillWait allows. False when it has ended, and when the job has more time than that.
+    None when srun has ended, and when the job has more time. KillWait counts from `since`, and on a busy node little of
+    it may be left: so the job is requeued before its ranks are waited for. That ends nothing sooner, and is taken back
+    when they turn out to be done, or stopped by a person.
     """
+    name = read_known(attempt)["job"]
+    job = ask(name)
+    if not _lives(pid) or not (_field(job, "Reason") == "TimeLimit" or is_preempted(job)):
+        return None
+    wanted = verdict(*read_facts(attempt, job)).decision == "requeue"
+    requeued = wanted and subprocess.call(["scontrol", "requeue", name]) == 0
     found = re.search(r"KillWait *= *(\d+)", _output(["scontrol", "show", "config"]))
-    until = time.monotonic() + (int(found.group(1)) if found else KILL_WAIT_S) - MARGIN_S
-    while time.monotonic() < until:
-        if not _lives(pid):
-            return False
+    until = since + (int(found.group(1)) if found else KILL_WAIT_S) - MARGIN_S
+    while _lives(pid) and time.time() < until:
         time.sleep(0.2)
-    job = ask(read_known(attempt)["job"])
-    return _lives(pid) and (_field(job, "Reason") == "TimeLimit" or is_preempted(job))
+    ending = finish(attempt, job)
+    if requeued:
+        return ending._replace(decision="end" if ending.decision == "requeue" else "cancel")
+    return ending
 
 
 def main() -> None:
     """Runs the step that the arguments name."""
     when, attempt = sys.argv[1], Path(sys.argv[2])
-    if when in ("term", "requeue"):
-        sys.exit(not (must_end(attempt, int(sys.argv[3])) if when == "term" else requeue(attempt)))
+    if when == "requeue":
+        sys.exit(not requeue(attempt))
     try:
-        ending = begin(attempt) if when == "begin" else finish(attempt)
+        if when == "begin":
+            ending = begin(attempt)
+        elif when == "term":
+            ending = term(attempt, int(sys.argv[3]), float(sys.argv[4])) or sys.exit(1)
+        else:
+            ending = finish(attempt, "" if (attempt / "done").exists() else ask(read_known(attempt)["job"]))
         (attempt / "verdict").write_text("%s %d\n" % (ending.decision, ending.status))
     except OSError as error:  # then nothing is requeued
         sys.exit("gan_dist: cannot write down what becomes of the job: %s" % error)

@@ -26,7 +26,7 @@ ranks begin, so that one which leaves no word counts as well. `may_begin` holds 
 
 slurm/lib.sh has launch/job/finish.py ask this on the job's first node, outside any container, by whatever Python 3 is
 there: both files need nothing but Python 3.6 and its standard library. Where they cannot run, or cannot write down the
-outcome, the job is not requeued.
+outcome, the job is not requeued; where a time limit has requeued it already, its next start does not begin.
 """
 
 import re

@@ -71,7 +71,7 @@ def minute() -> Iterator[Cluster]:
     """A cluster for runs that wait for something, while others are tested elsewhere."""
     if reason := missing("cgroup"):
         pytest.skip(reason)
-    with Cluster(2, "cgroup") as cluster:
+    with Cluster(2, "cgroup", {"kill_wait_s": 30}) as cluster:  # as real ones
         yield cluster
 
 

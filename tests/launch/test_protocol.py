@@ -320,15 +320,42 @@ def test_ranks_that_overrun_the_time_limit_are_not_waited_for(play: Play) -> Non
     """Of SLURM's KillWait after the first TERM, whatever comes meanwhile, the script keeps five seconds for itself."""
     play.env |= {"JOB": OVER, "KILL_WAIT": "8"}
     began = time.monotonic()
-    assert ended(play, "exec doze 250") == -signal.SIGTERM and 3 < time.monotonic() - began < 8
+    assert ended(play, "exec doze 250") == 75 and 2 < time.monotonic() - began < 8
     why = "the time limit came before the ranks had saved; raise slurm.signal_lead_s"
     assert play.history() == [["0", "crashed", "-", why, "lost"]] and play.asked("requeue") == 1
 
 
 def test_ranks_that_save_just_after_the_time_limit_are_waited_for(play: Play) -> None:
     play.env |= {"JOB": OVER, "KILL_WAIT": "6000"}
-    assert ended(play, f"doze 3; {STOPPED}") == -signal.SIGTERM
-    assert play.history() == [["0", "requeued", "-", "SIGUSR2"]]
+    assert ended(play, f"doze 3; {STOPPED}") == 75
+    assert play.history() == [["0", "requeued", "-", "SIGUSR2"]] and play.asked("requeue") == 1
+
+
+def test_a_busy_node_requeues_before_anything_else(play: Play) -> None:
+    """KillWait may end while ranks are waited for, or before anything is written down: the job goes on all the same."""
+    play.env |= {"JOB": OVER, "KILL_WAIT": "6000"}
+    process = play.start("gan_dist_srun bash -c 'touch $PLAY/there; exec doze 250'")
+    while not (play.at / "there").exists():
+        time.sleep(0.02)
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):  # the last two at once
+        process.send_signal(number)
+    while not play.asked("requeue"):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    asked = (play.at / "scontrol").read_text().splitlines()
+    assert asked[:3] == ["show job -o 7", "show job -o 7", "requeue 7"], asked  # the first is of the script's beginning
+
+
+@pytest.mark.parametrize(
+    ("word", "outcome", "status"),
+    [("9 >$GAN_DIST_ATTEMPT/done", "done", 0), ("end a stop file >$GAN_DIST_ATTEMPT/stopped", "stopped", 75)],
+)
+def test_a_requeue_that_came_too_early_is_taken_back(play: Play, word: str, outcome: str, status: int) -> None:
+    play.program("scancel", 'echo "$*" >>"$PLAY/scancel"')
+    play.env |= {"JOB": OVER, "KILL_WAIT": "6000"}
+    assert ended(play, f"doze 3; echo {word}") == status and play.asked("requeue") == 1
+    assert play.history()[0][1] == outcome and (play.at / "scancel").read_text() == "7\n"
 
 
 def test_a_time_of_grace_is_the_ranks(play: Play) -> None:
@@ -339,7 +366,7 @@ def test_a_time_of_grace_is_the_ranks(play: Play) -> None:
 
 @pytest.mark.parametrize(
     ("end", "what", "status"),
-    [("18:00:29", "requeued", -signal.SIGTERM), ("18:00:35", "cancelled", 75)],
+    [("18:00:29", "requeued", 75), ("18:00:35", "cancelled", 75)],
     ids=["preempted", "cancelled while it saved for a preemption"],
 )
 def test_a_preemption_that_cancels_is_no_cancellation(play: Play, end: str, what: str, status: int) -> None:
@@ -354,7 +381,7 @@ def test_a_preemption_that_cancels_is_no_cancellation(play: Play, end: str, what
 def test_a_preemption_that_leaves_no_time_to_save_costs_no_crash(play: Play) -> None:
     at = "2026-11-25T18:00:28"
     play.env["JOB"] = f"JobState=COMPLETING Reason=None Restarts=0 EndTime={at} Deadline=N/A PreemptTime={at} S=None"
-    assert ended(play, "exec doze 250") == -signal.SIGTERM
+    assert ended(play, "exec doze 250") == 75
     assert play.history() == [["0", "lost", "-", "preempted before the ranks had saved"]]
 
 
