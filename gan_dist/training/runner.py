@@ -85,8 +85,6 @@ class Compiled:
     def __init__(self, update: Update, reason: str, backend: str = "inductor") -> None:
         self.update = update
         self.reason = reason
-        if torch.are_deterministic_algorithms_enabled():  # the compiler is to know of it: torch_settings does not tell
-            torch.use_deterministic_algorithms(True, warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
         for name in PASSES:
             compiled = torch.compile(getattr(update, name), backend=backend, fullgraph=True, dynamic=False)
             setattr(update, name, compiled)

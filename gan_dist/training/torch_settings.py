@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -50,20 +49,17 @@ def _deterministic_kernels(wanted: bool) -> Iterator[None]:
         return
     ours = {name: value for name, value in _REPEATABLE.items() if name not in os.environ}
     os.environ.update(ours)
-    before = torch.get_deterministic_debug_mode()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     # By default it also fills each new tensor with NaN, to show who reads what nobody wrote: a write more of each.
     deterministic: Any = torch.utils.deterministic
     fills = deterministic.fill_uninitialized_memory
     deterministic.fill_uninitialized_memory = False
-    # An operation that has no deterministic kernel warns, and does not end the run. use_deterministic_algorithms, which
-    # tells torch's compiler too, would import it: three seconds of a start. A runner that compiles does that itself.
-    torch.set_deterministic_debug_mode("warn")
+    # An operation that has no deterministic kernel warns, and does not end the run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before)
-        if compiler := sys.modules.get("torch._inductor.config"):
-            compiler.deterministic = before > 0  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         deterministic.fill_uninitialized_memory = fills
         for name in ours:
             del os.environ[name]

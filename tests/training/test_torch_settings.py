@@ -94,30 +94,6 @@ def test_deterministic_asks_torch_and_is_put_back(monkeypatch: pytest.MonkeyPatc
     assert not torch.are_deterministic_algorithms_enabled() and "NCCL_ALGO" not in os.environ
 
 
-COMPILER = """
-import json, sys, torch
-from gan_dist.distributed.world import World
-from gan_dist.training.runner import make_runner
-from gan_dist.training.torch_settings import torch_settings
-from tests.helpers.games import game
-
-def told():
-    compiler = sys.modules.get("torch._inductor.config")
-    return [torch.are_deterministic_algorithms_enabled(), compiler and compiler.deterministic]
-
-with torch_settings(torch.device("cuda"), deterministic=True):
-    print(json.dumps(told()))
-    make_runner("compiled", game())
-    print(json.dumps(told()))
-print(json.dumps(told()))
-"""
-
-
-def test_deterministic_kernels_are_no_reason_to_import_the_compiler_which_hears_of_them_when_it_is_wanted() -> None:
-    done = subprocess.run([sys.executable, "-c", COMPILER], stdout=subprocess.PIPE, text=True, check=True)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[True, None], [True, True], [False, False]]
-
-
 @pytest.mark.parametrize(("precision", "products"), [("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")])
 def test_a_gpus_float32_is_what_the_precision_says_and_is_put_back(precision: str, products: str) -> None:
     cudnn: Any = torch.backends.cudnn
