@@ -1,6 +1,6 @@
 """What every test shares: a painted dataset; GPU tests wait for a GPU, and in CI nothing else is skipped.
 
-No test hangs on how fast this machine is or how it rounds; tests/__init__.py has switches that play another machine.
+No test depends on how fast this machine is or how it rounds; tests/__init__.py has switches that play another machine.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     workers = min(4, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2
     chosen = getattr(config.option, "numprocesses", 0)  # None unless somebody says otherwise; no option without xdist
     if chosen is None and whole and workers > 1 and not config.option.usepdb:
-        # A worker's tests stand side by side as they were collected, so most fixtures of a file are made once.
-        config.option.numprocesses, config.option.dist = workers, "worksteal"
+        # A file is one worker's: what its tests share, worlds of ranks for half a minute, is made once.
+        config.option.numprocesses, config.option.dist = workers, "loadfile"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

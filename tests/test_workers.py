@@ -37,7 +37,7 @@ def test_who_gets_workers(
     config.option = SimpleNamespace(markexpr=marks, numprocesses=asked, dist="no", usepdb=False)
     pytest_cmdline_main(config)
     assert config.option.numprocesses == expected
-    assert config.option.dist == ("worksteal" if asked is None and expected else "no")
+    assert config.option.dist == ("loadfile" if asked is None and expected else "no")
 
 
 def test_a_worker_has_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ On a CPU all of it is torch's operations. On a GPU it is batchnorm_triton.py's k
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -184,19 +186,27 @@ def prepare(module: nn.Module, world: World, kernels: Kernels = "torch", one_sho
 
 
 def resolve_kernels(
-    name: str, world: World, dtype: torch.dtype, loss: LossName = "non_saturating", resolution: int = 64
+    name: str,
+    world: World,
+    dtype: torch.dtype,
+    loss: LossName = "non_saturating",
+    images: Mapping[str, Any] | None = MappingProxyType({}),
 ) -> tuple[Kernels, str]:
     """Returns the Kernels that `name` (one of them, or auto) means here, and why in one clause.
 
     auto: triton on a GPU where they can be built and give the results of torch's, on every rank; else torch. The same
     goes for the kernel of the game's `loss` (losses_triton.py) and, in bfloat16, for those of the layers between images
-    and maps, of `resolution` pixels (image_layers_triton.py): all or none. A collective: every rank calls it.
-    `dtype`: the maps', bfloat16 under autocast. Raises UserError for triton where it cannot be, and for another name.
+    and maps (image_layers_triton.py): all or none. A collective: every rank calls it.
+    `dtype`: the maps', bfloat16 under autocast; `images`: what that module's `check` takes, None for a game whose
+    gradients are differentiated, which these layers' are not.
+    Raises UserError for triton where it cannot be, and for another name.
     """
     if name not in ("auto", *get_args(Kernels)):
         raise UserError(f"train.batchnorm_kernels: expected auto, {', '.join(get_args(Kernels))}, found {name!r}")
     if name == "torch":
         return "torch", "set by train.batchnorm_kernels"
+    if dtype != torch.bfloat16:
+        images = None
     if world.device.type != "cuda":
         if name == "triton":
             raise UserError(
@@ -206,8 +216,8 @@ def resolve_kernels(
     failure = ""
     try:
         import_module("gan_dist.model.batchnorm_triton").check(world.device, dtype)
-        if dtype == torch.bfloat16:
-            import_module("gan_dist.model.image_layers_triton").check(world.device, resolution)
+        if images is not None:
+            import_module("gan_dist.model.image_layers_triton").check(world.device, **images)
         # Logits have the maps' dtype, or that of what is added to them: a bias, a class's part.
         for logits in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
             import_module("gan_dist.model.losses_triton").check(world.device, logits, loss)
@@ -217,7 +227,8 @@ def resolve_kernels(
         failure = f"{type(error).__name__}: {first_line(error)}"
     failures = {rank: text for rank, text in enumerate(world.gather_objects(failure)) if text}
     if not failures:
-        fused = "fused with the activation; losses and the layers at images have kernels too"
+        others = "losses" if images is None else "losses and the layers at images"
+        fused = f"fused with the activation; {others} have kernels too"
         return "triton", fused if name == "auto" else "set by train.batchnorm_kernels"
     rank, text = next(iter(failures.items()))
     told = f"Triton's kernels fail on rank {rank} ({text})"

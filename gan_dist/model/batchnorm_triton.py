@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gan_dist.distributed.exchange import OneShot, gathered, summed
 from gan_dist.model.custom_ops import define, exact, require_close
@@ -42,7 +43,7 @@ MERGED_PARTS, MERGED_CHANNELS = 128, 16
 """Records that one program of a merge has in hand at a time, and how many of their channels."""
 COUNTS = ("rows", "chunk", "parts", "groups")
 """Numbers for which Triton is to build no kernel of its own where they are 1 or divisible by 16: a build takes half a
-second, a run needs ten kernels instead of twenty, and addresses hang on the channels alone."""
+second, a run needs ten kernels instead of twenty, and addresses depend on the channels alone."""
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -410,6 +411,7 @@ class _NormAndActivation(torch.autograd.Function):
         return y, record
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ops, dy = torch.ops.gan_dist, grads[0]
         x, record, weight, bias = ctx.saved_tensors

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gan_dist.model.convolution import PADDING, STRIDE
 from gan_dist.model.custom_ops import define, require_close
@@ -153,6 +154,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _optional_rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _rows(x)
+
+
 def _tile(channels: int) -> dict[str, Any]:
     width = max(16, min(TILE_CHANNELS, triton.next_power_of_2(channels)))  # matrix units take 16 at least
     return {"PIXELS": TILE_PIXELS, "CHANNELS": width, "OPERANDS": OPERANDS}
@@ -187,7 +192,7 @@ def _image_to_maps(images: Tensor, weight: Tensor, bias: Tensor | None, slope: f
 def _maps_to_image(maps: Tensor, activated: Tensor | None, weight: Tensor, slope: float) -> Tensor:
     """Returns conv_transpose2d(maps), [B, 3, S, S]; of a gradient, where `activated` is what it was taken of, behind
     that activation."""
-    maps, weight, images = _rows(maps), _rows(weight), _empty_images(maps)
+    maps, activated, weight, images = _rows(maps), _optional_rows(activated), _rows(weight), _empty_images(maps)
     blocks, tile = len(maps) * (maps.shape[-1] + 1) ** 2, _tile(maps.shape[1])
     with torch.cuda.device_of(maps):
         _to_images_kernel[(triton.cdiv(blocks, tile["PIXELS"]),)](
@@ -202,7 +207,7 @@ def _maps_to_image(maps: Tensor, activated: Tensor | None, weight: Tensor, slope
 )
 def _image_weight_gradient(images: Tensor, maps: Tensor, activated: Tensor | None, slope: float) -> Tensor:
     """Returns the weight's gradient by runs of a patch, [C, 4, 16], and the bias' at ONE."""
-    images, maps = _rows(images), _rows(maps)
+    images, maps, activated = _rows(images), _rows(maps), _optional_rows(activated)
     channels, tile = maps.shape[1], _tile(maps.shape[1])
     pixels = maps.numel() // channels
     chunk = tile["PIXELS"] * triton.cdiv(pixels, PROGRAMS * tile["PIXELS"])
@@ -230,6 +235,7 @@ class _ToMaps(torch.autograd.Function):
         return maps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ops, (images, weight, maps) = torch.ops.gan_dist, ctx.saved_tensors
         of_images = of_weight = of_bias = None
@@ -249,6 +255,7 @@ class _ToImages(torch.autograd.Function):
         return images
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ops, (maps, weight) = torch.ops.gan_dist, ctx.saved_tensors
         of_maps = of_weight = None
@@ -278,32 +285,50 @@ def to_images(maps: Tensor, weight: Tensor) -> Tensor:
     return images
 
 
-def check(device: torch.device, side: int) -> None:
-    """Raises unless the kernels for images of `side` pixels can be built for `device`, and do there what torch's do in
-    float64.
+def check(
+    device: torch.device,
+    side: int = 64,
+    g_channels: int = 64,
+    d_channels: int = 64,
+    slope: float = 0.2,
+    biased: bool = False,
+) -> None:
+    """Raises unless the kernels of these layers can be built for `device`, and do there what torch's do in float64.
 
+    With images of `side` pixels, and so many of them that each program of a sum goes through several tiles.
     Raises ArithmeticError where results differ, and whatever Triton raises where it cannot build them.
     """
-    source = torch.Generator().manual_seed(0)
-    shapes = ((1, 3, side, side), (1, 64, side // 2, side // 2), (64, 3, 4, 4))
-    drawn = [torch.randn(shape, generator=source).to(device, torch.bfloat16) for shape in shapes]
-    images, maps, weight = drawn
-    found = _played(to_maps, (images, weight), maps, None, 0.2) + _played(to_images, (maps, weight), images)
-    images, maps, weight = (values.double() for values in drawn)
-    expected = _played(_conv, (images, weight), maps, None, 0.2) + _played(_conv_transpose, (maps, weight), images)
-    names = ["maps", "images' gradient", "weight's gradient", "images", "maps' gradient", "G's weight's gradient"]
-    require_close(dict(zip(names, zip(found, expected, strict=True), strict=True)), torch.bfloat16)
+    source, half = torch.Generator().manual_seed(0), side // 2
+    count = 2 * PROGRAMS * TILE_PIXELS // half**2 + 1
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source).to(device, torch.bfloat16)
+
+    images, g_maps, d_maps = draw(count, 3, side, side), *(draw(count, c, half, half) for c in (g_channels, d_channels))
+    g_weight, d_weight, bias = draw(g_channels, 3, 4, 4), draw(d_channels, 3, 4, 4), draw(d_channels)
+    layers: dict[str, tuple[Any, Any, list[Tensor], Tensor]] = {
+        "D's first layer": (
+            lambda x, w, b=None: to_maps(x, w, b, slope),
+            lambda x, w, b=None: F.leaky_relu(F.conv2d(x, w, b, STRIDE, PADDING), slope),
+            [images, d_weight, bias] if biased else [images, d_weight],
+            d_maps,
+        ),
+        "G's last layer": (
+            to_images,
+            lambda x, w: F.conv_transpose2d(x, w, None, STRIDE, PADDING),
+            [g_maps, g_weight],
+            images,
+        ),
+    }
+    for layer, (ours, torchs, inputs, gradient) in layers.items():
+        found = _played(ours, inputs, gradient)
+        expected = _played(torchs, [values.double() for values in inputs], gradient.double())
+        names = ("result", "gradient", "weight's gradient", "bias' gradient")
+        results = zip(names, zip(found, expected, strict=True), strict=False)
+        require_close({f"{name} of {layer}": pair for name, pair in results}, torch.bfloat16)
 
 
-def _played(layer: Any, inputs: tuple[Tensor, ...], gradient: Tensor, *rest: Any) -> list[Tensor]:
+def _played(layer: Any, inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
     leaves = [values.detach().requires_grad_() for values in inputs]
-    result = layer(*leaves, *rest)
+    result = layer(*leaves)
     return [result.detach(), *torch.autograd.grad(result, leaves, gradient)]
-
-
-def _conv(images: Tensor, weight: Tensor, bias: None, slope: float) -> Tensor:
-    return F.leaky_relu(F.conv2d(images, weight, bias, STRIDE, PADDING), slope)
-
-
-def _conv_transpose(maps: Tensor, weight: Tensor) -> Tensor:
-    return F.conv_transpose2d(maps, weight, None, STRIDE, PADDING)

@@ -87,8 +87,8 @@ class Generator(nn.Module):
         self.num_classes = len(classes.names)
         self.upsample = upsample
         self.blocks = blocks
-        self.image_layers: Any = None
-        """image_layers_triton, where that is to be used in train mode."""
+        self.to_images: Any = None
+        """image_layers_triton.to_images, where that is to be used in train mode."""
         widths = layer_widths(resolution, channels, max_channels)
         self.depth = len(widths) + 1
         if self.num_classes:
@@ -145,8 +145,8 @@ class Generator(nn.Module):
                 x = getattr(self, f"block{i}")(x)
             weight = getattr(self, f"convt{i + 1}").weight
             weight = fold(weight) if self.upsample == "nearest" else weight
-            if i + 1 == self.depth and self.image_layers is not None and self.training:
-                x = self.image_layers.to_images(x, weight)
+            if i + 1 == self.depth and self.to_images is not None and self.training:
+                x = self.to_images(x, weight)
             else:
                 x = conv_up(x, weight)
         return torch.tanh(x)
@@ -171,8 +171,8 @@ class Discriminator(nn.Module):
         self.leaky_slope = leaky_slope
         self.norm = norm
         self.blocks = blocks
-        self.image_layers: Any = None
-        """image_layers_triton, where that is to be used in train mode."""
+        self.to_maps: Any = None
+        """image_layers_triton.to_maps, where that is to be used in train mode."""
         widths = layer_widths(resolution, channels, max_channels)[::-1]
         self.depth = len(widths) + 1
         biased = norm != "batch"  # batch norm would take any bias before it away
@@ -207,8 +207,8 @@ class Discriminator(nn.Module):
         layers = [getattr(self, f"conv{i}") for i in range(1, self.depth + 1)]
         with torch.autocast(images.device.type, enabled=False):  # spectral norm's products stay in full precision
             weights = [(layer.weight, layer.bias) for layer in layers]
-        if self.image_layers is not None and self.training:
-            x = self.image_layers.to_maps(images, *weights[0], self.leaky_slope)
+        if self.to_maps is not None and self.training:
+            x = self.to_maps(images, *weights[0], self.leaky_slope)
         else:
             x = nn.functional.leaky_relu_(conv_down(images, *weights[0]), self.leaky_slope)
         for i in range(2, self.depth):

@@ -1,4 +1,4 @@
-"""A sweep -> one self-contained page: the best configuration, what it hangs on, and every trial, best first."""
+"""A sweep -> one self-contained page: the best configuration, what it depends on, and every trial, best first."""
 
 from __future__ import annotations
 

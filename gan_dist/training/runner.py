@@ -238,7 +238,7 @@ class Captured:
 @contextmanager
 def _convolutions_by_trial() -> Iterator[None]:
     """Within it cuDNN takes the kernels that it finds fastest, unless the run is to repeat its bits: then these would
-    hang on what else the GPU did in that moment."""
+    depend on what else the GPU did in that moment."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:

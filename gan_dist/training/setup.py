@@ -34,7 +34,7 @@ from gan_dist.model.augment import Augment
 from gan_dist.model.batchnorm import Kernels, resolve_kernels
 from gan_dist.model.growth import grow
 from gan_dist.model.initialise import initialise
-from gan_dist.model.networks import build_discriminator, build_generator
+from gan_dist.model.networks import build_discriminator, build_generator, layer_widths
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.runs.checkpoint import check_disk
 from gan_dist.runs.lease import Lease, claim
@@ -222,7 +222,7 @@ def build_run(
     # The game: networks, update, average; the same on all ranks.
     precision, why_precision = resolve_precision(config.train.precision, world.device)
     kernels, why_kernels = resolve_kernels(
-        config.train.batchnorm_kernels, world, maps_dtype(precision), config.loss.name, config.model.resolution
+        config.train.batchnorm_kernels, world, maps_dtype(precision), config.loss.name, _layers_at_images(config)
     )
     collectives = resolve_collectives(world)
     update = build_update(config, world, precision, kernels, collectives, classes)
@@ -453,6 +453,25 @@ def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancel
     if warning:
         log(f"note: {warning}")
     return placement
+
+
+def _layers_at_images(config: Config) -> dict[str, Any] | None:
+    """Returns what describes the layers between images and maps, for the check of their kernels; None where a penalty
+    differentiates gradients, which kernels' are not made for."""
+    model, penalty = config.model, config.loss.gradient_penalty
+    if penalty.weight and penalty.method == "exact":
+        return None
+    g_channels, d_channels = (
+        layer_widths(model.resolution, narrowest, model.max_channels)[-1]
+        for narrowest in (model.g_channels, model.d_channels)
+    )
+    return {
+        "side": model.resolution,
+        "g_channels": g_channels,
+        "d_channels": d_channels,
+        "slope": model.leaky_slope,
+        "biased": model.d_norm != "batch",
+    }
 
 
 def build_update(

@@ -125,7 +125,7 @@ class Update:
         self.maps = maps = maps_dtype(precision)
         if fused and maps == torch.bfloat16 and not (penalty.kinds and penalty.method == "exact"):
             layers: Any = import_module("gan_dist.model.image_layers_triton")
-            generator.image_layers = discriminator.image_layers = layers
+            generator.to_images, discriminator.to_maps = layers.to_images, layers.to_maps
         # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
         shared: dict[str, Any] = {"maps": maps, "num_buckets": collectives.gradient_buckets}
         shared["beta2_moves"] = beta2_ramp.images > 0

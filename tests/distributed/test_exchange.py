@@ -23,7 +23,7 @@ from gan_dist.utils.errors import UserError
 from tests.helpers.games import CPU, batches, game, tensors, worst
 from tests.helpers.ranks import run_ranks
 
-WORLDS = (2, 3, 4)
+WORLDS = (2, 3)
 STEPS = 3
 CHOICES = ("two buckets", "three buckets", "one shot", "both")
 GAME: dict[str, Any] = {"global_batch": 7, "d_steps": 2}

@@ -143,6 +143,7 @@ def _save(world: World, out: str) -> None:
     found: dict[str, Any] = {name: play(EXAMPLES[name], world) for name in (EXAMPLES if world.size == 1 else SHARED)}
     if world.size < 3:
         found["step"] = step_state(world, "triton")
+    if world.size == 2:  # compiling takes most of the time, and one rank's passes are these without collectives
         found["compiled step"] = step_state(world, "triton", "aot_eager")
     torch.save(found, Path(out) / f"{world.size}-{world.rank}.pt")
 
@@ -296,8 +297,9 @@ IMAGE_GAMES: dict[str, dict[str, Any]] = {
 def image_game(layers: Any, settings: dict[str, Any]) -> Tensor:
     """Returns the statistics of a step of a bfloat16 game with these layers at images, and torch's everything else."""
     update = game(precision="bf16", global_batch=4, **settings)
-    for player in (update.g, update.d):
-        player.network.image_layers = layers
+    networks: tuple[Any, Any] = update.g.network, update.d.network
+    if layers:
+        networks[0].to_images, networks[1].to_maps = layers.to_images, layers.to_maps
     return update.step(*moves(update, 0))[:8]
 
 
@@ -314,11 +316,17 @@ def save_image_layers(out: str) -> None:
                 patch.setattr(layers, "PROGRAMS", example.programs)
                 found[name, kind] = image_layer(layers, kind, example, torch.bfloat16)
     found["games"] = {name: image_game(layers, settings) for name, settings in IMAGE_GAMES.items()}
-    layers.check(CPU, 8)
+    leaf, scale = torch.ones(1, 3, 8, 8, requires_grad=True), torch.ones((), requires_grad=True)
+    maps = layers.to_maps(leaf, torch.ones(16, 3, 4, 4), None, 0.2) * scale
+    (first,) = torch.autograd.grad(maps.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # torch would warn, and leave a part of it out
+        torch.autograd.backward(first.sum())
+    layers.PROGRAMS = 1
+    layers.check(CPU, 8, 20, 40, biased=True)
     honest = layers._maps_to_image
     torch.library.impl("gan_dist::maps_to_image", "AutogradCPU")(lambda maps, _, *rest: honest(maps, None, *rest))
     try:
-        layers.check(CPU, 8)
+        layers.check(CPU, 8, 20, 40, biased=True)
     except ArithmeticError as error:
         found["wrong"] = str(error)
     torch.save(found, Path(out) / "layers.pt")

@@ -83,8 +83,7 @@ def test_the_comparison_sees_ranks_that_do_not_share_statistics(worlds: dict[int
     assert _error(found["y"][0], torch.cat(alone)) > 0.05
 
 
-@pytest.mark.parametrize("how", ["step", "compiled step"])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("how", "size"), [("step", 1), ("step", 2), ("compiled step", 2)])
 def test_the_game_is_the_same(worlds: dict[int, list[dict[str, Any]]], size: int, how: str) -> None:
     expected = step_state(World(), "torch")
     for found in worlds[size]:
@@ -110,7 +109,7 @@ class _Kernels:
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
-    def check(self, device: torch.device, what: object, *loss: str) -> None:
+    def check(self, device: torch.device, what: object = "images", *loss: str) -> None:
         self.checked.append(what)
         if self.error:
             raise self.error
@@ -125,7 +124,10 @@ def test_a_gpu_takes_tritons_where_they_are_right(monkeypatch: pytest.MonkeyPatc
         "fused with the activation; losses and the layers at images have kernels too",
     )
     # Maps, images, logits, logits with a bias.
-    assert _Kernels.checked == [torch.bfloat16, 64, torch.bfloat16, torch.float32]
+    assert _Kernels.checked == [torch.bfloat16, "images", torch.bfloat16, torch.float32]
+    other: list[Any] = [(torch.float32,), (torch.bfloat16, "hinge", None)]  # None: gradients are differentiated
+    for words in other:
+        assert resolve_kernels("auto", gpu, *words)[1] == "fused with the activation; losses have kernels too"
     assert resolve_kernels("torch", gpu, torch.bfloat16)[0] == "torch"
     for broken in ("batchnorm", "image_layers", "losses"):
         failing = _Kernels(RuntimeError("Failed to find C compiler\n"))

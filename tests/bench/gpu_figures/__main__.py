@@ -2,7 +2,7 @@
 
   python -m tests.bench.gpu_figures check --out FOLDER     is it right here, and how fast: the tests marked gpu,
                                                            images/s beside the card's limits, where a step's time goes
-  python -m tests.bench.gpu_figures choices --out FOLDER   what was left to measure: runners, kernels, by trial or not,
+  python -m tests.bench.gpu_figures choices --out FOLDER   what was left to measure: runners, our kernels or torch's,
                                                            the price of determinism, the tutorial's step beside ours
   python -m tests.bench.gpu_figures job --out FOLDER       the thesis' whole job on stand-in images, an evaluation
   python -m tests.bench.gpu_figures ranks --out FOLDER     where there are several GPUs: how they scale, how they end

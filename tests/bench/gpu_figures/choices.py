@@ -98,9 +98,8 @@ def kernels(plan: Plan, out: Path, work: Path) -> dict[str, Any]:
 
 
 def _with_torchs_image_layers(update: Update) -> Runner:
-    for player in (update.g, update.d):
-        network: Any = player.network
-        network.image_layers = None
+    networks: tuple[Any, Any] = update.g.network, update.d.network
+    networks[0].to_images = networks[1].to_maps = None
     return Captured(update, "")
 
 

@@ -29,19 +29,20 @@ from tests.helpers.tiff import tiff as tiff_of
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's remarks on odd files
 RECIPE = Recipe(32)
 CERTAIN = {
-    "JPEG": 6,
-    "JPEG, optimised": 6,
-    "JPEG, progressive": 5,
-    "JPEG, restart markers": 6,
-    "JPEG, gray": 6,
-    "JPEG, CMYK": 6,
+    "JPEG": 5,
+    "JPEG, optimised": 5,
+    "JPEG, progressive": 4,
+    "JPEG, restart markers": 5,
+    "JPEG, gray": 5,
+    "JPEG, CMYK": 5,
     "PNG": 9,
     "PNG, palette": 9,
     "TIFF, deflate": 9,
-    "TIFF, JPEG": 6,
+    "TIFF, JPEG": 5,
     "AVIF": 9,
 }
-"""Formats in which at least so many kinds of damage, the gross ones, are always found."""
+"""Formats in which at least so many kinds of damage, the gross ones, are always found. Random bytes in a JPEG are not:
+one time in some hundred they have no marker among them, and codes for as many blocks as stood there before."""
 
 
 def texture(size: tuple[int, int] = (320, 240), mode: str = "RGB") -> Image.Image:
@@ -66,7 +67,7 @@ def test_sound_files_are_never_flagged(name: str) -> None:
 @given(st.sampled_from(sorted(CERTAIN)), st.integers(0, 8), st.floats(0.2, 0.7), st.integers(0, 2**32))
 def test_gross_damage_is_found(name: str, kind: int, where: float, seed: int) -> None:
     """Lost, doubled, overwritten and converted parts, in formats with checksums single bits, too."""
-    gross = ["cut", "cut, filled with zeros", "line ends", "512 bytes lost", "512 bytes random", "512 bytes zero"]
+    gross = ["cut", "cut, filled with zeros", "line ends", "512 bytes lost", "512 bytes zero", "512 bytes random"]
     kinds = [*gross, "512 bytes twice", "4 bytes", "one bit"][: CERTAIN[name]]
     data = damage.encode(0, name)
     way = damage.DAMAGES[kinds[kind % len(kinds)]]
