@@ -247,8 +247,8 @@ class TrainConfig(Section):
     sync_batchnorm: bool = True
     """Normalise over the global batch. false normalises each rank's slice alone: another game, for experiments."""
     batchnorm_kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Who computes batch norm and the activation after it, losses and, in bf16, the layers between images and maps. auto:
-    Triton's fused kernels on a GPU where a check at the start finds them right, else torch's."""
+    """Who computes batch norm and the activation after it, losses and, in bf16, the layers between images and maps.
+    auto: Triton's fused kernels on a GPU where a check at the start finds them right, else torch's."""
     ema_half_life_images: NonNegative = 0
     """Images after which an averaged generator has forgotten half; 0 keeps none."""
     ema_statistics: Literal["averaged", "standing"] = "averaged"
