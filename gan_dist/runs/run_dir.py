@@ -136,14 +136,21 @@ def write_start(run_dir: Path, config_yaml: str, facts: Mapping[str, Any]) -> No
         raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}") from None
 
 
-def resolved_changes(run_dir: Path, resolved: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each resolved setting (threads, precision, ...) that differs from the run's last start."""
+def changes_of_bits(run_dir: Path, facts: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each of the `facts`, as environment.json has them, that may change rounding and differs from
+    the run's last start: what settings resolved to (threads, precision, ...), this code, torch, CUDA and the device."""
     try:
-        stored = json.loads((run_dir / "environment.json").read_text()).get("resolved", {})
+        stored = json.loads((run_dir / "environment.json").read_text())
     except (OSError, ValueError):
         return []
-    return [
+    before = stored.get("resolved", {})
+    lines = [
         f"{key} resolved to {old} before and to {new} now: the same game, though not the same bits"
-        for key, (old, new) in changes(stored, flatten(resolved)).items()
-        if key in stored
+        for key, (old, new) in changes(before, flatten(facts["resolved"])).items()
+        if key in before
+    ]
+    return lines + [
+        f"{key} was {stored[key]} before and is {facts[key]} now: the same game, though perhaps not the same bits"
+        for key in ("gan_dist", "torch", "cuda", "device")
+        if stored.get(key) not in (None, facts[key])
     ]

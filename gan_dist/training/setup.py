@@ -38,7 +38,7 @@ from gan_dist.model.networks import build_discriminator, build_generator, layer_
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.runs.checkpoint import check_disk
 from gan_dist.runs.lease import Lease, claim
-from gan_dist.runs.run_dir import Start, prepare_start, resolved_changes, write_start
+from gan_dist.runs.run_dir import Start, changes_of_bits, prepare_start, write_start
 from gan_dist.sampling.standing import Standing
 from gan_dist.telemetry.gallery import Gallery
 from gan_dist.telemetry.telemetry import Telemetry
@@ -276,7 +276,7 @@ def build_run(
     }
     facts = {**environment(world), "dataset": dataset.identity, "parent": start.parent, "resolved": resolved}
     facts |= {"grown_from": start.grown_from} if start.grown_from else {}
-    notes += [] if start.fresh else resolved_changes(directory, resolved)
+    notes += [] if start.fresh else changes_of_bits(directory, facts)
     world.from_first(lambda: check_disk(directory, update.snapshot()))
     world.from_first(lambda: write_start(directory, to_yaml(config), facts))
 
