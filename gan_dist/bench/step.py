@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gan_dist.distributed.exchange import resolve_collectives
 from gan_dist.distributed.world import World
-from gan_dist.model.batchnorm import resolve_kernels
 from gan_dist.model.initialise import initialise
+from gan_dist.model.kernels import resolve_kernels
 from gan_dist.model.networks import Discriminator, Generator
 from gan_dist.training.runner import Runner, make_runner, resolve_precision
 from gan_dist.training.update import Update, maps_dtype

@@ -31,9 +31,9 @@ from gan_dist.distributed.heartbeat import with_heartbeat
 from gan_dist.distributed.preflight import preflight
 from gan_dist.distributed.world import World, join
 from gan_dist.model.augment import Augment
-from gan_dist.model.batchnorm import Kernels, resolve_kernels
 from gan_dist.model.growth import grow
 from gan_dist.model.initialise import initialise
+from gan_dist.model.kernels import Kernels, resolve_kernels
 from gan_dist.model.networks import build_discriminator, build_generator, layer_widths
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.runs.checkpoint import check_disk

@@ -21,7 +21,8 @@ from gan_dist.distributed.exchange import PLAIN, Collectives
 from gan_dist.distributed.world import World
 from gan_dist.model import losses
 from gan_dist.model.augment import NO_AUGMENT, NUMBERS, Augment
-from gan_dist.model.batchnorm import Kernels, prepare
+from gan_dist.model.batchnorm import prepare
+from gan_dist.model.kernels import Kernels
 from gan_dist.model.losses import PAIRED, SHIFT_INVARIANT
 from gan_dist.model.networks import IMAGE_CHANNELS
 from gan_dist.model.penalty import NO_PENALTY, GradientPenalty
@@ -91,7 +92,7 @@ class Update:
     ) -> None:
         """Moves both networks to the world's device and broadcasts rank 0's parameters and buffers.
 
-        batchnorm_kernels and collectives: what batchnorm.resolve_kernels and exchange.resolve_collectives returned.
+        batchnorm_kernels and collectives: what kernels.resolve_kernels and exchange.resolve_collectives returned.
         """
         self.world = world
         self.global_batch = global_batch

@@ -20,7 +20,8 @@ from torch import Tensor
 from gan_dist.config.schema import WITH_GENERATOR_TARGET, WITH_REAL_TARGET, LossName
 from gan_dist.distributed.world import World
 from gan_dist.model.augment import Augment
-from gan_dist.model.batchnorm import BatchNorm, prepare, resolve_kernels
+from gan_dist.model.batchnorm import BatchNorm, prepare
+from gan_dist.model.kernels import resolve_kernels
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training.runner import Compiled
 from tests.helpers.games import CPU, batches, game, moves, tensors

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gan_dist.distributed.world import World
-from gan_dist.model import batchnorm
-from gan_dist.model.batchnorm import resolve_kernels
+from gan_dist.model import kernels
+from gan_dist.model.kernels import resolve_kernels
 from gan_dist.utils.errors import UserError
 from tests.helpers.games import worst
 from tests.helpers.interpreted import EPS, EXAMPLES, MOMENTUM, SHARED, SIZES, Example, interpreted, share, step_state
@@ -118,7 +118,7 @@ class _Kernels:
 def test_a_gpu_takes_tritons_where_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = World(device=torch.device("cuda", 0))
     _Kernels.checked.clear()
-    monkeypatch.setattr(batchnorm, "import_module", lambda name: _Kernels(None))
+    monkeypatch.setattr(kernels, "import_module", lambda name: _Kernels(None))
     assert resolve_kernels("auto", gpu, torch.bfloat16) == (
         "triton",
         "fused with the activation; losses and the layers at images have kernels too",
@@ -132,23 +132,23 @@ def test_a_gpu_takes_tritons_where_they_are_right(monkeypatch: pytest.MonkeyPatc
     for broken in ("batchnorm", "image_layers", "losses"):
         failing = _Kernels(RuntimeError("Failed to find C compiler\n"))
         monkeypatch.setattr(
-            batchnorm, "import_module", lambda name, it=broken, to=failing: to if it in name else _Kernels(None)
+            kernels, "import_module", lambda name, it=broken, to=failing: to if it in name else _Kernels(None)
         )
-        kernels, why = resolve_kernels("auto", gpu, torch.bfloat16)
-        assert kernels == "torch"
+        chosen, why = resolve_kernels("auto", gpu, torch.bfloat16)
+        assert chosen == "torch"
         assert why == "Triton's kernels fail on rank 0 (RuntimeError: Failed to find C compiler)"
     with pytest.raises(UserError, match=r"batchnorm_kernels=triton, but .* Failed to find C compiler"):
         resolve_kernels("triton", gpu, torch.bfloat16)
     with pytest.raises(torch.OutOfMemoryError):  # no fault of the kernels
-        monkeypatch.setattr(batchnorm, "import_module", lambda name: _Kernels(torch.OutOfMemoryError("no memory")))
+        monkeypatch.setattr(kernels, "import_module", lambda name: _Kernels(torch.OutOfMemoryError("no memory")))
         resolve_kernels("auto", gpu, torch.bfloat16)
 
 
 def test_one_rank_that_cannot_build_them_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchnorm, "import_module", lambda name: _Kernels(None))
+    monkeypatch.setattr(kernels, "import_module", lambda name: _Kernels(None))
     monkeypatch.setattr(World, "gather_objects", lambda self, mine: [mine, "OSError: no space"])
-    kernels, why = resolve_kernels("auto", World(0, 2, device=torch.device("cuda", 0)), torch.float32)
-    assert (kernels, why) == ("torch", "Triton's kernels fail on rank 1 (OSError: no space)")
+    chosen, why = resolve_kernels("auto", World(0, 2, device=torch.device("cuda", 0)), torch.float32)
+    assert (chosen, why) == ("torch", "Triton's kernels fail on rank 1 (OSError: no space)")
 
 
 def test_the_check_passes_right_kernels_and_sees_wrong_ones(played: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from gan_dist.bench.step import build
-from gan_dist.model.batchnorm import resolve_kernels
 from gan_dist.model.convolution import from_latents, to_logits
+from gan_dist.model.kernels import resolve_kernels
 from gan_dist.training import runner as runners_module
 from gan_dist.training.runner import Captured, Compiled, Eager, Runner
 from gan_dist.training.update import Update, maps_dtype
