@@ -146,6 +146,43 @@ def test_a_save_that_overruns_the_time_limit_is_reported_and_requeued(
     assert_identical(late.path, whole.finished())
 
 
+LAST = """
+import os
+save = module.save
+def wait():
+    facts = os.path.join(os.environ["GAN_DIST_ATTEMPT"], "facts")
+    while "status=143" not in open(facts).read():
+        time.sleep(0.1)
+    time.sleep(4)
+module.save = lambda *words, **more: (words[1]["step"] and wait(), save(*words, **more))
+"""
+
+
+@pytest.mark.waits
+def test_a_job_that_is_done_just_after_its_time_limit_is_not_started_again(
+    minute: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """It was requeued as soon as the limit came, lest a busy node has no time for it later; that is taken back."""
+    at = tmp_path_factory.mktemp("last")
+    slow = hook(at / "hook", "gan_dist.training.checkpointer", LAST)
+    words = (
+        "--max-steps",
+        "4",
+        "slurm.time=1",
+        "slurm.signal_lead_s=10",
+        "checkpoint.every_steps=100000",
+        "dist.timeout_s=400",
+        slow,
+    )
+    run = Run.submit(minute, config, at / "run", *words)
+    run.wait_for("done", limit_s=240)
+    over = ("CANCELLED", "TIMEOUT", "COMPLETED")
+    run.wait(lambda: minute.job(run.job)["JobState"] in over, 90, "an end that stays")
+    time.sleep(15)  # a requeued job would be pending for ten seconds, and begin
+    assert minute.job(run.job)["JobState"] in over and run.status().count("done: 4"), run.story()
+    assert [line[1] for line in run.history()] == ["done"] and len(run.events("start")) == 1, run.story()
+
+
 @pytest.mark.parametrize(
     "preemptions",
     [
