@@ -42,8 +42,8 @@ WARPS = 4
 MERGED_PARTS, MERGED_CHANNELS = 128, 16
 """Records that one program of a merge has in hand at a time, and how many of their channels."""
 COUNTS = ("rows", "chunk", "parts", "groups")
-"""Numbers for which Triton is to build no kernel of its own where they are 1 or divisible by 16: a build takes half a
-second, a run needs ten kernels instead of twenty, and addresses depend on the channels alone."""
+"""Numbers for which Triton is to build no kernel of its own where they are 1 or divisible by 16: each would be one more
+to build at a start, and whether accesses are wide depends on the channels alone."""
 
 
 @triton.jit(do_not_specialize=COUNTS)

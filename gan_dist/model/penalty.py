@@ -28,6 +28,11 @@ class GradientPenalty:
     every: int = 1
     method: PenaltyMethod = "finite"
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether it takes gradients of gradients, which kernels of our own have none of."""
+        return self.kinds > 0 and self.method == "exact"
+
     def places(self, lo: int) -> slice:
         """Returns which images of a share that begins at `lo` of the global batch are chosen."""
         return slice(-lo % self.every, None, self.every)

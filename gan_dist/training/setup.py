@@ -458,9 +458,9 @@ def _stage(dataset: Dataset, config: Config, world: World, verbose: bool, cancel
 def _layers_at_images(config: Config) -> dict[str, Any] | None:
     """Returns what describes the layers between images and maps, for the check of their kernels; None where a penalty
     differentiates gradients, which kernels' are not made for."""
-    model, penalty = config.model, config.loss.gradient_penalty
-    if penalty.weight and penalty.method == "exact":
+    if build_penalty(config).differentiates_twice:
         return None
+    model = config.model
     g_channels, d_channels = (
         layer_widths(model.resolution, narrowest, model.max_channels)[-1]
         for narrowest in (model.g_channels, model.d_channels)

@@ -124,7 +124,7 @@ class Update:
             alone = World(device=world.device)
             prepare(network, world if sync_batchnorm else alone, batchnorm_kernels, collectives.one_shot)
         self.maps = maps = maps_dtype(precision)
-        if fused and maps == torch.bfloat16 and not (penalty.kinds and penalty.method == "exact"):
+        if fused and maps == torch.bfloat16 and not penalty.differentiates_twice:
             layers: Any = import_module("gan_dist.model.image_layers_triton")
             generator.to_images, discriminator.to_maps = layers.to_images, layers.to_maps
         # D's buffer also carries loss, D(x), D(G(z)) and the value; G's the loss, D(G(z)) and the requests.
@@ -225,7 +225,7 @@ class Update:
         exact = self.penalty.method == "exact"
         if self.penalty.kinds and not exact:
             images = torch.cat([images, *self.penalty.noisy(images.chunk(2), draws[-1], self.lo)])
-        if self.penalty.kinds and exact:
+        if self.penalty.differentiates_twice:
             images.requires_grad_()
         again = [each[self.penalty.places(self.lo)] for each in classes] * (0 if exact else self.penalty.kinds)
         with self._autocast():

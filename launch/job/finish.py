@@ -324,7 +324,10 @@ def main() -> None:
         if when == "begin":
             ending = begin(attempt)
         elif when == "term":
-            ending = term(attempt, int(sys.argv[3]), float(sys.argv[4])) or sys.exit(1)
+            ended = term(attempt, int(sys.argv[3]), float(sys.argv[4]))
+            if ended is None:
+                sys.exit(1)
+            ending = ended
         else:
             ending = finish(attempt, "" if (attempt / "done").exists() else ask(read_known(attempt)["job"]))
         (attempt / "verdict").write_text("%s %d\n" % (ending.decision, ending.status))

@@ -230,7 +230,7 @@ def save_losses(out: str) -> None:
             except ArithmeticError as error:
                 found[what].append(str(error))
         losses_triton.KINDS["generator"] = dict.fromkeys(get_args(LossName), ("squares", 0.0, 0.5))
-    torch.save(found, Path(out) / "losses.pt")
+    torch.save(found, Path(out) / RESULTS)
 
 
 @dataclass(frozen=True)
@@ -322,6 +322,15 @@ def save_image_layers(out: str) -> None:
     (first,) = torch.autograd.grad(maps.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):  # torch would warn, and leave a part of it out
         torch.autograd.backward(first.sum())
+    given, ops = IMAGE_EXAMPLES["one image"].arrays(), torch.ops.gan_dist
+    results = [  # what was activated may come in any layout
+        (
+            ops.maps_to_image(given["maps"], activated, given["weight"], 0.2),
+            ops.image_weight_gradient(given["images"], given["maps"], activated, 0.2),
+        )
+        for activated in (given["maps"].neg(), given["maps"].neg().contiguous())
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     layers.PROGRAMS = 1
     layers.check(CPU, 8, 20, 40, biased=True)
     honest = layers._maps_to_image
@@ -330,7 +339,7 @@ def save_image_layers(out: str) -> None:
         layers.check(CPU, 8, 20, 40, biased=True)
     except ArithmeticError as error:
         found["wrong"] = str(error)
-    torch.save(found, Path(out) / "layers.pt")
+    torch.save(found, Path(out) / RESULTS)
 
 
 CHECKED: tuple[LossName, ...] = ("hinge", "relativistic")
@@ -365,6 +374,17 @@ def without_triton() -> None:
     game(None).step(*batches(game(None), 0))
     kernels, why = resolve_kernels("auto", World(device=torch.device("cuda", 0)), torch.float32)
     print(f"{kernels}: {why}")
+
+
+RESULTS = "results.pt"
+
+
+def interpreted_results(save: str, out: Path) -> dict[Any, Any]:
+    """Returns what the function `save` of this module has saved to RESULTS in `out`, under the interpreter."""
+    done = interpreted(f"{save}(sys.argv[1])", out)
+    assert done.returncode == 0, done.stdout
+    loaded: dict[Any, Any] = torch.load(out / RESULTS, weights_only=False)
+    return loaded
 
 
 def interpreted(

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training.update import Update
 from tests.helpers.games import game
-from tests.helpers.interpreted import IMAGE_EXAMPLES, IMAGE_GAMES, LAYER_KINDS, image_game, image_layer, interpreted
+from tests.helpers.interpreted import (
+    IMAGE_EXAMPLES,
+    IMAGE_GAMES,
+    LAYER_KINDS,
+    image_game,
+    image_layer,
+    interpreted_results,
+)
 
 pytest.importorskip("triton", reason="needs Triton, which torch brings on Linux")
 
@@ -29,11 +36,7 @@ TOLERANCE = 0.008
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """What the interpreter made of everything."""
-    out = tmp_path_factory.mktemp("layers")
-    done = interpreted("save_image_layers(sys.argv[1])", out)
-    assert done.returncode == 0, done.stdout
-    loaded: dict[Any, Any] = torch.load(out / "layers.pt", weights_only=False)
-    return loaded
+    return interpreted_results("save_image_layers", tmp_path_factory.mktemp("layers"))
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)

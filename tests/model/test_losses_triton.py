@@ -11,7 +11,7 @@ import torch
 from gan_dist.config.schema import LossName
 from gan_dist.model import losses
 from tests.helpers.games import worst
-from tests.helpers.interpreted import OTHER_GAMES, Case, cases, interpreted, logits, played, terms_of
+from tests.helpers.interpreted import OTHER_GAMES, Case, cases, interpreted_results, logits, played, terms_of
 
 pytest.importorskip("triton", reason="needs Triton, which torch brings on Linux")
 
@@ -21,11 +21,7 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """What the interpreter made of everything."""
-    out = tmp_path_factory.mktemp("losses")
-    done = interpreted("save_losses(sys.argv[1])", out)
-    assert done.returncode == 0, done.stdout
-    loaded: dict[Any, Any] = torch.load(out / "losses.pt", weights_only=False)
-    return loaded
+    return interpreted_results("save_losses", tmp_path_factory.mktemp("losses"))
 
 
 @pytest.mark.parametrize("player", ["discriminator", "generator"])
