@@ -45,7 +45,11 @@ BASELINE = "thesis"
 
 
 def words_of(recipes: dict[str, Any], name: str) -> list[str]:
-    return [*recipes["common"], *recipes["recipes"][name]]
+    """Returns the overrides of a recipe; one that goes out from another one has that one's list as an item."""
+    own: list[str] = []
+    for item in recipes["recipes"][name]:
+        own += item if isinstance(item, list) else [item]
+    return [*recipes["common"], *own]
 
 
 class Ladder:
