@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -12,6 +13,11 @@ _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 """Bytes of a number of each type in a directory."""
 _MOST_FILLED = 2**29
 """Bytes of a file that zeros may fill up."""
+_MOST_FILLED_DDS = 2**22
+"""The same for a DDS without compression, whose million pixels take Pillow about three seconds."""
+_MARKER = re.compile(rb"\xff[\x90-\xff]")
+"""What the compressed data of JPEG 2000 never hold (ISO/IEC 15444-1, A.1 and B.10.1), but for two marker segments:"""
+_SOP, _EPH = b"\xff\x91\0\4", b"\xff\x92"
 
 
 def cut_short(data: bytes, format: str, tags: Any = None) -> bool:
@@ -49,9 +55,12 @@ def filled_up(data: bytes) -> bytes:
     elif b"\xff\x4f\xff\x51" in data[:4096]:  # JPEG 2000: up to the end of the part of a tile
         part = data.rfind(b"\xff\x90\0\n")
         end, last = part + int.from_bytes(data[part + 6 : part + 10], "big"), b"\xff\xd9"
-    elif data[:4] in (b"qoif", b"DDS ") and len(data) >= 20:  # at most four bytes a pixel
-        width, height = struct.unpack_from(*((">II", data, 4) if data[:4] == b"qoif" else ("<II", data, 12)))
-        end += 4 * width * height
+    elif data[:4] == b"qoif" and len(data) >= 20:  # what completes the last pixel, a black one, and runs of it
+        width, height = struct.unpack_from(">II", data, 4)
+        end, last = end + 5, b"\xfd" * min(width * height // 62 + 1, _MOST_FILLED)
+    elif data[:4] == b"DDS " and len(data) >= 20:  # at most four bytes a pixel
+        width, height = struct.unpack_from("<II", data, 12)
+        end += 4 * width * height if data[84:88] != bytes(4) else min(4 * width * height, _MOST_FILLED_DDS)
     return data + bytes(end - len(data)) + last if len(data) < end < _MOST_FILLED else data
 
 
@@ -70,6 +79,8 @@ def odd(data: bytes, format: str) -> str | None:
             end = stated if stated == int.from_bytes(data[10:14], "little") + _bmp_pixels(data) else end
         case "GIF":
             return None if _gif_is_whole(data) else "its blocks do not end where the next begins"
+        case "JPEG2000":
+            return "a marker among its compressed data" if _has_stray_marker(data) else None
     return f"{len(data) - end} bytes after its end" if data[end:].strip(b"\0") else None
 
 
@@ -96,6 +107,31 @@ def _gif_is_whole(data: bytes) -> bool:
             place += 1 + data[place]
         place += 1
     return pictures > 0 and (place >= len(data) or data[place] == 0x3B)
+
+
+def _has_stray_marker(data: bytes) -> bool:
+    """Returns whether the compressed data of a JPEG 2000 hold two bytes that its coders never write."""
+    place, extra = data.find(b"\xff\x4f\xff\x51") + 2, 0
+    while place + 12 <= len(data):
+        marker, size = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == 0x52:  # COD tells whether packets have a segment before, and a mark after, their headers
+            extra |= data[place + 4]
+        if marker != 0x90:
+            place += 2 + size
+            continue
+        # A part of a tile: its own segments, and the data up to its end.
+        length = int.from_bytes(data[place + 6 : place + 10], "big")
+        end, place = min(place + length, len(data)) if length else len(data) - 2, place + 2 + size
+        while place + 5 <= end and data[place + 1] != 0x93:
+            extra |= data[place + 4] if data[place + 1] == 0x52 else 0
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        for found in _MARKER.finditer(data, place + 2, end):
+            start = found.start()
+            allowed = {2: _SOP, 4: _EPH}.items()
+            if not any(extra & bit and data.startswith(mark, start) for bit, mark in allowed):
+                return True
+        place = end
+    return False
 
 
 def riff_chunks(data: bytes, place: int = 12) -> Iterator[tuple[bytes, int, int]]:

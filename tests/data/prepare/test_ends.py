@@ -11,6 +11,7 @@ import tracemalloc
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gan_dist.data.prepare import avif, ends, libtiff, tiff, webp
+from gan_dist.data.prepare import avif, ends, libtiff, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
@@ -455,3 +456,53 @@ def test_an_icon_that_lost_bytes_is_truncated() -> None:
     assert damage.outcome(data) in ("", "alpha_ignored")
     with pytest.raises(Rejected, match="truncated"):
         square(data[:800] + data[1000:], Recipe(32))
+
+
+J2K: list[dict[str, Any]] = [
+    {},
+    {"irreversible": True, "quality_mode": "rates", "quality_layers": [20, 8, 4]},
+    {"tile_size": (64, 48), "plt": True},
+    {"no_jp2": True, "precinct_size": (64, 64), "codeblock_size": (16, 16), "progression": "RPCL"},
+]
+
+
+@pytest.mark.parametrize("options", J2K)
+def test_bytes_that_jpeg_2000_never_writes_are_seen(options: dict[str, Any]) -> None:
+    picture = damage.picture(2, "RGB")
+    data = encode(picture, "JPEG2000", **options)
+    assert damage.outcome(data) == ""
+    rng, seen = np.random.default_rng(5), 0
+    for _ in range(20):
+        place = int(rng.integers(len(data) // 4, len(data) - 1000))
+        seen += bool(damage.outcome(data[:place] + rng.bytes(512) + data[place + 512 :]))
+    assert seen >= 6  # six in ten have such bytes
+    for pair in (b"\xff\x90", b"\xff\xff", b"\xff\x92", b"\xff\x91\0\4"):
+        assert damage.outcome(data[: len(data) // 2] + pair + data[len(data) // 2 + len(pair) :])
+
+
+@pytest.mark.parametrize("in_a_tile", [False, True])
+def test_marker_segments_between_packets_are_sound_where_they_are_announced(in_a_tile: bool) -> None:
+    """A code stream of two parts of tiles, made by hand: segments SOP and EPH around the headers of packets."""
+
+    def stream(style: int, packets: bytes) -> bytes:
+        cod = b"\xff\x52" + struct.pack(">HB", 12, style) + bytes(9)
+        head = b"\xff\x4f\xff\x51" + struct.pack(">H", 41) + bytes(39) + (b"" if in_a_tile else cod)
+        own = cod if in_a_tile else b""
+        length = 12 + len(own) + 2 + len(packets)
+        parts = [b"\xff\x90" + struct.pack(">HHIBB", 10, 0, n, 0, 1) + own + b"\xff\x93" + packets for n in (length, 0)]
+        return head + b"".join(parts) + b"\xff\xd9"
+
+    packets = b"\xff\x91\0\4\0\0" + b"\xc0\xff\x7f" + b"\xff\x92" + b"\xff\x8f\1\2"
+    assert structure.odd(stream(6, packets), "JPEG2000") is None
+    for style, damaged in ((0, packets), (2, packets), (4, packets), (6, packets.replace(b"\xff\x8f", b"\xff\xa0"))):
+        assert structure.odd(stream(style, damaged), "JPEG2000")
+    for cut in range(len(stream(6, packets))):
+        structure.odd(stream(6, packets)[:cut], "JPEG2000")  # raises nothing
+
+
+@pytest.mark.parametrize("format", ["QOI", "DDS"])
+def test_a_cut_file_that_states_a_huge_picture_is_filled_with_little(format: str) -> None:
+    """Pillow decodes these in Python, a pixel at a time."""
+    data = bytearray(encode(RGB, format))
+    struct.pack_into(*((">II", data, 4) if format == "QOI" else ("<II", data, 12)), 7000, 7000)
+    assert 0 < len(structure.filled_up(bytes(data[:-100]))) - len(data) <= 2**22
