@@ -74,11 +74,14 @@ NO_AUGMENT = Augment()
 def _coloured(images: Tensor, numbers: Tensor) -> Tensor:
     """Adds -0.5 to 0.5 to brightness, takes 0 to 2 times saturation, 0.5 to 1.5 times contrast; 0.5 changes nothing."""
     brightness, saturation, contrast = (number[:, None, None, None] for number in numbers.unbind(1))
-    images = images + (brightness - 0.5)
-    grey = images.mean(1, keepdim=True)
-    images = (images - grey) * (2 * saturation) + grey
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return (images - mean) * (contrast + 0.5) + mean
+    saturation, contrast = 2 * saturation, contrast + 0.5
+    # One after the other they are contrast (saturation (x - grey) + grey - mean) + mean + brightness: in few passes,
+    # since neither of the first two moves the mean, nor saturation the grey.
+    red, green, blue = images.unbind(1)
+    grey = ((red + green + blue) / 3)[:, None]
+    mean = grey.mean((2, 3), keepdim=True)
+    same = grey * (contrast * (1 - saturation)) + (mean * (1 - contrast) + (brightness - 0.5))
+    return torch.addcmul(same, images, contrast * saturation)
 
 
 def _shifted(images: Tensor, numbers: Tensor) -> Tensor:
