@@ -14,6 +14,7 @@ from gan_dist.config.schema import PRESETS, Config, load_config, preset, presets
 from gan_dist.model.networks import layer_widths
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand_source
+from tests.bench.ladder import words_of
 
 BASE = {"data": {"shards": "/tmp/set"}}
 
@@ -246,8 +247,9 @@ def test_the_modern_preset_sees_as_many_images_with_the_same_networks_as_the_the
 
 def test_the_modern_preset_is_the_recipe_that_was_measured() -> None:
     root = Path(__file__).parent.parent.parent
-    words = yaml.safe_load((root / "tests/bench/recipes.yaml").read_text())["recipes"]["penalty32"]
-    measured, modern = load_config(root / "configs/paintings64.yaml", words), preset("paintings64-modern")
+    recipes = yaml.safe_load((root / "tests/bench/recipes.yaml").read_text()) | {"common": []}
+    measured = load_config(root / "configs/paintings64.yaml", words_of(recipes, "pairs32"))
+    modern = preset("paintings64-modern")
     assert modern.model == measured.model and modern.loss == measured.loss and modern.data == measured.data
     assert modern.optim.model_copy(update={"decay_images": 400_000}) == measured.optim
     assert modern.train == measured.train

@@ -13,11 +13,11 @@ _TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 """Bytes of a number of each type in a directory."""
 _MOST_FILLED = 2**29
 """Bytes of a file that zeros may fill up."""
-_MOST_FILLED_DDS = 2**22
-"""The same for a DDS without compression, whose million pixels take Pillow about three seconds."""
-_MARKER = re.compile(rb"\xff[\x90-\xff]")
-"""What the compressed data of JPEG 2000 never hold (ISO/IEC 15444-1, A.1 and B.10.1), but for two marker segments:"""
-_SOP, _EPH = b"\xff\x91\0\4", b"\xff\x92"
+_BLACK_QOI = bytes(4) + b"\xfe\0\0\0"
+"""What completes the last pixel of a QOI, and a black one."""
+_COD, _SOT, _SOD, _EOC = 0x52, 0x90, 0x93, 0xD9
+_STRAY = re.compile(rb"\xff\x91\x00\x04..|\xff[\x90-\xff]", re.DOTALL)
+"""What compressed data of JPEG 2000 never hold (ISO/IEC 15444-1, A.1), but for the segments SOP and the marks EPH."""
 
 
 def cut_short(data: bytes, format: str, tags: Any = None) -> bool:
@@ -55,12 +55,13 @@ def filled_up(data: bytes) -> bytes:
     elif b"\xff\x4f\xff\x51" in data[:4096]:  # JPEG 2000: up to the end of the part of a tile
         part = data.rfind(b"\xff\x90\0\n")
         end, last = part + int.from_bytes(data[part + 6 : part + 10], "big"), b"\xff\xd9"
-    elif data[:4] == b"qoif" and len(data) >= 20:  # what completes the last pixel, a black one, and runs of it
+    elif data[:4] == b"qoif" and len(data) >= 20:  # runs of black: Pillow takes a second for a million single pixels
         width, height = struct.unpack_from(">II", data, 4)
-        end, last = end + 5, b"\xfd" * min(width * height // 62 + 1, _MOST_FILLED)
+        last = _BLACK_QOI + b"\xfd" * (width * height // 62 + 1)
+        return data + last if len(last) < _MOST_FILLED else data
     elif data[:4] == b"DDS " and len(data) >= 20:  # at most four bytes a pixel
         width, height = struct.unpack_from("<II", data, 12)
-        end += 4 * width * height if data[84:88] != bytes(4) else min(4 * width * height, _MOST_FILLED_DDS)
+        end += 4 * width * height
     return data + bytes(end - len(data)) + last if len(data) < end < _MOST_FILLED else data
 
 
@@ -111,27 +112,36 @@ def _gif_is_whole(data: bytes) -> bool:
 
 def _has_stray_marker(data: bytes) -> bool:
     """Returns whether the compressed data of a JPEG 2000 hold two bytes that its coders never write."""
-    place, extra = data.find(b"\xff\x4f\xff\x51") + 2, 0
-    while place + 12 <= len(data):
-        marker, size = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == 0x52:  # COD tells whether packets have a segment before, and a mark after, their headers
-            extra |= data[place + 4]
-        if marker != 0x90:
-            place += 2 + size
+    place, stop = next(((start, end) for kind, start, end in boxes(data) if kind == b"jp2c"), (0, len(data)))
+    place, style = place + 2, 0
+    while (marker := _marker(data, place)) not in (None, _EOC):
+        part = place
+        style |= _packet_style(data, place)
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker != _SOT:
             continue
         # A part of a tile: its own segments, and the data up to its end.
-        length = int.from_bytes(data[place + 6 : place + 10], "big")
-        end, place = min(place + length, len(data)) if length else len(data) - 2, place + 2 + size
-        while place + 5 <= end and data[place + 1] != 0x93:
-            extra |= data[place + 4] if data[place + 1] == 0x52 else 0
+        length = int.from_bytes(data[part + 6 : part + 10], "big")
+        end = part + length if length else data.rfind(b"\xff\xd9", 0, stop)
+        while place < end and _marker(data, place) not in (None, _SOD):
+            style |= _packet_style(data, place)
             place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        for found in _MARKER.finditer(data, place + 2, end):
-            start = found.start()
-            allowed = {2: _SOP, 4: _EPH}.items()
-            if not any(extra & bit and data.startswith(mark, start) for bit, mark in allowed):
+        for found in _STRAY.finditer(data, place + 2, max(0, end)):
+            kind = {b"\xff\x91": 2, b"\xff\x92": 4}.get(found[0][:2], 0)
+            if not style & kind or (kind == 2) != (len(found[0]) == 6):
                 return True
-        place = end
+        place = max(place, end)
     return False
+
+
+def _marker(data: bytes, place: int) -> int | None:
+    """Returns the second byte of the marker at `place`, which a length follows; None where there is none."""
+    return data[place + 1] if place + 4 <= len(data) and data[place] == 0xFF else None
+
+
+def _packet_style(data: bytes, place: int) -> int:
+    """Returns, of a COD segment, which segments may stand in compressed data: 2, SOP; 4, EPH. Of another one, 0."""
+    return data[place + 4] & 6 if data[place + 1] == _COD and place + 4 < len(data) else 0
 
 
 def riff_chunks(data: bytes, place: int = 12) -> Iterator[tuple[bytes, int, int]]:

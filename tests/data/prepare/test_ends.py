@@ -492,17 +492,31 @@ def test_marker_segments_between_packets_are_sound_where_they_are_announced(in_a
         parts = [b"\xff\x90" + struct.pack(">HHIBB", 10, 0, n, 0, 1) + own + b"\xff\x93" + packets for n in (length, 0)]
         return head + b"".join(parts) + b"\xff\xd9"
 
-    packets = b"\xff\x91\0\4\0\0" + b"\xc0\xff\x7f" + b"\xff\x92" + b"\xff\x8f\1\2"
+    packets = b"".join(
+        b"\xff\x91\0\4" + number + b"\xc0\xff\x7f" + b"\xff\x92" + b"\xff\x8f\1\2"
+        for number in (b"\0\0", b"\0\xff", b"\xff\x90", b"\xff\xff", b"\n\n")
+    )
     assert structure.odd(stream(6, packets), "JPEG2000") is None
     for style, damaged in ((0, packets), (2, packets), (4, packets), (6, packets.replace(b"\xff\x8f", b"\xff\xa0"))):
         assert structure.odd(stream(style, damaged), "JPEG2000")
+    after = b"\0\0\0\x18uuid" + b"\xff\x90\xff\xff" * 4
+    for rest in (after, bytes(40), b""):
+        assert structure.odd(stream(6, packets) + rest, "JPEG2000") is None
+    thumbnail = stream(6, packets)
+    boxes = struct.pack(">I", 8 + len(thumbnail)) + b"uuid" + thumbnail
+    boxes = b"\0\0\0\x0cjP  \r\n\x87\n" + boxes + struct.pack(">I", 8 + len(thumbnail)) + b"jp2c"
+    assert structure.odd(boxes + thumbnail + after, "JPEG2000") is None
+    assert structure.odd(boxes + stream(6, packets.replace(b"\xff\x8f", b"\xff\xa0")) + after, "JPEG2000")
     for cut in range(len(stream(6, packets))):
         structure.odd(stream(6, packets)[:cut], "JPEG2000")  # raises nothing
 
 
-@pytest.mark.parametrize("format", ["QOI", "DDS"])
-def test_a_cut_file_that_states_a_huge_picture_is_filled_with_little(format: str) -> None:
-    """Pillow decodes these in Python, a pixel at a time."""
-    data = bytearray(encode(RGB, format))
-    struct.pack_into(*((">II", data, 4) if format == "QOI" else ("<II", data, 12)), 7000, 7000)
-    assert 0 < len(structure.filled_up(bytes(data[:-100]))) - len(data) <= 2**22
+def test_a_cut_qoi_is_filled_with_little_and_black() -> None:
+    """Pillow decodes it in Python, a pixel at a time."""
+    data = encode(damage.picture(3, "RGB"), "QOI")
+    for cut in range(len(data) // 2, len(data) // 2 + 12):  # within and between pixels
+        filled = structure.filled_up(data[:cut])
+        assert len(filled) - cut < 320 * 240 // 50
+        pixels = np.asarray(Image.open(io.BytesIO(filled)).convert("RGB"))
+        whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.array_equal(pixels[:80], whole[:80]) and not pixels[-80:].any()
