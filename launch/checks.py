@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gan_dist.config.schema import Config
 from gan_dist.data.remote.fetch import RetryPolicy, redacted
-from gan_dist.data.shards import check_resolution, fetch_manifest, read_manifest
+from gan_dist.data.shards import Manifest, check_classes, check_resolution, fetch_manifest, read_manifest
 from gan_dist.utils.errors import GanDistError, UserError
 from gan_dist.utils.files import is_address
 from launch import slurm
@@ -42,20 +42,43 @@ def check_cluster(settings: Config, cluster: ClusterOptions, run: Path) -> None:
 def check_dataset(settings: Config) -> str:
     """Returns the identity of the dataset, the sha256 of its manifest; nothing of one that is not seen from here.
 
-    Raises UserError unless the manifest is there, opens and has the model's resolution. A remote one that does not
-    answer from here may answer from the nodes: that is a note.
+    Raises UserError unless the manifest is there, opens and fits the configuration.
+    """
+    manifest = find_manifest(settings)
+    check_fit(settings, manifest)
+    return manifest.identity if manifest else ""
+
+
+def find_manifest(settings: Config) -> Manifest | None:
+    """Returns the dataset's table of contents. Raises UserError unless it is there and opens.
+
+    A remote one that does not answer from here may answer from the nodes: that is a note, and None.
     """
     address = settings.data.shards
     try:
-        remote = is_address(address)
-        manifest = fetch_manifest(address, RetryPolicy(tries=2))[0] if remote else read_manifest(address)
+        return fetch_manifest(address, RetryPolicy(tries=2))[0] if is_address(address) else read_manifest(address)
     except GanDistError as error:
         if isinstance(error, UserError):
             raise
         print(f"note: {error}; the nodes will try again", file=sys.stderr, flush=True)
-        return ""
-    check_resolution(settings.model.resolution, manifest.resolution, redacted(address))
-    return manifest.identity
+        return None
+
+
+def check_fit(settings: Config, manifest: Manifest | None) -> None:
+    """Raises UserError unless a dataset has what a run asks of it: the model's resolution, labels, images to compare.
+
+    None: it is not seen from here.
+    """
+    if manifest is None:
+        return
+    where, model, evaluate = redacted(settings.data.shards), settings.model, settings.evaluate
+    check_resolution(model.resolution, manifest.resolution, where)
+    if model.classes == "dataset" and (counts := manifest.class_counts) is not None:
+        check_classes(manifest.classes, counts, model.classes_min_images, where)
+    if evaluate.every_steps and evaluate.samples > (held := manifest.num_samples):
+        raise UserError(
+            f"evaluate.samples: expected {held} or fewer, as many as {where} holds, found {evaluate.samples}"
+        )
 
 
 def check_interpreter(cluster: ClusterOptions) -> None:

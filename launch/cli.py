@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -150,6 +151,7 @@ def submit(
         numbers = read_seeds(seeds)
         if dry_run:
             check_seeds(config, overrides, options, run, numbers)
+            resolve_parent(from_run, options)
             print(seed_batch(run, new_id(), numbers, options), end="")
             return
         for of_seed, made in submit_seeds(config, overrides, options, run, numbers, max_steps, from_run, check):
@@ -253,7 +255,7 @@ def sweep(
     from gan_dist.runs.study import BEST, read_sweep
     from gan_dist.utils.errors import EXIT_FAILED, EXIT_STOPPED
     from gan_dist.utils.stop import StopRequest
-    from launch.checks import check_all, check_dataset
+    from launch.checks import check_all, check_fit, find_manifest
     from launch.space import read_space
     from launch.status import trial_lines
     from launch.stopping import STOP
@@ -266,8 +268,9 @@ def sweep(
     name = name if name or run_dir else f"{Path(config).stem}-{Path(space).stem}"
     folder = choose_run_dir(config, name, run_dir, options.job.runs)
     base = load_config(config, overrides)
-    searched = read_space(space, base, overrides, options.slurm.ranks if as_jobs else ranks)
-    dataset = check_dataset(base)
+    manifest = functools.cache(lambda: find_manifest(base))
+    ranks_each = options.slurm.ranks if as_jobs else ranks
+    searched = read_space(space, base, overrides, ranks_each, lambda settings: check_fit(settings, manifest()))
     place: Place = Jobs(options, check_all) if as_jobs else Here(parallel, ranks)
     stop = StopRequest()
     listen_for_signals(stop)
@@ -280,7 +283,7 @@ def sweep(
         parallel=parallel,
         seed=seed,
         pruner=pruner,
-        dataset=dataset,
+        dataset=found.identity if (found := manifest()) else "",
         log=_say,
     )
     ended = worker.work(stop)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from gan_dist.config.base import parse_overrides
 from gan_dist.config.schema import Config, to_yaml
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import write_atomically
@@ -107,7 +108,10 @@ def submit_seeds(
 def check_seeds(
     config: str, overrides: Sequence[str], cluster: ClusterOptions, base: Path, seeds: Sequence[int]
 ) -> dict[int, Config]:
-    """Returns the validated configuration of each seed. Raises UserError as check_config does."""
+    """Returns the validated configuration of each seed. Raises UserError as check_config does, and for a seed besides
+    them."""
+    if "seed" in parse_overrides(overrides):
+        raise UserError("--seeds and seed=N say different things; give one of them")
     return {seed: check_config(config, [*overrides, f"seed={seed}"], cluster, run_of(base, seed)) for seed in seeds}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -114,8 +114,15 @@ def word(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
-def read_space(file: str | Path, base: Config, fixed: Sequence[str] = (), ranks: int = 1) -> Space:
-    """Returns the space of a file around a configuration, in which the words `fixed` have set keys already.
+def read_space(
+    file: str | Path,
+    base: Config,
+    fixed: Sequence[str] = (),
+    ranks: int = 1,
+    fits: Callable[[Config], None] = lambda settings: None,
+) -> Space:
+    """Returns the space of a file around a configuration, in which the words `fixed` have set keys already. `fits`
+    raises UserError for a configuration that does not fit the dataset.
 
     Raises UserError with one line: for an unknown key, a range that the key does not have, a wrong type, a key that is
     fixed or that trials are measured by, and for values that do not go together.
@@ -130,15 +137,19 @@ def read_space(file: str | Path, base: Config, fixed: Sequence[str] = (), ranks:
             "evaluate.every_steps=N to the command, a tenth of a run or so"
         )
     dimensions = [_dimension(path, key, value) for key, value in given.items()]
+    if not any(each.key.startswith("model.classes") for each in dimensions):
+        fits(base)
     set_already = parse_overrides(fixed)
     for number, each in enumerate(dimensions):
         if each.key in set_already:
             raise UserError(f"{path}: {each.key} is searched, and set to {set_already[each.key]} on the command line")
-        dimensions[number] = _checked(path, base, each, ranks)
+        dimensions[number] = _checked(path, base, each, ranks, fits)
     space = Space(base, tuple(dimensions))
     for settings in _drawn(space):
         try:
-            check_ranks(ranks, space.config(settings).train.global_batch)
+            made = space.config(settings)
+            check_ranks(ranks, made.train.global_batch)
+            fits(made)
         except UserError as error:
             words = " ".join(word(key, value) for key, value in settings.items())
             raise UserError(f"{path}: some values do not go together: {error} (tried {words})") from None
@@ -197,16 +208,18 @@ def _dimension(path: Path, key: str, value: Any) -> Dimension:
     return Dimension(key, kind, (low, high, *step), whole=kind == "int")
 
 
-def _checked(path: Path, base: Config, each: Dimension, ranks: int) -> Dimension:
+def _checked(path: Path, base: Config, each: Dimension, ranks: int, fits: Callable[[Config], None]) -> Dimension:
     """Returns the dimension once the configuration takes its probes. Raises UserError with what it says of one."""
     wholes = replace(each, whole=True)
     could_be_whole = each.log and not each.whole and all(isinstance(end, int) for end in each.values)
     for value in each.probes():
         try:
-            check_ranks(ranks, load_config(base, [word(each.key, value)]).train.global_batch)
+            made = load_config(base, [word(each.key, value)])
+            check_ranks(ranks, made.train.global_batch)
+            fits(made)
         except UserError as error:
             if could_be_whole:
-                return _checked(path, base, wholes, ranks)
+                return _checked(path, base, wholes, ranks, fits)
             tried = "" if each.key in str(error) else f" (tried {word(each.key, value)})"
             raise UserError(f"{path}: {error}{tried}") from None
     return each

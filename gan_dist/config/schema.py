@@ -331,6 +331,11 @@ class Config(Section):
     def _placement_has_its_window(self) -> Config:
         if self.data.placement == "windowed" and self.data.window_shards == 0:
             raise ValueError("data.window_shards: placement windowed needs a window of 1 shard or more, found 0")
+        if self.data.placement == "windowed" and self.evaluate.every_steps:
+            raise ValueError(
+                "evaluate.every_steps: a windowed placement keeps only a part of the dataset here, expected 0, "
+                f"found {self.evaluate.every_steps}; `gan-dist evaluate RUN --all-checkpoints` evaluates afterwards"
+            )
         return self
 
     @model_validator(mode="after")

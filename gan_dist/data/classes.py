@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gan_dist.data.dataset import Dataset
+from gan_dist.data.shards import check_classes
 from gan_dist.utils.errors import UserError
 
 UNLABELLED = "unlabelled"
@@ -123,24 +124,12 @@ def choose_classes(dataset: Dataset, min_images: int) -> Classes:
 
     Raises UserError where there are none.
     """
-    known, where = dataset.manifest.classes, dataset.manifest.totals.get("classes")
-    if isinstance(where, dict) and set(where) == set(known) and sum(where.values()) <= dataset.num_samples:
-        counts = [int(where[name]) for name in known]
-    else:  # an older manifest does not say
+    known, counts = dataset.manifest.classes, dataset.manifest.class_counts
+    if counts is None:
         found = np.concatenate([dataset.labels(shard) for shard in range(len(dataset.shard_sizes))])
         counts = np.bincount(found[found >= 0], minlength=len(known)).tolist()
-    if not any(counts):
-        raise UserError(
-            f"model.classes=dataset, but {dataset.root} has no labels: prepare it with --labels, or set "
-            "model.classes=none"
-        )
+    check_classes(known, counts, min_images, str(dataset.root))
     kept = {name: count for name, count in zip(known, counts, strict=True) if count >= max(1, min_images)}
-    if not kept:
-        most = max(range(len(known)), key=counts.__getitem__)
-        raise UserError(
-            f"model.classes_min_images is {min_images}, but the largest class of {dataset.root}, {known[most]!r}, has "
-            f"{counts[most]} images; lower it, or set model.classes=none"
-        )
     return Classes(tuple(kept), (dataset.num_samples - sum(kept.values()), *kept.values()))
 
 

@@ -15,7 +15,7 @@ import mmap
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -94,6 +94,14 @@ class Manifest:
     def num_samples(self) -> int:
         """Samples over all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def class_counts(self) -> list[int] | None:
+        """Images of each of `classes`; None where an older manifest does not say."""
+        where = self.totals.get("classes")
+        if not isinstance(where, dict) or set(where) != set(self.classes) or sum(where.values()) > self.num_samples:
+            return None
+        return [int(where[name]) for name in self.classes]
 
     def to_bytes(self) -> bytes:
         """Returns the bytes of manifest.json: JSON with one shard a line; equal manifests give equal bytes."""
@@ -181,6 +189,20 @@ def check_resolution(wanted: int, found: int, where: str) -> None:
         raise UserError(
             f"model.resolution is {wanted}, but {where} holds {found}x{found} images; set model.resolution={found} or "
             "prepare the set again"
+        )
+
+
+def check_classes(classes: Sequence[str], counts: Sequence[int], min_images: int, where: str) -> None:
+    """Raises UserError unless the dataset called `where` has labels, and `min_images` images or more of some class."""
+    if not any(counts):
+        raise UserError(
+            f"model.classes=dataset, but {where} has no labels: prepare it with --labels, or set model.classes=none"
+        )
+    most = max(range(len(classes)), key=counts.__getitem__)
+    if counts[most] < min_images:
+        raise UserError(
+            f"model.classes_min_images is {min_images}, but the largest class of {where}, {classes[most]!r}, has "
+            f"{counts[most]} images; lower it, or set model.classes=none"
         )
 
 

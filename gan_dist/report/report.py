@@ -243,7 +243,7 @@ def _over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
         seeds = {run.config.get("seed") for run in group}
         if len(seeds) < 2:
             continue
-        newest = [{tag: value for point in run.points for tag, value in point.items()} for run in group]
+        newest = [_newest(run) for run in group]
         tags = sorted({tag for tags in newest for tag in tags if tag in LAST or tag.startswith("evaluate/")} - {*COSTS})
         rows = []
         for tag in tags:
@@ -257,6 +257,18 @@ def _over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
         )
         made.append({"names": ", ".join(run.name for run in group), "seeds": len(seeds), "at": at, "rows": rows})
     return made
+
+
+def _newest(run: Run) -> dict[str, Any]:
+    """Returns the newest of each of a run's figures, those of `gan-dist evaluate` among them."""
+    found = {tag: value for point in run.points for tag, value in point.items()}
+    last = run.evaluations[-1] if run.evaluations else {}
+    rest = ("step", "images_seen", "epoch")
+    return found | {
+        f"evaluate/{key}": value
+        for key, value in last.items()
+        if key not in rest and isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def _shown(value: Any) -> Any:

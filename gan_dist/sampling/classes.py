@@ -12,6 +12,9 @@ from gan_dist.model.networks import Generator
 from gan_dist.sampling.generate import draw_latents, slerp
 from gan_dist.utils.errors import UserError
 
+MAX_STRENGTH = 1000.0
+"""Far beyond what changes a picture, and far below what float32 cannot hold."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -49,8 +52,8 @@ def ask(generator: Generator, name: str, one: str | None, several: str | None, s
     given = [option for option, value in (("--class", one), ("--classes", several)) if value is not None]
     if len(given) == 2:
         raise UserError("--class and --classes say different things; give one of them")
-    if not math.isfinite(strength) or strength < 0:
-        raise UserError(f"--strength: expected a number of 0 or more, found {strength:g}")
+    if not 0 <= strength <= MAX_STRENGTH:
+        raise UserError(f"--strength: expected a number from 0 to {MAX_STRENGTH:g}, found {strength:g}")
     given += ["--strength"] if strength != 1 else []
     if given and not generator.num_classes:
         raise UserError(f"{given[0]}: {name} knows no classes; a run with model.classes=dataset learns them")

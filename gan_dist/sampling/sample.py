@@ -25,7 +25,7 @@ from gan_dist.utils.files import expand
 from gan_dist.utils.pictures import grid_side
 
 MAX_PAGE = 16384
-"""Pixels a side of an enlarged grid."""
+"""Pixels a side of a grid."""
 MEASURED = f"measured on these weights, over {NUM_LATENTS:,} latents"
 
 
@@ -124,11 +124,14 @@ def sample_run(
     side = source.generator.resolution
     if size is not None and (size < side or size % side):
         raise UserError(f"--size: expected a multiple of {side}, the pixels that {source.name} draws, found {size}")
+    if count * side**2 > MAX_PAGE**2:
+        most = (MAX_PAGE // side) ** 2
+        raise UserError(f"--count: expected {most:,} or fewer, a grid of {MAX_PAGE:,} pixels a side, found {count:,}")
     plan = arrange(source.generator, asked, count, seed, interpolate, truncation)
-    if size is not None and (width := grid_side(len(plan), size, plan.columns)) > MAX_PAGE:
+    if (width := grid_side(len(plan), size or side, plan.columns)) > MAX_PAGE:
         raise UserError(
-            f"--size: a grid is at most {MAX_PAGE:,} pixels wide, {len(plan)} images of {size} would make {width:,}; "
-            "lower --size or --count"
+            f"{'--size' if size else '--count'}: a grid is at most {MAX_PAGE:,} pixels wide, {len(plan)} images of "
+            f"{size or side} would make {width:,}; lower {'--size or ' if size else ''}--count"
         )
     if walk is not None:
         check_walk(expand(walk), seconds, fps, grid_side(len(plan), size or side, plan.columns))

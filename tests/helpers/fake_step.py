@@ -41,6 +41,11 @@ class Step:
 GAMES: dict[str, list[str]] = {
     "thesis": [],
     "penalty": ["model.d_norm=none", "loss.gradient_penalty.weight=1", "loss.gradient_penalty.on=both"],
+    "modern": [  # paintings64-modern, but for its falling rates: torch has no fake of what Adam then calls
+        *("model.upsample=nearest", "model.d_norm=none", "model.init=he", "loss.name=relativistic"),
+        *("loss.gradient_penalty.weight=0.05", "loss.gradient_penalty.on=both", "loss.gradient_penalty.share=0.25"),
+        *("loss.real_target=1", "loss.generator_target=null", "optim.betas=[0.0,0.99]"),
+    ],
     "classes": [
         "model.classes=dataset",
         "model.d_norm=spectral",

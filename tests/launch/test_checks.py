@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,24 @@ def test_a_dataset_is_looked_at_before_the_queue_wherever_it_is(
     assert not capsys.readouterr().err
     assert not checks.check_dataset(settings("pipe:false {}"))  # it may answer from the nodes
     assert "the nodes will try again" in capsys.readouterr().err
+
+
+def test_a_dataset_has_what_a_run_asks_of_it(dataset: Path) -> None:
+    held = checks.find_manifest(settings(dataset))
+    assert held is not None
+    number = held.num_samples
+    checks.check_dataset(settings(dataset, "evaluate.every_steps=5", f"evaluate.samples={number}"))
+    checks.check_dataset(settings(dataset, f"evaluate.samples={number + 1}"))  # nothing is evaluated
+    with pytest.raises(UserError, match=rf"evaluate\.samples: expected {number} or fewer, .*, found {number + 1}"):
+        checks.check_dataset(settings(dataset, "evaluate.every_steps=5", f"evaluate.samples={number + 1}"))
+    with pytest.raises(UserError, match="has no labels: prepare it with --labels"):
+        checks.check_fit(settings(dataset, "model.classes=dataset"), replace(held, classes=(), totals={"classes": {}}))
+    labelled = replace(held, classes=("a", "b"), totals={"classes": {"a": 3, "b": 5}})
+    checks.check_fit(settings(dataset, "model.classes=dataset", "model.classes_min_images=5"), labelled)
+    with pytest.raises(UserError, match=r"classes_min_images is 6, but the largest class .*, 'b', has 5 images"):
+        checks.check_fit(settings(dataset, "model.classes=dataset", "model.classes_min_images=6"), labelled)
+    unsaid = replace(labelled, totals={})  # an older manifest does not count
+    checks.check_fit(settings(dataset, "model.classes=dataset", "model.classes_min_images=6"), unsaid)
 
 
 def test_an_interpreter_that_cannot_run_gan_dist_is_refused(tmp_path: Path) -> None:

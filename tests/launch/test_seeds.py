@@ -86,6 +86,9 @@ def test_another_run_where_they_would_lie_without_a_seed_is_none_of_them(
     (base / "config.yaml").write_text(to_yaml(load_config(config, ["optim.g_lr=1e-3"])))
     with pytest.raises(UserError, match="holds a run with another configuration"):
         check_config(config, [], load_cluster(None), base)
+    for words, said in (({"from_run": "nowhere"}, "nowhere"), ({"words": ["seed=5"]}, "--seeds and seed=N say")):
+        with pytest.raises(UserError, match=said):
+            submit(config, **({"words": None} | words), run_dir=str(base), seeds="3,7", dry_run=dry_run)
     submit(config, None, run_dir=str(base), seeds="3,7", unchecked=True, dry_run=dry_run)
     assert ("--array=3,7" if dry_run else "job 71_7: run") in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import optuna
 import pytest
 import yaml
 
-from gan_dist.config.schema import load_config
+from gan_dist.config.schema import Config, load_config
 from gan_dist.utils.errors import UserError
 from launch.cli import sweep
 from launch.space import Space, read_space
@@ -81,6 +81,19 @@ def test_what_the_configuration_must_have(tmp_path: Path) -> None:
         space(tmp_path, text, "evaluate.every_steps=0")
     with pytest.raises(UserError, match=r"8 ranks, but train.global_batch is 4"):
         space(tmp_path, "train.global_batch: {int: [4, 64, 4]}", ranks=8)
+
+
+def test_values_that_do_not_fit_the_dataset_are_found_before_anything_starts(tmp_path: Path) -> None:
+    def fits(settings: Config) -> None:
+        if settings.model.classes_min_images > 60:
+            raise UserError("the largest class has 60 images")
+
+    file = tmp_path / "space.yaml"
+    file.write_text("model.classes_min_images: {int: [10, 500]}")
+    with pytest.raises(UserError, match=r"space.yaml: the largest class has 60 images \(tried model.classes_min"):
+        read_space(file, load_config(BASE), fits=fits)
+    file.write_text("model.classes_min_images: {int: [10, 60]}")
+    read_space(file, load_config(BASE), fits=fits)
 
 
 def test_the_command_says_it_with_status_2_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,11 @@ def test_seeds_of_one_configuration_give_mean_and_spread(tmp_path: Path) -> None
     page = make_report([*runs, logged("other", 3, 0.2, [1, 1])], tmp_path / "seeds.html").read_text()
     assert "Over 3 seeds" in page and "a, b, c, at step 20." in page and page.count("<h2>Over") == 1
     assert "<th>evaluate/swd</th><td>5</td><td>3.606</td><td>2</td><td>9</td><td>3</td>" in page
+    for run, fid in zip(runs, (30.0, 32.0, 34.0), strict=True):  # what `gan-dist evaluate` measured afterwards
+        row = {"step": 20, "images_seen": 1, "swd": 1.0, "fid": fid, "protocol": {"samples": 5}}
+        (run / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    after = make_report(runs, tmp_path / "after.html").read_text()
+    assert "<th>evaluate/fid</th><td>32</td><td>2</td><td>30</td><td>34</td><td>3</td>" in after
     far = make_report([*runs[:2], logged("d", 5, 0.1, [9, 4, 6])], tmp_path / "far.html").read_text()
     assert "steps 20 to 30: not all are equally far" in far
     assert "<h2>Over" not in make_report([runs[0], tmp_path / "other"], tmp_path / "two.html").read_text()

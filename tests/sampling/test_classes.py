@@ -103,8 +103,9 @@ def test_strength_exaggerates(generator: Generator) -> None:
         ({"classes": "Baroque,cubizm"}, r"^--classes: no class 'cubizm'; did you mean 'Cubism'\?$"),
         ({"classes": ""}, r"^--classes: no class ''; there are 'Baroque', 'Cubism', 'Rococo'$"),
         ({"class_name": "Cubism", "classes": "Cubism"}, "say different things"),
-        ({"class_name": "Cubism", "strength": -1.0}, "^--strength: expected a number of 0 or more, found -1$"),
-        ({"strength": float("nan")}, "^--strength: expected a number of 0 or more, found nan$"),
+        ({"class_name": "Cubism", "strength": -1.0}, "^--strength: expected a number from 0 to 1000, found -1$"),
+        ({"strength": float("nan")}, "^--strength: expected a number from 0 to 1000, found nan$"),
+        ({"class_name": "Cubism", "strength": 1e39}, r"^--strength: expected .*, found 1e\+39$"),
     ],
 )
 def test_what_cannot_be_asked_is_a_line(file: Path, tmp_path: Path, words: dict[str, Any], line: str) -> None:

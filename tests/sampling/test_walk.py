@@ -125,6 +125,7 @@ def test_enlarging_keeps_each_picture_to_itself(weights: Path, tmp_path: Path) -
         ({"size": 100}, "--size: expected a multiple of 32, the pixels that g.safetensors draws, found 100"),
         ({"size": 16}, "--size: expected a multiple of 32, .* found 16"),
         ({"size": 0}, "--size: expected a multiple of 32, .* found 0"),
+        ({"count": 10**8}, r"^--count: expected .* or fewer, a grid of 16,384 pixels a side, found 100,000,000$"),
         ({"size": 8192}, "a grid is at most 16,384 pixels wide, 9 images of 8192 would make 24,584"),
     ],
 )

@@ -75,6 +75,14 @@ CASES |= {
         "loss": "relativistic",
         "model": {"classes": STYLES, "d_norm": "none"},
     },
+    "relativistic-penalty-nearest": {  # paintings64-modern
+        "global_batch": 7,
+        "loss": "relativistic",
+        "model": {"upsample": "nearest", "d_norm": "none", "init": "he"},
+        "penalty": GradientPenalty(0.5, 0.1, kinds=2, every=4),
+        "g_betas": (0.0, 0.99),
+        "d_betas": (0.0, 0.99),
+    },
     "wasserstein-spectral-penalty": {  # whose parts of the last bias's gradient cancel out only but for rounding
         "loss": "wasserstein",
         "global_batch": 7,
