@@ -205,7 +205,7 @@ def test_a_run_with_all_of_it_that_is_interrupted_ends_as_one_that_is_not(datase
     assert len(moved) > 2 and 0 <= moved[0] < moved[-1] <= 1
 
 
-@pytest.mark.parametrize("word", ["loss.gradient_penalty.share=1", "data.augment.colour=false"])
+@pytest.mark.parametrize("word", ["loss.gradient_penalty.share=1", "data.augment.target=null"])
 def test_that_comparison_sees_another_game(dataset: Path, tmp_path: Path, word: str) -> None:
     train(small(dataset), KIT, run_dir=tmp_path / "one", max_steps=2, console=False)
     train(small(dataset), [*KIT, word], run_dir=tmp_path / "other", max_steps=2, console=False)

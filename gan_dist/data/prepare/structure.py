@@ -57,8 +57,8 @@ def filled_up(data: bytes) -> bytes:
         end, last = part + int.from_bytes(data[part + 6 : part + 10], "big"), b"\xff\xd9"
     elif data[:4] == b"qoif" and len(data) >= 20:  # runs of black: Pillow takes a second for a million single pixels
         width, height = struct.unpack_from(">II", data, 4)
-        last = _BLACK_QOI + b"\xfd" * (width * height // 62 + 1)
-        return data + last if len(last) < _MOST_FILLED else data
+        runs = width * height // 62 + 1
+        return data + _BLACK_QOI + b"\xfd" * runs if runs < _MOST_FILLED // 62 else data
     elif data[:4] == b"DDS " and len(data) >= 20:  # at most four bytes a pixel
         width, height = struct.unpack_from("<II", data, 12)
         end += 4 * width * height

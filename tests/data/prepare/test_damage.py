@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
@@ -351,6 +351,7 @@ def test_a_truncated_file_without_any_pixels_is_not_kept() -> None:
     st.binary(max_size=60),
     st.booleans(),
 )
+@example(b"qoif", b"\xff" * 16, True)  # four billion pixels a side
 def test_the_beginning_of_a_file_is_damaged_or_none(head: bytes, rest: bytes, keep: bool) -> None:
     """Nothing else is raised, however little of it there is."""
     data = head + rest
