@@ -98,6 +98,8 @@ class Manifest:
     @property
     def class_counts(self) -> list[int] | None:
         """Images of each of `classes`; None where an older manifest does not say."""
+        if not self.classes:
+            return []
         where = self.totals.get("classes")
         if not isinstance(where, dict) or set(where) != set(self.classes) or sum(where.values()) > self.num_samples:
             return None

@@ -24,7 +24,7 @@ from gan_dist.report.curves import COSTS, compared, curves, median, seconds_trai
 from gan_dist.report.films import film, still
 from gan_dist.report.history import commands, entries
 from gan_dist.runs.metrics_file import format_time
-from gan_dist.runs.record import Run, by_protocol, read_run
+from gan_dist.runs.record import Run, by_protocol, comparable, read_run
 from gan_dist.telemetry.console import duration
 from gan_dist.telemetry.gallery import dataset_card
 from gan_dist.utils.errors import UserError
@@ -243,7 +243,8 @@ def _over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
         seeds = {run.config.get("seed") for run in group}
         if len(seeds) < 2:
             continue
-        newest = [_newest(run) for run in group]
+        shared = set.intersection(*({comparable(row) for row in run.evaluations} for run in group))
+        newest = [_newest(run, shared) for run in group]
         tags = sorted({tag for tags in newest for tag in tags if tag in LAST or tag.startswith("evaluate/")} - {*COSTS})
         rows = []
         for tag in tags:
@@ -259,10 +260,10 @@ def _over_seeds(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return made
 
 
-def _newest(run: Run) -> dict[str, Any]:
-    """Returns the newest of each of a run's figures, those of `gan-dist evaluate` among them."""
+def _newest(run: Run, shared: set[str]) -> dict[str, Any]:
+    """Returns the newest of each of a run's figures, those of `gan-dist evaluate` by a `shared` protocol among them."""
     found = {tag: value for point in run.points for tag, value in point.items()}
-    last = run.evaluations[-1] if run.evaluations else {}
+    last: dict[str, Any] = next((row for row in reversed(run.evaluations) if comparable(row) in shared), {})
     rest = ("step", "images_seen", "epoch")
     return found | {
         f"evaluate/{key}": value

@@ -61,7 +61,7 @@ def test_a_dataset_has_what_a_run_asks_of_it(dataset: Path) -> None:
     with pytest.raises(UserError, match=rf"evaluate\.samples: expected {number} or fewer, .*, found {number + 1}"):
         checks.check_dataset(settings(dataset, "evaluate.every_steps=5", f"evaluate.samples={number + 1}"))
     with pytest.raises(UserError, match="has no labels: prepare it with --labels"):
-        checks.check_fit(settings(dataset, "model.classes=dataset"), replace(held, classes=(), totals={"classes": {}}))
+        checks.check_fit(settings(dataset, "model.classes=dataset"), replace(held, classes=(), totals={}))
     labelled = replace(held, classes=("a", "b"), totals={"classes": {"a": 3, "b": 5}})
     checks.check_fit(settings(dataset, "model.classes=dataset", "model.classes_min_images=5"), labelled)
     with pytest.raises(UserError, match=r"classes_min_images is 6, but the largest class .*, 'b', has 5 images"):

@@ -147,6 +147,9 @@ def test_seeds_of_one_configuration_give_mean_and_spread(tmp_path: Path) -> None
         (run / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
     after = make_report(runs, tmp_path / "after.html").read_text()
     assert "<th>evaluate/fid</th><td>32</td><td>2</td><td>30</td><td>34</td><td>3</td>" in after
+    with (runs[0] / "evaluations.jsonl").open("a") as file:  # against other images: nothing to compare it with
+        file.write(json.dumps({"step": 30, "swd": 7.0, "fid": 90.0, "protocol": {"samples": 6}}) + "\n")
+    assert "<th>evaluate/fid</th><td>32</td>" in make_report(runs, tmp_path / "after.html").read_text()
     far = make_report([*runs[:2], logged("d", 5, 0.1, [9, 4, 6])], tmp_path / "far.html").read_text()
     assert "steps 20 to 30: not all are equally far" in far
     assert "<h2>Over" not in make_report([runs[0], tmp_path / "other"], tmp_path / "two.html").read_text()

@@ -120,20 +120,8 @@ def test_what_the_schema_allows_is_played_and_the_rest_is_refused(
         assert torch.isfinite(stats).all() and stats[-1] == 0, (step, stats)
 
 
-@pytest.mark.parametrize("blocks", get_args(Blocks))
-@pytest.mark.parametrize("d_norm", get_args(DNorm))
-@pytest.mark.parametrize("upsample", get_args(Upsample))
-def test_a_state_continues_bit_for_bit(d_norm: DNorm, upsample: Upsample, blocks: Blocks) -> None:
-    penalty = {"weight": 0.0 if d_norm == "batch" else 0.1, "share": 0.5}
-    loss = {"name": "hinge", "gradient_penalty": penalty}
-    model: dict[str, Any] = {
-        "d_norm": d_norm,
-        "upsample": upsample,
-        "blocks": blocks,
-        "minibatch_std": d_norm == "batch",
-    }
-    model["classes"] = "dataset" if upsample == "nearest" else "none"
-    config = configured(model=model, loss=loss, data={"augment": {"translation": True, "cutout": True, "target": 0.6}})
+def assert_continues(config: Config) -> None:
+    """Asserts that a game of two steps, saved and continued for two, has the state of one of four."""
     through, first = built(config), built(config)
     for step in range(4):
         through.step(*moves(through, step))
@@ -148,21 +136,28 @@ def test_a_state_continues_bit_for_bit(d_norm: DNorm, upsample: Upsample, blocks
         assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.parametrize("blocks", get_args(Blocks))
+@pytest.mark.parametrize("d_norm", get_args(DNorm))
+@pytest.mark.parametrize("upsample", get_args(Upsample))
+def test_a_state_continues_bit_for_bit(d_norm: DNorm, upsample: Upsample, blocks: Blocks) -> None:
+    penalty = {"weight": 0.0 if d_norm == "batch" else 0.1, "share": 0.5}
+    loss = {"name": "hinge", "gradient_penalty": penalty}
+    model: dict[str, Any] = {
+        "d_norm": d_norm,
+        "upsample": upsample,
+        "blocks": blocks,
+        "minibatch_std": d_norm == "batch",
+    }
+    model["classes"] = "dataset" if upsample == "nearest" else "none"
+    config = configured(model=model, loss=loss, data={"augment": {"translation": True, "cutout": True, "target": 0.6}})
+    assert_continues(config)
+
+
 def test_the_modern_game_continues_bit_for_bit() -> None:
     made = preset("paintings64-modern").to_dict()
     rates = {"decay_images": 60}  # which fall within these steps
     config = configured(model=made["model"] | SMALL, loss=made["loss"], optim=made["optim"] | rates)
-    through, first, second = built(config), built(config), built(config)
-    for step in range(4):
-        through.step(*moves(through, step))
-    for step in range(2):
-        first.step(*moves(first, step))
-    second.load_state_dict(first.state_dict())
-    for step in range(2, 4):
-        second.step(*moves(second, step))
-    theirs = tensors(second)
-    for name, value in tensors(through).items():
-        assert torch.equal(value, theirs[name]), name
+    assert_continues(config)
 
 
 @pytest.mark.parametrize("d_norm", get_args(DNorm))
