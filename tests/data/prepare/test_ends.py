@@ -499,6 +499,7 @@ def test_marker_segments_between_packets_are_sound_where_they_are_announced(in_a
     assert structure.odd(stream(6, packets), "JPEG2000") is None
     for style, damaged in ((0, packets), (2, packets), (4, packets), (6, packets.replace(b"\xff\x8f", b"\xff\xa0"))):
         assert structure.odd(stream(style, damaged), "JPEG2000")
+    assert structure.odd(stream(6, packets + b"\xff\x91\1\2\3\4"), "JPEG2000")  # no SOP
     after = b"\0\0\0\x18uuid" + b"\xff\x90\xff\xff" * 4
     for rest in (after, bytes(40), b""):
         assert structure.odd(stream(6, packets) + rest, "JPEG2000") is None
