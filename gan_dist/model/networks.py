@@ -188,6 +188,8 @@ class Discriminator(nn.Module):
         self.level_counts = True
         """Whether the loss knows logits from the same logits plus a constant. Where it does not, the last bias is left
         alone: its gradient is 0, and Adam would divide what rounding makes of it by itself."""
+        self.sees_images_alone = norm == "none" and not minibatch_std
+        """Whether a pass over images gives each the logit that any other pass would, and leaves nothing behind."""
         self.num_classes = num_classes
         if num_classes:
             self.class_table = nn.Parameter(torch.zeros(num_classes, CLASS_DIM))  # of class 1 on: class 0's vector is 0

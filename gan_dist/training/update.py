@@ -107,6 +107,7 @@ class Update:
         self._paired = loss in PAIRED
         judge: Any = discriminator  # of which nn.Module says nothing
         judge.level_counts = loss not in SHIFT_INVARIANT
+        self._judges_alone: bool = judge.sees_images_alone
         fused = batchnorm_kernels == "triton"
         terms: Any = import_module("gan_dist.model.losses_triton") if fused else losses
         self.discriminator_terms, self.generator_terms = terms.discriminator_terms, terms.generator_terms
@@ -250,9 +251,14 @@ class Update:
         classes, draws = draws[: self._labelled], draws[self._labelled :]
         reals = [to_signed(real, fake.dtype)] if self._paired else []
         kinds = self._augmented([*reals, fake], draws)
-        images = torch.cat(list(kinds)) if self._paired else kinds[0]
         with self._autocast():
-            logits = self._judge(images, len(kinds), list(classes) * len(kinds))
+            if self._paired and self._judges_alone:  # nobody needs the way back through real images
+                with torch.no_grad():
+                    of_reals = self._judge(kinds[0], 1, classes)
+                logits = torch.cat([of_reals, self._judge(kinds[1], 1, classes)])
+            else:
+                images = torch.cat(list(kinds)) if self._paired else kinds[0]
+                logits = self._judge(images, len(kinds), list(classes) * len(kinds))
         terms: tuple[Tensor, Tensor] = self.generator_terms(logits, self.global_batch, self.loss, self.generator_target)
         return terms
 

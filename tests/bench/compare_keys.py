@@ -14,11 +14,12 @@ from collections.abc import Callable
 
 import torch
 
-from gan_dist.config.schema import load_config
+from gan_dist.config.schema import Config, load_config, preset
 from gan_dist.distributed.world import World
+from gan_dist.runs.run_dir import Start
 from gan_dist.sampling.standing import estimate_statistics
-from gan_dist.training.draws import draw_latents
-from gan_dist.training.setup import build_update
+from gan_dist.training.draws import draw_flips, draw_latents
+from gan_dist.training.setup import build_ema, build_update
 from tests.bench.compare_step import timed
 
 PENALTY = ["model.d_norm=none", "loss.gradient_penalty.weight=1"]
@@ -35,24 +36,49 @@ KEYS: dict[str, list[str]] = {
         *(f"loss.gradient_penalty.{word}" for word in ("on=both", "method=exact")),
         "train.runner=eager",
     ],
+    **{f"loss.name={name}": [f"loss.name={name}"] for name in ("minimax", "hinge", "least_squares", "wasserstein")},
     "loss.name=relativistic": ["loss.name=relativistic"],
-    "data.augment, all": [f"data.augment.{kind}=true" for kind in ("colour", "translation", "cutout")],
+    "loss.name=relativistic, model.d_norm=none": ["loss.name=relativistic", "model.d_norm=none"],
+    "data.x_flip": ["data.x_flip=true"],
+    **{f"data.augment.{kind}": [f"data.augment.{kind}=true"] for kind in ("colour", "translation", "cutout")},
+    "data.augment, all, target": [
+        *(f"data.augment.{word}" for word in ("colour=true", "translation=true", "cutout=true", "target=0.6"))
+    ],
     "model.minibatch_std": ["model.minibatch_std=true"],
     "model.blocks=residual": ["model.blocks=residual"],
+    "model.init=he": ["model.init=he"],
+    "optim.warmup_images, optim.decay": [
+        *(f"optim.{word}" for word in ("warmup_images=1000", "decay=linear", "decay_images=100000"))
+    ],
     "optim.beta2_to": ["optim.beta2_to=0.99", "optim.beta2_images=1000"],
+    "optim.betas=[0.0,0.99]": ["optim.betas=[0.0,0.99]"],
+    "train.ema_half_life_images": ["train.ema_half_life_images=10000"],
 }
 
 
 def step_of(words: list[str], batch: int, precision: str) -> Callable[[], object]:
     """Returns a step of the game that `words` set, drawing included."""
-    config = load_config({"data": {"shards": "none"}}, [f"train.global_batch={batch}", *words])
-    chosen = "bf16" if precision == "bf16" else "fp32"
+    return a_step(load_config({"data": {"shards": "none"}}, [f"train.global_batch={batch}", *words]), precision)
+
+
+def a_step(config: Config, precision: str) -> Callable[[], object]:
+    """Returns what the loop does for a step of a game without classes: it draws, plays and averages."""
+    chosen, batch = "bf16" if precision == "bf16" else "fp32", config.train.global_batch
     update = build_update(config, World(), chosen)  # type: ignore[arg-type]
+    ema = build_ema(config, update, Start())
     real = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8)
+    part = (0, batch, torch.device("cpu"))
 
     def step() -> object:
-        latents = draw_latents(0, 0, batch, 100, 0, batch, torch.device("cpu"))
-        return update.step([real], [latents], draws=update.draw(0, 0))
+        images = real
+        if config.data.x_flip:
+            images = torch.where(draw_flips(0, 0, batch, *part)[:, None, None, None], real.flip(-1), real)
+        latents = draw_latents(0, 0, batch, 100, *part)
+        update.begin(0)
+        stats = update.step([images], [latents], draws=update.draw(0, 0))
+        if ema is not None:
+            ema.update(batch)
+        return stats
 
     return step
 
@@ -66,6 +92,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     steps = {name: step_of(words, args.batch, args.precision) for name, words in KEYS.items()}
+    modern = load_config(preset("paintings64-modern").to_dict(), [f"train.global_batch={args.batch}"])
+    steps["paintings64-modern, at this batch"] = a_step(modern, args.precision)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(args.rounds + 1):
         for name, step in steps.items():

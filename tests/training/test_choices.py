@@ -29,8 +29,10 @@ from gan_dist.config.schema import (
 from gan_dist.data.classes import NO_CLASSES
 from gan_dist.distributed.world import World
 from gan_dist.runs.checkpoint import find
+from gan_dist.runs.run_dir import Start
 from gan_dist.sampling.generate import build_generator
-from gan_dist.training.setup import build_update
+from gan_dist.sampling.standing import estimate_statistics
+from gan_dist.training.setup import build_ema, build_update
 from gan_dist.training.trainer import train
 from gan_dist.training.update import Update
 from gan_dist.utils.errors import UserError
@@ -73,6 +75,31 @@ LOSSES = st.fixed_dictionaries(
         "gradient_penalty": PENALTIES,
     }
 )
+BETAS = st.sampled_from([(0.5, 0.999), (0.0, 0.99), (0.9, 0.0)])
+OPTIMS = st.fixed_dictionaries(
+    {
+        "g_lr": st.sampled_from([1e-3, 2e-4]),
+        "d_lr": st.sampled_from([1e-3, 2e-4]),
+        "warmup_images": st.sampled_from([0, 1, 20]),
+        "decay": st.sampled_from(["none", "linear", "cosine"]),
+        "decay_images": st.sampled_from([0, 1, 30]),
+        "decay_to": st.sampled_from([0.0, 0.1]),
+        "betas": BETAS,
+        "g_betas": st.one_of(st.none(), BETAS),
+        "d_betas": st.one_of(st.none(), BETAS),
+        "beta2_to": st.sampled_from([None, 0.99]),
+        "beta2_images": st.sampled_from([0, 1, 30]),
+        "d_steps": st.integers(1, 2),
+    }
+)
+TRAINS = st.fixed_dictionaries(
+    {
+        "runner": st.sampled_from(["auto", "eager"]),
+        "global_batch": st.sampled_from([1, 3, 4]),
+        "ema_half_life_images": st.sampled_from([0, 1, 1000]),
+        "ema_statistics": st.sampled_from(["averaged", "standing"]),
+    }
+)
 
 
 def configured(**sections: Any) -> Config:
@@ -88,36 +115,73 @@ def built(config: Config) -> Update:
     return update
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def whole_or_nothing(optim: dict[str, Any], train: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns both with what belongs together made to fit: three independent such pairs would leave little to play."""
+    falls, ramps, averages = optim["decay"] != "none", optim["beta2_to"] is not None, train["ema_half_life_images"] > 0
+    optim = optim | {
+        "decay_images": (optim["decay_images"] or 30) * falls,
+        "beta2_images": (optim["beta2_images"] or 30) * ramps,
+    }
+    return optim, train | {"ema_statistics": train["ema_statistics"] if averages else "averaged"}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    model=MODELS, loss=LOSSES, augment=AUGMENTS, d_steps=st.integers(1, 2), runner=st.sampled_from(["auto", "eager"])
+    model=MODELS, loss=LOSSES, augment=AUGMENTS, optim=OPTIMS, train=TRAINS, fits=st.sampled_from([True] * 3 + [False])
 )
 def test_what_the_schema_allows_is_played_and_the_rest_is_refused(
-    model: dict[str, Any], loss: dict[str, Any], augment: dict[str, Any], d_steps: int, runner: str
+    model: dict[str, Any],
+    loss: dict[str, Any],
+    augment: dict[str, Any],
+    optim: dict[str, Any],
+    train: dict[str, Any],
+    fits: bool,
 ) -> None:
+    if fits:
+        optim, train = whole_or_nothing(optim, train)
     try:
-        config = configured(
-            model=model, loss=loss, data={"augment": augment}, optim={"d_steps": d_steps}, train={"runner": runner}
-        )
+        config = configured(model=model, loss=loss, data={"augment": augment}, optim=optim, train=train)
     except UserError as error:
         line, penalty = str(error), loss["gradient_penalty"]
         assert "\n" not in line
         if line.startswith("configuration: loss.gradient_penalty"):
             assert penalty["weight"] and (
-                model["d_norm"] == "batch" or (penalty["method"], runner) == ("exact", "auto")
+                model["d_norm"] == "batch" or (penalty["method"], train["runner"]) == ("exact", "auto")
             )
         elif line.startswith("configuration: model.minibatch_std"):
             assert penalty["weight"] and model["minibatch_std"]
         elif line.startswith("configuration: data.augment.target"):
             changes = augment["colour"] or augment["translation"] or augment["cutout"]
             assert augment["target"] and (loss["name"] not in WITH_SIGN or not changes)
+        elif line.startswith("configuration: optim.decay_images"):
+            assert (optim["decay"] == "none") != (optim["decay_images"] == 0)
+        elif line.startswith("configuration: optim.beta2_images"):
+            assert (optim["beta2_to"] is None) != (optim["beta2_images"] == 0)
+        elif line.startswith("configuration: train.ema_statistics"):
+            assert train["ema_statistics"] == "standing" and train["ema_half_life_images"] == 0
         else:
             assert loss["name"] in line and (loss["generator_target"] is not None or loss["real_target"] != 1)
         return
-    update = built(config)
+    play_ten_steps(config)
+
+
+def play_ten_steps(config: Config) -> None:
+    """Plays as the loop does: rates that move, and an averaged generator that follows."""
+    update, images = built(config), config.train.global_batch * config.optim.d_steps
+    ema = build_ema(config, update, Start(), STYLES if update.num_classes else NO_CLASSES)
     for step in range(10):
+        update.begin(step * images)
         stats = update.step(*moves(update, step))
         assert torch.isfinite(stats).all() and stats[-1] == 0, (step, stats)
+        if ema is not None:
+            ema.update((step + 1) * images)
+    networks = [update.g.network, update.d.network]
+    for network in networks if ema is None else [*networks, ema.network]:
+        assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+    if ema is not None and config.train.ema_statistics == "standing":
+        estimate_statistics(ema.network)  # type: ignore[arg-type]
+    rates = [update.schedule(10 * images), update.schedule(0)]
+    assert all(0 <= rate <= 1 for rate in rates) and rates[1] > 0
 
 
 def assert_continues(config: Config) -> None:

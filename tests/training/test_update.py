@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gan_dist.data.classes import NO_CLASSES, Classes
+from gan_dist.model.augment import Augment
 from gan_dist.model.penalty import GradientPenalty
 from gan_dist.training.draws import draw_flips, draw_latents
 from gan_dist.training.update import STATS, Update, real_and_fake, to_signed
 from tests.helpers import games
-from tests.helpers.games import CPU, batches, game, tensors, worst
+from tests.helpers.games import CPU, STYLES, batches, game, moves, tensors, worst
 
 STAT = {name: i for i, name in enumerate(STATS)}
 
@@ -260,6 +262,37 @@ def test_the_generators_step_gives_the_discriminator_no_gradient() -> None:
     assert not any(needed)
     assert all(parameter.requires_grad for parameter in update.d.parameters)
     assert not torch.equal(gradient, update.d.gradients.flat)
+
+
+@pytest.mark.parametrize("classes", [NO_CLASSES, STYLES], ids=["plain", "classes"])
+def test_pairs_are_judged_apart_as_together_without_a_way_back_through_reals(classes: Classes) -> None:
+    penalty = GradientPenalty(0.1, 0.1, 2, 2)
+    found = []
+    for apart in (True, False):
+        model = {"d_norm": "none", "classes": classes}
+        update = game(model=model, loss="relativistic", penalty=penalty, augment=Augment(colour=True, translation=True))
+        assert update._judges_alone
+        update._judges_alone = apart
+        judged: list[bool] = []
+        honest = update._judge
+
+        def watched(images: Tensor, *rest: Any, honest: Any = honest, judged: list[bool] = judged) -> Tensor:
+            logits: Tensor = honest(images, *rest)
+            judged.append(logits.requires_grad)
+            return logits
+
+        update._judge = watched  # type: ignore[method-assign, assignment]
+        stats = [update.step(*moves(update, step)) for step in range(3)]
+        assert judged == ([True, False, True] if apart else [True, True]) * 3
+        found.append(tensors(update) | {"stats": torch.stack(stats)})
+    assert worst(*found) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "model", [{"d_norm": "batch"}, {"d_norm": "spectral"}, {"d_norm": "none", "minibatch_std": True}]
+)
+def test_pairs_are_judged_together_where_a_pass_leaves_something_behind(model: dict[str, Any]) -> None:
+    assert not game(model=model, loss="relativistic")._judges_alone
 
 
 def test_draws_are_keyed_by_seed_and_position_and_sliced() -> None:
