@@ -1,6 +1,6 @@
 """The stream against stock webdataset on the same shards, and against memcpy: one core, random order, warm.
 
-`python -m tests.bench.compare_loader [--images 50000] [--rounds 5] [--seconds 2] [--mosaic PYTHON] [--json]
+`python -m tests.bench.compare_loader [--images 50000] [--rounds 5] [--seconds 2] [--mosaic PYTHON] [--labels] [--json]
 [--at-least RATIO]`
 
 All contenders take turns within each round, pinned to one core that all their threads share; rates are by its CPU
@@ -10,6 +10,7 @@ Figures are medians over the rounds, ratios are medians of the rounds' ratios. M
 `memcpy` copies whole consecutive batches, as no shuffled reader can; `memcpy_random` copies the same images in the
 stream's order, out of one dense tensor in memory.
 `--mosaic` names a Python with mosaicml-streaming (it is no dependency of the project).
+`--labels` compares our streams with themselves instead: what classes beside the images cost, in each placement.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 import webdataset
 
 from gan_dist.bench.loader import memcpy_rate
+from gan_dist.data.classes import Labels, choose_classes
 from gan_dist.data.dataset import Dataset, open_dataset
 from gan_dist.data.order import Order
 from gan_dist.data.stream import Stream
@@ -168,22 +170,66 @@ def compare(images: int, rounds: int, seconds: float, mosaic: str | None) -> dic
     }
 
 
+PLACEMENTS = ("memory", "device", "windowed")
+"""`device` is host memory here: the same gathers in one dense tensor."""
+NUM_CLASSES = 30
+
+
+def compare_labels(images: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Returns for each placement the medians in images/s without and with labels, and the ratio of the latter."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    sizes = (1024,) * -(-images // 1024)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        names = tuple(f"class {number}" for number in range(NUM_CLASSES))
+        write_dataset(
+            folder / "set", sizes, SIZE, labels=[key % NUM_CLASSES for key in range(sum(sizes))], classes=names
+        )
+        dataset = stack.enter_context(open_dataset(folder / "set"))
+        classes = choose_classes(dataset, 100)
+        streams: dict[str, Stream] = {}
+        for placement in PLACEMENTS:
+            order = Order(dataset.shard_sizes, 0, 16 if placement == "windowed" else 0)
+            for suffix, labels in (("", None), ("_labels", Labels(dataset, classes))):
+                settings: dict[str, Any] = {"device": CPU, "placement": placement, "labels": labels}
+                stream = stack.enter_context(Stream(dataset, order, position=0, global_batch=BATCH, **settings))
+                for _ in range(dataset.num_samples // BATCH):
+                    stream.next()  # warm, and the labels are read
+                assert (stream.classes is not None) == bool(suffix)
+                streams[placement + suffix] = stream
+        rounds_of: dict[str, list[float]] = {name: [] for name in streams}
+        for turn in range(rounds):
+            for name in list(streams)[:: 1 if turn % 2 == 0 else -1]:
+                rounds_of[name].append(rate(streams[name].next, seconds))
+    result: dict[str, Any] = {name: round(statistics.median(values)) for name, values in rounds_of.items()}
+    for name in PLACEMENTS:
+        pairs = zip(rounds_of[f"{name}_labels"], rounds_of[name], strict=True)
+        result[f"{name}_with_over_without"] = round(statistics.median(a / b for a, b in pairs), 3)
+    load = round(os.getloadavg()[0], 1)
+    return result | {"images": sum(sizes), "rounds": rounds, "load_average": load, "torch": torch.__version__}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--mosaic", metavar="PYTHON")
+    parser.add_argument("--labels", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--at-least", type=float, default=None, help="exit with 1 when the share of memcpy is lower")
     options = parser.parse_args()
-    result = compare(options.images, options.rounds, options.seconds, options.mosaic)
+    if options.labels:
+        result = compare_labels(options.images, options.rounds, options.seconds)
+    else:
+        result = compare(options.images, options.rounds, options.seconds, options.mosaic)
     if options.json:
         print(json.dumps(result))
     else:
         for name, value in result.items():
             print(f"{name:24} {value}")
-    if options.at_least and result["over_memcpy"] < options.at_least:
+    if options.at_least and result.get("over_memcpy", 0) < options.at_least:
         raise SystemExit(1)
 
 
