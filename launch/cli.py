@@ -274,7 +274,6 @@ def sweep(
     place: Place = Jobs(options, check_all) if as_jobs else Here(parallel, ranks)
     stop = StopRequest()
     listen_for_signals(stop)
-    print(f"sweep {folder}: {trials} trials over {', '.join(each.key for each in searched)}", flush=True)
     worker = Worker(
         folder,
         searched,
@@ -286,6 +285,7 @@ def sweep(
         dataset=found.identity if (found := manifest()) else "",
         log=_say,
     )
+    print(f"sweep {folder}: {trials} trials over {', '.join(each.key for each in searched)}", flush=True)
     ended = worker.work(stop)
     made = read_sweep(folder)
     print("\n".join(trial_lines(made)))

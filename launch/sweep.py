@@ -9,6 +9,7 @@ trial belongs to the worker that its entry in the journal names, for as long as 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -189,6 +190,7 @@ class Worker:
         self._folder, self._space, self._place = folder, space, place
         self._total, self._parallel, self._seed, self._log = trials, parallel, seed, log
         domains = {each.key: each.domain for each in space}
+        self._is_new = not folder.exists()
         with in_one_line(folder, UserError):
             self._study = open_sweep(folder, space, make_pruner(pruner), trials, dataset)
             hparams.write_experiment(folder, domains)
@@ -223,6 +225,7 @@ class Worker:
         home = self._folder / "workers" / self._name
         home.mkdir()
         lease = Lease.take(home)
+        began = True
         try:
             while not self._ended():
                 if self._is_to_end():
@@ -237,12 +240,16 @@ class Worker:
         except GanDistError:
             with suppress(GanDistError):
                 self._wind_up(jobs=True)
+            began = not self._is_new or any(map(_has_a_past, self._trials()))
             raise
         finally:
             lease.release()
             with suppress(OSError):
                 home.rmdir()
-            self._write_best()
+            if began or files.workers_of(self._folder):
+                self._write_best()
+            else:  # the first start was refused: nothing of it is left
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _is_to_end(self) -> bool:
         return bool(self._stop) or (self._folder / STOP).exists()
@@ -452,6 +459,11 @@ class Worker:
     def _note(self, number: int, **attributes: Any) -> None:
         for key, value in attributes.items():
             self._storage.set_trial_user_attr(self._id(number), key, value)
+
+
+def _has_a_past(trial: Any) -> bool:
+    """Returns whether there is anything to tell of a trial: it was started, or has ended without that."""
+    return bool(trial.state.is_finished() or trial.user_attrs.get("starts"))
 
 
 def _alike(values: list[Any]) -> bool:

@@ -168,11 +168,14 @@ def report(
     from gan_dist.report.sweep import make_sweep_report
     from gan_dist.runs.naming import run_path
     from gan_dist.runs.study import is_sweep
+    from gan_dist.utils.errors import UserError
 
     paths = [run_path(run) for run in runs]
     if len(paths) == 1 and is_sweep(paths[0]):
         console.print(str(make_sweep_report(paths[0], page)), markup=False)
         return
+    if sweeps := [run for run, path in zip(runs, paths, strict=True) if is_sweep(path)]:
+        raise UserError(f"{sweeps[0]} is a sweep, which has a page of its own: gan-dist report {sweeps[0]}")
     console.print(str(make_report(paths, page, presets())), markup=False)
 
 

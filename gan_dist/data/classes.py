@@ -66,7 +66,7 @@ class Classes:
         if len(same := folded.get(name.strip().casefold(), [])) == 1:
             return 0 if same[0] not in self.names else 1 + self.names.index(same[0])
         close = same or [folded[key][0] for key in difflib.get_close_matches(name.casefold(), folded, 3, 0.5)]
-        known_as = f"there are {_some(self.names)}"
+        known_as = f"there are {_some(self.names)} (of styles with model.classes_min_images images or more)"
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else known_as
         raise UserError(f"{option}: no class {name!r}; {hint}")
 
@@ -140,9 +140,19 @@ class Labels:
         """Labels are matched by name: a class of the dataset that `classes` does not have is 0."""
         numbers = {name: label for label, name in enumerate(classes.names, start=1)}
         self._class_of = np.array([*(numbers.get(name, 0) for name in dataset.manifest.classes), 0], np.int64)
+        self.classes = classes
         self._dataset = dataset
         self._starts = np.concatenate([[0], np.cumsum(dataset.shard_sizes)])
         self._classes = np.full(dataset.num_samples, -1, np.int64)
+
+    @classmethod
+    def choose(cls, dataset: Dataset, min_images: int, at_once: bool) -> Labels:
+        """Returns the labels of the classes of `dataset` that have `min_images` images or more, all of them read if
+        they are wanted `at_once`. Raises UserError where there are none, or a sidecar is damaged."""
+        labels = cls(dataset, choose_classes(dataset, min_images))
+        for shard in range(len(dataset.shard_sizes)) if at_once else ():
+            labels.load(shard)
+        return labels
 
     def load(self, shard: int) -> None:
         """Reads the labels of a shard, unless that has been done. Raises UserError where its sidecar is damaged."""

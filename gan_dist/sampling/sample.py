@@ -21,7 +21,7 @@ from gan_dist.sampling.neighbours import draw_neighbours
 from gan_dist.sampling.standing import NUM_LATENTS, estimate_statistics
 from gan_dist.sampling.walk import check_walk, write_walk
 from gan_dist.utils.errors import UserError
-from gan_dist.utils.files import expand
+from gan_dist.utils.files import expand, why_not_writable
 from gan_dist.utils.pictures import grid_side
 
 MAX_PAGE = 16384
@@ -149,6 +149,9 @@ def sample_run(
         estimate_statistics(source.generator, truncation)
         scaled = "" if truncation == 1 else f" scaled by {truncation:g}"
         source.facts["batch norm's statistics"] = f"{MEASURED}{scaled}"
+    for file in (out, walk, export, animation, neighbours):
+        if file is not None and (fault := why_not_writable(expand(file))):
+            raise UserError(f"cannot write {file}: {fault}")
     try:
         folder = expand(individual) if individual is not None else None
         images = draw(source.generator, plan.inputs(), expand(out), plan.columns, individual=folder, size=size)

@@ -18,7 +18,7 @@ import torch
 
 from gan_dist.config.diff import flatten
 from gan_dist.config.schema import Config, to_yaml
-from gan_dist.data.classes import NO_CLASSES, Classes, Labels, choose_classes
+from gan_dist.data.classes import NO_CLASSES, Classes, Labels
 from gan_dist.data.dataset import Dataset, open_dataset, open_remote
 from gan_dist.data.order import Order, check_ranks, rank_slice
 from gan_dist.data.placement import choose_placement, stage
@@ -161,9 +161,11 @@ def open_run(
                 opened.enter_context(torch_settings(world.device, deterministic, precision))
                 dataset, placement = open_for_training(config, world, stop, verbosity)
                 opened.enter_context(dataset)
-                classes = NO_CLASSES
+                labels, classes = None, NO_CLASSES
                 if config.model.classes == "dataset":
-                    classes = world.together(lambda: choose_classes(dataset, config.model.classes_min_images))
+                    at_once = placement != "windowed"  # else each window brings its own
+                    labels = world.together(lambda: Labels.choose(dataset, config.model.classes_min_images, at_once))
+                    classes = labels.classes
 
                 # All ranks do the same: where a dataset lies may differ between hosts, what is asked may not.
                 shared = {**flatten(config.to_dict()), "--max-steps": max_steps, "classes": classes.digest}
@@ -186,7 +188,7 @@ def open_run(
                 start, lease = opened.enter_context(claim(directory, world, check, log))
                 yield opened.enter_context(
                     build_run(
-                        config, world, dataset, classes, placement, directory, start, lease, max_steps, stop, verbosity
+                        config, world, dataset, labels, placement, directory, start, lease, max_steps, stop, verbosity
                     )
                 )
         except (RuntimeError, MemoryError) as error:
@@ -202,7 +204,7 @@ def build_run(
     config: Config,
     world: World,
     dataset: Dataset,
-    classes: Classes,
+    labels: Labels | None,
     placement: str,
     directory: Path,
     start: Start,
@@ -220,6 +222,7 @@ def build_run(
         step, images_seen = start.loaded.step, int(start.loaded.state["images_seen"])
 
     # The game: networks, update, average; the same on all ranks.
+    classes = NO_CLASSES if labels is None else labels.classes
     precision, why_precision = resolve_precision(config.train.precision, world.device)
     kernels, why_kernels = resolve_kernels(
         config.train.batchnorm_kernels, world, maps_dtype(precision), config.loss.name, _layers_at_images(config)
@@ -326,7 +329,7 @@ def build_run(
                 size=world.size,
                 device=world.device,
                 placement=placement,
-                labels=Labels(dataset, classes) if classes.names else None,
+                labels=labels,
             )
         )
         lo, hi = rank_slice(batch, world.rank, world.size)

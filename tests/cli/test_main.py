@@ -183,3 +183,9 @@ def test_presets_are_valid_and_the_thesis_is_kept_to_the_letter() -> None:
     assert (thesis.loss.real_target, thesis.loss.generator_target, thesis.model.leaky_slope) == (0.9, 0.9, 0.2)
     for name in PRESETS:
         assert json.dumps(preset(name).to_dict())
+
+
+def test_a_sweep_among_runs_is_told_from_them(tmp_path: Path, refused_here: Callable[..., str]) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.yaml").touch()
+    assert f"gan-dist report {tmp_path / 'sweep'}" in refused_here("report", tmp_path / "sweep", tmp_path)

@@ -104,7 +104,7 @@ def test_a_class_is_asked_for_by_name(asked: str, found: int) -> None:
     [
         ("barock", r"^--class: no class 'barock'; did you mean 'Baroque' or 'Rococo'\?$"),
         ("ROCOCO", r"did you mean 'Rococo' or 'rococo'\?$"),
-        ("xyz", r"there are 'Baroque', 'Cubism, late', 'Rococo', 'rococo'$"),
+        ("xyz", r"there are 'Baroque', 'Cubism, late', 'Rococo', 'rococo' .of styles with model.classes_min_images"),
         ("", "there are 'Baroque'"),
     ],
 )

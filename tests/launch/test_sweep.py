@@ -286,6 +286,11 @@ def test_an_outage_is_waited_out_but_not_at_the_first_start(tmp_path: Path, monk
     first = Files(at_start=lambda name: silent("trial-0001"))
     with pytest.raises(GanDistError, match="SLURM is silent"):
         worker(tmp_path / "other", first).work(StopRequest())
+    assert not (tmp_path / "other").exists(), "nothing of it began"
+    failures.clear()
+    with pytest.raises(GanDistError, match="SLURM is silent"):
+        worker(tmp_path / "sweep", first, trials=4, pruner="none").work(StopRequest())
+    assert states(read_sweep(tmp_path / "sweep"))["complete"] == 3, "what there was is still there"
 
     def fails(run: Path) -> list[str]:
         raise error

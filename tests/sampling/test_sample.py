@@ -92,7 +92,14 @@ def test_bad_options_are_refused_before_anything_is_written(run: Path, dataset: 
         sample_run(tmp_path / "nowhere", out=out)
     assert not out.exists()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"):
-        sample_run(run, count=1, out=tmp_path / "file" / "x.png")
+    (tmp_path / "f.gif").mkdir()
+    for asked, fault in (
+        ({"out": tmp_path / "file" / "x.png"}, "x.png: .*file is not a folder"),
+        ({"walk": tmp_path / "f.gif"}, "f.gif: it is a folder"),
+        ({"export": tmp_path / "file" / "deep" / "g.safetensors"}, "g.safetensors: .*file is not a folder"),
+    ):
+        with pytest.raises(UserError, match=f"cannot write .*{fault}"):
+            sample_run(run, **{"count": 1, "out": out, **asked})  # type: ignore[arg-type]
+        assert not out.exists()
     sample_run(weights, count=4, out=out, neighbours=tmp_path / "n.png", dataset=dataset)
     assert (tmp_path / "n.png").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gan_dist.utils.errors import UserError
 from gan_dist.utils.pictures import from_pil, grid
 from tests.helpers.datasets import write_dataset
 from tests.helpers.games import CPU, STYLES, game, labels, moves
+from tests.helpers.server import Server
 from tests.helpers.training import assert_identical, final_state, small
 
 NAMES = ("baroque", "cubism", "rare")
@@ -110,7 +112,7 @@ def test_another_list_of_classes_is_refused_in_a_line(
     train(small(labelled), [*CLASSES, "optim.g_lr=1e-3"], run_dir=tmp_path / "new", from_run=str(run), max_steps=1,
           console=False)  # fmt: skip
     # one that came about in another way, from the same dataset and the same configuration
-    monkeypatch.setattr("gan_dist.training.setup.choose_classes", lambda *_: Classes(("cubism", "baroque")))
+    monkeypatch.setattr("gan_dist.data.classes.choose_classes", lambda *_: Classes(("cubism", "baroque")))
     with pytest.raises(
         UserError, match=r"holds a run with other classes: .*in another order\); start a new run: gan-di"
     ):
@@ -122,6 +124,26 @@ def test_a_set_without_labels_is_refused_before_anything_is_written(dataset: Pat
     with pytest.raises(UserError, match=r"has no labels: prepare it with --labels, or set model.classes=none"):
         train(small(dataset), CLASSES, run_dir=tmp_path / "run", console=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_sidecar_is_named_before_anything_is_written(labelled: Path, tmp_path: Path) -> None:
+    shutil.copytree(labelled, tmp_path / "set")
+    (tmp_path / "set" / "shard-00001.jsonl").unlink()
+    with pytest.raises(UserError, match=r"shard-00001.jsonl cannot be read \(No such file"):
+        train(small(tmp_path / "set"), CLASSES, run_dir=tmp_path / "run", console=False)
+    assert not (tmp_path / "run").exists()
+    train(small(tmp_path / "set"), run_dir=tmp_path / "run", max_steps=1, console=False)  # which needs no labels
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_from_an_address_it_is_the_game_of_the_local_set(labelled: Path, tmp_path: Path, window: int) -> None:
+    words = [*CLASSES, f"data.window_shards={window}"]
+    train(small(labelled), words, run_dir=tmp_path / "near", max_steps=4, console=False)
+    with Server(labelled) as server:
+        far = [*words, f"data.shards={server.address}", f"data.cache_dir={tmp_path / 'cache'}"]
+        train(small(labelled), far, run_dir=tmp_path / "far", max_steps=4, console=False)
+        assert {f"shard-0000{i}.jsonl" for i in range(2)} <= server.requests.keys()
+    assert_identical(tmp_path / "near", tmp_path / "far")
 
 
 def test_labels_are_dropped_by_position_for_the_whole_batch() -> None:
