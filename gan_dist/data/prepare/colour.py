@@ -25,7 +25,7 @@ def normaliser(image: Image.Image, white: float | None = None) -> tuple[str, Con
     if mode.startswith(("I", "F")):
         return "L", _tone_map(image, white)
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or image.has_transparency_data:
-        return "RGBa", lambda part: part if part.mode == "RGBa" else part.convert("RGBA").convert("RGBa")
+        return "RGBa", _with_alpha
     if mode == "CMYK":
         return "CMYK", lambda part: part
     if mode == "LAB":
@@ -35,6 +35,13 @@ def normaliser(image: Image.Image, white: float | None = None) -> tuple[str, Con
     if mode in ("RGB", "P", "YCbCr", "HSV", "RGBX"):
         return "RGB", lambda part: part if part.mode == "RGB" else part.convert("RGB")
     raise Rejected("unsupported", f"mode {mode}")
+
+
+def _with_alpha(part: Image.Image) -> Image.Image:
+    """Returns a picture with transparency as RGBa."""
+    if part.mode == "La":  # of which Pillow makes nothing else
+        part = part.convert("LA")
+    return part if part.mode == "RGBa" else part.convert("RGBA").convert("RGBa")
 
 
 def _tone_map(image: Image.Image, white: float | None) -> Callable[[Image.Image], Image.Image]:

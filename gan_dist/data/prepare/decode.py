@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
-from gan_dist.data.prepare import avif, bmp, ends, icons, jpeg, png, structure, tiff, webp
+from gan_dist.data.prepare import avif, bmp, ends, icons, jpeg, png, rare, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 
 MEMORY_LIMIT = 800 * 2**20
@@ -23,7 +23,7 @@ MEMORY_LIMIT = 800 * 2**20
 
 _SHORT = re.compile(r"truncat|unexpected end|end of file|eof|incomplete|not enough (image )?data|unpack", re.I)
 _UNSUPPORTED = re.compile(
-    r"unsupported|unimplemented|cannot read this XPM"
+    r"unsupported|unimplemented"
     r"|unknown (raw|pixel|pcx) mode|unknown pixel format|not supported|cannot handle"
     r"|unrecognized image mode|reformat failed|SyntaxError: \(?\d+(, \d+)?\)?$",  # (of modes, a number alone)
     re.I,
@@ -39,12 +39,10 @@ _OTHER_BYTES_PER_PIXEL = 8
 
 # No EPS (it would start ghostscript), no stubs that need a handler, no formats that accept any bytes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "DDS", "PCX")
-_RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XBM", "XPM")
+_RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XPM", "XBM")
 _KNOWN_BUT_UNREAD = {b"ftyp": 4, b"JXL ": 4, b"\xff\x0a": 0, b"%!PS": 0, b"GRIB": 0, b"II*\0": 0, b"MM\0*": 0}
 _KNOWN_BUT_UNREAD |= {b"P7\n": 0, b"PF\n": 0}  # PAM and PFM in colour
 _KNOWN_BUT_UNREAD |= {b"BA(\0\0\0": 0, b"BA\\\0\0\0": 0, b"CI\x1a\0\0\0": 0, b"IC\x1a\0\0\0": 0}  # of OS/2
-_LOOSE_ALPHA = ("BMP", "DIB", "TGA", "DDS")
-"""Formats whose writers often leave the fourth byte of a pixel at zero, whatever the header says about it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,8 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
     with named_failures(format, data, header):
         width, height, mode = *header.size, header.mode
         if min(width, height) < 1:
-            raise Rejected("corrupt", f"{width}x{height}")
+            late = format == "JPEG" and width > 0  # its height is told after its pixels, which libjpeg does not read
+            raise Rejected("unsupported" if late else "corrupt", f"{width}x{height}")
         if min(width, height) < min_side:
             raise Rejected("too_small", f"{width}x{height}")
         extent: tuple[float, float] = (width, height)
@@ -123,6 +122,8 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
         if not patient:
             if format == "ICO":
                 png.check_inner(data)
+            if format == "PNG":
+                png.check_rows(data, image)
             if format == "AVIF" and not fast:
                 avif.check(data, width * height)
             if structure.odd(data, format) and "odd_structure" not in flags:
@@ -135,16 +136,13 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
                 image.info["transparency"] *= 255 // (2 ** data[24] - 1)
         orientation = _orientation(header)
         image, white = tiff.corrected(image, told)
-        if format == "XBM" or (format == "PSD" and mode == "1"):
-            image = ImageChops.invert(image)  # a bit that is set is ink
+        image, other_white = rare.corrected(image, data, format, flags)
+        white = white if other_white is None else other_white
         if format == "AVIF" and (shown := avif.clean_aperture(data, image.size)):
             image, info = image.crop(shown), image.info
             image.info = info
             width, height = image.size
             extent = (width, height)
-        if format in _LOOSE_ALPHA and image.mode == "RGBA" and image.getextrema()[-1] == (0, 0):
-            image = image.convert("RGB")
-            flags.append("alpha_ignored")
     return Decoded(image, width, height, mode, format, orientation, extent, white, flags)
 
 
@@ -173,6 +171,7 @@ def _load(header: Image.Image, data: bytes, patient: bool, fast: bool, flags: li
         return header
     if header.format == "SUN":
         ends.with_padding_first(header)
+    rare.prepared(header, data)
     stream, watched = getattr(header, "fp", None), None
     if not patient and header.format in ("GIF", "TGA", "PCX", "SUN", "PPM", "SGI", "PSD"):
         watched = ends.streamed(header, data)
@@ -224,6 +223,8 @@ def _open(data: bytes) -> Image.Image:
     Image.open, which refuses a picture by its full pixel count, before a JPEG could be scaled, with a limit that is
     global to the process."""
     prefix, failure = data[:16], None
+    if prefix.startswith(b"8BPS\0\2"):
+        raise Rejected("unsupported", "PSD: of the kind for large pictures")
     for name, factory, accept in _plugins():
         verdict = _accepts(accept, prefix)
         if isinstance(verdict, str):  # recognised, but this Pillow has no codec for it
@@ -238,6 +239,8 @@ def _open(data: bytes) -> Image.Image:
                         return icons.opened(data)
                     if name == "TIFF":
                         return tiff.opened(data)
+                    if name == "XPM":
+                        rare.check_xpm(data)
                     return factory(io.BytesIO(avif.without_exif(data) if name == "AVIF" else data), "")
             except Rejected as rejected:
                 failure = rejected if failure is None or rejected.reason == "unsupported" else failure

@@ -6,7 +6,9 @@ Pillow checks no checksum of pixel data, and refuses a picture for a fault in an
 from __future__ import annotations
 
 import io
+import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -70,6 +72,41 @@ def checked(data: bytes, keep_truncated: bool = False) -> bytes:
     return data if sum(map(len, kept)) == len(data) else b"".join(kept)
 
 
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Of each pass: the first column and row, and from one to the next."""
+
+
+def check_rows(data: bytes, image: Image.Image) -> None:
+    """Raises Rejected unless a checked PNG, loaded as `image`, holds all its rows, which Pillow does not ask for. It
+    leaves those that are missing at zero: only where the last one is so are they counted."""
+    width, height, bits, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    last = height - 1 - (height % 2 if interlaced and height > 1 else 0)
+    if np.asarray(image.crop((0, last, width, last + 1))).any():
+        return
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    sizes = [(width, height)]
+    if interlaced:
+        sizes = [(-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in _ADAM7]
+    missing = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0)
+    unpacking = zlib.decompressobj()
+    for packed in _pixels(data):
+        while packed and missing > 0:
+            missing -= len(unpacking.decompress(packed, 2**20))
+            packed = unpacking.unconsumed_tail
+    if missing > 0:
+        raise Rejected("truncated", f"PNG: {missing} bytes of its rows are missing")
+
+
+def _pixels(data: bytes) -> Iterator[bytes]:
+    """Yields the contents of a checked PNG's chunks of pixels."""
+    place = len(SIGNATURE)
+    while place < len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] == b"IDAT":
+            yield data[place + 8 : place + 8 + length]
+        place += 12 + length
+
+
 def is_deep(data: bytes) -> bool:
     """Returns whether a PNG has 16 bits a channel."""
     return data[24] == 16
@@ -124,13 +161,26 @@ def _needed(kind: bytes, content: memoryview) -> bool:
     if kind == b"eXIf":
         return True
     if kind in _TEXTS:
-        return len(content) < _LONGEST and bytes(content[:30]).startswith(_ORIENTING_TEXTS)
+        return bytes(content[:30]).startswith(_ORIENTING_TEXTS) and _is_short(kind, bytes(content))
     if kind == b"iCCP":
         _, _, packed = bytes(content).partition(b"\0")
-        try:
-            unpacking = zlib.decompressobj()
-            unpacking.decompress(packed[1:], _LONGEST)
-        except zlib.error:
-            return False
-        return packed[:1] == b"\0" and unpacking.eof
+        return packed[:1] == b"\0" and _unpacks(packed[1:])
     return False
+
+
+def _is_short(kind: bytes, text: bytes) -> bool:
+    """Returns whether a text, unpacked, has at most _LONGEST bytes."""
+    _, _, rest = text.partition(b"\0")
+    if kind == b"iTXt" and rest[:1] == b"\1":
+        return _unpacks(rest[2:].split(b"\0", 2)[-1])
+    return _unpacks(rest[1:]) if kind == b"zTXt" else len(text) < _LONGEST
+
+
+def _unpacks(packed: bytes) -> bool:
+    """Returns whether deflated bytes are whole, and at most _LONGEST."""
+    try:
+        unpacking = zlib.decompressobj()
+        unpacking.decompress(packed, _LONGEST)
+    except zlib.error:
+        return False
+    return unpacking.eof

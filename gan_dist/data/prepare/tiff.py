@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, ImagePalette, TiffImagePlugin
 
 from gan_dist.data.prepare import jpeg, libtiff
 from gan_dist.data.prepare.account import Rejected
@@ -25,6 +27,7 @@ TiffImagePlugin.PREFIXES.append(_MISREAD)
 # A mode that Pillow can read but does not list: 16-bit gray, big-endian, white as zero.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 _FILL_ORDER = 266
+_YCBCR = 6
 _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 """Each byte with its bits the other way round, as a fill order of 2 stores what is not JPEG."""
 for (_order, _white, _kind, _, _bits, _more), _modes in tuple(TiffImagePlugin.OPEN_INFO.items()):
@@ -67,14 +70,16 @@ def opened(data: bytes) -> ImageFile.ImageFile:
     try:
         image = _pillow(data)
         is_raw = any(tile.codec_name == "raw" for tile in image.tile)
-        is_misread = is_raw and (image.tag_v2.get(284) == 2 or image.tag_v2.get(_FILL_ORDER) == 2)
+        tags = image.tag_v2
+        is_misread = is_raw and (tags.get(284) == 2 or tags.get(_FILL_ORDER) == 2 or tags.get(262) == _YCBCR)
     except (SyntaxError, IndexError):
         is_misread = True
     if not is_misread:
         _in_native_order(image)
+        _with_short_colours(image)
         return image
-    # Pillow's own reader takes a plane of 16 bits for one of 8, knows few kinds of planes, and turns bits only of what
-    # has 8 or fewer. libtiff's is right.
+    # Pillow's own reader takes a plane of 16 bits for one of 8, knows few kinds of planes and no colours that several
+    # pixels share, and turns bits only of what has 8 or fewer. libtiff's is right.
     before, TiffImagePlugin.READ_LIBTIFF = TiffImagePlugin.READ_LIBTIFF, True
     try:
         image = _pillow(data)
@@ -82,6 +87,13 @@ def opened(data: bytes) -> ImageFile.ImageFile:
         TiffImagePlugin.READ_LIBTIFF = before
     _in_native_order(image)
     return image
+
+
+def _with_short_colours(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Lets a table of colours that some programs write with 8 bits, where 16 belong, be read as meant."""
+    colours = image.tag_v2.get(320) if image.mode == "P" else None
+    if colours and max(colours) < 256:
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
 def _in_native_order(image: TiffImagePlugin.TiffImageFile) -> None:
@@ -103,7 +115,7 @@ def facts(image: Image.Image) -> Facts:
     deep = image.mode.startswith("I") and bits in (12, 16)
     return Facts(
         white=2.0 ** (bits - (kind == 2)) - 1 if deep else None,
-        inverted=deep and tags.get(262) == 0,
+        inverted=(deep or image.mode == "F") and tags.get(262) == 0,
         unsigned=image.mode == "I" and bits == 32 and kind == 1,
         turned=tags.get(274, 1) in range(2, 9),
     )
@@ -115,6 +127,8 @@ def load(image: ImageFile.ImageFile, data: bytes, fast: bool = False) -> bool:
 
     Raises whatever Pillow raises, and Rejected for damage."""
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    if number := _planes_apart(image):
+        return _load_planes(image, data, number, fast)
     compression, turned = image.info.get("compression"), image.tag_v2.get(274, 1) != 1
     with libtiff.messages() as said:
         image.load()
@@ -130,6 +144,52 @@ def load(image: ImageFile.ImageFile, data: bytes, fast: bool = False) -> bool:
             if proved is None or not proved(box, strip):
                 _inflate(strip)
     return bool(said.warnings)
+
+
+def _planes_apart(image: TiffImagePlugin.TiffImageFile) -> int:
+    """Returns how many planes a picture of 8 bits a channel has that is stored plane by plane with more than its
+    colours, else 0: there, too, libtiff's reader for Pillow goes wrong."""
+    tags = image.tag_v2
+    bits, number = set(tags.get(258, (1,))), tags.get(277, 1)
+    if tags.get(284) != 2 or bits != {8} or image.info.get("compression") == "jpeg":
+        return 0
+    colours = {1: 1, 2: 3, 5: 4}.get(tags.get(262, -1), number)
+    return len(image.getbands()) if number > colours else 0
+
+
+def _load_planes(image: TiffImagePlugin.TiffImageFile, data: bytes, number: int, fast: bool) -> bool:
+    """Does what `load` does, of so many planes one by one."""
+    planes, warned = [], False
+    for place in range(number):
+        plane = opened(_plane(image, data, place))
+        warned |= load(plane, b"" if plane.fp is None else plane.fp.getvalue(), fast)  # type: ignore[attr-defined]
+        planes.append(plane.convert("L"))
+    whole = Image.merge(image.mode, planes)
+    image.im, image._size, image.tile = whole.im, whole.size, []
+    return warned
+
+
+def _plane(image: TiffImagePlugin.TiffImageFile, data: bytes, place: int) -> bytes:
+    """Returns one plane of a picture as a gray TIFF of its own."""
+    tags = image.tag_v2
+    at, sizes = (273, 279) if 273 in tags else (324, 325)
+    each = len(tags[at]) // tags[277]
+    chosen = slice(place * each, (place + 1) * each)
+    strips = [data[start : start + size] for start, size in zip(tags[at][chosen], tags[sizes][chosen], strict=True)]
+    entries: dict[int, tuple[int, ...]]
+    entries = {tag: (tags[tag],) for tag in (256, 257, 259, _FILL_ORDER, 274, 278, 317, 322, 323) if tag in tags}
+    entries |= {258: (8,), 262: (1,), 277: (1,)}
+    entries |= {at: tuple(accumulate(map(len, strips[:-1]), initial=8)), sizes: tuple(map(len, strips))}
+    body = b"".join(strips)
+    start = 8 + len(body)
+    directory, more = struct.pack("<H", len(entries)), b""
+    after = start + 2 + 12 * len(entries) + 4
+    for tag, values in sorted(entries.items()):
+        packed = struct.pack(f"<{len(values)}I", *values)
+        if len(packed) > 4:
+            packed, more = struct.pack("<I", after + len(more)), more + packed
+        directory += struct.pack("<HHI", tag, 4, len(values)) + packed
+    return b"II*\0" + struct.pack("<I", start) + body + directory + bytes(4) + more
 
 
 Box = tuple[int, int, int, int]
@@ -235,8 +295,11 @@ def corrected(image: Image.Image, told: Facts) -> tuple[Image.Image, float | Non
         counts = values.view(np.uint32)
         white = 2.0**32 - 1 if counts.max() >= 2**31 else None  # all 32 bits are used
         right = Image.fromarray(counts.astype(np.float32))
+    elif white is None:  # floats: white is what it would be if these were bright
+        top = float(np.max(values, initial=0.0, where=np.isfinite(values)))
+        white = next((step for step in (1.0, 255.0, 65535.0) if top <= step), top)
+        right = Image.fromarray(white - values)
     else:
-        assert white is not None
         right = Image.fromarray((int(white) - values.astype(np.int64)).clip(0).astype(np.uint16))
     right.info = image.info
     return right, white

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from gan_dist.data.prepare import avif, jpeg, structure, tiff, webp
+from gan_dist.data.prepare import avif, jpeg, png, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.images import Recipe, square
 from gan_dist.data.prepare.prepare import prepare
@@ -215,6 +215,8 @@ BESIDE = {
     "text of a wrong checksum": chunk(b"tEXt", b"Comment\0hello", 1),
     "profile of a wrong checksum": chunk(b"iCCP", b"x\0\0" + zlib.compress(b"junk"), 1),
     "profile that cannot be unpacked": chunk(b"iCCP", b"x\0\0junk"),
+    "80 MB of XMP, packed": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(80 * 2**20))),
+    "80 MB of EXIF, packed": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(80 * 2**20))),
     "80 MB of history": chunk(b"zTXt", b"History\0\0" + zlib.compress(bytes(2**21))) * 40,
     "short chromaticities": chunk(b"cHRM", b"\0\0"),
     "short gamma": chunk(b"gAMA", b""),
@@ -237,6 +239,33 @@ def test_what_stands_beside_the_pixels_of_a_png_does_not_lose_it(name: str) -> N
         PNG[:-12] + BESIDE[name][:9],
     ):
         assert np.array_equal(square(data, RECIPE).pixels, whole)
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize(("kind", "bits", "samples"), [(2, 8, 3), (0, 16, 1), (3, 4, 1), (6, 8, 4)])
+@pytest.mark.parametrize("height", [1, 2, 9])
+def test_a_png_has_all_its_rows_or_is_truncated(
+    kind: int, bits: int, samples: int, height: int, interlaced: int
+) -> None:
+    """Though every checksum is right. Black rows at the end are no missing ones."""
+    width, places = 13, [(0, 0, 1, 1)] if not interlaced else png._ADAM7
+    rows = [
+        bytes([0, *([value] * ((len(range(x, width, across)) * bits * samples + 7) // 8))])
+        for x, y, across, down in places
+        for value, _ in zip((7, 0) * height, range(y, height, down), strict=False)
+        if len(range(x, width, across))
+    ]
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, interlaced))
+    head += chunk(b"PLTE", bytes(range(48))) if kind == 3 else b""
+
+    def made(rows: list[bytes]) -> bytes:
+        packed = zlib.compress(b"".join(rows))
+        return png.SIGNATURE + head + chunk(b"IDAT", packed[:9]) + chunk(b"IDAT", packed[9:]) + chunk(b"IEND", b"")
+
+    assert reason(made(rows)) == "" and reason(made([bytes(len(row)) for row in rows])) == ""
+    for short in ([*rows[:-1], rows[-1][:-1]], rows[: len(rows) // 2], [bytes(len(row)) for row in rows[:-1]]):
+        if short:
+            assert reason(made(short)) == "truncated", len(short)
 
 
 def test_chunks_of_a_png_in_places_where_they_do_not_count() -> None:

@@ -62,7 +62,7 @@ def test_gray_tiffs(kind: str, photometric: int, deflated: bool, big_endian: boo
     """Right, or `unsupported`; at 8 and 16 bits always right."""
     values = gray() if photometric else 255 - gray()
     data = tiff(deepened(values, kind), photometric=photometric, deflated=deflated, big_endian=big_endian, rows=16)
-    if kind in ("i2", "f4") and not photometric:
+    if kind == "i2" and not photometric:
         return  # nobody says what white as zero means there
     try:
         assert same(data, gray())
@@ -189,10 +189,149 @@ def old_tga(depth: int, kind: int = 2, alpha: int = 0) -> bytes:
     return head + (image if depth > 8 else gray()).tobytes()
 
 
+def gray_with_alpha(format: str, alpha: int) -> bytes:
+    pixels = np.dstack([gray(), np.full_like(gray(), alpha)]).tobytes()
+    if format == "TGA":
+        return bytes([0, 0, 3]) + bytes(9) + struct.pack("<HHBB", SIZE, SIZE, 16, 0x28) + pixels
+    head = struct.pack("<7I44x", 124, 0x100F, SIZE, SIZE, 2 * SIZE, 0, 0) + struct.pack("<2I4x", 32, 0x20001)
+    return b"DDS " + head + struct.pack("<5I", 16, 255, 0, 0, 0xFF00) + struct.pack("<I16x", 0x1000) + pixels
+
+
+def tga_with_colours(depth: int, bits: int) -> bytes:
+    """Returns a TGA of the colours of a gray scale, whose colours have alpha, 0 everywhere."""
+    scale = np.arange(256, dtype=np.uint8)
+    table = np.dstack([scale] * 3 + [np.zeros_like(scale)]).astype(np.uint8).tobytes()
+    if bits == 16:
+        table = (np.arange(256, dtype=np.uint16) // 8 * 0x421).astype("<u2").tobytes()
+    return struct.pack("<3B2HB4H2B", 0, 1, 1, 0, 256, bits, 0, 0, SIZE, SIZE, depth, 0x20) + table + gray().tobytes()
+
+
 def test_an_alpha_of_zeros_everywhere_was_never_written() -> None:
     for data in (bmp(0), bmp(255), old_tga(32, alpha=0), old_tga(32, alpha=255)):
         assert same(data, colours())
     assert square(bmp(0), RECIPE).flags == ["alpha_ignored"] and square(bmp(255), RECIPE).flags == []
+    for data in (*(gray_with_alpha(format, alpha) for format in ("TGA", "DDS") for alpha in (0, 255)),
+                 tga_with_colours(8, 32)):  # fmt: skip
+        assert same(data, gray())
+    assert same(tga_with_colours(8, 16), gray(), limit=6)  # of 5 bits
+
+
+def of_1555(opaque: NDArray[np.bool_]) -> tuple[NDArray[np.uint16], NDArray[np.float64]]:
+    """Returns colours of 5 bits with one of alpha, and what they are on white."""
+    red, green, blue = (colours() >> 3).astype(np.uint16).transpose(2, 0, 1)
+    shown = np.where(opaque[..., None], (colours() >> 3).astype(float) * 255 / 31, 255)
+    return red << 10 | green << 5 | blue | opaque.astype(np.uint16) << 15, shown
+
+
+def test_one_bit_of_alpha() -> None:
+    """In a TGA and a BMP; where it is the same everywhere, the TGA's means nothing."""
+    half = np.arange(SIZE)[None].repeat(SIZE, 0) > SIZE // 2
+    tga = bytes([0, 0, 2]) + bytes(9) + struct.pack("<HHBB", SIZE, SIZE, 16, 0x21)
+    for opaque in (half, np.ones_like(half), np.zeros_like(half)):
+        values, shown = of_1555(opaque)
+        assert same(tga + values.astype("<u2").tobytes(), shown if opaque is half else of_1555(half | True)[1], 2)
+    values, shown = of_1555(half)
+    raw = values[::-1].astype("<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII", 56, SIZE, SIZE, 1, 16, 3, len(raw), 0, 0, 0, 0)
+    header += struct.pack("<4I", 0x7C00, 0x3E0, 0x1F, 0x8000)
+    assert same(b"BM" + struct.pack("<IHHI", 70 + len(raw), 0, 0, 70) + header + raw, shown, 2)
+    opaque_only = header[:-4] + bytes(4)  # which gives no bit to alpha
+    assert same(b"BM" + struct.pack("<IHHI", 70 + len(raw), 0, 0, 70) + opaque_only + raw, of_1555(half | True)[1], 2)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("case", ["gray and alpha", "no word of alpha", "more than alpha", "cmyk and more"])
+def test_planes_with_more_than_colours(case: str, orientation: int, deflated: bool) -> None:
+    alpha = np.arange(SIZE)[None].repeat(SIZE, 0).astype(np.uint8) * 4
+
+    def on_white(values: NDArray[Any]) -> NDArray[np.float64]:
+        return 255 - (255 - values.astype(float)) * (alpha[..., None] / 255)
+
+    tags: dict[int, tuple[int, list[int]]] = {274: (3, [orientation])}
+    values, shown, photometric = np.dstack([colours(), alpha]), on_white(colours()), 2
+    match case:
+        case "gray and alpha":
+            values, tags[338], photometric = np.dstack([gray(), alpha]), (3, [2]), 1
+            shown = on_white(np.dstack([gray()] * 3))
+        case "more than alpha":
+            values, tags[338] = np.dstack([values, gray()]), (3, [2, 0])
+        case "cmyk and more":
+            values, tags[338] = np.dstack([255 - colours(), np.zeros_like(gray()), alpha]), (3, [0])
+            shown, photometric = colours().astype(float), 5
+    data = tiff(values, photometric=photometric, planes=True, deflated=deflated, rows=16, tags=tags)
+    assert same(data, np.rot90(shown, -1) if orientation == 6 else shown)
+    if deflated:
+        at = len(data) * 3 // 10
+        with pytest.raises(Rejected, match="corrupt"):
+            square(data[:at] + bytes(40) + data[at + 40 :], RECIPE)
+
+
+def test_gray_under_alpha_that_is_multiplied_in() -> None:
+    alpha = np.full_like(gray(), 128)
+    data = tiff(np.dstack([gray() // 2, alpha]), tags={338: (3, [1])})
+    assert same(data, gray() / 2 + 127)
+
+
+def test_colours_that_several_pixels_of_a_tiff_share() -> None:
+    ycc = np.asarray(Image.fromarray(colours()).convert("YCbCr"))
+    blocks = [ycc[y : y + 2, x : x + 2, 0].tobytes() + ycc[y, x, 1:].tobytes() for y in range(0, SIZE, 2)
+              for x in range(0, SIZE, 2)]  # fmt: skip
+    assert same(tiff(ycc, photometric=6, packed=b"".join(blocks), tags={530: (3, [2, 2])}), colours(), limit=3)
+
+
+@pytest.mark.parametrize("top", [255, 65535])
+def test_the_colours_of_a_tiff_have_16_bits_or_8(top: int) -> None:
+    table = [value * top // 255 for value in (*range(256), *range(255, -1, -1), *range(256))]
+    expected = np.dstack([gray(), 255 - gray(), gray()])
+    assert same(tiff(gray(), photometric=3, tags={320: (3, table)}), expected)
+
+
+@pytest.mark.parametrize(("layers", "shown"), [(b"", False), (b"\0\1", False), (b"\xff\xff", True)])
+def test_the_fourth_channel_of_a_psd_is_its_alpha_or_a_selection(layers: bytes, shown: bool) -> None:
+    alpha = np.full_like(gray(), 128)
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 4, SIZE, SIZE, 8, 3) + bytes(8)
+    section = struct.pack(">I", len(layers) + 22) + layers + bytes(20) if layers else b""
+    planes = b"".join(np.ascontiguousarray(plane).tobytes() for plane in (*colours().transpose(2, 0, 1), alpha))
+    data = head + struct.pack(">I", len(section)) + section + b"\0\0" + planes
+    assert same(data, colours() * (128 / 255) + 127 if shown else colours())
+
+
+@pytest.mark.parametrize(("bits", "zero", "scale"), [(16, 32768, 1), (32, 2**31, 1), (16, 0, 1 / 128), (-32, 1, 1)])
+def test_the_values_of_a_fits_are_as_its_header_scales_them(bits: int, zero: float, scale: float) -> None:
+    white = {16: 65535, 32: 2.0**32 - 1, -32: 255}[bits] if scale == 1 else 255
+    stored = ((gray()[::-1] / 255.0 * white - zero) / scale).round().astype({16: ">i2", 32: ">i4", -32: ">f4"}[bits])
+    cards = {"SIMPLE": "T", "BITPIX": bits, "NAXIS": 2, "NAXIS1": SIZE, "NAXIS2": SIZE, "BZERO": f"{zero:.1f}"}
+    cards |= {"BSCALE": f"{scale:E}".replace("E", "D"), "HISTORY": "BZERO  = 7"}
+    head = "".join(f"{key:8}= {value!s:>20}".ljust(80) for key, value in cards.items()) + "END".ljust(80)
+    body = stored.tobytes()
+    assert same(head.ljust(2880).encode() + body + bytes(-len(body) % 2880), gray())
+
+
+def test_what_two_formats_claim_may_be_kinds_of_one() -> None:
+    for data in (b"8BPS\0\2" + bytes(60), b"8BPS\0\2"):
+        with pytest.raises(Rejected, match="unsupported"):
+            square(data, RECIPE)
+
+
+XPM = {
+    "colours of 12 digits": (b"#FF0000", b"#FFFF00000000", "unsupported"),
+    "colours of 3 digits": (b"#FF0000", b"#F00", "unsupported"),
+    "names of colours": (b"#FF0000", b"red", "unsupported"),
+    "a row that is too long": (b"abab", b"ababab", "corrupt"),
+    "a row that is missing": (b'"abababababababab",\n', b"", "truncated"),
+}
+
+
+@pytest.mark.parametrize("name", XPM)
+def test_an_xpm_that_would_be_misread_is_refused(name: str) -> None:
+    old, new, reason = XPM[name]
+    rows = ",\n".join('"' + "ab" * 8 + '"' for _ in range(16))
+    text = '/* XPM */\nstatic char *a[] = {\n"16 16 2 1",\n"a c #FF0000",\n"b c None",\n' + rows + "};\n"
+    red = square(text.encode(), Recipe(16)).pixels
+    assert (red[:, 0, :4] == [[255] * 4, [0, 255, 0, 255], [0, 255, 0, 255]]).all()
+    with pytest.raises(Rejected, match=reason):
+        square(text.encode().replace(old, new, 1), Recipe(16))
 
 
 def test_old_tgas() -> None:
@@ -211,7 +350,7 @@ def test_what_two_formats_claim_is_read_by_the_one_that_can() -> None:
     bits = b"#define a_width 8\n#define a_height 8\nstatic char a_bits[] = {\n" + b"0xff, " * 7 + b"0xff};\n"
     made = square(bits, Recipe(8))
     assert made.format == "XBM" and made.pixels.max() == 0  # ink
-    with pytest.raises(Rejected, match="corrupt"):
+    with pytest.raises(Rejected, match="truncated"):
         square(text.encode()[:40], Recipe(16))
     named = b"\x0a" + old_tga(24)[1:18] + b"ten bytes." + old_tga(24)[18:]  # its text makes it begin as a PCX does
     assert square(named, RECIPE).format == "TGA" and same(named, colours())
@@ -372,3 +511,27 @@ def test_what_this_pillow_cannot_read_is_unsupported_and_not_damaged() -> None:
     assert rejected_as(psd) == "unsupported"
     heic = b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic" + bytes(8) + b"\0\0\0\x08mdat"
     assert rejected_as(heic) == "unsupported"
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize("bits", [1, 4, 7, 8])
+def test_white_of_a_shallow_jpeg_2000_is_white(bits: int, boxed: bool) -> None:
+    """Made of one of 8 bits, whose header is told fewer: its middle, 128, becomes theirs."""
+    values = gray().astype(int) * 2**bits // 256
+    image = Image.fromarray((values - 2 ** (bits - 1) + 128).astype(np.uint8))
+    data = bytearray(encode(image, "JPEG2000", no_jp2=not boxed))
+    data[data.find(b"\xff\x4f\xff\x51") + 42] = bits - 1
+    assert same(bytes(data), values * 255 / (2**bits - 1), limit=0.5)
+
+
+def test_the_channels_of_a_jp2_may_be_in_another_order() -> None:
+    data = encode(Image.fromarray(colours()), "JPEG2000")
+    at = data.find(b"jp2h") - 4
+    size = int.from_bytes(data[at : at + 4], "big")
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        told = b"".join(struct.pack(">3H", channel, 0, 1 + colour) for channel, colour in enumerate(order))
+        box = struct.pack(">I4sH", 28, b"cdef", 3) + told
+        head = struct.pack(">I", size + len(box)) + data[at + 4 : at + size] + box
+        expected = np.empty_like(colours())
+        expected[..., order] = colours()
+        assert same(data[:at] + head + data[at + size :], expected)

@@ -1,0 +1,133 @@
+"""Pictures that Pillow decodes almost right: what their files say besides of alpha, of depth and of zero."""
+
+from __future__ import annotations
+
+import re
+import struct
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFile
+
+from gan_dist.data.prepare.account import Rejected
+
+_LOOSE_ALPHA = ("BMP", "DIB", "TGA", "DDS")
+"""Formats whose writers often leave the fourth byte of a pixel at zero, whatever the header says about it."""
+_CARD = re.compile(rb"(BITPIX|BZERO|BSCALE) *= *([-+.0-9EeDd]+)")
+_XPM_COLOUR = re.compile(rb"\bc\s+(#[0-9a-fA-F]{6}|None)(\s|$)")
+_SIZ = b"\xff\x4f\xff\x51"
+_MASKS_OF_1555 = struct.pack("<4I", 0x7C00, 0x3E0, 0x1F, 0x8000)
+
+
+def check_xpm(data: bytes) -> None:
+    """Raises Rejected for an XPM with colours that Pillow does not know, all but #RRGGBB and None, and for one whose
+    rows have not as many pixels as it says, which Pillow does not count."""
+    strings = re.findall(rb'"([^"]*)"', data)
+    if not strings:
+        raise Rejected("truncated", "XPM: it ends before its size")
+    width, height, number, letters = map(int, strings[0].split()[:4])
+    if not all(_XPM_COLOUR.search(text[letters:]) for text in strings[1 : 1 + number]):
+        raise Rejected("unsupported", "XPM: a colour that is neither #RRGGBB nor None")
+    rows = strings[1 + number :]
+    if len(rows) < height:
+        raise Rejected("truncated", f"XPM: {len(rows)} of {height} rows")
+    if any(len(row) != width * letters for row in rows[:height]):
+        raise Rejected("corrupt", "XPM: a row with more or fewer pixels than it should have")
+
+
+def prepared(header: Image.Image, data: bytes) -> None:
+    """Lets an opened BMP of 16 bits a pixel that gives one of them to alpha be loaded with it."""
+    if header.format != "BMP" or header.mode != "RGB" or data[54:70] != _MASKS_OF_1555:
+        return
+    assert isinstance(header, ImageFile.ImageFile)
+    (tile,) = header.tile
+    if isinstance(tile.args, tuple) and tile.args[0] == "BGR;15":
+        header.tile = [tile._replace(args=("BGRA;15", *tile.args[1:]))]
+        header._mode = "RGBA"
+
+
+def corrected(image: Image.Image, data: bytes, format: str, flags: list[str]) -> tuple[Image.Image, float | None]:
+    """Returns a loaded picture as its file means it, with the value of white where the file tells, and adds flags."""
+    info, white = image.info, None
+    match format:
+        case "XBM":
+            image = ImageChops.invert(image)  # a bit that is set is ink
+        case "PSD" if image.mode == "1":
+            image = ImageChops.invert(image)  # the same
+        case "PSD" if image.mode in ("RGBA", "LA") and not _psd_has_transparency(data):
+            image = image.convert(image.mode[:-1])  # a selection that was saved
+        case "FITS":
+            image, white = _fits(image, data)
+        case "JPEG2000":
+            image = _in_order(_of_few_bits(image, data), data)
+        case "TGA" if data[16] == 16 or (data[1] and data[7] == 16):
+            image = _with_opposite_alpha(image)
+    image.info = info
+    if format in _LOOSE_ALPHA and image.has_transparency_data:
+        shown = image.convert("RGBA") if image.mode == "P" else image
+        if shown.getextrema()[-1] == (0, 0):
+            image = shown.convert(shown.mode[:-1])
+            flags.append("alpha_ignored")
+    return image, white
+
+
+def _psd_has_transparency(data: bytes) -> bool:
+    """Returns whether the fourth channel of a PSD's merged picture is its transparency: a number of layers below zero
+    says so (Adobe's specification, "Layer info")."""
+    place = 26
+    for _ in range(2):  # colours, resources
+        place += 4 + int.from_bytes(data[place : place + 4], "big")
+    return int.from_bytes(data[place : place + 4], "big") > 5 and data[place + 8] >= 128
+
+
+def _with_opposite_alpha(image: Image.Image) -> Image.Image:
+    """Returns a TGA whose pixels or colours have 16 bits with the last of them as alpha, 1 being opaque."""
+    if image.mode == "P" and image.has_transparency_data:
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        *colours, alpha = image.split()
+        image = Image.merge("RGBA", (*colours, ImageChops.invert(alpha)))
+    return image
+
+
+def _fits(image: Image.Image, data: bytes) -> tuple[Image.Image, float | None]:
+    """Returns a FITS with its values as its header scales them, BZERO + BSCALE * stored (FITS 4.0, eq. 3), and white
+    where these are integers without a sign."""
+    cards = dict(reversed(_CARD.findall(data[: data.find(b"END     ") + 1])))
+    numbers = {key: float(value.upper().replace(b"D", b"E")) for key, value in cards.items()}
+    zero, scale, bits = numbers.get(b"BZERO", 0.0), numbers.get(b"BSCALE", 1.0), int(numbers.get(b"BITPIX", 0))
+    if (zero, scale) == (0, 1):
+        return image, None
+    stored = np.asarray(image)
+    if bits in (16, 32):
+        stored = stored.view(f"i{bits // 8}")
+    values = (zero + scale * stored.astype(np.float64)).clip(0)
+    white = 2.0**bits - 1 if bits > 0 and (zero, scale) == (2.0 ** (bits - 1), 1) else None
+    return Image.fromarray(values.astype(np.float32)), white
+
+
+def _of_few_bits(image: Image.Image, data: bytes) -> Image.Image:
+    """Returns a JPEG 2000 of less than 8 bits a channel with white at 255: Pillow only moves the bits up."""
+    place = data.find(_SIZ)
+    depths = [1 + (depth & 127) for depth in data[place + 42 : place + 42 + 3 * len(image.getbands()) : 3]]
+    if image.mode not in ("L", "LA", "RGB", "RGBA") or len(depths) != len(image.getbands()) or min(depths) > 7:
+        return image
+    lut = [
+        round((value >> (8 - depth)) * 255 / (2**depth - 1)) if depth < 8 else value
+        for depth in depths
+        for value in range(256)
+    ]
+    return image.point(lut)
+
+
+def _in_order(image: Image.Image, data: bytes) -> Image.Image:
+    """Returns a JP2 with its colours in the order that its box of channels gives them (ISO/IEC 15444-1, I.5.3.6)."""
+    place = data.find(b"cdef", 0, data.find(_SIZ))
+    number = int.from_bytes(data[place + 4 : place + 6], "big")
+    if image.mode != "RGB" or place < 0 or number != 3:
+        return image
+    told = struct.unpack(">9H", data[place + 6 : place + 24])
+    order = {colour - 1: channel for channel, kind, colour in zip(*[iter(told)] * 3, strict=True) if kind == 0}
+    if sorted(order) != [0, 1, 2] or sorted(order.values()) != [0, 1, 2]:
+        return image
+    bands = image.split()
+    return Image.merge("RGB", [bands[order[colour]] for colour in range(3)])
