@@ -46,10 +46,11 @@ BASELINE = "thesis"
 
 def words_of(recipes: dict[str, Any], name: str) -> list[str]:
     """Returns the overrides of a recipe; one that goes out from another one has that one's list as an item."""
-    own: list[str] = []
-    for item in recipes["recipes"][name]:
-        own += item if isinstance(item, list) else [item]
-    return [*recipes["common"], *own]
+
+    def flat(items: list[Any]) -> list[str]:
+        return [word for item in items for word in (flat(item) if isinstance(item, list) else [item])]
+
+    return flat([recipes["common"], recipes["recipes"][name]])
 
 
 class Ladder:

@@ -248,7 +248,7 @@ def test_the_modern_preset_sees_as_many_images_with_the_same_networks_as_the_the
 def test_the_modern_preset_is_the_recipe_that_was_measured() -> None:
     root = Path(__file__).parent.parent.parent
     recipes = yaml.safe_load((root / "tests/bench/recipes.yaml").read_text()) | {"common": []}
-    measured = load_config(root / "configs/paintings64.yaml", words_of(recipes, "pairs32"))
+    measured = load_config(root / "configs/paintings64.yaml", words_of(recipes, "pairs64-augment"))
     modern = preset("paintings64-modern")
     assert modern.model == measured.model and modern.loss == measured.loss and modern.data == measured.data
     assert modern.optim.model_copy(update={"decay_images": 400_000}) == measured.optim

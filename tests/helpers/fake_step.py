@@ -46,6 +46,7 @@ GAMES: dict[str, list[str]] = {
         *("loss.gradient_penalty.weight=0.05", "loss.gradient_penalty.on=both", "loss.gradient_penalty.share=0.25"),
         *("loss.real_target=1", "loss.generator_target=null", "optim.betas=[0.0,0.99]"),
         *("optim.decay=linear", "optim.decay_images=100000", "optim.decay_to=0"),
+        *("data.augment.colour=true", "data.augment.translation=true"),
     ],
     "classes": [
         "model.classes=dataset",

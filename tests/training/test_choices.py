@@ -220,7 +220,8 @@ def test_a_state_continues_bit_for_bit(d_norm: DNorm, upsample: Upsample, blocks
 def test_the_modern_game_continues_bit_for_bit() -> None:
     made = preset("paintings64-modern").to_dict()
     rates = {"decay_images": 60}  # which fall within these steps
-    config = configured(model=made["model"] | SMALL, loss=made["loss"], optim=made["optim"] | rates)
+    optim, augment = made["optim"] | rates, made["data"]["augment"]
+    config = configured(model=made["model"] | SMALL, loss=made["loss"], optim=optim, data={"augment": augment})
     assert_continues(config)
 
 

@@ -75,11 +75,12 @@ CASES |= {
         "loss": "relativistic",
         "model": {"classes": STYLES, "d_norm": "none"},
     },
-    "relativistic-penalty-nearest": {  # paintings64-modern
+    "relativistic-penalty-augment-nearest": {  # paintings64-modern
         "global_batch": 7,
         "loss": "relativistic",
         "model": {"upsample": "nearest", "d_norm": "none", "init": "he"},
         "penalty": GradientPenalty(0.5, 0.1, kinds=2, every=4),
+        "augment": Augment(colour=True, translation=True),
         "g_betas": (0.0, 0.99),
         "d_betas": (0.0, 0.99),
     },
