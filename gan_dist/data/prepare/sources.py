@@ -338,10 +338,11 @@ class _Members:
 
     def list(self, number: int, listing: Listing) -> None:
         """Adds all to the listing. A link is the file that it leads to; one that leads nowhere cannot be read."""
+        folders = self._folders()
         for path, target in self._links.items():
             target = self._followed(target)
             kind, found = self._behind(path, target)
-            if any(known.startswith(f"{target}/") for known in self.entries) and found is None:
+            if found is None and target in folders:
                 kind = "link to a folder"
             if kind:
                 listing.skipped[kind] += 1
@@ -355,6 +356,14 @@ class _Members:
             listing.notes.append(
                 f"{self._older:,} members are there again further on under the same name: the last of each counts"
             )
+
+    def _folders(self) -> set[str]:
+        """Returns the folders that the files lie in, and those that these lie in."""
+        folders = {"."}
+        for path in (*self.entries, *self._others):
+            while (path := posixpath.dirname(path)) and path not in folders:
+                folders.add(path)
+        return folders
 
     def _followed(self, path: str) -> str:
         """Returns the path of a file without the links that lead to it, and to the folders that it lies in."""

@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare import staging
 from gan_dist.data.prepare.prepare import prepare
+from gan_dist.data.prepare.sources import list_source, open_source
 from gan_dist.utils.errors import UserError
 from tests.helpers.images import encode as encode_image
 from tests.helpers.images import plain
@@ -399,6 +401,34 @@ def test_links_through_linked_folders_are_followed(tmp_path: Path) -> None:
     account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0, max_reject_fraction=1)
     assert balanced(account) and account.rejected == {"unreadable": 1}
     assert paths(tmp_path / "out") == ["deep/b.png", "hard.png", "real/a.png", "twice.png"]
+
+
+def test_links_to_folders_are_no_images(tmp_path: Path) -> None:
+    """What lies in the folders is counted where it lies, images or not."""
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for name in ("deep/real/a.png", "texts/a.txt"):
+            add(archive, name, encode(1))
+        for number, target in enumerate(("deep", "deep/real", "texts", ".", "deep/real/a.png")):
+            add(archive, f"{number}.png", b"", type=tarfile.SYMTYPE, linkname=target)
+    account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+    assert balanced(account) and account.skipped == {"link to a folder": 4, "not an image: .txt": 1}
+    assert paths(tmp_path / "out") == ["4.png", "deep/real/a.png"]
+
+
+def test_links_take_no_longer_to_list_than_files(tmp_path: Path) -> None:
+    """Three times as long at the most, however many there are."""
+    seconds = {}
+    for kind in ("files", "links"):
+        with tarfile.open(tmp_path / f"{kind}.tar", "w") as archive:
+            for i in range(4000):
+                add(archive, f"pool/{i:06d}.png", b"x")
+                link = {"type": tarfile.SYMTYPE, "linkname": f"../pool/{i:06d}.png"}
+                add(archive, f"by class/{i:06d}.png", b"", **(link if kind == "links" else {}))
+        began = time.process_time()
+        listing = list_source(open_source(tmp_path / f"{kind}.tar", kind), 0)
+        seconds[kind] = time.process_time() - began
+        assert len(listing.entries) == 8000
+    assert seconds["links"] < 3 * seconds["files"], seconds
 
 
 def test_zips_one_after_the_other_are_not_lost(tmp_path: Path) -> None:
