@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from gan_dist.data.prepare.matching import match
-from gan_dist.data.prepare.sources import IMAGE_ENDINGS, Entry, Source
+from gan_dist.data.prepare.matching import match, name_of
+from gan_dist.data.prepare.sources import Entry, Source
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand
 
@@ -63,7 +63,7 @@ def label(
         if len(set(names)) == 1:
             notes.append(_one_class(folders, sources))
     else:
-        table, origin = _read_table(spec)
+        table, origin = _read_table(spec, entries)
         names, ambiguous = _match(table, entries, sources, tick)
         if not any(names):
             row, image = next(iter(table), "(no row has both)"), entries[0].place[1]
@@ -102,7 +102,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
+def _read_table(spec: str, entries: Sequence[Entry]) -> tuple[dict[str, set[str]], str]:
     """Returns the labels that a table gives to each path, and its description."""
     parts = spec.rsplit(":", 2)
     if len(parts) != 3 or not all(part.strip() for part in parts):
@@ -111,6 +111,7 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
         )
     path, file_column, label_column = expand(parts[0]), parts[1].strip(), parts[2].strip()
     table: dict[str, set[str]] = {}
+    images: set[str] = set()
     line = 1
     try:
         with _long_cells(), path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
@@ -124,7 +125,12 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
             for row in rows:
                 began, line = line + 1, rows.line_num
                 if line > began:
-                    _check_cells(spec, path, row, began, len(columns), mark)
+                    images = images or {name_of(entry.place[1]) for entry in entries}
+                    if _swallows_rows(row, len(columns), mark, places, images):
+                        raise UserError(
+                            f"--labels {spec}: {path} has a cell in line {began} that swallows whole rows: close its "
+                            "quote, or write the cell in one line"
+                        )
                 file, name = (row[place].strip() if place < len(row) else "" for place in places)
                 if "\ufffd" in file + name:
                     raise UserError(f"--labels {spec}: {path} is not UTF-8 (line {line}): convert it")
@@ -161,15 +167,25 @@ def _column(spec: str, path: Path, columns: Sequence[str], name: str) -> int:
     raise UserError(f"--labels {spec}: no column {name!r} in {path}; it has {', '.join(columns)}")
 
 
-def _check_cells(spec: str, path: Path, row: Sequence[str], began: int, columns: int, mark: str) -> None:
-    """Raises UserError when a cell of several lines holds rows: a quote was not closed, and another one closed it."""
-    for cell in row:
-        for inner in cell.splitlines()[1:]:
-            ends = [PurePosixPath(part.strip()).suffix.lower() for part in inner.split(mark)]
-            if len(ends) >= columns and any(ending in IMAGE_ENDINGS for ending in ends):
-                raise UserError(
-                    f"--labels {spec}: {path} has a cell in line {began} that swallows whole rows: close its quote"
-                )
+def _swallows_rows(row: Sequence[str], columns: int, mark: str, places: Sequence[int], images: set[str]) -> bool:
+    """Returns whether a cell of several lines holds other rows: a quote was not closed, and another one closed it.
+
+    A description may look like rows. It is taken for some if one of them names an image; a path or a class (at
+    `places`) is if all of its lines could be rows.
+    """
+    for place, cell in enumerate(row):
+        lines = [line.split(mark) for line in cell.splitlines()]
+        if len(lines) < 2:
+            continue
+        # the cell's own row begins in its first line and ends in its last one
+        lines[0] = [""] * place + lines[0]
+        lines[-1] += [""] * (len(row) - place - 1)
+        whole = [line for line in lines if len(line) >= columns]
+        if any(name_of(line[places[0]].strip()) in images for line in whole):
+            return True
+        if place in places and len(whole) == len(lines):
+            return True
+    return False
 
 
 def _match(

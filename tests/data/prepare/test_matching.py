@@ -100,6 +100,11 @@ def test_tables_as_they_come(tmp_path: Path) -> None:
     [
         ('file,style\n0.png,"a\n1.png,b\n2.png,a\n', "a quote opened after line 1 is never closed"),
         ('file,style,t\n0.png,a,"x\n1.png,b,y\n2.png,a,"\n', "swallows whole rows"),
+        ('file,style\n0,"a\n1,b\n2,c"\n', "line 2 that swallows whole rows"),
+        ('file,style\n0,"a\n8,b\n9,c"\n', "swallows whole rows"),
+        ('style,file\na,2.png\n"b,0.png\nc",1.png\n', "line 3 that swallows whole rows"),
+        ('file,style,t\n0,"a\n1,b",x\n2,a,y\n', "swallows whole rows"),
+        ('file,style,t\n0,a,"x\n1,b,y\n\n2,a,"\n', "swallows whole rows"),
         ("file,style,style\n0.png,a,b\n", "the column 'style' twice"),
         ('file,style\n"0.png"x,a\n', "is not a CSV file"),
         ("file,style\nother.png,a\n", "The first row says 'other.png', the first image is '0.png'"),
@@ -109,6 +114,20 @@ def test_tables_that_cannot_be_right_are_one_line(tmp_path: Path, table: str, me
     with pytest.raises(UserError, match=message) as caught:
         label(tmp_path, ["0.png", "1.png", "2.png"], table)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "classes"),
+    [
+        ('file,style\n0.png,"a\nb"\n1.png,"c,\nd"\n', ["a b", "c, d"]),
+        ('style,file\n"a\nb",0.png\nc,1.png\n', ["a b", "c"]),
+        ('file,style,t\n0,a,"A boat, at dusk, in oil\nseen, as it were, from afar\n"\n1,b,\n', ["a", "b"]),
+        ('t,file,style\n"A boat, at dusk, in oil\nafar",0,a\n"see\n0.png",1,b\n', ["a", "b"]),
+        ('file,t,style\n0,"see 1.png, or\n1.png",a\n1,"x,y\nz",b\n', ["a", "b"]),
+    ],
+)
+def test_cells_of_several_lines_that_are_no_rows_are_read(tmp_path: Path, table: str, classes: list[str]) -> None:
+    assert list(label(tmp_path, ["0.png", "1.png"], table).values()) == classes
 
 
 def test_numeric_classes_of_one_value_have_an_order(tmp_path: Path) -> None:
