@@ -17,8 +17,6 @@ import posixpath
 import re
 import stat
 import tarfile
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -26,6 +24,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from gan_dist.data.prepare import zips
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.decode import recognised
 from gan_dist.utils.errors import UserError
 
@@ -63,6 +63,7 @@ _NOT_READ = {
 }
 """What a source may be by mistake, by its first bytes, and what to do."""
 _PACKED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+_LONGEST_LINK = 5000
 _PART = re.compile(r"\.(z\d\d|\d{3}|part\d+(\.rar)?|tar\.\w*a[a-z])$", re.I)
 
 
@@ -134,12 +135,13 @@ def open_source(path: Path, name: str) -> Source:
             return Source(name, "folder", str(path))
         with path.open("rb") as stream:
             head = stream.read(512)
+            end = zips.find_end(stream)
         _refuse(path, head)
-        # tar first: zipfile looks for a zip's end, which a tar has too if its last member is a zip
+        # tar first: it has a zip's end, too, if its last member is a zip
         if head[257:262] == b"ustar":
             return Source(name, "tar", str(path))
-        if zipfile.is_zipfile(path):
-            if _is_last_part(path):
+        if end is not None:
+            if end.split:
                 raise UserError(f"source {path} is {_JOIN}")
             return Source(name, "zip", str(path))
         if head and _is_tar(path):
@@ -161,16 +163,6 @@ def _refuse(path: Path, head: bytes) -> None:
     for magic, what in _NOT_READ.items():
         if head.startswith(magic):
             raise UserError(f"source {path} is {what}")
-
-
-def _is_last_part(path: Path) -> bool:
-    """Returns whether a zip says that it is not the only part."""
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 66_000))
-        tail = stream.read()
-    end = tail.rfind(b"PK\5\6")
-    disks = tail[end + 4 : end + 6], tail[end + 6 : end + 8]
-    return end >= 0 and any(disk not in (b"\0\0", b"\xff\xff") for disk in disks)
 
 
 def _is_tar(path: Path) -> bool:
@@ -233,8 +225,11 @@ def skip_kind(path: str, read_head: Callable[[], bytes] | None = None) -> str | 
         return "nested archive"
     if ending in _OTHER:
         return f"not an image: {ending}"
-    with contextlib.suppress(Exception):  # a damaged member: zipfile and its decompressors raise anything
-        if read_head is not None and recognised(read_head()):
+    if read_head is not None:
+        try:
+            if recognised(read_head()):
+                return None
+        except (Rejected, OSError):  # it may be one; whoever reads it will say why not
             return None
     return f"not an image: {ending}" if re.fullmatch(r"\.[a-z0-9_]{1,5}", ending) else "not an image"
 
@@ -393,65 +388,59 @@ def _target(path: str, link: str) -> str:
 def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
     members = _Members()
     try:
-        with zipfile.ZipFile(source.path) as archive:
-            _refuse_several(source, archive)
-            for info in archive.infolist():
+        with Path(source.path).open("rb") as stream:
+            directory = zips.members(stream)
+            _refuse_several(source, stream, min((member.offset for member in directory), default=0))
+            for member in directory:
                 tick()
-                path = _normal(_zip_path(info))
-                if not path or path.endswith("/"):
+                if member.path.endswith("/"):
                     continue
-                encrypted = bool(info.flag_bits & 1)
-                if stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 5000 and not encrypted:
-                    link = archive.read(info).decode("utf-8", "surrogateescape")
+                if not member.path:
+                    listing.skipped["member without a name"] += 1
+                    continue
+                path = _normal(member.path)
+                place = member.offset, member.packed, member.method, member.fault
+                entry = Entry(number, path, member.size, f"{member.crc:08x}", *place)
+                link = _read_link(stream, entry) if member.is_link else None
+                if link is not None:
                     members.add_link(path, _target(path, link))
-                    continue
-                kind = skip_kind(path, None if encrypted else partial(_head, archive, info))
-                place = info.header_offset, info.compress_size, info.compress_type
-                fault = "encrypted" if encrypted else ""
-                members.add(path, Entry(number, path, info.file_size, f"{info.CRC:08x}", *place, fault), kind)
-    except UserError:
-        raise
-    except Exception as error:  # on hostile bytes zipfile raises struct.error, UnicodeDecodeError, IndexError, ...
+                else:
+                    members.add(path, entry, skip_kind(path, partial(_head, stream, entry)))
+    except (OSError, ValueError) as error:
         raise UserError(f"source {source.path} is a damaged zip ({_one_line(error)}): fetch it again") from None
     members.list(number, listing)
     listing.skipped.update(kind for _, kind in members.kinds())
 
 
-def _refuse_several(source: Source, archive: zipfile.ZipFile) -> None:
-    """Raises UserError when another zip stands before this one in the file: only the last one's directory is read."""
-    start = min((info.header_offset for info in archive.infolist()), default=0)
-    with Path(source.path).open("rb") as stream:
-        stream.seek(max(0, start - 66_000))
-        before = stream.read(start - stream.tell()) if start > 0 else b""
+def _head(stream: IO[bytes], entry: Entry) -> bytes:
+    """Returns the first bytes of a zip's member. Raises Rejected where they cannot be read."""
+    if entry.fault:
+        raise Rejected(entry.fault)
+    return zips.head(stream, entry.offset, entry.packed, entry.method)
+
+
+def _read_link(stream: IO[bytes], entry: Entry) -> str | None:
+    """Returns where a zip's link leads. None: it cannot be read, as whoever reads it as a file will say."""
+    if entry.fault or max(entry.size, entry.packed) > _LONGEST_LINK:
+        return None
+    try:
+        target = zips.read(stream, entry.offset, entry.packed, entry.method, entry.size, entry.stamp)
+    except (Rejected, OSError):
+        return None
+    return target.decode("utf-8", "surrogateescape")
+
+
+def _refuse_several(source: Source, stream: IO[bytes], start: int) -> None:
+    """Raises UserError when another zip ends at byte `start`, where this one begins: only the last one's directory is
+    read."""
+    stream.seek(max(0, start - 66_000))
+    before = stream.read(start - stream.tell()) if start > 0 else b""
     end = before.rfind(b"PK\5\6")
     if end >= 0 and end + 22 + int.from_bytes(before[end + 20 : end + 22], "little") == len(before):
         raise UserError(
             f"source {source.path} is several zips in one file, of which only the last could be read: "
             f"give each as a source of its own (the last begins at byte {start})"
         )
-
-
-def _zip_path(info: zipfile.ZipInfo) -> str:
-    """Returns a member's path with `/`: programs of Windows write backslashes, some put Unicode in a field of its own,
-    and those of Unix and macOS often write it without saying so."""
-    extra, path = info.extra, info.filename
-    if not info.flag_bits & 0x800:
-        with contextlib.suppress(UnicodeError):
-            path = info.filename.encode("cp437").decode()
-        while len(extra) >= 4:
-            kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
-            field_, extra = extra[4 : 4 + size], extra[4 + size :]
-            if kind == 0x7075 and field_[:1] == b"\1":
-                with contextlib.suppress(UnicodeError):
-                    if zlib.crc32(info.orig_filename.encode("cp437")) == int.from_bytes(field_[1:5], "little"):
-                        path = field_[5:].decode()
-    windows = info.create_system in (0, 10, 11)  # FAT, NTFS, VFAT
-    return path.replace("\\", "/") if windows else path
-
-
-def _head(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    with archive.open(info) as member:
-        return member.read(16)
 
 
 def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:

@@ -32,7 +32,7 @@ from gan_dist.data.prepare.sources import list_source, open_source
 from gan_dist.utils.errors import UserError
 from tests.helpers.images import encode as encode_image
 from tests.helpers.images import plain
-from tests.helpers.sources import balanced, encode
+from tests.helpers.sources import balanced, encode, rejects
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes, **fields: Any) -> None:
@@ -350,6 +350,39 @@ def test_what_is_no_source_is_named(tmp_path: Path, name: str, data: bytes, mess
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / name, tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_member_of_a_zip_costs_itself_alone(tmp_path: Path) -> None:
+    """Nothing can be said of one without an ending that cannot be looked into, but that it may be an image."""
+    unread = {"damaged": {"CRC": 1}, "packed": {"compress_type": 93}, "secret": {"flag_bits": 1}}
+    bad = {f"{kind}{rest}": fields for kind, fields in unread.items() for rest in ("", " link.png", ".txt")}
+    field = struct.pack("<HH", 0x7075, 50) + b"\1abc"
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in (*bad, "ok.png", "link.png", "field.png", "bytes\u00e9.png", "", "notes"):
+            info = zipfile.ZipInfo(name)
+            info.external_attr = 0o120777 << 16 if "link" in name else 0
+            info.extra = field if "field" in name else b""
+            archive.writestr(info, b"ok.png" if "link" in name else b"text" if name == "notes" else encode(1))
+            for attribute, value in bad.get(name, {}).items():
+                setattr(info, attribute, value)
+        packed = [info.header_offset for info in archive.infolist() if info.compress_type == 93]
+    content = bytearray((tmp_path / "in.zip").read_bytes().replace(b"bytes\xc3\xa9", b"bytes\xff\xfe"))
+    for place in packed:
+        content[place + 8] = 93
+    (tmp_path / "in.zip").write_bytes(content)
+    account = prepare(tmp_path / "in.zip", tmp_path / "out", workers=0, max_reject_fraction=1)
+    assert balanced(account)
+    assert account.skipped == {"not an image": 1, "not an image: .txt": 3, "member without a name": 1}
+    reasons = {"damaged": "bad_archive", "packed": "unsupported", "secret": "encrypted"}
+    assert rejects(tmp_path / "out") == {name: reasons[name.split()[0]] for name in bad if "txt" not in name}
+    assert paths(tmp_path / "out") == ["bytes\udcff\udcfe.png", "field.png", "link.png", "ok.png"]
+
+
+def test_a_zips_comment_may_look_like_its_end(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.writestr("a.png", encode(1))
+        archive.comment = b"about PK\5\6" + b"y" * 40
+    assert prepare(tmp_path / "in.zip", tmp_path / "out", workers=0).written == 1
 
 
 def test_the_last_part_of_a_split_zip_is_named(tmp_path: Path) -> None:
