@@ -51,17 +51,13 @@ def label(
         names: list[str | None] = [cls.get(entry.place) for entry in entries]
         origin = "cls"
     elif spec == "folders":
-        folders = [PurePosixPath(entry.place[1].replace("\\", "/")).parts[:-1] for entry in entries]
-        names = [parts[-1] if parts else None for parts in folders]
-        origin = spec
-        if not any(names):
-            parents = sorted({str(Path(source.path).parent) for source in sources})
-            raise UserError(
-                "--labels folders: no image is in a folder of its source: give the parent folder as the source: "
-                + ", ".join(parents)
-            )
-        if len(set(names)) == 1:
-            notes.append(_one_class(folders, sources))
+        names, origin = [_folders(entry)[-1] if _folders(entry) else None for entry in entries], spec
+        if len(known := {name for name in names if name}) < 2:
+            advice = _other_folders(entries, sources)
+            if not known:
+                raise UserError(f"--labels folders: no image is in a folder of its source: {advice}")
+            one = f"every image that is in a folder is in one named {known.pop()!r}, so there is one class"
+            notes.append(f"--labels folders: {one}: {advice}")
     else:
         table, origin = _read_table(spec, entries)
         names, ambiguous = _match(table, entries, sources, tick)
@@ -81,15 +77,32 @@ def label(
     return Labels(labelled, classes, counts, origin, notes)
 
 
-def _one_class(folders: Sequence[tuple[str, ...]], sources: Sequence[Source]) -> str:
-    """Returns a line about folders that are all of one name: which folders differ, or which source would have some."""
-    depth = next((i for i in range(len(folders[0])) if len({parts[: i + 1] for parts in folders}) > 1), None)
-    begin = f"--labels folders: every image is in a folder named {folders[0][-1]!r}, so there is one class: "
-    if depth is None:
-        return begin + f"to have the folders beside {sources[0].path} as classes, give {Path(sources[0].path).parent}"
-    some = sorted({parts[depth] for parts in folders if len(parts) > depth})
-    where = "/".join((sources[0].path, *folders[0][:depth]))
-    return begin + f"the folders that differ are {', '.join(some[:3])} in {where}: let the images lie in them directly"
+def _folders(entry: Entry) -> tuple[str, ...]:
+    """Returns the names of the folders that an entry lies in, the nearest last."""
+    return PurePosixPath(unicodedata.normalize("NFC", entry.place[1]).replace("\\", "/")).parts[:-1]
+
+
+def _other_folders(entries: Sequence[Entry], sources: Sequence[Source]) -> str:
+    """Returns what to do where no two images lie in folders of two names. A class is the nearest folder alone, and an
+    archive is none: what gives the folders further up, or the sources themselves, as classes depends on them."""
+    used = [sources[number] for number in dict.fromkeys(entry.place[0] for entry in entries)]
+    unpacked = all(source.kind == "folder" for source in used)
+    parents = ", ".join(sorted({str(Path(source.path).parent) for source in used}))
+    paths = [(sources[entry.place[0]].path, *folders) for entry in entries if (folders := _folders(entry))]
+    if not paths and unpacked:
+        return f"give the parent folder as the source: {parents}"
+    depth = (
+        next((i for i in range(len(paths[0])) if len({path[: i + 1] for path in paths}) > 1), None) if paths else None
+    )
+    if depth is None or (depth == 0 and not unpacked):
+        return (
+            "the class is the folder that an image lies in directly: give a source with several, or a table of classes"
+        )
+    differ = ", ".join(sorted({path[depth] for path in paths if len(path) > depth})[:3])
+    if depth == 0:
+        return f"let the images lie directly in {differ}, and give the parent folder as the source: {parents}"
+    where = "/".join(paths[0][:depth])
+    return f"the folders that differ are {differ} in {where}: let the images lie in them directly"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -139,14 +140,46 @@ def test_numeric_classes_of_one_value_have_an_order(tmp_path: Path) -> None:
     assert list(account.classes) == names
 
 
-def test_folders_that_are_one_class_are_said(tmp_path: Path) -> None:
-    for style in ("cubism", "realism"):
-        (tmp_path / "all" / style / "images").mkdir(parents=True)
-        (tmp_path / "all" / style / "images/a.png").write_bytes(encode(1))
-    notes = prepare(tmp_path / "all", tmp_path / "out", labels="folders", workers=0).notes
-    assert any(f"the folders that differ are cubism, realism in {tmp_path}/all:" in note for note in notes)
-    notes = prepare(tmp_path / "all/cubism", tmp_path / "out1", labels="folders", workers=0).notes
-    assert any(note.endswith(f"give {tmp_path}/all") for note in notes)
+@pytest.mark.parametrize(
+    ("files", "sources", "advice"),
+    [
+        (["cubism/images/a", "realism/images/b"], ["."], "the folders that differ are cubism, realism in {}:"),
+        (["cubism/images/a", "realism/images/b", "c"], ["."], "the folders that differ are cubism, realism in {}:"),
+        (["x/cubism/images/a", "x/d"], ["x/cubism"], "give a source with several"),
+        (["images/a", "b"], ["."], "give a source with several"),
+        (["Caf\u00e9/a", "Cafe\u0301/b"], ["."], "give a source with several"),
+        (["s1/images/a", "s2/images/b"], ["s1", "s2"], "lie directly in {0}/s1, {0}/s2, and give the parent folder"),
+        (["s1/images/a", "s2/b"], ["s1", "s2"], "give a source with several"),
+        (["s1/images/a", "s2/images/b"], ["s1.zip", "s2.zip"], "give a source with several"),
+    ],
+)
+def test_folders_that_are_one_class_are_said(tmp_path: Path, files: list[str], sources: list[str], advice: str) -> None:
+    for number, file in enumerate(files):
+        path = tmp_path / "in" / f"{file}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(number))
+    for name in ("s1", "s2") if "s1.zip" in sources else ():
+        shutil.make_archive(str(tmp_path / "in" / name), "zip", tmp_path / "in" / name)
+    account = prepare([tmp_path / "in" / name for name in sources], tmp_path / "out", labels="folders", workers=0)
+    (note,) = account.notes
+    assert len(account.classes) == 1 and "so there is one class: " in note
+    assert advice.format(tmp_path / "in") in note
+
+
+def test_advice_for_folders_gives_classes(tmp_path: Path) -> None:
+    """Images that lie in the sources themselves, as is advised where these are all that differs."""
+    for name in ("s1", "s2"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.png").write_bytes(encode(1))
+        shutil.make_archive(str(tmp_path / "packed" / name), "zip", tmp_path / "in" / name)
+    for folder, ending, advice in (
+        ("in", "", f"give the parent folder as the source: {tmp_path}/in$"),
+        ("packed", ".zip", "table"),
+    ):
+        sources = [tmp_path / folder / f"{name}{ending}" for name in ("s1", "s2")]
+        with pytest.raises(UserError, match=f"no image is in a folder of its source: .*{advice}"):
+            prepare(sources, tmp_path / "out", labels="folders", workers=0)
+    assert prepare(tmp_path / "in", tmp_path / "out", labels="folders", workers=0).classes == {"s1": 1, "s2": 1}
 
 
 def test_a_class_is_one_however_its_accents_are_spelt(tmp_path: Path) -> None:
