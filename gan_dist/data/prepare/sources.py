@@ -18,7 +18,7 @@ import re
 import stat
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -331,16 +331,18 @@ class _Members:
         for known in (self.entries, self._others, self._links):
             self._older += known.pop(path, None) is not None
 
-    def list(self, number: int, listing: Listing) -> None:
-        """Adds all to the listing. A link is the file that it leads to; one that leads nowhere cannot be read."""
+    def resolve(self, number: int, listing: Listing) -> list[tuple[str, str, Entry | None]]:
+        """Adds the images to the listing, and returns path, kind and entry of each file that is skipped. A link is the
+        file that it leads to; one that leads nowhere cannot be read."""
         folders = self._folders()
+        skipped = [(path, kind, entry) for path, (kind, entry) in self._others.items()]
         for path, target in self._links.items():
             target = self._followed(target)
             kind, found = self._behind(path, target)
             if found is None and target in folders:
                 kind = "link to a folder"
             if kind:
-                listing.skipped[kind] += 1
+                skipped.append((path, kind, found))
             elif found is not None:
                 listing.entries.append(replace(found, path=path))
             else:
@@ -351,6 +353,7 @@ class _Members:
             listing.notes.append(
                 f"{self._older:,} members are there again further on under the same name: the last of each counts"
             )
+        return skipped
 
     def _folders(self) -> set[str]:
         """Returns the folders that the files lie in, and those that these lie in."""
@@ -369,10 +372,6 @@ class _Members:
                 break
             path = posixpath.normpath(self._links[link] + path[len(link) :])
         return path
-
-    def kinds(self) -> Iterable[tuple[str, str]]:
-        """Returns path and kind of each file that is skipped."""
-        return ((path, kind) for path, (kind, _) in self._others.items())
 
 
 def _normal(path: str) -> str:
@@ -408,8 +407,7 @@ def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], 
                     members.add(path, entry, skip_kind(path, partial(_head, stream, entry)))
     except (OSError, ValueError) as error:
         raise UserError(f"source {source.path} is a damaged zip ({_one_line(error)}): fetch it again") from None
-    members.list(number, listing)
-    listing.skipped.update(kind for _, kind in members.kinds())
+    listing.skipped.update(kind for _, kind, _ in members.resolve(number, listing))
 
 
 def _head(stream: IO[bytes], entry: Entry) -> bytes:
@@ -445,13 +443,12 @@ def _refuse_several(source: Source, stream: IO[bytes], start: int) -> None:
 
 def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
     """Lists all tars that were written into the file one after the other: each ends with blocks of zeros."""
-    keys: dict[str, str] = {}  # WebDataset key -> class
     members = _Members()
     size, start = Path(source.path).stat().st_size, 0
     try:
         with Path(source.path).open("rb") as raw:
             while start < size:
-                end = _list_one_tar(raw, start, number, members, keys, tick)
+                end = _list_one_tar(raw, start, number, members, tick)
                 raw.seek(end)
                 rest = raw.read(512)
                 if end > size or rest.strip(b"\0"):
@@ -465,20 +462,30 @@ def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], 
                     stray = f"{size - start:,} bytes after its end mark that are no archive"
                     listing.notes.append(f"{source.name} has {stray}: left out")
                     break
+            skipped = members.resolve(number, listing)
+            files = [(path, entry) for path, _, entry in skipped if entry is not None]
+            keys = {_key(path): _read_class(raw, entry) for path, entry in files if _is_class(path, entry)}
     except Exception as error:
         raise UserError(
             f"source {source.path} is a tar that is damaged or cut short ({_one_line(error)}): fetch it again"
         ) from None
-    members.list(number, listing)
     images = {_key(entry.path) for entry in listing.entries}
-    for path, kind in members.kinds():
+    for path, kind, _ in skipped:
         listing.skipped[kind.replace("not an image", "beside an image") if _key(path) in images else kind] += 1
     listing.classes = {entry.path: keys[_key(entry.path)] for entry in listing.entries if keys.get(_key(entry.path))}
 
 
-def _list_one_tar(
-    raw: IO[bytes], start: int, number: int, members: _Members, keys: dict[str, str], tick: Callable[[], None]
-) -> int:
+def _is_class(path: str, entry: Entry) -> bool:
+    """Returns whether a file that is skipped is a WebDataset sample's class: a short one, whatever links lead to it."""
+    return path.endswith(".cls") and entry.size < 1000 and entry.pieces is None
+
+
+def _read_class(raw: IO[bytes], entry: Entry) -> str:
+    raw.seek(entry.offset)
+    return raw.read(entry.size).decode("utf-8", "replace").strip()
+
+
+def _list_one_tar(raw: IO[bytes], start: int, number: int, members: _Members, tick: Callable[[], None]) -> int:
     """Adds the members of the tar that begins at byte `start`; returns where its end mark should be."""
     raw.seek(start)
     end = start
@@ -500,9 +507,6 @@ def _list_one_tar(
             head = raw.read(min(16, member.size))
             pieces = _pieces(member)
             kind = skip_kind(path, partial(_same, head))
-            if kind and path.endswith(".cls") and member.size < 1000:
-                raw.seek(member.offset_data)
-                keys[_key(path)] = raw.read(member.size).decode("utf-8", "replace").strip()
             raw.seek(position)
             stored = member.size if pieces is None else sum(size for _, size in pieces)
             stamp = f"{member.mtime:.0f}-{member.chksum}"

@@ -163,6 +163,25 @@ def test_links_and_versions_in_a_tar(tmp_path: Path, format: int) -> None:
     assert np.array_equal(last, new)
 
 
+def test_classes_may_be_links(tmp_path: Path) -> None:
+    """Of WebDataset's samples, as of images: to what was there, or is there in the end."""
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for number in range(5):
+            add(archive, f"{number}.png", encode(number))
+        add(archive, "0.cls", b"cat")
+        add(archive, "1.cls", b"", type=tarfile.LNKTYPE, linkname="0.cls")
+        add(archive, "2.cls", b"", type=tarfile.SYMTYPE, linkname="names/dog.txt")
+        add(archive, "3.cls", b"", type=tarfile.SYMTYPE, linkname="nowhere")
+        add(archive, "0.cls", b"cow\n")
+        add(archive, "names/dog.txt", b"dog")
+    account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+    assert account.classes == {"cat": 1, "cow": 1, "dog": 1} and account.unlabelled == 2
+    others = {"beside an image: .cls": 4, "not an image: .txt": 1, "older version": 1}
+    assert balanced(account) and account.skipped == others
+    labels = [record.get("label") for record in dataset(tmp_path / "out")[1]]
+    assert labels == [1, 0, 2, None, None]
+
+
 def test_a_hard_link_is_the_version_that_was_there(tmp_path: Path) -> None:
     """As unpacking has it, which then replaces the file, but not what is linked."""
     with tarfile.open(tmp_path / "in.tar", "w") as archive:
