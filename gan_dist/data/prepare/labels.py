@@ -62,9 +62,12 @@ def label(
         table, origin = _read_table(spec, entries)
         names, ambiguous = _match(table, entries, sources, tick)
         if not any(names):
+            problem = "no row matches any of the {} images: is the column right?"
+            if ambiguous:
+                problem = "of the {} images not one has a row of its own with one class: are the rows' paths whole?"
             row, image = next(iter(table), "(no row has both)"), entries[0].place[1]
             raise UserError(
-                f"--labels {spec}: no row matches any of the {len(entries)} images: is the column right? "
+                f"--labels {spec}: {problem.format(len(entries))} "
                 f"The first row says {row!r}, the first image is {image!r}"
             )
     names = [name and unicodedata.normalize("NFC", name) for name in names]  # one class, however it is spelt

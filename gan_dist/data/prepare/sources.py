@@ -43,11 +43,14 @@ _OTHER = frozenset(f".{ending}" for ending in _OTHER_ENDINGS.split())
 """Files that are skipped by name: a look inside would be wasted, or (raw photographs) would find a thumbnail."""
 _ARCHIVE_ENDINGS = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"))
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
-_TRASH = "$recycle.bin recycler recycled #recycle @recycle lost+found found.000"
-_KEPT_BY_DEVICES = "@eadir @tmp #snapshot ~snapshot @recently-snapshot @sharebin"
+_TRASH = r"\$recycle\.bin recycle\.bin recycler recycled #recycle @recycle lost\+found found\.\d{3} @quarantine"
+_KEPT_BY_DEVICES = "@eadir @tmp #snapshot ~snapshot @recently-snapshot @sharesnap @sharebin @appstore @database"
+_KEPT_BY_PROGRAMS = r"@synoresource _vti_\w+ _gsdata_ thevolumesettingsfolder"
 _SPACED = ("system volume information", "network trash folder", "temporary items")
-_SYSTEM_FOLDERS = frozenset((*_TRASH.split(), *_KEPT_BY_DEVICES.split(), *_SPACED))
-"""Folders of disks, NASes and systems: what they hold is a thumbnail, a backup, or was thrown away."""
+_SYSTEM_FOLDER = re.compile(
+    "|".join((*_TRASH.split(), *_KEPT_BY_DEVICES.split(), *_KEPT_BY_PROGRAMS.split(), *_SPACED)), re.I
+)
+"""Folders of disks, NASes, systems and web servers: what they hold is a thumbnail, a backup, or was thrown away."""
 _JOIN = "one part of several of a split zip: join them first (`zip -s 0 SET.zip --out whole.zip`)"
 _NOT_READ = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it (`7z x`)",
@@ -214,7 +217,7 @@ def skip_kind(path: str, read_head: Callable[[], bytes] | None = None) -> str | 
         return "__MACOSX"
     if name.lower() in _SYSTEM_FILES:
         return "system file"
-    if any(part.lower() in _SYSTEM_FOLDERS for part in parts[:-1]):
+    if any(map(_SYSTEM_FOLDER.fullmatch, parts[:-1])):
         return "system folder"
     if any(part.startswith(".") and part not in (".", "..") for part in parts):
         return "dot file"

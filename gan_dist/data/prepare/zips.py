@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 from gan_dist.data.prepare.account import Rejected
 
@@ -42,6 +42,23 @@ class End:
     size: int
     shift: int
     split: bool
+
+
+class _Header(NamedTuple):
+    """A member's header in the directory; `name`, `extra`, `comment`: the bytes of what follows it."""
+
+    magic: bytes
+    system: int
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    name: int
+    extra: int
+    comment: int
+    attributes: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,31 +110,56 @@ def members(stream: IO[bytes]) -> list[Member]:
     if end is None or end.start < 0:
         raise ValueError("its directory is missing")
     stream.seek(end.start)
-    directory, place, found = stream.read(end.size), 0, list[Member]()
+    directory, place = stream.read(end.size), 0
+    found: list[tuple[_Header, bytes, dict[int, bytes]]] = []
     while place < len(directory):
         if len(directory) - place < _MEMBER.size or directory[place : place + 4] != _MEMBER_MAGIC:
             raise ValueError(f"its directory has no member at byte {end.start + place}")
-        header = _MEMBER.unpack_from(directory, place)
-        _, system, flags, method, crc, packed, size, *lengths, attributes, offset = header
-        place += _MEMBER.size
-        name = directory[place : place + lengths[0]]
-        fields = dict(_fields(directory[place + lengths[0] : place + lengths[0] + lengths[1]]))
-        place += sum(lengths)
-        size, packed, offset = _in_64([size, packed, offset], fields.get(_SIZES_64, b""))
-        bad = max(size, packed, offset) >= _MOST or _IN_64 in (size, packed, offset)
-        found.append(
-            Member(
-                _path(name, bool(flags & _IN_UTF_8), system, fields.get(_UNICODE_NAME, b"")),
-                size,
-                crc,
-                offset + end.shift,
-                packed,
-                method,
-                is_link=stat.S_ISLNK(attributes >> 16),
-                fault="encrypted" if flags & _ENCRYPTED else "bad_archive" if bad else "",
-            )
-        )
-    return found
+        header = _Header._make(_MEMBER.unpack_from(directory, place))
+        name = place + _MEMBER.size
+        extra = name + header.name
+        place = extra + header.extra + header.comment
+        found.append((header, directory[name:extra], dict(_fields(directory[extra : extra + header.extra]))))
+    code = _old_code([name for header, name, _ in found if not header.flags & _IN_UTF_8])
+    return [_member(header, name, fields, end.shift, code) for header, name, fields in found]
+
+
+def _member(header: _Header, name: bytes, fields: dict[int, bytes], shift: int, code: str) -> Member:
+    """Returns a member by its header, name and extra fields, `shift` bytes further on than it says."""
+    size, packed, offset = _in_64([header.size, header.packed, header.offset], fields.get(_SIZES_64, b""))
+    bad = max(size, packed, offset) >= _MOST or _IN_64 in (size, packed, offset)
+    in_utf_8 = header.flags & _IN_UTF_8
+    return Member(
+        _path(name, None if in_utf_8 else code, header.system, fields.get(_UNICODE_NAME, b"")),
+        size,
+        header.crc,
+        offset + shift,
+        packed,
+        header.method,
+        is_link=stat.S_ISLNK(header.attributes >> 16),
+        fault="encrypted" if header.flags & _ENCRYPTED else "bad_archive" if bad else "",
+    )
+
+
+def _old_code(names: list[bytes]) -> str:
+    """Returns the code of names that are no Unicode. It is that of DOS, unless all of them are Japanese and some would
+    have a backslash in the middle of a letter."""
+    split = False
+    for name in names:
+        if not (name.isascii() or _is_utf_8(name)):
+            try:
+                split |= name.decode("cp932").count("\\") < name.count(b"\\")
+            except UnicodeDecodeError:
+                return "cp437"
+    return "cp932" if split else "cp437"
+
+
+def _is_utf_8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _in_64(values: list[int], field: bytes) -> list[int]:
@@ -138,16 +180,17 @@ def _fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
         extra = extra[4 + size :]
 
 
-def _path(name: bytes, in_utf_8: bool, system: int, unicode_name: bytes) -> str:
+def _path(name: bytes, code: str | None, system: int, unicode_name: bytes) -> str:
     """Returns a member's path with `/`: programs of Windows write backslashes, some put Unicode in a field of its own,
-    and those of Unix and macOS often write it without saying so. Bytes that are no text are kept, as in folders."""
+    and those of Unix and macOS often write it without saying so. Bytes that are no text are kept, as in folders.
+
+    `code`: that of names that are no Unicode, or None for one that says that it is.
+    """
     short = name.partition(b"\0")[0]  # where unpacking ends it
-    if in_utf_8:
+    if code is None:
         path = short.decode("utf-8", "surrogateescape")
     else:
-        path = short.decode("cp437")
-        with contextlib.suppress(UnicodeError):
-            path = short.decode()
+        path = short.decode("utf-8" if _is_utf_8(short) else code)
         if unicode_name[:1] == b"\1" and zlib.crc32(name) == int.from_bytes(unicode_name[1:5], "little"):
             with contextlib.suppress(UnicodeError):
                 path = unicode_name[5:].decode()

@@ -295,6 +295,36 @@ def test_names_in_unicode_that_do_not_say_so(tmp_path: Path) -> None:
     assert paths(tmp_path / "out") == sorted([*names, "M\u00fcller.png"], key=str.encode)
 
 
+@pytest.mark.parametrize(
+    ("names", "code", "expected"),
+    [
+        (["\u5199\u771f/\u30bd.png", "\u5199\u771f/a.png"], "cp932", ["\u5199\u771f/a.png", "\u5199\u771f/\u30bd.png"]),
+        (["\u8868\\\u8868\\\u30bd.png"], "cp932", ["\u8868/\u8868/\u30bd.png"]),
+        (
+            ["Menu\\a.png", "Men\u00fc\\b.png", "Caf\u00e9.png"],
+            "cp437",
+            ["Caf\u00e9.png", "Menu/a.png", "Men\u00fc/b.png"],
+        ),
+    ],
+)
+def test_a_letter_of_two_bytes_is_not_cut_by_a_backslash(
+    tmp_path: Path, names: list[str], code: str, expected: list[str]
+) -> None:
+    """A Japanese letter may have one as its second byte. It separates folders in zips of other languages."""
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for number, name in enumerate(names):
+            info = zipfile.ZipInfo(str(number).rjust(len(name.encode(code)), "?"))
+            info.create_system = 0
+            archive.writestr(info, encode(1))
+    content = (tmp_path / "in.zip").read_bytes()
+    for number, name in enumerate(names):
+        raw = name.encode(code)
+        content = content.replace(str(number).rjust(len(raw), "?").encode(), raw)
+    (tmp_path / "in.zip").write_bytes(content)
+    prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
+    assert paths(tmp_path / "out") == expected
+
+
 PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 MAGIC = {"gz": b"\x1f\x8b", "bz2": b"BZh", "xz": b"\xfd7zXZ\0"}
 
@@ -432,12 +462,16 @@ def test_zstd_is_read_where_it_can_be_and_named_elsewhere(tmp_path: Path) -> Non
 def test_folders_of_systems_and_devices_are_no_pictures(tmp_path: Path) -> None:
     names = ["@eaDir/a.jpg", "@tmp", "#recycle/x", "@Recycle", "#snapshot", "~snapshot/daily.0", "@Recently-Snapshot"]
     names += ["$RECYCLE.BIN", "RECYCLER", "FOUND.000", "System Volume Information"]
+    names += ["FOUND.017", "@quarantine", "_vti_cnf", "@SynoResource", "@appstore", "_gsdata_"]
     names += ["lost+found", "Network Trash Folder", "Temporary Items"]
-    for name in (*names, "ok"):
+    pictures = ["@artist", "found.1", "recycle", "x_vti_cnf"]
+    for name in (*names, *pictures):
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "p.png").write_bytes(encode(1))
     account = prepare(tmp_path / "in", tmp_path / "out", workers=0)
-    assert account.skipped == {"system folder": len(names)} and paths(tmp_path / "out") == ["ok/p.png"]
+    assert account.skipped == {"system folder": len(names)} and paths(tmp_path / "out") == [
+        f"{name}/p.png" for name in pictures
+    ]
 
 
 def test_links_through_linked_folders_are_followed(tmp_path: Path) -> None:

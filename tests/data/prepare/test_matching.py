@@ -108,7 +108,11 @@ def test_tables_as_they_come(tmp_path: Path) -> None:
         ('file,style,t\n0,a,"x\n1,b,y\n\n2,a,"\n', "swallows whole rows"),
         ("file,style,style\n0.png,a,b\n", "the column 'style' twice"),
         ('file,style\n"0.png"x,a\n', "is not a CSV file"),
-        ("file,style\nother.png,a\n", "The first row says 'other.png', the first image is '0.png'"),
+        ("file,style\n0.png,a\n0.png,b\n", "not one has a row of its own with one class: .* first row says '0.png'"),
+        (
+            "file,style\nother.png,a\n",
+            "no row matches any of the 3 images.* The first row says 'other.png', the first image is '0.png'",
+        ),
     ],
 )
 def test_tables_that_cannot_be_right_are_one_line(tmp_path: Path, table: str, message: str) -> None:
