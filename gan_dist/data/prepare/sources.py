@@ -136,6 +136,8 @@ def open_source(path: Path, name: str) -> Source:
     try:
         if path.is_dir():
             return Source(name, "folder", str(path))
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"source {path} is a pipe or a device, which can be read once only: copy it into a file")
         with path.open("rb") as stream:
             head = stream.read(512)
             end = zips.find_end(stream)

@@ -401,6 +401,17 @@ def test_what_is_no_source_is_named(tmp_path: Path, name: str, data: bytes, mess
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    """As a shell's `<(...)` is one. Nothing is read of it, which could last for ever."""
+    os.mkfifo(tmp_path / "in.tar")
+    holder = os.open(tmp_path / "in.tar", os.O_RDWR)
+    os.write(holder, tar({"a.png": encode(1)})[:4096])
+    with pytest.raises(UserError, match=r"in\.tar is a pipe or a device.*: copy it into a file"):
+        prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+    assert len(os.read(holder, 5000)) == 4096
+    os.close(holder)
+
+
 def test_a_bad_member_of_a_zip_costs_itself_alone(tmp_path: Path) -> None:
     """Nothing can be said of one without an ending that cannot be looked into, but that it may be an image."""
     unread = {"damaged": {"CRC": 1}, "packed": {"compress_type": 93}, "secret": {"flag_bits": 1}}
