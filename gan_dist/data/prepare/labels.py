@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from gan_dist.data.prepare.matching import match
-from gan_dist.data.prepare.sources import IMAGE_ENDINGS, Entry, Source
+from gan_dist.data.prepare.matching import match, name_of
+from gan_dist.data.prepare.sources import Entry, Source
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand
 
@@ -51,24 +51,23 @@ def label(
         names: list[str | None] = [cls.get(entry.place) for entry in entries]
         origin = "cls"
     elif spec == "folders":
-        folders = [PurePosixPath(entry.place[1].replace("\\", "/")).parts[:-1] for entry in entries]
-        names = [parts[-1] if parts else None for parts in folders]
-        origin = spec
-        if not any(names):
-            parents = sorted({str(Path(source.path).parent) for source in sources})
-            raise UserError(
-                "--labels folders: no image is in a folder of its source: give the parent folder as the source: "
-                + ", ".join(parents)
-            )
-        if len(set(names)) == 1:
-            notes.append(_one_class(folders, sources))
+        names, origin = [_folders(entry)[-1] if _folders(entry) else None for entry in entries], spec
+        if len(known := {name for name in names if name}) < 2:
+            advice = _other_folders(entries, sources)
+            if not known:
+                raise UserError(f"--labels folders: no image is in a folder of its source: {advice}")
+            one = f"every image that is in a folder is in one named {known.pop()!r}, so there is one class"
+            notes.append(f"--labels folders: {one}: {advice}")
     else:
-        table, origin = _read_table(spec)
+        table, origin = _read_table(spec, entries)
         names, ambiguous = _match(table, entries, sources, tick)
         if not any(names):
+            problem = "no row matches any of the {} images: is the column right?"
+            if ambiguous:
+                problem = "of the {} images not one has a row of its own with one class: are the rows' paths whole?"
             row, image = next(iter(table), "(no row has both)"), entries[0].place[1]
             raise UserError(
-                f"--labels {spec}: no row matches any of the {len(entries)} images: is the column right? "
+                f"--labels {spec}: {problem.format(len(entries))} "
                 f"The first row says {row!r}, the first image is {image!r}"
             )
     names = [name and unicodedata.normalize("NFC", name) for name in names]  # one class, however it is spelt
@@ -81,15 +80,32 @@ def label(
     return Labels(labelled, classes, counts, origin, notes)
 
 
-def _one_class(folders: Sequence[tuple[str, ...]], sources: Sequence[Source]) -> str:
-    """Returns a line about folders that are all of one name: which folders differ, or which source would have some."""
-    depth = next((i for i in range(len(folders[0])) if len({parts[: i + 1] for parts in folders}) > 1), None)
-    begin = f"--labels folders: every image is in a folder named {folders[0][-1]!r}, so there is one class: "
-    if depth is None:
-        return begin + f"to have the folders beside {sources[0].path} as classes, give {Path(sources[0].path).parent}"
-    some = sorted({parts[depth] for parts in folders if len(parts) > depth})
-    where = "/".join((sources[0].path, *folders[0][:depth]))
-    return begin + f"the folders that differ are {', '.join(some[:3])} in {where}: let the images lie in them directly"
+def _folders(entry: Entry) -> tuple[str, ...]:
+    """Returns the names of the folders that an entry lies in, the nearest last."""
+    return PurePosixPath(unicodedata.normalize("NFC", entry.place[1]).replace("\\", "/")).parts[:-1]
+
+
+def _other_folders(entries: Sequence[Entry], sources: Sequence[Source]) -> str:
+    """Returns what to do where no two images lie in folders of two names. A class is the nearest folder alone, and an
+    archive is none: what gives the folders further up, or the sources themselves, as classes depends on them."""
+    used = [sources[number] for number in dict.fromkeys(entry.place[0] for entry in entries)]
+    unpacked = all(source.kind == "folder" for source in used)
+    parents = ", ".join(sorted({str(Path(source.path).parent) for source in used}))
+    paths = [(sources[entry.place[0]].path, *folders) for entry in entries if (folders := _folders(entry))]
+    if not paths and unpacked:
+        return f"give the parent folder as the source: {parents}"
+    depth = (
+        next((i for i in range(len(paths[0])) if len({path[: i + 1] for path in paths}) > 1), None) if paths else None
+    )
+    if depth is None or (depth == 0 and not unpacked):
+        return (
+            "the class is the folder that an image lies in directly: give a source with several, or a table of classes"
+        )
+    differ = ", ".join(sorted({path[depth] for path in paths if len(path) > depth})[:3])
+    if depth == 0:
+        return f"let the images lie directly in {differ}, and give the parent folder as the source: {parents}"
+    where = "/".join(paths[0][:depth])
+    return f"the folders that differ are {differ} in {where}: let the images lie in them directly"
 
 
 @contextmanager
@@ -102,7 +118,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
+def _read_table(spec: str, entries: Sequence[Entry]) -> tuple[dict[str, set[str]], str]:
     """Returns the labels that a table gives to each path, and its description."""
     parts = spec.rsplit(":", 2)
     if len(parts) != 3 or not all(part.strip() for part in parts):
@@ -111,6 +127,7 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
         )
     path, file_column, label_column = expand(parts[0]), parts[1].strip(), parts[2].strip()
     table: dict[str, set[str]] = {}
+    images: set[str] = set()
     line = 1
     try:
         with _long_cells(), path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
@@ -124,7 +141,12 @@ def _read_table(spec: str) -> tuple[dict[str, set[str]], str]:
             for row in rows:
                 began, line = line + 1, rows.line_num
                 if line > began:
-                    _check_cells(spec, path, row, began, len(columns), mark)
+                    images = images or {name_of(entry.place[1]) for entry in entries}
+                    if _swallows_rows(row, len(columns), mark, places, images):
+                        raise UserError(
+                            f"--labels {spec}: {path} has a cell in line {began} that swallows whole rows: close its "
+                            "quote, or write the cell in one line"
+                        )
                 file, name = (row[place].strip() if place < len(row) else "" for place in places)
                 if "\ufffd" in file + name:
                     raise UserError(f"--labels {spec}: {path} is not UTF-8 (line {line}): convert it")
@@ -161,15 +183,25 @@ def _column(spec: str, path: Path, columns: Sequence[str], name: str) -> int:
     raise UserError(f"--labels {spec}: no column {name!r} in {path}; it has {', '.join(columns)}")
 
 
-def _check_cells(spec: str, path: Path, row: Sequence[str], began: int, columns: int, mark: str) -> None:
-    """Raises UserError when a cell of several lines holds rows: a quote was not closed, and another one closed it."""
-    for cell in row:
-        for inner in cell.splitlines()[1:]:
-            ends = [PurePosixPath(part.strip()).suffix.lower() for part in inner.split(mark)]
-            if len(ends) >= columns and any(ending in IMAGE_ENDINGS for ending in ends):
-                raise UserError(
-                    f"--labels {spec}: {path} has a cell in line {began} that swallows whole rows: close its quote"
-                )
+def _swallows_rows(row: Sequence[str], columns: int, mark: str, places: Sequence[int], images: set[str]) -> bool:
+    """Returns whether a cell of several lines holds other rows: a quote was not closed, and another one closed it.
+
+    A description may look like rows. It is taken for some if one of them names an image; a path or a class (at
+    `places`) is if all of its lines could be rows.
+    """
+    for place, cell in enumerate(row):
+        lines = [line.split(mark) for line in cell.splitlines()]
+        if len(lines) < 2:
+            continue
+        # the cell's own row begins in its first line and ends in its last one
+        lines[0] = [""] * place + lines[0]
+        lines[-1] += [""] * (len(row) - place - 1)
+        whole = [line for line in lines if len(line) >= columns]
+        if any(name_of(line[places[0]].strip()) in images for line in whole):
+            return True
+        if place in places and len(whole) == len(lines):
+            return True
+    return False
 
 
 def _match(

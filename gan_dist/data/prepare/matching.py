@@ -58,6 +58,11 @@ def _path(text: str) -> _Path:
     return _Path((name, *reversed(folders)), "")
 
 
+def name_of(text: str) -> str:
+    """Returns a path's last part without its ending and in one case: paths that match have it in common."""
+    return _path(text).parts[0].casefold()
+
+
 def _fit(one: _Path, other: _Path) -> tuple[bool, int] | None:
     """Returns how well two paths with a common end fit: equal endings, and parts in the same case. None: another
     ending."""

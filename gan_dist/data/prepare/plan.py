@@ -365,7 +365,7 @@ def _continue(plan: Plan, stored: dict[str, Any], before: dict[tuple[int, str], 
     changed = [place for place in other if after[place][0] != before[place][0] or plan.sources[place[0]].has_checksums]
     touched = set(other) - set(changed)
     plan.accepted = frozenset({plan.digest, stored["digest"]})
-    changed += _rewritten(plan, touched, out)
+    changed += _rewritten(plan, touched, list(before), out)
     changes = {
         "added": [place for place in after if place not in before],
         "removed": [place for place in before if place not in after],
@@ -416,20 +416,28 @@ def _compare_recipes(plan: Plan, recipe: dict[str, Any], out: Path) -> None:
         )
 
 
-def _rewritten(plan: Plan, touched: set[tuple[int, str]], out: Path) -> list[tuple[int, str]]:
-    """Returns those of the `touched` files that are in finished shards and whose content is not what went there."""
+def _rewritten(
+    plan: Plan, touched: set[tuple[int, str]], before: Sequence[tuple[int, str]], out: Path
+) -> list[tuple[int, str]]:
+    """Returns those of the `touched` files that are in finished shards and whose content is not what went there.
+
+    `before` has the places of the entries by the keys that they had then: a file that came or went since has moved the
+    keys of all that follow it.
+    """
     if not touched:
         return []
+    entries = {entry.place: entry for entry in plan.entries if entry.place in touched}
     changed = []
     with closing(Reader(plan.sources)) as reader:
-        for shard in range(plan.num_shards):
+        for shard, start in enumerate(range(0, len(before), plan.shard_samples)):
             part = read_record(out / FOLDER / f"{shard_name(shard)}.json")
             if part is None or part["plan"] not in plan.accepted:
                 continue
-            contents = part.get("contents") or [""] * len(plan.keys(shard))
-            for key, content in zip(plan.keys(shard), contents, strict=True):
-                if (entry := plan.entries[key]).place in touched and _content(reader, entry) != content:
-                    changed.append(entry.place)
+            places = before[start : start + plan.shard_samples]
+            contents = part.get("contents") or [""] * len(places)
+            for place, content in zip(places, contents, strict=True):
+                if place in touched and _content(reader, entries[place]) != content:
+                    changed.append(place)
     return changed
 
 

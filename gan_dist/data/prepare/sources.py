@@ -17,15 +17,15 @@ import posixpath
 import re
 import stat
 import tarfile
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from gan_dist.data.prepare import zips
+from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.decode import recognised
 from gan_dist.utils.errors import UserError
 
@@ -43,11 +43,14 @@ _OTHER = frozenset(f".{ending}" for ending in _OTHER_ENDINGS.split())
 """Files that are skipped by name: a look inside would be wasted, or (raw photographs) would find a thumbnail."""
 _ARCHIVE_ENDINGS = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst"))
 _SYSTEM_FILES = frozenset(("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"))
-_TRASH = "$recycle.bin recycler recycled #recycle @recycle lost+found found.000"
-_KEPT_BY_DEVICES = "@eadir @tmp #snapshot ~snapshot @recently-snapshot @sharebin"
+_TRASH = r"\$recycle\.bin recycle\.bin recycler recycled #recycle @recycle lost\+found found\.\d{3} @quarantine"
+_KEPT_BY_DEVICES = "@eadir @tmp #snapshot ~snapshot @recently-snapshot @sharesnap @sharebin @appstore @database"
+_KEPT_BY_PROGRAMS = r"@synoresource _vti_\w+ _gsdata_ thevolumesettingsfolder"
 _SPACED = ("system volume information", "network trash folder", "temporary items")
-_SYSTEM_FOLDERS = frozenset((*_TRASH.split(), *_KEPT_BY_DEVICES.split(), *_SPACED))
-"""Folders of disks, NASes and systems: what they hold is a thumbnail, a backup, or was thrown away."""
+_SYSTEM_FOLDER = re.compile(
+    "|".join((*_TRASH.split(), *_KEPT_BY_DEVICES.split(), *_KEPT_BY_PROGRAMS.split(), *_SPACED)), re.I
+)
+"""Folders of disks, NASes, systems and web servers: what they hold is a thumbnail, a backup, or was thrown away."""
 _JOIN = "one part of several of a split zip: join them first (`zip -s 0 SET.zip --out whole.zip`)"
 _NOT_READ = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it (`7z x`)",
@@ -63,6 +66,7 @@ _NOT_READ = {
 }
 """What a source may be by mistake, by its first bytes, and what to do."""
 _PACKED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+_LONGEST_LINK = 5000
 _PART = re.compile(r"\.(z\d\d|\d{3}|part\d+(\.rar)?|tar\.\w*a[a-z])$", re.I)
 
 
@@ -132,14 +136,17 @@ def open_source(path: Path, name: str) -> Source:
     try:
         if path.is_dir():
             return Source(name, "folder", str(path))
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"source {path} is a pipe or a device, which can be read once only: copy it into a file")
         with path.open("rb") as stream:
             head = stream.read(512)
+            end = zips.find_end(stream)
         _refuse(path, head)
-        # tar first: zipfile looks for a zip's end, which a tar has too if its last member is a zip
+        # tar first: it has a zip's end, too, if its last member is a zip
         if head[257:262] == b"ustar":
             return Source(name, "tar", str(path))
-        if zipfile.is_zipfile(path):
-            if _is_last_part(path):
+        if end is not None:
+            if end.split:
                 raise UserError(f"source {path} is {_JOIN}")
             return Source(name, "zip", str(path))
         if head and _is_tar(path):
@@ -161,16 +168,6 @@ def _refuse(path: Path, head: bytes) -> None:
     for magic, what in _NOT_READ.items():
         if head.startswith(magic):
             raise UserError(f"source {path} is {what}")
-
-
-def _is_last_part(path: Path) -> bool:
-    """Returns whether a zip says that it is not the only part."""
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 66_000))
-        tail = stream.read()
-    end = tail.rfind(b"PK\5\6")
-    disks = tail[end + 4 : end + 6], tail[end + 6 : end + 8]
-    return end >= 0 and any(disk not in (b"\0\0", b"\xff\xff") for disk in disks)
 
 
 def _is_tar(path: Path) -> bool:
@@ -222,7 +219,7 @@ def skip_kind(path: str, read_head: Callable[[], bytes] | None = None) -> str | 
         return "__MACOSX"
     if name.lower() in _SYSTEM_FILES:
         return "system file"
-    if any(part.lower() in _SYSTEM_FOLDERS for part in parts[:-1]):
+    if any(map(_SYSTEM_FOLDER.fullmatch, parts[:-1])):
         return "system folder"
     if any(part.startswith(".") and part not in (".", "..") for part in parts):
         return "dot file"
@@ -233,8 +230,11 @@ def skip_kind(path: str, read_head: Callable[[], bytes] | None = None) -> str | 
         return "nested archive"
     if ending in _OTHER:
         return f"not an image: {ending}"
-    with contextlib.suppress(Exception):  # a damaged member: zipfile and its decompressors raise anything
-        if read_head is not None and recognised(read_head()):
+    if read_head is not None:
+        try:
+            if recognised(read_head()):
+                return None
+        except (Rejected, OSError):  # it may be one; whoever reads it will say why not
             return None
     return f"not an image: {ending}" if re.fullmatch(r"\.[a-z0-9_]{1,5}", ending) else "not an image"
 
@@ -336,15 +336,18 @@ class _Members:
         for known in (self.entries, self._others, self._links):
             self._older += known.pop(path, None) is not None
 
-    def list(self, number: int, listing: Listing) -> None:
-        """Adds all to the listing. A link is the file that it leads to; one that leads nowhere cannot be read."""
+    def resolve(self, number: int, listing: Listing) -> list[tuple[str, str, Entry | None]]:
+        """Adds the images to the listing, and returns path, kind and entry of each file that is skipped. A link is the
+        file that it leads to; one that leads nowhere cannot be read."""
+        folders = self._folders()
+        skipped = [(path, kind, entry) for path, (kind, entry) in self._others.items()]
         for path, target in self._links.items():
             target = self._followed(target)
             kind, found = self._behind(path, target)
-            if any(known.startswith(f"{target}/") for known in self.entries) and found is None:
+            if found is None and target in folders:
                 kind = "link to a folder"
             if kind:
-                listing.skipped[kind] += 1
+                skipped.append((path, kind, found))
             elif found is not None:
                 listing.entries.append(replace(found, path=path))
             else:
@@ -355,6 +358,15 @@ class _Members:
             listing.notes.append(
                 f"{self._older:,} members are there again further on under the same name: the last of each counts"
             )
+        return skipped
+
+    def _folders(self) -> set[str]:
+        """Returns the folders that the files lie in, and those that these lie in."""
+        folders = {"."}
+        for path in (*self.entries, *self._others):
+            while (path := posixpath.dirname(path)) and path not in folders:
+                folders.add(path)
+        return folders
 
     def _followed(self, path: str) -> str:
         """Returns the path of a file without the links that lead to it, and to the folders that it lies in."""
@@ -365,10 +377,6 @@ class _Members:
                 break
             path = posixpath.normpath(self._links[link] + path[len(link) :])
         return path
-
-    def kinds(self) -> Iterable[tuple[str, str]]:
-        """Returns path and kind of each file that is skipped."""
-        return ((path, kind) for path, (kind, _) in self._others.items())
 
 
 def _normal(path: str) -> str:
@@ -384,36 +392,52 @@ def _target(path: str, link: str) -> str:
 def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
     members = _Members()
     try:
-        with zipfile.ZipFile(source.path) as archive:
-            _refuse_several(source, archive)
-            for info in archive.infolist():
+        with Path(source.path).open("rb") as stream:
+            directory = zips.members(stream)
+            _refuse_several(source, stream, min((member.offset for member in directory), default=0))
+            for member in directory:
                 tick()
-                path = _normal(_zip_path(info))
-                if not path or path.endswith("/"):
+                if member.path.endswith("/"):
                     continue
-                encrypted = bool(info.flag_bits & 1)
-                if stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 5000 and not encrypted:
-                    link = archive.read(info).decode("utf-8", "surrogateescape")
+                if not member.path:
+                    listing.skipped["member without a name"] += 1
+                    continue
+                path = _normal(member.path)
+                place = member.offset, member.packed, member.method, member.fault
+                entry = Entry(number, path, member.size, f"{member.crc:08x}", *place)
+                link = _read_link(stream, entry) if member.is_link else None
+                if link is not None:
                     members.add_link(path, _target(path, link))
-                    continue
-                kind = skip_kind(path, None if encrypted else partial(_head, archive, info))
-                place = info.header_offset, info.compress_size, info.compress_type
-                fault = "encrypted" if encrypted else ""
-                members.add(path, Entry(number, path, info.file_size, f"{info.CRC:08x}", *place, fault), kind)
-    except UserError:
-        raise
-    except Exception as error:  # on hostile bytes zipfile raises struct.error, UnicodeDecodeError, IndexError, ...
+                else:
+                    members.add(path, entry, skip_kind(path, partial(_head, stream, entry)))
+    except (OSError, ValueError) as error:
         raise UserError(f"source {source.path} is a damaged zip ({_one_line(error)}): fetch it again") from None
-    members.list(number, listing)
-    listing.skipped.update(kind for _, kind in members.kinds())
+    listing.skipped.update(kind for _, kind, _ in members.resolve(number, listing))
 
 
-def _refuse_several(source: Source, archive: zipfile.ZipFile) -> None:
-    """Raises UserError when another zip stands before this one in the file: only the last one's directory is read."""
-    start = min((info.header_offset for info in archive.infolist()), default=0)
-    with Path(source.path).open("rb") as stream:
-        stream.seek(max(0, start - 66_000))
-        before = stream.read(start - stream.tell()) if start > 0 else b""
+def _head(stream: IO[bytes], entry: Entry) -> bytes:
+    """Returns the first bytes of a zip's member. Raises Rejected where they cannot be read."""
+    if entry.fault:
+        raise Rejected(entry.fault)
+    return zips.head(stream, entry.offset, entry.packed, entry.method)
+
+
+def _read_link(stream: IO[bytes], entry: Entry) -> str | None:
+    """Returns where a zip's link leads. None: it cannot be read, as whoever reads it as a file will say."""
+    if entry.fault or max(entry.size, entry.packed) > _LONGEST_LINK:
+        return None
+    try:
+        target = zips.read(stream, entry.offset, entry.packed, entry.method, entry.size, entry.stamp)
+    except (Rejected, OSError):
+        return None
+    return target.decode("utf-8", "surrogateescape")
+
+
+def _refuse_several(source: Source, stream: IO[bytes], start: int) -> None:
+    """Raises UserError when another zip ends at byte `start`, where this one begins: only the last one's directory is
+    read."""
+    stream.seek(max(0, start - 66_000))
+    before = stream.read(start - stream.tell()) if start > 0 else b""
     end = before.rfind(b"PK\5\6")
     if end >= 0 and end + 22 + int.from_bytes(before[end + 20 : end + 22], "little") == len(before):
         raise UserError(
@@ -422,38 +446,14 @@ def _refuse_several(source: Source, archive: zipfile.ZipFile) -> None:
         )
 
 
-def _zip_path(info: zipfile.ZipInfo) -> str:
-    """Returns a member's path with `/`: programs of Windows write backslashes, some put Unicode in a field of its own,
-    and those of Unix and macOS often write it without saying so."""
-    extra, path = info.extra, info.filename
-    if not info.flag_bits & 0x800:
-        with contextlib.suppress(UnicodeError):
-            path = info.filename.encode("cp437").decode()
-        while len(extra) >= 4:
-            kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
-            field_, extra = extra[4 : 4 + size], extra[4 + size :]
-            if kind == 0x7075 and field_[:1] == b"\1":
-                with contextlib.suppress(UnicodeError):
-                    if zlib.crc32(info.orig_filename.encode("cp437")) == int.from_bytes(field_[1:5], "little"):
-                        path = field_[5:].decode()
-    windows = info.create_system in (0, 10, 11)  # FAT, NTFS, VFAT
-    return path.replace("\\", "/") if windows else path
-
-
-def _head(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    with archive.open(info) as member:
-        return member.read(16)
-
-
 def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
     """Lists all tars that were written into the file one after the other: each ends with blocks of zeros."""
-    keys: dict[str, str] = {}  # WebDataset key -> class
     members = _Members()
     size, start = Path(source.path).stat().st_size, 0
     try:
         with Path(source.path).open("rb") as raw:
             while start < size:
-                end = _list_one_tar(raw, start, number, members, keys, tick)
+                end = _list_one_tar(raw, start, number, members, tick)
                 raw.seek(end)
                 rest = raw.read(512)
                 if end > size or rest.strip(b"\0"):
@@ -467,20 +467,30 @@ def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], 
                     stray = f"{size - start:,} bytes after its end mark that are no archive"
                     listing.notes.append(f"{source.name} has {stray}: left out")
                     break
+            skipped = members.resolve(number, listing)
+            files = [(path, entry) for path, _, entry in skipped if entry is not None]
+            keys = {_key(path): _read_class(raw, entry) for path, entry in files if _is_class(path, entry)}
     except Exception as error:
         raise UserError(
             f"source {source.path} is a tar that is damaged or cut short ({_one_line(error)}): fetch it again"
         ) from None
-    members.list(number, listing)
     images = {_key(entry.path) for entry in listing.entries}
-    for path, kind in members.kinds():
+    for path, kind, _ in skipped:
         listing.skipped[kind.replace("not an image", "beside an image") if _key(path) in images else kind] += 1
     listing.classes = {entry.path: keys[_key(entry.path)] for entry in listing.entries if keys.get(_key(entry.path))}
 
 
-def _list_one_tar(
-    raw: IO[bytes], start: int, number: int, members: _Members, keys: dict[str, str], tick: Callable[[], None]
-) -> int:
+def _is_class(path: str, entry: Entry) -> bool:
+    """Returns whether a file that is skipped is a WebDataset sample's class: a short one, whatever links lead to it."""
+    return path.endswith(".cls") and entry.size < 1000 and entry.pieces is None
+
+
+def _read_class(raw: IO[bytes], entry: Entry) -> str:
+    raw.seek(entry.offset)
+    return raw.read(entry.size).decode("utf-8", "replace").strip()
+
+
+def _list_one_tar(raw: IO[bytes], start: int, number: int, members: _Members, tick: Callable[[], None]) -> int:
     """Adds the members of the tar that begins at byte `start`; returns where its end mark should be."""
     raw.seek(start)
     end = start
@@ -502,9 +512,6 @@ def _list_one_tar(
             head = raw.read(min(16, member.size))
             pieces = _pieces(member)
             kind = skip_kind(path, partial(_same, head))
-            if kind and path.endswith(".cls") and member.size < 1000:
-                raw.seek(member.offset_data)
-                keys[_key(path)] = raw.read(member.size).decode("utf-8", "replace").strip()
             raw.seek(position)
             stored = member.size if pieces is None else sum(size for _, size in pieces)
             stamp = f"{member.mtime:.0f}-{member.chksum}"

@@ -61,6 +61,8 @@ def needs_staging(text: str) -> bool:
 
 def _compression(path: Path) -> bytes | None:
     try:
+        if not path.is_file():  # opening a pipe would block
+            return None
         with path.open("rb") as stream:
             head = stream.read(_LONGEST_MAGIC)
     except OSError:

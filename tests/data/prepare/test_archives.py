@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -27,10 +28,11 @@ from hypothesis import strategies as st
 from gan_dist.data.dataset import open_dataset
 from gan_dist.data.prepare import staging
 from gan_dist.data.prepare.prepare import prepare
+from gan_dist.data.prepare.sources import list_source, open_source
 from gan_dist.utils.errors import UserError
 from tests.helpers.images import encode as encode_image
 from tests.helpers.images import plain
-from tests.helpers.sources import balanced, encode
+from tests.helpers.sources import balanced, encode, rejects
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes, **fields: Any) -> None:
@@ -161,6 +163,25 @@ def test_links_and_versions_in_a_tar(tmp_path: Path, format: int) -> None:
     assert np.array_equal(last, new)
 
 
+def test_classes_may_be_links(tmp_path: Path) -> None:
+    """Of WebDataset's samples, as of images: to what was there, or is there in the end."""
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for number in range(5):
+            add(archive, f"{number}.png", encode(number))
+        add(archive, "0.cls", b"cat")
+        add(archive, "1.cls", b"", type=tarfile.LNKTYPE, linkname="0.cls")
+        add(archive, "2.cls", b"", type=tarfile.SYMTYPE, linkname="names/dog.txt")
+        add(archive, "3.cls", b"", type=tarfile.SYMTYPE, linkname="nowhere")
+        add(archive, "0.cls", b"cow\n")
+        add(archive, "names/dog.txt", b"dog")
+    account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+    assert account.classes == {"cat": 1, "cow": 1, "dog": 1} and account.unlabelled == 2
+    others = {"beside an image: .cls": 4, "not an image: .txt": 1, "older version": 1}
+    assert balanced(account) and account.skipped == others
+    labels = [record.get("label") for record in dataset(tmp_path / "out")[1]]
+    assert labels == [1, 0, 2, None, None]
+
+
 def test_a_hard_link_is_the_version_that_was_there(tmp_path: Path) -> None:
     """As unpacking has it, which then replaces the file, but not what is linked."""
     with tarfile.open(tmp_path / "in.tar", "w") as archive:
@@ -274,6 +295,36 @@ def test_names_in_unicode_that_do_not_say_so(tmp_path: Path) -> None:
     assert paths(tmp_path / "out") == sorted([*names, "M\u00fcller.png"], key=str.encode)
 
 
+@pytest.mark.parametrize(
+    ("names", "code", "expected"),
+    [
+        (["\u5199\u771f/\u30bd.png", "\u5199\u771f/a.png"], "cp932", ["\u5199\u771f/a.png", "\u5199\u771f/\u30bd.png"]),
+        (["\u8868\\\u8868\\\u30bd.png"], "cp932", ["\u8868/\u8868/\u30bd.png"]),
+        (
+            ["Menu\\a.png", "Men\u00fc\\b.png", "Caf\u00e9.png"],
+            "cp437",
+            ["Caf\u00e9.png", "Menu/a.png", "Men\u00fc/b.png"],
+        ),
+    ],
+)
+def test_a_letter_of_two_bytes_is_not_cut_by_a_backslash(
+    tmp_path: Path, names: list[str], code: str, expected: list[str]
+) -> None:
+    """A Japanese letter may have one as its second byte. It separates folders in zips of other languages."""
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for number, name in enumerate(names):
+            info = zipfile.ZipInfo(str(number).rjust(len(name.encode(code)), "?"))
+            info.create_system = 0
+            archive.writestr(info, encode(1))
+    content = (tmp_path / "in.zip").read_bytes()
+    for number, name in enumerate(names):
+        raw = name.encode(code)
+        content = content.replace(str(number).rjust(len(raw), "?").encode(), raw)
+    (tmp_path / "in.zip").write_bytes(content)
+    prepare(tmp_path / "in.zip", tmp_path / "out", workers=0)
+    assert paths(tmp_path / "out") == expected
+
+
 PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 MAGIC = {"gz": b"\x1f\x8b", "bz2": b"BZh", "xz": b"\xfd7zXZ\0"}
 
@@ -350,6 +401,50 @@ def test_what_is_no_source_is_named(tmp_path: Path, name: str, data: bytes, mess
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    """As a shell's `<(...)` is one. Nothing is read of it, which could last for ever."""
+    os.mkfifo(tmp_path / "in.tar")
+    holder = os.open(tmp_path / "in.tar", os.O_RDWR)
+    os.write(holder, tar({"a.png": encode(1)})[:4096])
+    with pytest.raises(UserError, match=r"in\.tar is a pipe or a device.*: copy it into a file"):
+        prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+    assert len(os.read(holder, 5000)) == 4096
+    os.close(holder)
+
+
+def test_a_bad_member_of_a_zip_costs_itself_alone(tmp_path: Path) -> None:
+    """Nothing can be said of one without an ending that cannot be looked into, but that it may be an image."""
+    unread = {"damaged": {"CRC": 1}, "packed": {"compress_type": 93}, "secret": {"flag_bits": 1}}
+    bad = {f"{kind}{rest}": fields for kind, fields in unread.items() for rest in ("", " link.png", ".txt")}
+    field = struct.pack("<HH", 0x7075, 50) + b"\1abc"
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for name in (*bad, "ok.png", "link.png", "field.png", "bytes\u00e9.png", "", "notes"):
+            info = zipfile.ZipInfo(name)
+            info.external_attr = 0o120777 << 16 if "link" in name else 0
+            info.extra = field if "field" in name else b""
+            archive.writestr(info, b"ok.png" if "link" in name else b"text" if name == "notes" else encode(1))
+            for attribute, value in bad.get(name, {}).items():
+                setattr(info, attribute, value)
+        packed = [info.header_offset for info in archive.infolist() if info.compress_type == 93]
+    content = bytearray((tmp_path / "in.zip").read_bytes().replace(b"bytes\xc3\xa9", b"bytes\xff\xfe"))
+    for place in packed:
+        content[place + 8] = 93
+    (tmp_path / "in.zip").write_bytes(content)
+    account = prepare(tmp_path / "in.zip", tmp_path / "out", workers=0, max_reject_fraction=1)
+    assert balanced(account)
+    assert account.skipped == {"not an image": 1, "not an image: .txt": 3, "member without a name": 1}
+    reasons = {"damaged": "bad_archive", "packed": "unsupported", "secret": "encrypted"}
+    assert rejects(tmp_path / "out") == {name: reasons[name.split()[0]] for name in bad if "txt" not in name}
+    assert paths(tmp_path / "out") == ["bytes\udcff\udcfe.png", "field.png", "link.png", "ok.png"]
+
+
+def test_a_zips_comment_may_look_like_its_end(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.writestr("a.png", encode(1))
+        archive.comment = b"about PK\5\6" + b"y" * 40
+    assert prepare(tmp_path / "in.zip", tmp_path / "out", workers=0).written == 1
+
+
 def test_the_last_part_of_a_split_zip_is_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         archive.writestr("a.png", encode(1))
@@ -378,12 +473,16 @@ def test_zstd_is_read_where_it_can_be_and_named_elsewhere(tmp_path: Path) -> Non
 def test_folders_of_systems_and_devices_are_no_pictures(tmp_path: Path) -> None:
     names = ["@eaDir/a.jpg", "@tmp", "#recycle/x", "@Recycle", "#snapshot", "~snapshot/daily.0", "@Recently-Snapshot"]
     names += ["$RECYCLE.BIN", "RECYCLER", "FOUND.000", "System Volume Information"]
+    names += ["FOUND.017", "@quarantine", "_vti_cnf", "@SynoResource", "@appstore", "_gsdata_"]
     names += ["lost+found", "Network Trash Folder", "Temporary Items"]
-    for name in (*names, "ok"):
+    pictures = ["@artist", "found.1", "recycle", "x_vti_cnf"]
+    for name in (*names, *pictures):
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "p.png").write_bytes(encode(1))
     account = prepare(tmp_path / "in", tmp_path / "out", workers=0)
-    assert account.skipped == {"system folder": len(names)} and paths(tmp_path / "out") == ["ok/p.png"]
+    assert account.skipped == {"system folder": len(names)} and paths(tmp_path / "out") == [
+        f"{name}/p.png" for name in pictures
+    ]
 
 
 def test_links_through_linked_folders_are_followed(tmp_path: Path) -> None:
@@ -399,6 +498,34 @@ def test_links_through_linked_folders_are_followed(tmp_path: Path) -> None:
     account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0, max_reject_fraction=1)
     assert balanced(account) and account.rejected == {"unreadable": 1}
     assert paths(tmp_path / "out") == ["deep/b.png", "hard.png", "real/a.png", "twice.png"]
+
+
+def test_links_to_folders_are_no_images(tmp_path: Path) -> None:
+    """What lies in the folders is counted where it lies, images or not."""
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for name in ("deep/real/a.png", "texts/a.txt"):
+            add(archive, name, encode(1))
+        for number, target in enumerate(("deep", "deep/real", "texts", ".", "deep/real/a.png")):
+            add(archive, f"{number}.png", b"", type=tarfile.SYMTYPE, linkname=target)
+    account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+    assert balanced(account) and account.skipped == {"link to a folder": 4, "not an image: .txt": 1}
+    assert paths(tmp_path / "out") == ["4.png", "deep/real/a.png"]
+
+
+def test_links_take_no_longer_to_list_than_files(tmp_path: Path) -> None:
+    """Three times as long at the most, however many there are."""
+    seconds = {}
+    for kind in ("files", "links"):
+        with tarfile.open(tmp_path / f"{kind}.tar", "w") as archive:
+            for i in range(4000):
+                add(archive, f"pool/{i:06d}.png", b"x")
+                link = {"type": tarfile.SYMTYPE, "linkname": f"../pool/{i:06d}.png"}
+                add(archive, f"by class/{i:06d}.png", b"", **(link if kind == "links" else {}))
+        began = time.process_time()
+        listing = list_source(open_source(tmp_path / f"{kind}.tar", kind), 0)
+        seconds[kind] = time.process_time() - began
+        assert len(listing.entries) == 8000
+    assert seconds["links"] < 3 * seconds["files"], seconds
 
 
 def test_zips_one_after_the_other_are_not_lost(tmp_path: Path) -> None:

@@ -113,6 +113,25 @@ def test_what_would_change_the_dataset_is_refused(
         prepare(source, out, workers=0, shard_samples=4, max_reject_fraction=1, labels="folders")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda source: (source / "!first.png").write_bytes(encode(77)), "1 added .first in/'!first.png'.:"),
+        (lambda source: (source / "a/000.jpg").unlink(), "1 removed .first in/'a/000.jpg'.:"),
+        (lambda source: [(source / f"a/{name}").unlink() for name in ("000.jpg", "004.png")], "2 removed [^,]*:"),
+    ],
+)
+def test_what_came_or_went_is_told_from_what_was_only_touched(
+    tmp_path: Path, change: Callable[[Path], object], says: str
+) -> None:
+    """It moves the keys of the files after it, and may leave fewer shards than there were."""
+    source, out = begin(tmp_path)
+    touch(source, out)
+    change(source)
+    with pytest.raises(GanDistError, match=f"the sources changed since {out} was begun: {says}"):
+        prepare(source, out, workers=0, shard_samples=4, max_reject_fraction=1, labels="folders")
+
+
 def test_other_content_of_the_same_size_is_refused(tmp_path: Path) -> None:
     source, out = begin(tmp_path)
     path = source / "b/001.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -100,15 +101,38 @@ def test_tables_as_they_come(tmp_path: Path) -> None:
     [
         ('file,style\n0.png,"a\n1.png,b\n2.png,a\n', "a quote opened after line 1 is never closed"),
         ('file,style,t\n0.png,a,"x\n1.png,b,y\n2.png,a,"\n', "swallows whole rows"),
+        ('file,style\n0,"a\n1,b\n2,c"\n', "line 2 that swallows whole rows"),
+        ('file,style\n0,"a\n8,b\n9,c"\n', "swallows whole rows"),
+        ('style,file\na,2.png\n"b,0.png\nc",1.png\n', "line 3 that swallows whole rows"),
+        ('file,style,t\n0,"a\n1,b",x\n2,a,y\n', "swallows whole rows"),
+        ('file,style,t\n0,a,"x\n1,b,y\n\n2,a,"\n', "swallows whole rows"),
         ("file,style,style\n0.png,a,b\n", "the column 'style' twice"),
         ('file,style\n"0.png"x,a\n', "is not a CSV file"),
-        ("file,style\nother.png,a\n", "The first row says 'other.png', the first image is '0.png'"),
+        ("file,style\n0.png,a\n0.png,b\n", "not one has a row of its own with one class: .* first row says '0.png'"),
+        (
+            "file,style\nother.png,a\n",
+            "no row matches any of the 3 images.* The first row says 'other.png', the first image is '0.png'",
+        ),
     ],
 )
 def test_tables_that_cannot_be_right_are_one_line(tmp_path: Path, table: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         label(tmp_path, ["0.png", "1.png", "2.png"], table)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "classes"),
+    [
+        ('file,style\n0.png,"a\nb"\n1.png,"c,\nd"\n', ["a b", "c, d"]),
+        ('style,file\n"a\nb",0.png\nc,1.png\n', ["a b", "c"]),
+        ('file,style,t\n0,a,"A boat, at dusk, in oil\nseen, as it were, from afar\n"\n1,b,\n', ["a", "b"]),
+        ('t,file,style\n"A boat, at dusk, in oil\nafar",0,a\n"see\n0.png",1,b\n', ["a", "b"]),
+        ('file,t,style\n0,"see 1.png, or\n1.png",a\n1,"x,y\nz",b\n', ["a", "b"]),
+    ],
+)
+def test_cells_of_several_lines_that_are_no_rows_are_read(tmp_path: Path, table: str, classes: list[str]) -> None:
+    assert list(label(tmp_path, ["0.png", "1.png"], table).values()) == classes
 
 
 def test_numeric_classes_of_one_value_have_an_order(tmp_path: Path) -> None:
@@ -120,14 +144,46 @@ def test_numeric_classes_of_one_value_have_an_order(tmp_path: Path) -> None:
     assert list(account.classes) == names
 
 
-def test_folders_that_are_one_class_are_said(tmp_path: Path) -> None:
-    for style in ("cubism", "realism"):
-        (tmp_path / "all" / style / "images").mkdir(parents=True)
-        (tmp_path / "all" / style / "images/a.png").write_bytes(encode(1))
-    notes = prepare(tmp_path / "all", tmp_path / "out", labels="folders", workers=0).notes
-    assert any(f"the folders that differ are cubism, realism in {tmp_path}/all:" in note for note in notes)
-    notes = prepare(tmp_path / "all/cubism", tmp_path / "out1", labels="folders", workers=0).notes
-    assert any(note.endswith(f"give {tmp_path}/all") for note in notes)
+@pytest.mark.parametrize(
+    ("files", "sources", "advice"),
+    [
+        (["cubism/images/a", "realism/images/b"], ["."], "the folders that differ are cubism, realism in {}:"),
+        (["cubism/images/a", "realism/images/b", "c"], ["."], "the folders that differ are cubism, realism in {}:"),
+        (["x/cubism/images/a", "x/d"], ["x/cubism"], "give a source with several"),
+        (["images/a", "b"], ["."], "give a source with several"),
+        (["Caf\u00e9/a", "Cafe\u0301/b"], ["."], "give a source with several"),
+        (["s1/images/a", "s2/images/b"], ["s1", "s2"], "lie directly in {0}/s1, {0}/s2, and give the parent folder"),
+        (["s1/images/a", "s2/b"], ["s1", "s2"], "give a source with several"),
+        (["s1/images/a", "s2/images/b"], ["s1.zip", "s2.zip"], "give a source with several"),
+    ],
+)
+def test_folders_that_are_one_class_are_said(tmp_path: Path, files: list[str], sources: list[str], advice: str) -> None:
+    for number, file in enumerate(files):
+        path = tmp_path / "in" / f"{file}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(number))
+    for name in ("s1", "s2") if "s1.zip" in sources else ():
+        shutil.make_archive(str(tmp_path / "in" / name), "zip", tmp_path / "in" / name)
+    account = prepare([tmp_path / "in" / name for name in sources], tmp_path / "out", labels="folders", workers=0)
+    (note,) = account.notes
+    assert len(account.classes) == 1 and "so there is one class: " in note
+    assert advice.format(tmp_path / "in") in note
+
+
+def test_advice_for_folders_gives_classes(tmp_path: Path) -> None:
+    """Images that lie in the sources themselves, as is advised where these are all that differs."""
+    for name in ("s1", "s2"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.png").write_bytes(encode(1))
+        shutil.make_archive(str(tmp_path / "packed" / name), "zip", tmp_path / "in" / name)
+    for folder, ending, advice in (
+        ("in", "", f"give the parent folder as the source: {tmp_path}/in$"),
+        ("packed", ".zip", "table"),
+    ):
+        sources = [tmp_path / folder / f"{name}{ending}" for name in ("s1", "s2")]
+        with pytest.raises(UserError, match=f"no image is in a folder of its source: .*{advice}"):
+            prepare(sources, tmp_path / "out", labels="folders", workers=0)
+    assert prepare(tmp_path / "in", tmp_path / "out", labels="folders", workers=0).classes == {"s1": 1, "s2": 1}
 
 
 def test_a_class_is_one_however_its_accents_are_spelt(tmp_path: Path) -> None:

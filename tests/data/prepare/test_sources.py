@@ -10,11 +10,11 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
-from gan_dist.data.prepare import labels, workers
+from gan_dist.data.prepare import labels, workers, zips
 from gan_dist.data.prepare.images import Recipe
 from gan_dist.data.prepare.matching import Matches, match
 from gan_dist.data.prepare.plan import Options, make_plan
@@ -202,18 +202,18 @@ def test_listing_and_matching_show_progress_while_one_directory_is_read(
         for number in range(3):
             archive.writestr(f"{number}.png", encode(number))
     (tmp_path / "labels.csv").write_text("file,style\n0.png,x\n1.png,y\n")
-    opened, calls = zipfile.ZipFile.__init__, list[str]()
+    read, calls = zips.members, list[str]()
 
-    def slowly(self: zipfile.ZipFile, *arguments: Any, **options: Any) -> None:
+    def slowly(stream: IO[bytes]) -> list[zips.Member]:
         time.sleep(0.7)
-        opened(self, *arguments, **options)
-        calls.append("opened")
+        calls.append("read")
+        return read(stream)
 
     def match_slowly(*arguments: Any) -> Matches:
         time.sleep(0.5)
         return match(*arguments)
 
-    monkeypatch.setattr(zipfile.ZipFile, "__init__", slowly)
+    monkeypatch.setattr(zips, "members", slowly)
     monkeypatch.setattr(labels, "match", match_slowly)
     table = f"{tmp_path / 'labels.csv'}:file:style"
     plan = make_plan(
