@@ -21,7 +21,7 @@ from gan_dist.training.update import NO_REQUESTS, Precision, Requests, Update
 from gan_dist.utils.errors import GanDistError, UserError, first_line
 
 RUNNERS = ("eager", "compiled", "captured", "captured_compiled")
-PASSES = ("generate", "discriminator_pass", "generator_pass")
+PASSES = ("generate", "change", "discriminator_pass", "generator_pass")
 WARM_UP_STEPS = 3
 """Steps before a capture: cuDNN chooses its algorithms and the allocator finds its blocks (torch's manual)."""
 

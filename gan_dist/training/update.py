@@ -188,6 +188,8 @@ class Update:
             drawn = draws[k * each : (k + 1) * each]
             with torch.set_grad_enabled(last):
                 fake = self.generate(z, *drawn[: self._labelled])
+                if self.augment.changes:
+                    real, fake = self.change(real, fake, *drawn)
             d_loss, d_extras = self.discriminator_pass(real, fake.detach(), *drawn)
             d_norm, d_bad, d_sums = d.update(d_loss, d_extras)
             if self.augment.adapts:
@@ -206,7 +208,7 @@ class Update:
         values += [g_sums[2], g_sums[3], skipped]
         return torch.stack([value.to(self.dtype) for value in values])
 
-    # The three passes below are what a runner may compile.
+    # The four passes below are what a runner may compile.
 
     def generate(self, latents: Tensor, *classes: Tensor) -> Tensor:
         """Returns fakes [b, 3, S, S] in [-1, 1], in a game with classes those of the real images at their places."""
@@ -214,15 +216,21 @@ class Update:
             images: Tensor = self.g(latents.to(self.maps), *classes)
         return images
 
+    def change(self, real: Tensor, fake: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns uint8 `real` images made signed, and `fake` ones, both augmented: once, for D's pass and for G's."""
+        kinds = (to_signed(real, fake.dtype), fake)
+        numbers = draws[self._labelled].unbind()
+        changed = [self.augment(one, each, self.probability) for one, each in zip(kinds, numbers, strict=True)]
+        return changed[0], changed[1]
+
     def discriminator_pass(self, real: Tensor, fake: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns D's loss and [loss, D(x), D(G(z)), V(D, G)], for uint8 `real` and `fake` in [-1, 1].
+        """Returns D's loss and [loss, D(x), D(G(z)), V(D, G)], for `fake` in [-1, 1] and `real`: uint8, or what
+        `change` made of it.
 
         draws: what `draw` returned. D is to be smooth where it looks: noise comes upon what augmentation made.
         """
         classes, draws = draws[: self._labelled], draws[self._labelled :]
         images = real_and_fake(real, fake)
-        if self.augment.changes:
-            images = torch.cat(list(self._augmented(images.chunk(2), draws)))
         exact = self.penalty.method == "exact"
         if self.penalty.kinds and not exact:
             images = torch.cat([images, *self.penalty.noisy(images.chunk(2), draws[-1], self.lo)])
@@ -246,18 +254,17 @@ class Update:
     def generator_pass(self, fake: Tensor, real: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
         """Returns G's loss and [loss, D(G(z))], through the discriminator as it stands.
 
-        The uint8 `real` images count only where the loss compares pairs. Images are augmented as in D's last pass.
+        The `real` images, as in D's pass, count only where the loss compares pairs.
         """
-        classes, draws = draws[: self._labelled], draws[self._labelled :]
-        reals = [to_signed(real, fake.dtype)] if self._paired else []
-        kinds = self._augmented([*reals, fake], draws)
+        classes = draws[: self._labelled]
+        kinds = [to_signed(real, fake.dtype), fake] if self._paired else [fake]
         with self._autocast():
             if self._paired and self._judges_alone:  # nobody needs the way back through real images
                 with torch.no_grad():
                     of_reals = self._judge(kinds[0], 1, classes)
                 logits = torch.cat([of_reals, self._judge(kinds[1], 1, classes)])
             else:
-                images = torch.cat(list(kinds)) if self._paired else kinds[0]
+                images = torch.cat(kinds) if self._paired else fake
                 logits = self._judge(images, len(kinds), list(classes) * len(kinds))
         terms: tuple[Tensor, Tensor] = self.generator_terms(logits, self.global_batch, self.loss, self.generator_target)
         return terms
@@ -266,13 +273,6 @@ class Update:
         """Returns D's logits of `images`; in a game with classes, of those whose rows these are, part after part."""
         logits: Tensor = self.d(images, groups, torch.cat(list(classes))) if classes else self.d(images, groups=groups)
         return logits
-
-    def _augmented(self, kinds: Sequence[Tensor], draws: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns each of the `kinds`, of which the last is fakes, augmented if it is to be."""
-        if not self.augment.changes:
-            return kinds
-        numbers = draws[0][-len(kinds) :].unbind()
-        return [self.augment(one, each, self.probability) for one, each in zip(kinds, numbers, strict=True)]
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -315,12 +315,15 @@ class Update:
 
 
 def to_signed(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns uint8 `images` as `dtype` in [-1, 1], in channels_last: 0 becomes -1 and 255 becomes 1."""
-    return _write_signed(images, _empty(images.shape, images.device, dtype))
+    """Returns uint8 `images` as `dtype` in [-1, 1], in channels_last: 0 becomes -1 and 255 becomes 1. Others are so
+    already."""
+    return _write_signed(images, _empty(images.shape, images.device, dtype)) if images.dtype == torch.uint8 else images
 
 
 def real_and_fake(real: Tensor, fake: Tensor) -> Tensor:
-    """Returns the batch [2 b, 3, S, S] of uint8 `real` images made signed, then `fake` ones, in the dtype of these."""
+    """Returns the batch [2 b, 3, S, S] of `real` images made signed, then `fake` ones, in the dtype of these."""
+    if real.dtype != torch.uint8:
+        return torch.cat([real, fake])
     both = _empty((2 * len(fake), *fake.shape[1:]), fake.device, fake.dtype)
     _write_signed(real, both[: len(fake)])  # in its place: neither is copied once more
     both[len(fake) :].copy_(fake)

@@ -189,7 +189,8 @@ def test_captured_compiled_records_the_compiled_passes(monkeypatch: pytest.Monke
     called: list[str] = []
     monkeypatch.setattr(torch, "compile", compiled)
     play_cuda(monkeypatch)
-    settings: dict[str, Any] = {"model": {"d_norm": "none"}, "penalty": GradientPenalty(0.5, kinds=1)}
+    penalty, augment = GradientPenalty(0.5, kinds=1), Augment(translation=True)  # so that all passes are played
+    settings: dict[str, Any] = {"model": {"d_norm": "none"}, "penalty": penalty, "augment": augment}
     update, eager = game(**settings), game(**settings)
     runner = Captured(update, "a test", compiled=True)
     assert runner.name == "captured_compiled"
@@ -198,8 +199,8 @@ def test_captured_compiled_records_the_compiled_passes(monkeypatch: pytest.Monke
     eager.step(*moves(eager, 0))  # what is recorded is done once, by this stand-in for a graph
     assert all(torch.equal(value, tensors(eager)[name]) for name, value in tensors(update).items())
     runner.step(*moves(update, 1))  # its noise is copied in
-    assert torch.equal(runner.inputs[-1], moves(update, 1)[3][0])
-    assert not torch.equal(runner.inputs[-1], moves(update, 0)[3][0])
+    assert torch.equal(runner.inputs[-1], moves(update, 1)[3][-1])
+    assert not torch.equal(runner.inputs[-1], moves(update, 0)[3][-1])
     _flaky(update, 1)
     with pytest.raises(GanDistError, match=r"set train\.runner=captured$"):
         Captured(update, "a test", compiled=True).step(*batches(update, 0))
