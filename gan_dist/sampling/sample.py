@@ -145,13 +145,14 @@ def sample_run(
                 f"--neighbours: {source.name} draws {source.generator.resolution} pixels a side, "
                 f"{reals.root} holds {reals.resolution}; give the dataset it was trained on"
             )
+    files = [out, walk, export, animation, neighbours, *([Path(individual, "0.png")] if individual else [])]
+    for file in files:
+        if file is not None and (fault := why_not_writable(expand(file))):
+            raise UserError(f"cannot write {file}: {fault}")
     if standing_statistics:
         estimate_statistics(source.generator, truncation)
         scaled = "" if truncation == 1 else f" scaled by {truncation:g}"
         source.facts["batch norm's statistics"] = f"{MEASURED}{scaled}"
-    for file in (out, walk, export, animation, neighbours):
-        if file is not None and (fault := why_not_writable(expand(file))):
-            raise UserError(f"cannot write {file}: {fault}")
     try:
         folder = expand(individual) if individual is not None else None
         images = draw(source.generator, plan.inputs(), expand(out), plan.columns, individual=folder, size=size)

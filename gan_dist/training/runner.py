@@ -74,7 +74,7 @@ class Eager:
 
 
 class Compiled:
-    """Compiles the update's three passes, batch-norm collectives included, each as one graph.
+    """Compiles the update's four passes, batch-norm collectives included, each as one graph.
 
     Gradients, the all-reduce and fused Adam stay between the graphs: so it is right on every torch from 2.11, where one
     graph of the whole step is silently wrong before 2.14.

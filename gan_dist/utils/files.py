@@ -161,12 +161,15 @@ def write_atomically(path: Path, content: bytes, *, make_folder: bool = False) -
 def why_not_writable(path: Path) -> str | None:
     """Returns what would keep `write_atomically`, which may make folders, from `path`, as far as can be seen at once;
     None if nothing. For work that takes long, before it begins."""
-    if path.is_dir():
-        return "it is a folder"
-    home = next(folder for folder in path.absolute().parents if folder.exists())
-    if not home.is_dir():
-        return f"{home} is not a folder"
-    return None if os.access(home, os.W_OK | os.X_OK) else f"{home} cannot be written to"
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        home = next(folder for folder in path.absolute().parents if folder.exists())
+        if not home.is_dir():
+            return f"{home} is not a folder"
+        return None if os.access(home, os.W_OK | os.X_OK) else f"{home} cannot be written to"
+    except OSError as error:  # of a name that is too long, or a folder that may not be entered
+        return error.strerror or str(error)
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -96,6 +96,8 @@ def test_bad_options_are_refused_before_anything_is_written(run: Path, dataset: 
     for asked, fault in (
         ({"out": tmp_path / "file" / "x.png"}, "x.png: .*file is not a folder"),
         ({"walk": tmp_path / "f.gif"}, "f.gif: it is a folder"),
+        ({"walk": tmp_path / ("x" * 300 + ".gif")}, "File name too long"),
+        ({"individual": tmp_path / "file"}, "file is not a folder"),
         ({"export": tmp_path / "file" / "deep" / "g.safetensors"}, "g.safetensors: .*file is not a folder"),
     ):
         with pytest.raises(UserError, match=f"cannot write .*{fault}"):

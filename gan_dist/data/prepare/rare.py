@@ -12,7 +12,7 @@ from gan_dist.data.prepare.account import Rejected
 
 _LOOSE_ALPHA = ("BMP", "DIB", "TGA", "DDS")
 """Formats whose writers often leave the fourth byte of a pixel at zero, whatever the header says about it."""
-_CARD = re.compile(rb"(BITPIX|BZERO|BSCALE) *= *([-+.0-9EeDd]+)")
+_SCALING = (b"BITPIX", b"BZERO", b"BSCALE")
 _XPM_COLOUR = re.compile(rb"\bc\s+(#[0-9a-fA-F]{6}|None)(\s|$)")
 _SIZ = b"\xff\x4f\xff\x51"
 _MASKS_OF_1555 = struct.pack("<4I", 0x7C00, 0x3E0, 0x1F, 0x8000)
@@ -36,7 +36,7 @@ def check_xpm(data: bytes) -> None:
 
 def prepared(header: Image.Image, data: bytes) -> None:
     """Lets an opened BMP of 16 bits a pixel that gives one of them to alpha be loaded with it."""
-    if header.format != "BMP" or header.mode != "RGB" or data[54:70] != _MASKS_OF_1555:
+    if header.format != "BMP" or header.mode != "RGB" or data[14] < 56 or data[54:70] != _MASKS_OF_1555:
         return
     assert isinstance(header, ImageFile.ImageFile)
     (tile,) = header.tile
@@ -92,8 +92,11 @@ def _with_opposite_alpha(image: Image.Image) -> Image.Image:
 def _fits(image: Image.Image, data: bytes) -> tuple[Image.Image, float | None]:
     """Returns a FITS with its values as its header scales them, BZERO + BSCALE * stored (FITS 4.0, eq. 3), and white
     where these are integers without a sign."""
-    cards = dict(reversed(_CARD.findall(data[: data.find(b"END     ") + 1])))
-    numbers = {key: float(value.upper().replace(b"D", b"E")) for key, value in cards.items()}
+    numbers: dict[bytes, float] = {}
+    for place in range(0, data.find(b"END     "), 80):
+        key, value = data[place : place + 8].rstrip(), data[place + 10 : place + 80].partition(b"/")[0]
+        if key in _SCALING:
+            numbers.setdefault(key, float(value.strip().upper().replace(b"D", b"E")))
     zero, scale, bits = numbers.get(b"BZERO", 0.0), numbers.get(b"BSCALE", 1.0), int(numbers.get(b"BITPIX", 0))
     if (zero, scale) == (0, 1):
         return image, None

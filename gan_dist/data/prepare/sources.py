@@ -394,7 +394,9 @@ def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], 
     try:
         with Path(source.path).open("rb") as stream:
             directory = zips.members(stream)
-            _refuse_several(source, stream, min((member.offset for member in directory), default=0))
+            length = stream.seek(0, os.SEEK_END)
+            within = [member.offset for member in directory if not member.fault and 0 <= member.offset < length]
+            _refuse_several(source, stream, min(within, default=0))
             for member in directory:
                 tick()
                 if member.path.endswith("/"):

@@ -29,8 +29,11 @@ _ENCRYPTED, _IN_UTF_8 = 0x1, 0x800
 _SIZES_64, _UNICODE_NAME = 1, 0x7075
 _IN_64, _MOST = 0xFFFF_FFFF, 2**62
 """What stands for a number in the field of 64 bits, and the highest number that may be in there."""
-_HEAD, _PACKED_HEAD = 16, 2**20
-"""Bytes that tell an image, and those that they may be packed in: bzip2 needs a whole block, of up to 900 kB."""
+_HEAD = 16
+"""Bytes that tell an image."""
+_PACKED_HEAD = {zipfile.ZIP_STORED: _HEAD, zipfile.ZIP_DEFLATED: 2**12}
+_BLOCK = 2**20
+"""Bytes that these may be packed in, by method: others need a whole block, bzip2's of up to 900 kB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +151,10 @@ def _old_code(names: list[bytes]) -> str:
     for name in names:
         if not (name.isascii() or _is_utf_8(name)):
             try:
-                split |= name.decode("cp932").count("\\") < name.count(b"\\")
+                text = name.decode("cp932")
             except UnicodeDecodeError:
                 return "cp437"
+            split |= text.count("\\") < name.count(b"\\") and any("\u3040" <= letter <= "\u9fff" for letter in text)
     return "cp932" if split else "cp437"
 
 
@@ -200,7 +204,7 @@ def _path(name: bytes, code: str | None, system: int, unicode_name: bytes) -> st
 
 def head(stream: IO[bytes], offset: int, packed: int, method: int) -> bytes:
     """Returns the first bytes of a member, enough to tell an image. Raises Rejected where they cannot be unpacked."""
-    return _unpack(_stored(stream, offset, min(packed, _PACKED_HEAD), method), method, _HEAD)
+    return _unpack(_stored(stream, offset, min(packed, _PACKED_HEAD.get(method, _BLOCK)), method), method, _HEAD)
 
 
 def read(stream: IO[bytes], offset: int, packed: int, method: int, size: int, crc: str) -> bytes:

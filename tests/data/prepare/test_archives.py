@@ -300,6 +300,7 @@ def test_names_in_unicode_that_do_not_say_so(tmp_path: Path) -> None:
     [
         (["\u5199\u771f/\u30bd.png", "\u5199\u771f/a.png"], "cp932", ["\u5199\u771f/a.png", "\u5199\u771f/\u30bd.png"]),
         (["\u8868\\\u8868\\\u30bd.png"], "cp932", ["\u8868/\u8868/\u30bd.png"]),
+        (["Men\u00fc\\a.png"], "cp437", ["Men\u00fc/a.png"]),
         (
             ["Menu\\a.png", "Men\u00fc\\b.png", "Caf\u00e9.png"],
             "cp437",

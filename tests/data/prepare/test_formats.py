@@ -302,8 +302,10 @@ def test_the_values_of_a_fits_are_as_its_header_scales_them(bits: int, zero: flo
     white = {16: 65535, 32: 2.0**32 - 1, -32: 255}[bits] if scale == 1 else 255
     stored = ((gray()[::-1] / 255.0 * white - zero) / scale).round().astype({16: ">i2", 32: ">i4", -32: ">f4"}[bits])
     cards = {"SIMPLE": "T", "BITPIX": bits, "NAXIS": 2, "NAXIS1": SIZE, "NAXIS2": SIZE, "BZERO": f"{zero:.1f}"}
-    cards |= {"BSCALE": f"{scale:E}".replace("E", "D"), "HISTORY": "BZERO  = 7"}
-    head = "".join(f"{key:8}= {value!s:>20}".ljust(80) for key, value in cards.items()) + "END".ljust(80)
+    cards |= {"BSCALE": f"{scale:E}".replace("E", "D")}
+    lines = [f"{key:8}= {value!s:>20} / BZERO = 3" for key, value in cards.items()]
+    lines.insert(1, "HISTORY BZERO   = 7")
+    head = "".join(line.ljust(80) for line in [*lines, "END"])
     body = stored.tobytes()
     assert same(head.ljust(2880).encode() + body + bytes(-len(body) % 2880), gray())
 
