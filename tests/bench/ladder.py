@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,10 @@ import jinja2
 import torch
 import yaml
 
-from gan_dist.config.schema import Config, load_config
+from gan_dist.config.schema import load_config
 from gan_dist.data.dataset import open_dataset
-from gan_dist.distributed.world import World
 from gan_dist.runs.record import read_run
-from gan_dist.training.draws import draw_latents
-from gan_dist.training.runner import make_runner, resolve_precision
-from gan_dist.training.setup import build_update
+from tests.bench.compare_keys import a_step
 
 FIGURES = ("swd", "feature_distance", "feature_precision", "feature_recall", "diversity", "repeated")
 BASELINE = "thesis"
@@ -122,7 +119,7 @@ class Ladder:
         steps, batches = {}, {}
         for name in self.recipes["recipes"]:
             config = load_config(self.recipes["base"], ["data.shards=none", *words_of(self.recipes, name)])
-            steps[name], batches[name] = a_step(config), config.train.global_batch
+            steps[name], batches[name] = a_step(config, "fp32"), config.train.global_batch
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for index in range(self.args.rounds + 1):
             for name, step in steps.items():
@@ -133,19 +130,6 @@ class Ladder:
         medians = {name: statistics.median(found) / batches[name] for name, found in seconds.items()}
         (self.home / "cost.json").write_text(json.dumps(medians, indent=2))
         print(json.dumps({name: round(value / medians[BASELINE], 3) for name, value in medians.items()}, indent=2))
-
-
-def a_step(config: Config) -> Callable[[], object]:
-    """Returns what plays one step of a configuration on random images."""
-    precision, _ = resolve_precision(config.train.precision, torch.device("cpu"))
-    update = build_update(config, World(), precision)
-    runner, batch = make_runner("eager", update), config.train.global_batch
-    side = config.model.resolution
-    reals = [torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8) for _ in range(config.optim.d_steps)]
-    where = (0, 0, batch, config.model.latent_dim, 0, batch, torch.device("cpu"))
-    latents = [draw_latents(*where) for _ in reals]
-    draws = [draw for _ in reals for draw in update.draw(0, 0)]
-    return lambda: runner.step(reals, latents, draws=draws)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

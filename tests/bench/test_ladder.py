@@ -77,7 +77,7 @@ def test_what_a_recipe_costs_is_told_by_image(home: Path, monkeypatch: pytest.Mo
     (home / "recipes.yaml").write_text(yaml.safe_dump(recipes))
     batch = yaml.safe_load((home / "base.yaml").read_text())["train"]["global_batch"]
     seconds = iter(range(1000))
-    monkeypatch.setattr("tests.bench.ladder.a_step", lambda config: lambda: None)
+    monkeypatch.setattr("tests.bench.ladder.a_step", lambda *words: lambda: None)
     monkeypatch.setattr("tests.bench.ladder.time.process_time", lambda: next(seconds))  # each step takes one
     monkeypatch.setattr("sys.argv", ["ladder", "cost", str(home), "--recipes", str(home / "recipes.yaml")])
     main()

@@ -288,6 +288,31 @@ def test_pairs_are_judged_apart_as_together_without_a_way_back_through_reals(cla
     assert worst(*found) < 1e-12
 
 
+def test_both_passes_see_the_same_changed_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = game(model={"d_norm": "none"}, loss="relativistic", augment=Augment(colour=True, translation=True))
+    judged: list[Tensor] = []
+    drawn: list[Tensor] = []
+    judge, generate = update._judge, update.generate
+
+    def watched(images: Tensor, *rest: Any) -> Tensor:
+        judged.append(images.detach().clone())
+        return judge(images, *rest)
+
+    def kept(latents: Tensor, *classes: Tensor) -> Tensor:
+        drawn.append(generate(latents, *classes))
+        return drawn[-1]
+
+    monkeypatch.setattr(update, "_judge", watched)
+    monkeypatch.setattr(update, "generate", kept)
+    reals, latents, requests, draws = moves(update, 0)
+    update.step(reals, latents, requests, draws)
+    plain = [to_signed(reals[0], torch.float64), drawn[0].detach()]
+    changed = [update.augment(one, draws[0][kind], update.probability) for kind, one in enumerate(plain)]
+    assert not any(torch.equal(one, other) for one, other in zip(plain, changed, strict=True))
+    assert torch.equal(judged[0], torch.cat(changed))  # D's pass
+    assert torch.equal(judged[1], changed[0]) and torch.equal(judged[2], changed[1])  # G's
+
+
 @pytest.mark.parametrize(
     "model", [{"d_norm": "batch"}, {"d_norm": "spectral"}, {"d_norm": "none", "minibatch_std": True}]
 )

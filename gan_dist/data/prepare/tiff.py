@@ -161,8 +161,9 @@ def _load_planes(image: TiffImagePlugin.TiffImageFile, data: bytes, number: int,
     """Does what `load` does, of so many planes one by one."""
     planes, warned = [], False
     for place in range(number):
-        plane = opened(_plane(image, data, place))
-        warned |= load(plane, b"" if plane.fp is None else plane.fp.getvalue(), fast)  # type: ignore[attr-defined]
+        apart = _plane(image, data, place)
+        plane = opened(apart)
+        warned |= load(plane, apart, fast)
         planes.append(plane.convert("L"))
     whole = Image.merge(image.mode, planes)
     image.im, image._size, image.tile = whole.im, whole.size, []
