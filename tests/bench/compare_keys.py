@@ -66,16 +66,20 @@ def a_step(config: Config, precision: str) -> Callable[[], object]:
     chosen, batch = "bf16" if precision == "bf16" else "fp32", config.train.global_batch
     update = build_update(config, World(), chosen)  # type: ignore[arg-type]
     ema = build_ema(config, update, Start())
-    real = torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8)
+    side, latent_dim = config.model.resolution, config.model.latent_dim
+    real = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
     part = (0, batch, torch.device("cpu"))
 
     def step() -> object:
-        images = real
-        if config.data.x_flip:
-            images = torch.where(draw_flips(0, 0, batch, *part)[:, None, None, None], real.flip(-1), real)
-        latents = draw_latents(0, 0, batch, 100, *part)
+        reals, latents, draws = [], [], []
+        for k in range(config.optim.d_steps):
+            draw = (0, k * batch, batch)
+            flips = draw_flips(*draw, *part)[:, None, None, None] if config.data.x_flip else None
+            reals.append(real if flips is None else torch.where(flips, real.flip(-1), real))
+            latents.append(draw_latents(*draw, latent_dim, *part))
+            draws += update.draw(*draw[:2])
         update.begin(0)
-        stats = update.step([images], [latents], draws=update.draw(0, 0))
+        stats = update.step(reals, latents, draws=draws)
         if ema is not None:
             ema.update(batch)
         return stats

@@ -32,7 +32,7 @@ import jinja2
 import torch
 import yaml
 
-from gan_dist.config.schema import load_config
+from gan_dist.config.schema import Config, load_config
 from gan_dist.data.dataset import open_dataset
 from gan_dist.runs.record import read_run
 from tests.bench.compare_keys import a_step
@@ -95,8 +95,8 @@ class Ladder:
             return float(self.args.images / dataset.num_samples)
 
     def _steps(self, name: str) -> int:
-        batch: int = load_config(self.recipes["base"], words_of(self.recipes, name)).train.global_batch
-        return math.ceil(round(int(self.args.images) / batch, 6))
+        config = load_config(self.recipes["base"], words_of(self.recipes, name))
+        return math.ceil(round(int(self.args.images) / images_of_a_step(config), 6))
 
     def _measure(self, run: Path, dataset: str) -> list[dict[str, float]]:
         """Returns the figures of each of the run's checkpoints against a held-out dataset."""
@@ -116,10 +116,10 @@ class Ladder:
     def cost(self) -> None:
         """Writes the seconds an image of each recipe, measured in turn by one process on one thread."""
         torch.set_num_threads(1)
-        steps, batches = {}, {}
+        steps, images = {}, {}
         for name in self.recipes["recipes"]:
             config = load_config(self.recipes["base"], ["data.shards=none", *words_of(self.recipes, name)])
-            steps[name], batches[name] = a_step(config, "fp32"), config.train.global_batch
+            steps[name], images[name] = a_step(config, "fp32"), images_of_a_step(config)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for index in range(self.args.rounds + 1):
             for name, step in steps.items():
@@ -127,9 +127,14 @@ class Ladder:
                 step()
                 if index:
                     seconds[name].append(time.process_time() - start)
-        medians = {name: statistics.median(found) / batches[name] for name, found in seconds.items()}
+        medians = {name: statistics.median(found) / images[name] for name, found in seconds.items()}
         (self.home / "cost.json").write_text(json.dumps(medians, indent=2))
         print(json.dumps({name: round(value / medians[BASELINE], 3) for name, value in medians.items()}, indent=2))
+
+
+def images_of_a_step(config: Config) -> int:
+    """Returns how many real images D sees in a step."""
+    return config.train.global_batch * config.optim.d_steps
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

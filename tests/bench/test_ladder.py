@@ -27,7 +27,7 @@ def home(tmp_path: Path) -> Path:
     recipes = {
         "base": str(tmp_path / "base.yaml"),
         "common": ["train.threads=1", "evaluate.samples=100"],
-        "recipes": {"thesis": [], "nearest": ["model.upsample=nearest"]},
+        "recipes": {"thesis": [], "nearest": ["model.upsample=nearest", "data.x_flip=true", "optim.d_steps=2"]},
     }
     (tmp_path / "recipes.yaml").write_text(yaml.safe_dump(recipes))
     return tmp_path
@@ -81,4 +81,5 @@ def test_what_a_recipe_costs_is_told_by_image(home: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("tests.bench.ladder.time.process_time", lambda: next(seconds))  # each step takes one
     monkeypatch.setattr("sys.argv", ["ladder", "cost", str(home), "--recipes", str(home / "recipes.yaml")])
     main()
-    assert json.loads((home / "cost.json").read_text()) == {"thesis": 1 / batch, "nearest": 1 / batch, "small": 1 / 4}
+    costs = json.loads((home / "cost.json").read_text())
+    assert costs == {"thesis": 1 / batch, "nearest": 1 / (2 * batch), "small": 1 / 4}  # nearest has two d_steps
