@@ -359,10 +359,18 @@ def _labels_digest(plan: Plan) -> str:
 def _continue(plan: Plan, stored: dict[str, Any], before: dict[tuple[int, str], tuple[int, str]], out: Path) -> None:
     """Takes over what the stored plan says of the sources, unless the new one would make something else."""
     _compare_recipes(plan, stored["recipe"], out)
-    after = {entry.place: (entry.size, entry.stamp) for entry in plan.entries}
-    other = [place for place in after if place in before and after[place] != before[place]]
+    after = {entry.place: entry for entry in plan.entries}
+    other = [
+        place
+        for place, entry in after.items()
+        if before.get(place, (entry.size, entry.stamp)) != (entry.size, entry.stamp)
+    ]
     # a zip's stamp is a checksum, and what has another size has another content
-    changed = [place for place in other if after[place][0] != before[place][0] or plan.sources[place[0]].has_checksums]
+    changed = [
+        place
+        for place in other
+        if after[place].size != before[place][0] or plan.sources[after[place].source].has_checksums
+    ]
     touched = set(other) - set(changed)
     plan.accepted = frozenset({plan.digest, stored["digest"]})
     changed += _rewritten(plan, touched, list(before), out)
@@ -386,7 +394,10 @@ def _continue(plan: Plan, stored: dict[str, Any], before: dict[tuple[int, str], 
             "or prepare into another OUT"
         )
     if touched:
-        plan.notes.append(f"{len(touched):,} files have other modification times than when {out} was begun")
+        plan.notes.append(
+            f"{len(touched):,} files, or their archives, have other modification times than when {out} was begun: "
+            "those that were prepared by then were compared"
+        )
     if stored["counts"] != plan.counts:
         plan.notes.append("files beside the images came or went: they are counted as when the dataset was begun")
     if (then := stored["recipe"].get("decoders")) != plan.recipe["decoders"]:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +32,7 @@ from gan_dist.utils.files import (
     clear_temporaries,
     expand,
     expand_directory,
+    is_address,
     present,
     read_record,
     write_atomically,
@@ -102,22 +105,29 @@ def prepare(
         raise UserError("no source given: expected folders, zips or tars")
     created = not present(target)
     _check_target(target)
-    staged = any(map(needs_staging, texts))
-    if staged and (account := _finished(target, texts, options, max_reject_fraction)):
-        return account
+    arguments = {**options.non_defaults(), "max_reject_fraction": max_reject_fraction}
+    staged, inputs = any(map(needs_staging, texts)), _inputs(texts, options)
+    if staged and inputs is not None and was_made_by(target, texts, arguments, inputs) and (done := _finished(target)):
+        return done
     try:
         with write_failure(target), ExitStack() as stack:
             # plan
             locks = stack.enter_context(closing(claim(target))) if staged else None
-            paths = _local(texts, target, locks)
+            paths, notes = _local(texts, target, locks)
             try:
                 plan = make_plan(paths, options, target, listed, matched)
             except UserError as error:
                 raise _with_addresses(error, texts, paths) from None
+            plan.notes += notes
             locks = locks or stack.enter_context(closing(claim(target)))
             with locks.hold(_PLAN_LOCK):
-                settle(plan, target)
-                store_command(target, texts, {**options.non_defaults(), "max_reject_fraction": max_reject_fraction})
+                try:
+                    settle(plan, target)
+                except GanDistError:
+                    if present(target / MANIFEST):  # it is complete: nothing will continue from the copies
+                        shutil.rmtree(target / FOLDER / STAGED, ignore_errors=True)
+                    raise
+                store_command(target, texts, arguments, inputs)
             # work, and finish once all shards are done
             run = _Run(plan, target, locks, progress)
             first, step = task or (0, 1)
@@ -135,16 +145,19 @@ def prepare(
     return account
 
 
-def _local(texts: Sequence[str], out: Path, locks: Locks | None) -> list[tuple[Path, str]]:
-    """Returns the path and name of each source. One process stages those that need it, the others wait."""
-    paths = []
+def _local(texts: Sequence[str], out: Path, locks: Locks | None) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Returns the path and name of each source, and notes. One process stages those that need it, the others wait."""
+    paths, notes, began = [], [], time.time()
     for text in texts:
         path = Path(text)
         if locks and needs_staging(text):
             with locks.hold(_STAGE_LOCK):
                 path = stage(text, out / FOLDER / STAGED)
+            if is_address(text) and (fetched := path.stat().st_mtime) < began:
+                when = time.strftime("%Y-%m-%d %H:%M", time.localtime(fetched))
+                notes.append(f"{masked(text)} is as it was fetched on {when}: remove {path} to fetch it again")
         paths.append((path, source_name(text)))
-    return paths
+    return paths, notes
 
 
 def _with_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tuple[Path, str]]) -> UserError:
@@ -157,16 +170,32 @@ def _with_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tupl
     return UserError(message)
 
 
-def _finished(out: Path, texts: Sequence[str], options: Options, max_reject_fraction: float) -> Account | None:
+def _inputs(texts: Sequence[str], options: Options) -> dict[str, list[int]] | None:
+    """Returns size and modification time of each local file that the dataset is made of; None if one is a folder, in
+    which files may change unseen, or cannot be looked at."""
+    table = options.labels.rsplit(":", 2)[0] if options.labels and options.labels.count(":") >= 2 else None
+    found = {}
+    for text in (*texts, *filter(None, (options.replacements, table))):
+        if not is_address(text):
+            try:
+                status = Path(text).stat()
+            except OSError:
+                return None
+            if stat.S_ISDIR(status.st_mode):
+                return None
+            found[text] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def _finished(out: Path) -> Account | None:
     """Returns the account of a dataset that is complete and sound, so that nothing is fetched again; else None."""
-    arguments = {**options.non_defaults(), "max_reject_fraction": max_reject_fraction}
-    if not present(out / MANIFEST) or not was_made_by(out, texts, arguments) or verify(out):
-        return None
-    manifest = read_manifest(out)
-    shards = len(manifest.shards)
     try:
+        if verify(out):
+            return None
+        manifest = read_manifest(out)
+        shards = len(manifest.shards)
         return Account(str(out), **manifest.totals, shards=shards, shards_done=shards)
-    except TypeError:  # the totals of another release
+    except (UserError, TypeError):  # no manifest, a damaged one, or the totals of another release
         return None
 
 

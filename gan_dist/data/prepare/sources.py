@@ -263,14 +263,16 @@ def _list_folder(source: Source, number: int, exclude: Path | None, listing: Lis
         if folder and any(item.name == ".prepare" for item in items):
             listing.notes.append(f"{where} is a dataset of gan_dist: left out of {source.name}")
             continue
-        inner = []
+        inner: list[str] = []
         for item in items:
             path = f"{folder}/{item.name}" if folder else item.name
             tick()
-            if item.is_dir(follow_symlinks=False):
-                inner.append(path)
-            elif item.is_dir():
-                links.append(path)
+            try:
+                is_folder = item.is_dir()
+            except OSError:  # a link that goes in circles, or has a name that is too long
+                is_folder = False
+            if is_folder:
+                (links if item.is_symlink() else inner).append(path)
             else:
                 _list_file(item, path, number, listing)
         waiting.extend(reversed(inner))
@@ -451,11 +453,12 @@ def _refuse_several(source: Source, stream: IO[bytes], start: int) -> None:
 def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
     """Lists all tars that were written into the file one after the other: each ends with blocks of zeros."""
     members = _Members()
-    size, start = Path(source.path).stat().st_size, 0
+    status, start = Path(source.path).stat(), 0
+    size, written = status.st_size, str(status.st_mtime_ns)
     try:
         with Path(source.path).open("rb") as raw:
             while start < size:
-                end = _list_one_tar(raw, start, number, members, tick)
+                end = _list_one_tar(raw, start, number, written, members, tick)
                 raw.seek(end)
                 rest = raw.read(512)
                 if end > size or rest.strip(b"\0"):
@@ -492,8 +495,11 @@ def _read_class(raw: IO[bytes], entry: Entry) -> str:
     return raw.read(entry.size).decode("utf-8", "replace").strip()
 
 
-def _list_one_tar(raw: IO[bytes], start: int, number: int, members: _Members, tick: Callable[[], None]) -> int:
-    """Adds the members of the tar that begins at byte `start`; returns where its end mark should be."""
+def _list_one_tar(
+    raw: IO[bytes], start: int, number: int, written: str, members: _Members, tick: Callable[[], None]
+) -> int:
+    """Adds the members of the tar that begins at byte `start`; returns where its end mark should be. `written`: the
+    file's modification time, since a member's own is often the same whatever is in it."""
     raw.seek(start)
     end = start
     with tarfile.open(fileobj=raw, mode="r:") as archive:
@@ -516,7 +522,7 @@ def _list_one_tar(raw: IO[bytes], start: int, number: int, members: _Members, ti
             kind = skip_kind(path, partial(_same, head))
             raw.seek(position)
             stored = member.size if pieces is None else sum(size for _, size in pieces)
-            stamp = f"{member.mtime:.0f}-{member.chksum}"
+            stamp = f"{member.mtime:.0f}-{member.chksum}-{written}"
             members.add(path, Entry(number, path, member.size, stamp, member.offset_data, stored, pieces=pieces), kind)
     return end
 

@@ -76,31 +76,42 @@ def source_name(text: str) -> str:
 
 
 def stage(text: str, folder: Path) -> Path:
-    """Returns the path of an uncompressed local copy of a source in `folder`, which is made unless it exists.
+    """Returns the path of an uncompressed local copy of a source in `folder`, which is made unless it exists: of a
+    local file, a copy of what it is now, which has its modification time.
 
     Raises:
         GanDistError: it cannot be fetched.
         UserError: it is damaged.
     """
-    target = folder / hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    name, source = _digest(text), None if is_address(text) else Path(text)
+    status = source and source.stat()
+    target = folder / (f"{name}-{_digest(f'{status.st_size} {status.st_mtime_ns}')}" if status else name)
     if target.exists():
         return target
+    for older in folder.glob(f"{name}-*"):
+        older.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     fetched = temporary_name(target)
     unpacked = temporary_name(target.with_suffix(".unpacked"))
     try:
-        if is_address(text):
+        if source is None:
             _fetch(text, fetched)
-        magic = _compression(fetched if is_address(text) else Path(text))
-        if magic:
-            with Path(fetched if is_address(text) else text).open("rb") as packed:
-                _copy(_unpacked(packed, magic), unpacked, text)
+        packed = source or fetched
+        if magic := _compression(packed):
+            with packed.open("rb") as stream:
+                _copy(_unpacked(stream, magic), unpacked, text)
             unpacked.replace(fetched)
+        if status:
+            os.utime(fetched, ns=(status.st_mtime_ns, status.st_mtime_ns))
         fetched.replace(target)
     finally:
         fetched.unlink(missing_ok=True)
         unpacked.unlink(missing_ok=True)
     return target
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _fetch(address: str, target: Path) -> None:

@@ -22,6 +22,9 @@ COMMAND = "command.json"
 """The file beside the plan with the arguments of the last run, so that a fault can name the command that repairs it."""
 
 
+Inputs = dict[str, list[int]]
+
+
 @dataclass(frozen=True)
 class Fault:
     """A fault of a dataset: the `file`, `what` is wrong with it, and how to `repair` it."""
@@ -124,17 +127,22 @@ def _list_faults(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "rejects.jsonl", "is not one JSON record a line"
 
 
-def store_command(root: Path, sources: Sequence[str], options: dict[str, Any]) -> None:
-    """Stores the command of the dataset in `root`, apart from what is reproducible, since it has absolute paths. Its
-    secrets are left out: others read a dataset, too."""
+def store_command(root: Path, sources: Sequence[str], options: dict[str, Any], inputs: Inputs | None) -> None:
+    """Stores the command of the dataset in `root`, apart from what is reproducible, since it has absolute paths, and
+    size and modification time of the files that it reads. Its secrets are left out: others read a dataset, too."""
     clear_temporaries(root / FOLDER / COMMAND)
-    kept = dict(zip(("sources", "options"), _without_secrets(sources, options), strict=True))
+    kept = dict(zip(("sources", "options"), _without_secrets(sources, options), strict=True)) | {"inputs": inputs}
     write_atomically(root / FOLDER / COMMAND, json.dumps(kept, indent=1).encode())
 
 
-def was_made_by(root: Path, sources: Sequence[str], options: dict[str, Any]) -> bool:
-    """Returns whether the last `prepare` into `root` had these sources and options, whatever their secrets."""
-    return stored_command(root) == _without_secrets(sources, options)
+def was_made_by(root: Path, sources: Sequence[str], options: dict[str, Any], inputs: Inputs) -> bool:
+    """Returns whether the last `prepare` into `root` had these sources and options, whatever their secrets, and read
+    these files."""
+    try:
+        read = json.loads((root / FOLDER / COMMAND).read_bytes()).get("inputs")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return stored_command(root) == _without_secrets(sources, options) and read == inputs
 
 
 def _without_secrets(sources: Sequence[str], options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:

@@ -6,18 +6,21 @@ import io
 import json
 import os
 import shlex
+import shutil
 import tarfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from gan_dist.data.prepare.account import Account, TooManyRejects
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.verify import repair_command, verify
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.conftest import RunHere
 from tests.helpers.server import Server
-from tests.helpers.sources import contents, encode, fill
+from tests.helpers.sources import balanced, contents, encode, fill
 
 
 def touch(source: Path, out: Path) -> None:
@@ -154,6 +157,120 @@ def test_other_labels_are_refused(tmp_path: Path) -> None:
         prepare(source, tmp_path / "out", workers=0, labels=spec)
     with pytest.raises(UserError, match="another recipe"):
         prepare(source, tmp_path / "out", workers=0, labels=spec, resolution=32)
+
+
+def pack(kind: str, path: Path, images: Sequence[int], seconds: int = 1000) -> Path:
+    """Writes a source of this kind anew, whose files have one modification time and, but for their pixels, one size."""
+    files = {f"{place:03d}.bmp": encode(seed, (8, 8), "BMP") for place, seed in enumerate(images)}
+    if kind == "folder":
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        for name, data in files.items():
+            (path / name).write_bytes(data)
+            os.utime(path / name, (seconds, seconds))
+        return path
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(zipfile.ZipInfo(name), data)
+    else:
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as archive:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    os.utime(path, (seconds, seconds))
+    return path
+
+
+EVERY_KIND = pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("finished", [True, False])
+def test_every_kind_of_source_is_held_against_what_it_was(tmp_path: Path, kind: str, finished: bool) -> None:
+    source, out, table = tmp_path / "in", tmp_path / "out", tmp_path / "t.csv"
+    labels = {f"{i:03d}.bmp": "xy"[i % 2] for i in range(6)}
+
+    def again() -> Account:
+        table.write_text("f,l\n" + "".join(f"{name},{label}\n" for name, label in labels.items()))
+        return prepare(source, out, workers=0, shard_samples=2, labels=f"{table}:f:l")
+
+    pack(kind, source, range(6))
+    again()
+    whole = contents(out)
+    if not finished:
+        (out / "manifest.json").unlink()
+        (out / ".prepare/shard-00002.tar.json").unlink()
+    pack(kind, source, range(6), seconds=2000)
+    notes = again().notes
+    assert contents(out) == whole
+    assert any("other modification times" in note for note in notes) == (kind != "zip")
+    for other in ([9, *range(1, 6)], range(7), range(5)):
+        pack(kind, source, other, seconds=3000)
+        with pytest.raises(GanDistError, match="the sources changed"):
+            again()
+    pack(kind, source, range(6), seconds=4000)
+    labels["003.bmp"] = "x"
+    with pytest.raises(GanDistError, match=r"the sources changed since .* was begun: labels"):
+        again()
+    assert contents(out) == whole
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("replacements", ["folder", "zip", "tar"])
+def test_touched_replacements_are_the_same(tmp_path: Path, kind: str, replacements: str) -> None:
+    source, new, out = pack(kind, tmp_path / "in", range(4)), tmp_path / "new", tmp_path / "out"
+    pack(replacements, new, [7])
+    prepare(source, out, workers=0, replacements=new)
+    whole = contents(out)
+    pack(replacements, new, [7], seconds=2000)
+    assert prepare(source, out, workers=0, replacements=new).replaced == 1
+    assert contents(out) == whole
+    pack(replacements, new, [8], seconds=3000)
+    with pytest.raises(GanDistError, match="1 changed"):
+        prepare(source, out, workers=0, replacements=new)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "address"])
+@pytest.mark.parametrize("manifest", [b"", b"{}", b'{"format": ', None])
+def test_the_command_mends_a_damaged_manifest(tmp_path: Path, kind: str, manifest: bytes | None) -> None:
+    (tmp_path / "web").mkdir()
+    path, out = pack("tar" if kind == "tar" else "tar.gz", tmp_path / "web/in.tar", range(4)), tmp_path / "out"
+    with Server(tmp_path / "web") as server:
+        source = f"{server.address}/in.tar" if kind == "address" else str(path)
+        prepare(source, out, workers=0)
+        whole = contents(out)
+        if manifest is None:
+            (out / "manifest.json").unlink()
+        else:
+            (out / "manifest.json").write_bytes(manifest)
+            with pytest.raises(UserError, match="gan-dist prepare"):
+                verify(out)
+        prepare(source, out, workers=0)
+    assert contents(out) == whole
+
+
+def test_a_copy_that_was_fetched_before_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    path, out = pack("tar", tmp_path / "web/in.tar", range(4)), tmp_path / "out"
+    path.write_bytes(path.read_bytes().replace(b"BM", b"XX", 1))
+    with Server(tmp_path / "web") as server:
+        source = f"{server.address}/in.tar"
+        for notes in (0, 1):
+            with pytest.raises(TooManyRejects) as caught:
+                prepare(source, out, workers=0)
+            assert sum("remove" in note and "to fetch it again" in note for note in caught.value.account.notes) == notes
+        assert server.requests["in.tar"] == 1
+
+
+@pytest.mark.parametrize("target", ["loop.png", "loop", "x" * 300, "nowhere"])
+def test_a_link_that_cannot_be_followed_costs_itself_alone(tmp_path: Path, target: str) -> None:
+    source = fill(tmp_path / "in", 4)
+    for name in ("loop.png", "loop"):
+        (source / name).symlink_to(target)
+    account = prepare(source, tmp_path / "out", workers=0, max_reject_fraction=1)
+    assert account.written == 4 and account.rejected == {"unreadable": 1} and balanced(account)
 
 
 @pytest.mark.parametrize("fault", [None, "damaged", "no image"])
