@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.helpers.ranks import free_port
 
-LIMIT = 90
+LIMIT = 240
 
 
 class Ranks:

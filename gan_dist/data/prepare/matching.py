@@ -107,18 +107,28 @@ def match(
     worth: Sequence[Hashable] = range(len(keys)) if values is None else values
     result = Matches([None] * len(targets))
     wanted: dict[int, list[int]] = {}
+    only: dict[int, list[int]] = {}  # by target the keys that want no other
     for number, path in enumerate(key_side.paths):
         tick()
         wanted[number] = target_side.best(path)
         if len(wanted[number]) > 1:
             result.ambiguous_keys.add(number)
+        for target in wanted[number] if len(wanted[number]) == 1 else ():
+            only.setdefault(target, []).append(number)
+    many: dict[int, tuple[set[int], bool]] = {}  # the same long lists are found again and again
     for number, path in enumerate(target_side.paths):
         tick()
         found = key_side.best(path)
-        if len({worth[key] for key in found}) > 1:
+        if (known := many.get(id(found))) is None:
+            known = set(found), len({worth[key] for key in found}) > 1
+            if len(found) > _MOST:
+                many[id(found)] = known
+        among, is_choice = known
+        mine = [key for key in only.get(number, ()) if key in among]
+        if is_choice:
             result.ambiguous_targets.add(number)
-            result.ambiguous_keys.update(key for key in found if number in wanted[key][:_MOST])
-        elif mine := [key for key in found if wanted[key] == [number]]:
+            result.ambiguous_keys.update(mine)  # those that want several are there by now
+        elif mine:
             result.keys[number] = mine[0]
         elif any(number in wanted[key][:_MOST] for key in found[:_MOST]):
             result.ambiguous_targets.add(number)

@@ -11,7 +11,6 @@ tests/bench/damage.py's FORMATS.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import posixpath
 import re
@@ -143,7 +142,7 @@ def open_source(path: Path, name: str) -> Source:
             end = zips.find_end(stream)
         _refuse(path, head)
         # tar first: it has a zip's end, too, if its last member is a zip
-        if head[257:262] == b"ustar":
+        if head[257:262] == b"ustar" or _is_header(head):
             return Source(name, "tar", str(path))
         if end is not None:
             if end.split:
@@ -168,6 +167,15 @@ def _refuse(path: Path, head: bytes) -> None:
     for magic, what in _NOT_READ.items():
         if head.startswith(magic):
             raise UserError(f"source {path} is {what}")
+
+
+def _is_header(block: bytes) -> bool:
+    """Returns whether a tar's member begins with these 512 bytes: those of the oldest kind have no signature."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _is_tar(path: Path) -> bool:
@@ -304,8 +312,10 @@ def _list_file(item: os.DirEntry[str], path: str, number: int, listing: Listing)
 class _Members:
     """The files of an archive by path: of several under one path, the last one counts, as when they are unpacked."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_head: Callable[[Entry], bytes]) -> None:
+        """`read_head`: returns a file's first bytes."""
         self.entries: dict[str, Entry] = {}
+        self._read_head = read_head
         self._others: dict[str, tuple[str, Entry | None]] = {}  # skipped as what kind
         self._links: dict[str, str] = {}
         self._older = 0
@@ -330,9 +340,9 @@ class _Members:
     def _behind(self, path: str, target: str) -> tuple[str | None, Entry | None]:
         """Returns the file at `target`, if there is one, and as what kind it is skipped, if it is, under `path`."""
         kind, found = self._others.get(target, (None, self.entries.get(target)))
-        if own := skip_kind(path):  # it has an ending that says so, or none at all
-            return kind if target in self.entries and own == "not an image" else own, found
-        return None if found is not None else kind, found
+        if found is None:
+            return skip_kind(path) or kind, None
+        return skip_kind(path, partial(self._read_head, found)), found  # it may lie in a hidden folder itself
 
     def _forget(self, path: str) -> None:
         for known in (self.entries, self._others, self._links):
@@ -392,9 +402,9 @@ def _target(path: str, link: str) -> str:
 
 
 def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
-    members = _Members()
     try:
         with Path(source.path).open("rb") as stream:
+            members = _Members(partial(_head, stream))
             directory = zips.members(stream)
             length = stream.seek(0, os.SEEK_END)
             within = [member.offset for member in directory if not member.fault and 0 <= member.offset < length]
@@ -414,9 +424,9 @@ def _list_zip(source: Source, number: int, listing: Listing, tick: Callable[[], 
                     members.add_link(path, _target(path, link))
                 else:
                     members.add(path, entry, skip_kind(path, partial(_head, stream, entry)))
+            listing.skipped.update(kind for _, kind, _ in members.resolve(number, listing))
     except (OSError, ValueError) as error:
         raise UserError(f"source {source.path} is a damaged zip ({_one_line(error)}): fetch it again") from None
-    listing.skipped.update(kind for _, kind, _ in members.resolve(number, listing))
 
 
 def _head(stream: IO[bytes], entry: Entry) -> bytes:
@@ -452,11 +462,11 @@ def _refuse_several(source: Source, stream: IO[bytes], start: int) -> None:
 
 def _list_tar(source: Source, number: int, listing: Listing, tick: Callable[[], None]) -> None:
     """Lists all tars that were written into the file one after the other: each ends with blocks of zeros."""
-    members = _Members()
     status, start = Path(source.path).stat(), 0
     size, written = status.st_size, str(status.st_mtime_ns)
     try:
         with Path(source.path).open("rb") as raw:
+            members = _Members(partial(_tar_head, raw))
             while start < size:
                 end = _list_one_tar(raw, start, number, written, members, tick)
                 raw.seek(end)
@@ -505,7 +515,8 @@ def _list_one_tar(
     with tarfile.open(fileobj=raw, mode="r:") as archive:
         for member in archive:
             tick()
-            end, path = archive.offset, _normal(member.name)
+            # of a sparse file, `path` is what a program that knows none would call it
+            end, path = archive.offset, _normal(member.pax_headers.get("GNU.sparse.name") or member.name)
             if member.isdir():
                 continue
             if member.issym() or member.islnk():
@@ -515,15 +526,11 @@ def _list_one_tar(
             if not member.isreg():
                 members.add(path, None, "special file")
                 continue
-            position = raw.tell()
-            raw.seek(member.offset_data)
-            head = raw.read(min(16, member.size))
             pieces = _pieces(member)
-            kind = skip_kind(path, partial(_same, head))
-            raw.seek(position)
             stored = member.size if pieces is None else sum(size for _, size in pieces)
             stamp = f"{member.mtime:.0f}-{member.chksum}-{written}"
-            members.add(path, Entry(number, path, member.size, stamp, member.offset_data, stored, pieces=pieces), kind)
+            entry = Entry(number, path, member.size, stamp, member.offset_data, stored, pieces=pieces)
+            members.add(path, entry, skip_kind(path, partial(_tar_head, raw, entry)))
     return end
 
 
@@ -533,8 +540,14 @@ def _pieces(member: tarfile.TarInfo) -> tuple[tuple[int, int], ...] | None:
     return tuple((int(start), int(size)) for start, size in pieces) if pieces is not None else None
 
 
-def _same(head: bytes) -> bytes:
-    return head
+def _tar_head(raw: IO[bytes], entry: Entry) -> bytes:
+    """Returns the first bytes of a tar's member, and leaves the stream where it was."""
+    position = raw.tell()
+    try:
+        raw.seek(entry.offset)
+        return raw.read(min(16, entry.packed))
+    finally:
+        raw.seek(position)
 
 
 def _after_zeros(raw: IO[bytes], place: int) -> int:
@@ -553,8 +566,7 @@ def _may_be_archive(raw: IO[bytes], start: int) -> bool:
     first = raw.read(512)
     if first.lstrip(b"\0").startswith((b"PK\3\4", *_PACKED, *_NOT_READ)):
         return True
-    with contextlib.suppress(tarfile.HeaderError):  # a tar of the oldest kind has no signature
-        tarfile.TarInfo.frombuf(first, "utf-8", "surrogateescape")
+    if _is_header(first):
         return True
     raw.seek(start)
     tail = b""

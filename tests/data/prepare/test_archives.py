@@ -71,6 +71,7 @@ NAMES = st.sampled_from(
         "b/\u00fc.png",
         "n.txt",
         "@eaDir/x.png",
+        ".store/y.png",
         "bad.png",
         "b/none",
         "C/A.PNG",
@@ -93,10 +94,11 @@ def test_folder_tar_and_zip_are_one_dataset(
         (source / name).write_bytes(content)
     for number in range(links):
         target = data.draw(st.sampled_from(["sure.png", *files, "nowhere.png"]))
+        name = f"link {number}" + data.draw(st.sampled_from([".png", "", ".txt", ". of a man"]))
         if data.draw(st.booleans()) and (source / target).exists():
-            os.link(source / target, source / f"hard{number}.png")
+            os.link(source / target, source / name)
         else:
-            (source / f"soft{number}.png").symlink_to(target)
+            (source / name).symlink_to(target)
     format = data.draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]))
     with tarfile.open(tmp_path / "in.tar", "w", format=format) as archive:
         if by_dot:
@@ -217,8 +219,8 @@ def test_the_last_of_a_zips_versions_counts(tmp_path: Path) -> None:
 def test_sparse_members_are_whole(tmp_path: Path) -> None:
     data = encode_image(plain(0, "L", (700, 700)), "BMP")
     data = data[:1078] + bytes(len(data) - 1078 - 70_000) + b"\xff" * 70_000
-    (tmp_path / "in").mkdir()
-    with (tmp_path / "in/scan.bmp").open("wb") as stream:
+    (tmp_path / "in/\u00c9douard").mkdir(parents=True)
+    with (tmp_path / "in/\u00c9douard/scan.bmp").open("wb") as stream:
         stream.write(data[:1078])
         stream.seek(len(data) - 70_000)
         stream.write(data[-70_000:])
@@ -232,6 +234,20 @@ def test_sparse_members_are_whole(tmp_path: Path) -> None:
             assert any(member.issparse() for member in archive)
         prepare(tmp_path / f"{format}.tar", tmp_path / f"out-{format}", workers=0)
         assert dataset(tmp_path / f"out-{format}") == dataset(tmp_path / "out")
+
+
+def test_a_tar_of_the_oldest_kind_may_end_with_a_zip(tmp_path: Path) -> None:
+    """It has no signature, and what it ends with looks like a zip's end."""
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / f"in/{number}.png").write_bytes(encode(number))
+    with zipfile.ZipFile(tmp_path / "in/more.zip", "w") as archive:
+        archive.writestr("inner.png", encode(9))
+    names = ["0.png", "1.png", "2.png", "more.zip"]
+    packed = ["tar", "--format=v7", "-cf", str(tmp_path / "in.tar"), "-C", str(tmp_path / "in"), *names]
+    subprocess.run(packed, check=True)
+    account = prepare(tmp_path / "in.tar", tmp_path / "out", workers=0)
+    assert paths(tmp_path / "out") == names[:3] and account.skipped == {"nested archive": 1}
 
 
 def test_a_zip_from_windows_has_folders(tmp_path: Path) -> None:

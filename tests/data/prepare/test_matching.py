@@ -72,6 +72,11 @@ def test_many_files_of_one_name_are_matched_quickly() -> None:
     paths = [f"{i // 100}/{i % 100}/image.jpg" for i in range(20_000)]
     assert match(paths, paths).keys == list(range(20_000))
     assert match(["image.jpg"], paths).keys == [None] * 20_000
+    others = [f"other/{path}" for path in paths[10_000:]] + [f"{i}/image.jpg" for i in range(1_000, 11_000)]
+    matches = match(others, paths)  # only half of the paths have a partner
+    assert matches.keys == [None] * 10_000 + list(range(10_000))
+    assert matches.ambiguous_targets == set(range(10_000)) and matches.ambiguous_keys == set(range(10_000, 20_000))
+    assert match(others, paths, values=["cat"] * 20_000).keys == matches.keys
 
 
 def label(tmp_path: Path, files: list[str], table: str, name: str = "out") -> dict[str, str | None]:
