@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from gan_dist.data.prepare.account import Rejected
+from gan_dist.data.prepare.structure import boxes
+
+_GIF_PROFILE = b"\x21\xff\x0bICCRGBG1012"
 
 Converter = Callable[[Image.Image], Image.Image]
 
@@ -81,6 +85,25 @@ def _lab_to_rgb(part: Image.Image) -> Image.Image:
     converted = ImageCms.applyTransform(part, _transform(None, "LAB"))
     assert converted is not None
     return converted
+
+
+def profile_of(data: bytes, format: str) -> bytes | None:
+    """Returns the colour profile of a file of a format in which Pillow looks for none."""
+    match format:
+        case "JPEG2000":
+            header = next((data[start:end] for kind, start, end in boxes(data) if kind == b"jp2h"), b"")
+            colours = [header[start:end] for kind, start, end in boxes(header) if kind == b"colr"]
+            return colours[0][3:] if colours and colours[0][:1] in (b"\2", b"\3") else None
+        case "BMP" if data[70:74] == b"DEBM" and int.from_bytes(data[14:18], "little") >= 124:
+            start, size = struct.unpack("<2I", data[126:134])
+            return data[14 + start : 14 + start + size]
+        case "GIF" if (place := data.find(_GIF_PROFILE)) >= 0:
+            place, profile = place + len(_GIF_PROFILE), b""
+            while size := data[place]:
+                profile += data[place + 1 : place + 1 + size]
+                place += 1 + size
+            return profile
+    return None
 
 
 def to_srgb(picture: Image.Image, image: Image.Image, flags: list[str]) -> Image.Image:

@@ -17,6 +17,7 @@ from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin, T
 
 from gan_dist.data.prepare import avif, bmp, ends, icons, jpeg, png, rare, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
+from gan_dist.data.prepare.colour import profile_of
 
 MEMORY_LIMIT = 800 * 2**20
 """Bytes that one image may take: its encoded data, its decoded pixels and the decoder's own buffers together."""
@@ -136,7 +137,10 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
                 image.info["transparency"] *= 255 // (2 ** data[24] - 1)
         orientation = _orientation(header)
         image, white = tiff.corrected(image, told)
-        image, other_white = rare.corrected(image, data, format, flags)
+        image, other_white = rare.corrected(image, data, format, patient, flags)
+        with suppress(IndexError, struct.error):  # a profile that is cut short
+            if profile := profile_of(data, format):
+                image.info["icc_profile"] = profile
         white = white if other_white is None else other_white
         if format == "AVIF" and (shown := avif.clean_aperture(data, image.size)):
             image, info = image.crop(shown), image.info

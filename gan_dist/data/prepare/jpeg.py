@@ -134,8 +134,8 @@ def _look_for_damage(data: bytes) -> None:
             sent = {content[6 + 3 * i]: {} for i in range(content[5])}
         elif marker == 0xDA and not progressive:
             tables = {content[2 + 2 * i] for i in range(content[0])}
-            if not begun:
-                _look_for_hole(data, end, any(first.get(16 + table % 16, 0) for table in tables))
+            if any(first.get(16 + table % 16, 0) for table in tables):
+                _look_for_hole(data, end)
             begun = True
             for i in range(content[0]):
                 sent.pop(content[1 + 2 * i], None)
@@ -159,12 +159,11 @@ def _first_symbols(content: bytes) -> dict[int, int]:
     return symbols
 
 
-def _look_for_hole(data: bytes, start: int, unnatural: bool) -> None:
-    """Raises Rejected if the scan that begins at `start` has a long run of zero bytes which no picture gives.
-
-    `unnatural`: a component's AC code of zeros is no end of block, so that the run means blocks of 63 equal
-    coefficients. (In other tables, zeros are what an area of one colour is.)
-    """
-    hole = data.find(_HOLE, start) if unnatural else -1
-    if hole >= 0 and data.find(_END, start, hole) < 0:
+def _look_for_hole(data: bytes, start: int) -> None:
+    """Raises Rejected if the scan that begins at `start` has a long run of zero bytes which no picture gives: where a
+    component's AC code of zeros is no end of block, the run means blocks of 63 equal coefficients. (In other scans,
+    zeros are what an area of one colour is.)"""
+    following = _MARKER.search(data, start)
+    hole = data.find(_HOLE, start, following.start() if following else len(data))
+    if hole >= 0:
         raise Rejected("corrupt", f"JPEG: a hole of zeros at byte {hole}")

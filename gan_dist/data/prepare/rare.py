@@ -8,13 +8,13 @@ import struct
 import numpy as np
 from PIL import Image, ImageChops, ImageFile
 
+from gan_dist.data.prepare import jpeg2000
 from gan_dist.data.prepare.account import Rejected
 
 _LOOSE_ALPHA = ("BMP", "DIB", "TGA", "DDS")
 """Formats whose writers often leave the fourth byte of a pixel at zero, whatever the header says about it."""
 _SCALING = (b"BITPIX", b"BZERO", b"BSCALE")
 _XPM_COLOUR = re.compile(rb"\bc\s+(#[0-9a-fA-F]{6}|None)(\s|$)")
-_SIZ = b"\xff\x4f\xff\x51"
 _MASKS_OF_1555 = struct.pack("<4I", 0x7C00, 0x3E0, 0x1F, 0x8000)
 
 
@@ -45,7 +45,9 @@ def prepared(header: Image.Image, data: bytes) -> None:
         header._mode = "RGBA"
 
 
-def corrected(image: Image.Image, data: bytes, format: str, flags: list[str]) -> tuple[Image.Image, float | None]:
+def corrected(
+    image: Image.Image, data: bytes, format: str, patient: bool, flags: list[str]
+) -> tuple[Image.Image, float | None]:
     """Returns a loaded picture as its file means it, with the value of white where the file tells, and adds flags."""
     info, white = image.info, None
     match format:
@@ -58,7 +60,7 @@ def corrected(image: Image.Image, data: bytes, format: str, flags: list[str]) ->
         case "FITS":
             image, white = _fits(image, data)
         case "JPEG2000":
-            image = _in_order(_of_few_bits(image, data), data)
+            image = jpeg2000.corrected(image, data, patient)
         case "TGA" if data[16] == 16 or (data[1] and data[7] == 16):
             image = _with_opposite_alpha(image)
     image.info = info
@@ -106,31 +108,3 @@ def _fits(image: Image.Image, data: bytes) -> tuple[Image.Image, float | None]:
     values = (zero + scale * stored.astype(np.float64)).clip(0)
     white = 2.0**bits - 1 if bits > 0 and (zero, scale) == (2.0 ** (bits - 1), 1) else None
     return Image.fromarray(values.astype(np.float32)), white
-
-
-def _of_few_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """Returns a JPEG 2000 of less than 8 bits a channel with white at 255: Pillow only moves the bits up."""
-    place = data.find(_SIZ)
-    depths = [1 + (depth & 127) for depth in data[place + 42 : place + 42 + 3 * len(image.getbands()) : 3]]
-    if image.mode not in ("L", "LA", "RGB", "RGBA") or len(depths) != len(image.getbands()) or min(depths) > 7:
-        return image
-    lut = [
-        round((value >> (8 - depth)) * 255 / (2**depth - 1)) if depth < 8 else value
-        for depth in depths
-        for value in range(256)
-    ]
-    return image.point(lut)
-
-
-def _in_order(image: Image.Image, data: bytes) -> Image.Image:
-    """Returns a JP2 with its colours in the order that its box of channels gives them (ISO/IEC 15444-1, I.5.3.6)."""
-    place = data.find(b"cdef", 0, data.find(_SIZ))
-    number = int.from_bytes(data[place + 4 : place + 6], "big")
-    if image.mode != "RGB" or place < 0 or number != 3:
-        return image
-    told = struct.unpack(">9H", data[place + 6 : place + 24])
-    order = {colour - 1: channel for channel, kind, colour in zip(*[iter(told)] * 3, strict=True) if kind == 0}
-    if sorted(order) != [0, 1, 2] or sorted(order.values()) != [0, 1, 2]:
-        return image
-    bands = image.split()
-    return Image.merge("RGB", [bands[order[colour]] for colour in range(3)])

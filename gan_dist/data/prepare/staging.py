@@ -71,8 +71,10 @@ def _compression(path: Path) -> bytes | None:
 
 
 def source_name(text: str) -> str:
-    """Returns the name of a source in the account: its last part, without a query."""
-    return text.split()[-1].split("?")[0].rstrip("/").rpartition("/")[2] if is_address(text) else Path(text).name
+    """Returns the name of a source in the account: its last part, without user, password and query."""
+    if not is_address(text):
+        return Path(text).name
+    return re.sub(r"(?<=//)[^/]*@", "", re.split("[?#;]", text.split()[-1])[0]).rstrip("/").rpartition("/")[2]
 
 
 def stage(text: str, folder: Path) -> Path:

@@ -165,7 +165,10 @@ def _load_planes(image: TiffImagePlugin.TiffImageFile, data: bytes, number: int,
         plane = opened(apart)
         warned |= load(plane, apart, fast)
         planes.append(plane.convert("L"))
-    whole = Image.merge(image.mode, planes)
+    if image.mode in ("LA", "RGBA") and 1 in image.tag_v2.get(338, ()):  # colours are multiplied by alpha
+        whole = Image.merge(f"{image.mode[:-1]}a", planes).convert(image.mode)
+    else:
+        whole = Image.merge(image.mode, planes)
     image.im, image._size, image.tile = whole.im, whole.size, []
     return warned
 

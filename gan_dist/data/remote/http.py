@@ -25,8 +25,9 @@ TRANSIENT = {408, 425, 429}
 _OVERLAP = 2**16
 """Bytes that are asked for again where the server names no version of the file: they prove that it is the same."""
 _SECRET = re.compile(
-    r"((?<=//)[^/?#@:\s]*:|[?&][^=&#\s]*(?:token|sig|secret|passw|auth|credential|(?:api|access)_?-?key)[^=&#\s]*=)"
-    r"(?:(?<=:)[^/?#\s]*(?=@)|(?<==)[^&#\s]*)",
+    r"((?<=//)(?:[^/?#@:\s]*:)?|[?&#;][^=&#;\s]*(?:token|sig|secret|passw|pwd|auth|credential|"
+    r"(?:api|access)_?-?key)[^=&#;\s]*=|[?&#;]\w*key=(?=[^&#;./\s]+(?:[&#;\s]|$)))"
+    r"(?:(?<=[/:])[^/?#@\s]+(?=@)|(?<==)[^&#;\s]*)",
     re.IGNORECASE,
 )
 _SAFE = "/%:=&?~+!$,;'@()*[]"
@@ -135,7 +136,7 @@ def read(address: str, stall_s: float, transfer: Transfer) -> Iterator[bytes]:
             raise AttemptFailed("the file changed meanwhile") from None
         if error.code >= 500 or error.code in TRANSIENT:
             raise AttemptFailed(f"HTTP status {error.code} {error.reason}") from None
-        said = " ".join(str(error.reason).split())
+        said = re.sub(r"\w+://\S*", lambda found: redacted(found[0]), " ".join(str(error.reason).split()))
         raise UserError(f"{redacted(address)}: HTTP status {error.code} {said}; is the address right?") from None
     except TimeoutError:
         raise AttemptFailed(f"stalled: no data for {stall_s:g} s after {transfer.received} bytes") from None
@@ -161,8 +162,12 @@ def _unpacked(response: Any, transfer: Transfer) -> Iterator[bytes]:
     try:
         while packed := response.read1(CHUNK):
             began = True
-            if data := unpacking.decompress(packed):
-                yield data
+            while packed := packed.lstrip(b"\0") if unpacking.eof else packed:  # zeros may fill it up
+                if unpacking.eof:  # several streams are one file
+                    unpacking = zlib.decompressobj(31)
+                if data := unpacking.decompress(packed):
+                    yield data
+                packed = unpacking.unused_data
     except zlib.error as error:
         raise AttemptFailed(f"it cannot be unpacked ({error})") from None
     if began and not unpacking.eof:

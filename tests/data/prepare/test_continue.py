@@ -16,6 +16,7 @@ import pytest
 
 from gan_dist.data.prepare.account import Account, TooManyRejects
 from gan_dist.data.prepare.prepare import prepare
+from gan_dist.data.prepare.staging import source_name
 from gan_dist.data.prepare.verify import repair_command, verify
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.conftest import RunHere
@@ -262,6 +263,12 @@ def test_a_copy_that_was_fetched_before_is_said_to_be_one(tmp_path: Path) -> Non
                 prepare(source, out, workers=0)
             assert sum("remove" in note and "to fetch it again" in note for note in caught.value.account.notes) == notes
         assert server.requests["in.tar"] == 1
+
+
+def test_a_source_is_not_named_by_a_password() -> None:
+    for text in ("http://me:hidden@host", "http://hidden@host/", "pipe:curl http://me:hidden@host/?a=hidden"):
+        assert source_name(text) == "host"
+    assert source_name("http://me:hidden@host/d/a@2.tar;token=hidden") == "a@2.tar"
 
 
 @pytest.mark.parametrize("target", ["loop.png", "loop", "x" * 300, "nowhere"])

@@ -7,7 +7,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,25 @@ def test_zeros_that_a_picture_may_have_are_no_hole() -> None:
         assert reason(encode(flat, format, **options)) == "", (format, options)
     assert reason(encode(flat.convert("L"), "JPEG", optimize=True)) == ""
     assert reason(encode(flat.resize((600, 400)), "AVIF")) == ""
+
+
+def test_a_scan_is_judged_by_its_own_codes() -> None:
+    """Grey in the standard codes is 001010 for a block of brightness, and zeros alone for one of colour."""
+    data = encode(Image.new("RGB", (256, 256)), "JPEG", subsampling=0)
+    scan = data.find(b"\xff\xda")
+    light = "001010" * 1024
+    hole = "001010" * 512 + "0" * 573 + "001010" * 509  # of which three blocks are made
+    parts = {1: b"", 2: bytes(512), 3: bytes(512)}
+
+    def whole(order: Sequence[int]) -> bytes:
+        heads = {component: bytes([1, component, 0x11 if component > 1 else 0, 0, 63, 0]) for component in order}
+        return data[:scan] + b"".join(b"\xff\xda\0\x08" + heads[i] + parts[i] for i in order) + b"\xff\xd9"
+
+    for order in ([1, 2, 3], [2, 1, 3], [3, 2, 1]):
+        for bits, expected in ((light, ""), (hole, "corrupt")):
+            filled = bits + "1" * (-len(bits) % 8)
+            parts[1] = int(filled, 2).to_bytes(len(filled) // 8, "big")
+            assert reason(whole(order)) == expected
 
 
 @pytest.mark.parametrize("options", [{"quality": 95}, {"quality": 100, "method": 0}, {"lossless": True, "method": 0}])

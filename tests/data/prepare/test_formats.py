@@ -241,7 +241,9 @@ def test_one_bit_of_alpha() -> None:
 
 @pytest.mark.parametrize("deflated", [False, True])
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("case", ["gray and alpha", "no word of alpha", "more than alpha", "cmyk and more"])
+@pytest.mark.parametrize(
+    "case", ["gray and alpha", "no word of alpha", "more than alpha", "multiplied", "cmyk and more"]
+)
 def test_planes_with_more_than_colours(case: str, orientation: int, deflated: bool) -> None:
     alpha = np.arange(SIZE)[None].repeat(SIZE, 0).astype(np.uint8) * 4
 
@@ -256,6 +258,8 @@ def test_planes_with_more_than_colours(case: str, orientation: int, deflated: bo
             shown = on_white(np.dstack([gray()] * 3))
         case "more than alpha":
             values, tags[338] = np.dstack([values, gray()]), (3, [2, 0])
+        case "multiplied":
+            values, tags[338] = np.dstack([colours() * (alpha[..., None] / 255), alpha]).astype(np.uint8), (3, [1])
         case "cmyk and more":
             values, tags[338] = np.dstack([255 - colours(), np.zeros_like(gray()), alpha]), (3, [0])
             shown, photometric = colours().astype(float), 5
@@ -524,6 +528,47 @@ def test_white_of_a_shallow_jpeg_2000_is_white(bits: int, boxed: bool) -> None:
     data = bytearray(encode(image, "JPEG2000", no_jp2=not boxed))
     data[data.find(b"\xff\x4f\xff\x51") + 42] = bits - 1
     assert same(bytes(data), values * 255 / (2**bits - 1), limit=0.5)
+
+
+def with_depth(data: bytes, bits: int, signed: bool = False) -> bytes:
+    """Returns a lossy JPEG 2000 of 8 bits whose header is told another depth: the same picture, with that many bits."""
+    told, at = bytearray(data), data.find(b"\xff\x4f\xff\x51") + 42
+    for channel in range(int.from_bytes(data[at - 2 : at], "big")):
+        told[at + 3 * channel] = bits - 1 + 128 * signed
+    return bytes(told)
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize("bits", [9, 10, 12, 16])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_white_of_a_deep_jpeg_2000_is_white(mode: str, bits: int, boxed: bool) -> None:
+    """Lossy black and white: what exceeds white is cut off, and is not black."""
+    noise = np.random.default_rng(bits).integers(0, 2, (SIZE, SIZE, len(mode)), np.uint8) * 255
+    options = {"no_jp2": not boxed, "irreversible": True, "quality_mode": "rates", "quality_layers": [3]}
+    data = encode(Image.fromarray(noise, mode), "JPEG2000", **options)
+    assert np.abs(found(with_depth(data, bits)) - found(data)).max() <= 2
+
+
+def test_signs_in_a_jpeg_2000_are_understood() -> None:
+    data = encode(Image.fromarray(colours()), "JPEG2000", irreversible=True)
+    assert same(with_depth(data, 8, signed=True), colours())
+    assert same(with_depth(data, 12, signed=True), colours())
+
+
+def test_colours_of_a_jp2_may_be_multiplied_by_alpha() -> None:
+    alpha = np.full((SIZE, SIZE, 1), 128, np.uint8)
+    data = encode(Image.fromarray(np.dstack([colours() // 2, alpha])), "JPEG2000")
+    at = data.find(b"cdef") if b"cdef" in data else None
+    told = b"".join(struct.pack(">3H", i, 0, i + 1) for i in range(3)) + struct.pack(">3H", 3, 2, 0)
+    box = struct.pack(">I4sH", 34, b"cdef", 4) + told
+    if at is not None:
+        data = data[: at - 4] + box + data[at - 4 + int.from_bytes(data[at - 4 : at], "big") :]
+    else:
+        head = data.find(b"jp2h") - 4
+        size = int.from_bytes(data[head : head + 4], "big")
+        grown = struct.pack(">I", size + len(box)) + data[head + 4 : head + size] + box
+        data = data[:head] + grown + data[head + size :]
+    assert same(data, colours() / 2 + 127, limit=1.5)
 
 
 def test_the_channels_of_a_jp2_may_be_in_another_order() -> None:

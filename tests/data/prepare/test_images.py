@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -111,6 +112,41 @@ def swapped_profile() -> bytes:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_modes_come_out_in_the_right_colours(name: str, data: bytes, expected: tuple[float, ...]) -> None:
     assert mean(data) == pytest.approx(np.array(expected), abs=1.6), name
+
+
+def in_jp2(profile: bytes, image: Image.Image) -> bytes:
+    data = encode(image, "JPEG2000")
+    at = data.find(b"colr") - 4
+    size, start = int.from_bytes(data[at : at + 4], "big"), data.find(b"jp2h") - 4
+    box = struct.pack(">I4sBBB", 11 + len(profile), b"colr", 2, 0, 0) + profile
+    whole = struct.pack(">I", int.from_bytes(data[start : start + 4], "big") - size + len(box))
+    return data[:start] + whole + data[start + 4 : at] + box + data[at + size :]
+
+
+def in_bmp(profile: bytes, image: Image.Image) -> bytes:
+    data = encode(image, "BMP")
+    pixels = data[54:]
+    header = struct.pack("<I", 124) + data[18:54] + struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0) + b"DEBM" + bytes(48)
+    header += struct.pack("<4I", 4, 124 + len(pixels), len(profile), 0)
+    return data[:10] + struct.pack("<I", 138) + header + pixels + profile
+
+
+def in_gif(profile: bytes, image: Image.Image) -> bytes:
+    data = encode(image, "GIF")
+    at = 13 + 3 * 2 ** (data[10] % 8 + 1)
+    pieces = [profile[i : i + 255] for i in range(0, len(profile), 255)]
+    blocks = b"".join(bytes([len(piece)]) + piece for piece in pieces)
+    return data[:at] + b"\x21\xff\x0bICCRGBG1012" + blocks + b"\0" + data[at:]
+
+
+@pytest.mark.parametrize("within", [in_jp2, in_bmp, in_gif])
+def test_profiles_that_pillow_does_not_look_for(within: Callable[[bytes, Image.Image], bytes]) -> None:
+    data = within(swapped_profile(), plain((255, 0, 0)))
+    assert mean(data) == pytest.approx(np.array((0, 0, 255)), abs=1.6)
+    assert "profile" in square(data, Recipe()).flags
+    nonsense = within(b"nonsense", plain(ORANGE))
+    assert mean(nonsense) == pytest.approx(np.array(ORANGE), abs=3)
+    assert "profile_ignored" in square(nonsense, Recipe()).flags
 
 
 def test_a_long_comment_does_not_lose_the_picture() -> None:

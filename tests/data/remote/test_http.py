@@ -252,6 +252,31 @@ def test_what_a_server_compresses_unasked_is_unpacked(coding: str) -> None:
         assert get(address) == DATA and count == 2
 
 
+@pytest.mark.parametrize("fill", [b"", bytes(1000)])
+def test_several_streams_that_a_server_calls_one_coding_are_all_unpacked(fill: bytes) -> None:
+    """As `cat a.tar.gz b.tar.gz` makes them, which some servers take for an encoding."""
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Encoding", "gzip")
+        request.end_headers()
+        request.wfile.write(gzip.compress(DATA[:1000]) + fill + gzip.compress(DATA[1000:]) + fill)
+
+    with server(handle) as address:
+        assert get(address) == DATA
+
+
+def test_a_redirect_that_is_refused_tells_no_secret() -> None:
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(302)
+        request.send_header("Location", "s3://bucket/a.tar?whatever=hidden")
+        request.end_headers()
+
+    with server(handle) as address, pytest.raises(UserError, match="s3://bucket") as caught:
+        get(f"{address}/a")
+    assert "hidden" not in str(caught.value)
+
+
 def test_a_part_that_was_not_asked_for_and_unknown_codings_are_refused() -> None:
     def answer(status: int, name: str, value: str) -> Handle:
         def handle(request: BaseHTTPRequestHandler) -> None:
@@ -288,7 +313,9 @@ def test_a_redirect_that_goes_round_is_one_line() -> None:
         ("https://host/a?x=1&X-Amz-Signature=ab/c&y=2#z", "https://host/a?x=1&X-Amz-Signature=***&y=2#z"),
         ("https://host/a?sv=3&SIG=s%3D&api_key=k&accessKey=k", "https://host/a?sv=3&SIG=***&api_key=***&accessKey=***"),
         ("pipe:curl https://a:b@h/{}?token=c | cat", "pipe:curl https://a:***@h/{}?token=*** | cat"),
-        *((text, text) for text in ("https://me@host/a", "http://host:80/a@b.tar", "https://h/?key=a/b.tar", "/a:b@c")),
+        ("https://abc@host/a.tar#token=x", "https://***@host/a.tar#token=***"),
+        ("https://host/a.tar?key=x1-2&rlkey=y;token=z&pwd=", "https://host/a.tar?key=***&rlkey=***;token=***&pwd=***"),
+        *((text, text) for text in ("http://host:80/a@b.tar", "https://h/?key=a/b.tar", "/a:b@c")),
     ],
 )
 def test_secrets_are_not_kept(text: str, kept: str) -> None:

@@ -1,0 +1,175 @@
+"""JPEG 2000s of other depths than 8 bits, and with channels in another order than usual.
+
+Pillow moves a channel's bits up or down to 8 without stretching or clamping them, so that white becomes grey or black,
+and looks neither at the order of channels nor at how alpha was applied. Its copy of openjpeg, which knows all that, is
+called here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, _imaging
+
+from gan_dist.data.prepare.account import Rejected
+
+_SIZ = b"\xff\x4f\xff\x51"
+_CODESTREAM, _JP2 = 0, 2
+_SYCC = (3, 4)
+_PREMULTIPLIED = 2
+_BLOCK = 2**20
+_LONGEST_PARAMETERS = 2**14
+"""Bytes, more than openjpeg's opj_dparameters_t has."""
+_READ = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_SKIP = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+_SEEK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_void_p)
+
+
+class _Component(ctypes.Structure):
+    """opj_image_comp_t."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("dx", "dy", "width", "height", "left", "top", "depth", "obsolete")),
+        *((name, ctypes.c_uint32) for name in ("signed", "resolutions", "factor")),
+        ("data", ctypes.POINTER(ctypes.c_int32)),
+        ("alpha", ctypes.c_uint16),
+    )
+
+
+class _Picture(ctypes.Structure):
+    """opj_image_t."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("left", "top", "right", "bottom", "number")),
+        ("space", ctypes.c_int),
+        ("components", ctypes.POINTER(_Component)),
+    )
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """Returns the openjpeg that Pillow has loaded, or None where it cannot be called."""
+    try:
+        library = ctypes.CDLL(_imaging.__file__)
+        stream, codec, picture = ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(_Picture)
+        for name, result, *arguments in (
+            ("opj_stream_create", stream, ctypes.c_size_t, ctypes.c_int),
+            ("opj_stream_set_read_function", None, stream, _READ),
+            ("opj_stream_set_skip_function", None, stream, _SKIP),
+            ("opj_stream_set_seek_function", None, stream, _SEEK),
+            ("opj_stream_set_user_data_length", None, stream, ctypes.c_uint64),
+            ("opj_stream_destroy", None, stream),
+            ("opj_create_decompress", codec, ctypes.c_int),
+            ("opj_set_default_decoder_parameters", None, ctypes.c_char_p),
+            ("opj_setup_decoder", ctypes.c_int, codec, ctypes.c_char_p),
+            ("opj_decoder_set_strict_mode", ctypes.c_int, codec, ctypes.c_int),
+            ("opj_read_header", ctypes.c_int, stream, codec, ctypes.POINTER(picture)),
+            ("opj_decode", ctypes.c_int, codec, stream, picture),
+            ("opj_destroy_codec", None, codec),
+            ("opj_image_destroy", None, picture),
+        ):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def corrected(image: Image.Image, data: bytes, patient: bool) -> Image.Image:
+    """Returns a picture that Pillow has loaded as its file means it. `patient`: what can be decoded of a cut one.
+
+    Raises Rejected where openjpeg is needed and cannot be called, or cannot decode it."""
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK") or not _is_unusual(data, len(image.getbands())):
+        return image
+    if (library := _library()) is None:
+        raise Rejected("unsupported", "JPEG2000: of other than 8 bits, and openjpeg cannot be called here")
+    with _decoded(library, data, patient) as picture:
+        components = [picture.components[i] for i in range(picture.number)]
+        planes = [Image.fromarray(_plane(component, image.size)) for component in components]
+        alphas = [component.alpha for component in components]
+        steps = {(component.dx, component.dy) for component in components}
+        is_sycc = picture.space in _SYCC or (picture.space < 1 and len(steps) > 1)
+    # colours are in order by now; without a box that says so, the second or fourth channel is alpha
+    colours = [plane for plane, alpha in zip(planes, alphas, strict=True) if not alpha]
+    bands = [*colours, *(plane for plane, alpha in zip(planes, alphas, strict=True) if alpha)][: len(image.getbands())]
+    if len(bands) < len(image.getbands()):
+        raise Rejected("unsupported", f"JPEG2000: {len(bands)} channels for {image.mode}")
+    if is_sycc and image.mode in ("RGB", "RGBA"):
+        bands[:3] = Image.merge("YCbCr", bands[:3]).convert("RGB").split()
+    if _PREMULTIPLIED in alphas and image.mode in ("LA", "RGBA"):
+        return Image.merge(f"{image.mode[:-1]}a", bands).convert(image.mode)
+    return Image.merge(image.mode, bands)
+
+
+def _is_unusual(data: bytes, channels: int) -> bool:
+    """Returns whether a channel has other than 8 bits or a sign, or a box says of channels what is not usual."""
+    place = data.find(_SIZ)
+    depths = data[place + 42 : place + 42 + 3 * channels : 3]
+    if place < 0 or len(depths) < channels:
+        return False
+    at = data.find(b"cdef", 0, place)
+    told = data[at + 6 : at + 6 + 6 * channels] if at >= 0 else b""
+    usual = b"".join(struct.pack(">3H", i, 0, i + 1) for i in range(channels))
+    with_alpha = usual[:-6] + struct.pack(">3H", channels - 1, 1, 0)
+    return any(depth != 7 for depth in depths) or (at >= 0 and told not in (usual, with_alpha))
+
+
+@contextmanager
+def _decoded(library: Any, data: bytes, patient: bool) -> Iterator[_Picture]:
+    """A context with what openjpeg decodes."""
+    source = io.BytesIO(data)
+
+    def read(buffer: int, size: int, _: object) -> int:
+        piece = source.read(size)
+        ctypes.memmove(buffer, piece, len(piece))
+        return len(piece) or 2**64 - 1
+
+    def skip(size: int, _: object) -> int:
+        source.seek(size, io.SEEK_CUR)
+        return size
+
+    def seek(place: int, _: object) -> bool:
+        return source.seek(place) == place
+
+    callbacks = _READ(read), _SKIP(skip), _SEEK(seek)  # kept as long as they may be called
+    parameters, picture = ctypes.create_string_buffer(_LONGEST_PARAMETERS), ctypes.POINTER(_Picture)()
+    stream = library.opj_stream_create(_BLOCK, 1)
+    codec = library.opj_create_decompress(_CODESTREAM if data.startswith(_SIZ) else _JP2)
+    try:
+        for name, callback in zip(("read", "skip", "seek"), callbacks, strict=True):
+            getattr(library, f"opj_stream_set_{name}_function")(stream, callback)
+        library.opj_stream_set_user_data_length(stream, len(data))
+        library.opj_set_default_decoder_parameters(parameters)
+        done = (
+            library.opj_setup_decoder(codec, parameters)
+            and library.opj_decoder_set_strict_mode(codec, not patient)
+            and library.opj_read_header(stream, codec, ctypes.byref(picture))
+            and library.opj_decode(codec, stream, picture)
+        )
+        if not done:
+            raise Rejected("corrupt", "JPEG2000: openjpeg cannot decode it")
+        yield picture.contents
+    finally:
+        library.opj_destroy_codec(codec)
+        library.opj_stream_destroy(stream)
+        if picture:
+            library.opj_image_destroy(picture)
+
+
+def _plane(component: _Component, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Returns a channel of a picture of `size` as [H, W], with its largest value at 255."""
+    shape = component.height, component.width
+    values = np.ctypeslib.as_array(component.data, shape).astype(np.float32)
+    if component.signed:
+        values += 2.0 ** (component.depth - 1)
+    scaled = np.rint(values * np.float32(255 / (2.0**component.depth - 1))).clip(0, 255).astype(np.uint8)
+    whole = scaled.repeat(component.dy, axis=0).repeat(component.dx, axis=1)[: size[1], : size[0]]
+    return np.pad(whole, ((0, size[1] - whole.shape[0]), (0, size[0] - whole.shape[1])), mode="edge")
