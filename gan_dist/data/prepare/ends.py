@@ -94,13 +94,13 @@ def streamed(image: Image.Image, data: bytes) -> Stream | None:
 
 def _in_blocks(data: bytes, start: int) -> tuple[bytes, int] | None:
     """Returns a GIF whose pixels, from `start` on, are in blocks of which the last is a small one, and where that ends.
-    (A decoder is done or not only between two blocks.) None: it is small as it is, or ends early."""
+    (A decoder is done or not only between two blocks.) None: it is small as it is."""
     parts, place = [], start
     while place < len(data) and data[place]:
         parts.append(data[place + 1 : place + 1 + data[place]])
         place += 1 + data[place]
     packed = b"".join(parts)
-    if place >= len(data) or len(packed) <= _UNREAD:
+    if len(packed) <= _UNREAD:
         return None
     most = len(packed) - (_UNREAD - 1)
     cuts = [*range(0, most, 255), most, len(packed)]

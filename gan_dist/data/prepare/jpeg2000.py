@@ -23,7 +23,9 @@ from gan_dist.data.prepare.account import Rejected
 
 _SIZ = b"\xff\x4f\xff\x51"
 _CODESTREAM, _JP2 = 0, 2
-_SYCC = (3, 4)
+_SYCC, _CMYK = (3, 4), 5
+_BY_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_MODES = {*_BY_CHANNELS.values(), "CMYK", "P", "PA"}
 _PREMULTIPLIED = 2
 _BLOCK = 2**20
 _LONGEST_PARAMETERS = 2**14
@@ -87,7 +89,8 @@ def corrected(image: Image.Image, data: bytes, patient: bool) -> Image.Image:
     """Returns a picture that Pillow has loaded as its file means it. `patient`: what can be decoded of a cut one.
 
     Raises Rejected where openjpeg is needed and cannot be called, or cannot decode it."""
-    if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK") or not _is_unusual(data, len(image.getbands())):
+    mode = image.mode
+    if mode not in _MODES or not _is_unusual(data, len(image.getbands())):
         return image
     if (library := _library()) is None:
         raise Rejected("unsupported", "JPEG2000: of other than 8 bits, and openjpeg cannot be called here")
@@ -96,21 +99,31 @@ def corrected(image: Image.Image, data: bytes, patient: bool) -> Image.Image:
         planes = [Image.fromarray(_plane(component, image.size)) for component in components]
         alphas = [component.alpha for component in components]
         steps = {(component.dx, component.dy) for component in components}
+        if _has_palette(data):  # which is applied by now
+            mode = "CMYK" if picture.space == _CMYK else _BY_CHANNELS.get(len(planes), "?")
         is_sycc = picture.space in _SYCC or (picture.space < 1 and len(steps) > 1)
     # colours are in order by now; without a box that says so, the second or fourth channel is alpha
     colours = [plane for plane, alpha in zip(planes, alphas, strict=True) if not alpha]
-    bands = [*colours, *(plane for plane, alpha in zip(planes, alphas, strict=True) if alpha)][: len(image.getbands())]
-    if len(bands) < len(image.getbands()):
-        raise Rejected("unsupported", f"JPEG2000: {len(bands)} channels for {image.mode}")
-    if is_sycc and image.mode in ("RGB", "RGBA"):
+    bands = [*colours, *(plane for plane, alpha in zip(planes, alphas, strict=True) if alpha)]
+    if mode not in _MODES or len(bands) < (number := Image.getmodebands(mode)):
+        raise Rejected("unsupported", f"JPEG2000: {len(bands)} channels for {mode}")
+    bands = bands[:number]
+    if is_sycc and mode in ("RGB", "RGBA"):
         bands[:3] = Image.merge("YCbCr", bands[:3]).convert("RGB").split()
-    if _PREMULTIPLIED in alphas and image.mode in ("LA", "RGBA"):
-        return Image.merge(f"{image.mode[:-1]}a", bands).convert(image.mode)
-    return Image.merge(image.mode, bands)
+    if _PREMULTIPLIED in alphas and mode in ("LA", "RGBA"):
+        return Image.merge(f"{mode[:-1]}a", bands).convert(mode)
+    return Image.merge(mode, bands)
+
+
+def _has_palette(data: bytes) -> bool:
+    return b"pclr" in data[: max(0, data.find(_SIZ))]
 
 
 def _is_unusual(data: bytes, channels: int) -> bool:
-    """Returns whether a channel has other than 8 bits or a sign, or a box says of channels what is not usual."""
+    """Returns whether there is a palette, a channel has other than 8 bits or a sign, or a box says of channels what is
+    not usual."""
+    if _has_palette(data):  # of which Pillow takes equal colours for one
+        return True
     place = data.find(_SIZ)
     depths = data[place + 42 : place + 42 + 3 * channels : 3]
     if place < 0 or len(depths) < channels:

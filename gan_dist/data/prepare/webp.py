@@ -63,11 +63,27 @@ def decode(data: bytes, mode: str, size: tuple[int, int]) -> Image.Image | None:
             frame = data[start + 16 : start + length]
             width, height = (int.from_bytes(data[start + i : start + i + 3], "little") + 1 for i in (6, 9))
             _decode(library, frame, riff_chunks(frame, 0), np.empty((height, width, 4), np.uint8))
+            _check_alpha(library, frame, riff_chunks(frame, 0), (width, height))
             return None
     pixels = np.empty((size[1], size[0], len(mode)), np.uint8)
     if not _decode(library, data, riff_chunks(data), pixels):
         return None
+    _check_alpha(library, data, riff_chunks(data), size)
     return Image.frombytes(mode, size, pixels)
+
+
+def _check_alpha(library: Any, data: bytes, chunks: Iterator[tuple[bytes, int, int]], size: tuple[int, int]) -> None:
+    """Raises Rejected unless the alpha of a lossy picture, where it is packed, ends where its data do: it is a lossless
+    picture without its head (WebP container specification, "Alpha")."""
+    width, height = size
+    for kind, start, length in chunks:
+        if kind == b"ALPH" and length and data[start] & 3 == 1:
+            head = b"\x2f" + (width - 1 | height - 1 << 14).to_bytes(4, "little")
+            stream = head + data[start + 1 : start + length]
+            chunk = b"VP8L" + len(stream).to_bytes(4, "little") + stream + bytes(len(stream) % 2)
+            still = b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
+            if not _decode(library, still, riff_chunks(still), np.empty((height, width, 4), np.uint8)):
+                raise Rejected("corrupt", "WEBP: its alpha cannot be decoded")
 
 
 def _decode(library: Any, data: bytes, chunks: Iterator[tuple[bytes, int, int]], pixels: NDArray[np.uint8]) -> bool:

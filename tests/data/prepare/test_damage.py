@@ -147,10 +147,14 @@ def test_what_is_odd_before_the_pixels_of_a_jpeg_does_not_lose_it() -> None:
 
 def test_a_progressive_jpeg_without_its_details_is_truncated() -> None:
     data = encode(texture(), "JPEG", progressive=True)
-    scans = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
-    tables = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xc4"]
-    first_end = min(place for place in (*scans, *tables) if place > scans[0])
-    assert reason(data[:first_end] + b"\xff\xd9") == "truncated"
+    starts = [place for place in range(len(data)) if data[place : place + 2] in (b"\xff\xda", b"\xff\xc4")]
+    begun = starts.index(data.find(b"\xff\xda"))
+    assert len(starts) - begun > 10
+    for end in starts[begun + 1 :]:
+        for more in (b"", b"\xff\xd9", data[end : end + 3]):
+            assert reason(data[:end] + more) == "truncated", (end, more)
+        assert reason(data[: end + 3] + b"\xff\xd9")
+    assert reason(data[:-2]) == reason(data) == ""
 
 
 def test_a_jpeg_of_a_scan_a_component_is_truncated_without_one() -> None:
@@ -196,6 +200,39 @@ def test_a_scan_is_judged_by_its_own_codes() -> None:
             filled = bits + "1" * (-len(bits) % 8)
             parts[1] = int(filled, 2).to_bytes(len(filled) // 8, "big")
             assert reason(whole(order)) == expected
+
+
+@pytest.mark.parametrize("fill", [b" ", b"\x55", b"\xaa", b"\x10", b"\xfe"])
+def test_a_gif_that_is_filled_up_is_seen(fill: bytes) -> None:
+    """Whatever the bytes mean as blocks; but the two that close the last one and the file may be missing."""
+    data = encode(texture().quantize(200), "GIF")
+    assert data[-2:] == b"\0;"
+    for end in (-1, -2):
+        assert reason(data[:end]) == "" and "odd_structure" not in square(data[:end], RECIPE).flags
+    for part in (0.1, 0.3, 0.5, 0.7):
+        filled = data[: int(len(data) * part)].ljust(len(data), fill)
+        assert reason(filled) or "odd_structure" in square(filled, RECIPE).flags
+
+
+@pytest.mark.skipif(not webp.available(), reason="Pillow's libwebp cannot be called")
+@pytest.mark.parametrize("film", [False, True])
+def test_damaged_alpha_of_a_lossy_webp_is_seen(film: bool) -> None:
+    y, x = np.mgrid[0:240, 0:320]
+    picture = texture((320, 240)).convert("RGBA")
+    picture.putalpha(Image.fromarray((255 - np.hypot(x - 160, y - 120) + x % 7).clip(0, 255).astype(np.uint8)))
+    more = {"save_all": True, "append_images": [picture.rotate(180)], "duration": 100} if film else {}
+    data = encode(picture, "WEBP", quality=80, **more)
+    at = data.find(b"ALPH")
+    length = int.from_bytes(data[at + 4 : at + 8], "little")
+    assert data[at + 8] & 3 == 1 and reason(data) == ""  # packed
+    random, whole, seen, harmed = np.random.default_rng(0), square(data, RECIPE).pixels.astype(int), 0, 0
+    for _ in range(20):
+        place = at + 9 + int(random.integers(length // 10, length - 70))
+        damaged = data[:place] + random.bytes(64) + data[place + 64 :]
+        found = reason(damaged)
+        harm = bool(found) or np.abs(square(damaged, RECIPE).pixels - whole).mean() > 2
+        seen, harmed = seen + bool(found), harmed + harm
+    assert harmed >= 10 and seen >= 0.8 * harmed, (seen, harmed)
 
 
 @pytest.mark.parametrize("options", [{"quality": 95}, {"quality": 100, "method": 0}, {"lossless": True, "method": 0}])

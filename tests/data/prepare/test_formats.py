@@ -549,6 +549,25 @@ def test_white_of_a_deep_jpeg_2000_is_white(mode: str, bits: int, boxed: bool) -
     assert np.abs(found(with_depth(data, bits)) - found(data)).max() <= 2
 
 
+def test_equal_colours_in_a_palette_of_a_jp2_are_two() -> None:
+    """Pillow takes them for one, so that all that follow are moved."""
+    table = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
+    table[100:150] = table[50:100]
+    numbers = np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE)
+    data = encode(Image.fromarray(numbers), "JPEG2000")
+    palette = struct.pack(">HB3B", 256, 3, 7, 7, 7) + table.tobytes()
+    mapping = b"".join(struct.pack(">HBB", 0, 1, column) for column in range(3))
+    boxes = b"".join(
+        struct.pack(">I", 8 + len(content)) + kind + content
+        for kind, content in ((b"pclr", palette), (b"cmap", mapping))
+    )
+    head, colour = data.find(b"jp2h") - 4, data.find(b"colr") - 4
+    size = int.from_bytes(data[head : head + 4], "big")
+    changed = data[head + 4 : colour] + data[colour : colour + 11] + struct.pack(">I", 16)  # sRGB, not grey
+    boxed = changed + data[colour + 15 : head + size] + boxes
+    assert same(data[:head] + struct.pack(">I", size + len(boxes)) + boxed + data[head + size :], table[numbers])
+
+
 def test_signs_in_a_jpeg_2000_are_understood() -> None:
     data = encode(Image.fromarray(colours()), "JPEG2000", irreversible=True)
     assert same(with_depth(data, 8, signed=True), colours())
