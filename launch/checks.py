@@ -10,11 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gan_dist.config.schema import Config
+from gan_dist.config.schema import FEWEST_FOR_ENCODER, FEWEST_SAMPLES, Config
 from gan_dist.data.remote.fetch import RetryPolicy, redacted
 from gan_dist.data.shards import Manifest, check_classes, check_resolution, fetch_manifest, read_manifest
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import is_address
+from gan_dist.utils.files import expand, is_address
 from launch import slurm
 from launch.options import ClusterOptions, SlurmOptions, gpus_in
 from launch.snapshot import CHECKOUT
@@ -65,7 +65,8 @@ def find_manifest(settings: Config) -> Manifest | None:
 
 
 def check_fit(settings: Config, manifest: Manifest | None) -> None:
-    """Raises UserError unless a dataset has what a run asks of it: the model's resolution, labels, images to compare.
+    """Raises UserError unless a dataset has what a run asks of it: the model's resolution, labels, images to compare;
+    and what they are compared by is there.
 
     None: it is not seen from here.
     """
@@ -75,10 +76,22 @@ def check_fit(settings: Config, manifest: Manifest | None) -> None:
     check_resolution(model.resolution, manifest.resolution, where)
     if model.classes == "dataset" and (counts := manifest.class_counts) is not None:
         check_classes(manifest.classes, counts, model.classes_min_images, where)
-    if evaluate.every_steps and evaluate.samples > (held := manifest.num_samples):
+    if not evaluate.every_steps:
+        return
+    by_encoder = evaluate.encoder not in ("auto", "none")
+    if by_encoder and not expand(evaluate.encoder).is_file():
+        raise UserError(f"evaluate.encoder: {evaluate.encoder} is no file; `gan-dist encoder DATASET` learns one")
+    fewest, held = FEWEST_FOR_ENCODER if by_encoder else FEWEST_SAMPLES, manifest.num_samples
+    if held < fewest:
+        raise UserError(f"{where} holds {held} images; these metrics need {fewest} or more real ones")
+    if evaluate.samples < fewest:
+        raise UserError(f"evaluate.samples: expected {fewest} or more for these metrics, found {evaluate.samples}")
+    if evaluate.samples > held:
         raise UserError(
             f"evaluate.samples: expected {held} or fewer, as many as {where} holds, found {evaluate.samples}"
         )
+    if evaluate.held_out and not is_address(evaluate.held_out):
+        check_resolution(model.resolution, read_manifest(evaluate.held_out).resolution, evaluate.held_out)
 
 
 def check_interpreter(cluster: ClusterOptions) -> None:

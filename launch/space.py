@@ -167,9 +167,12 @@ def _flat(values: Mapping[str, Any], path: Path, prefix: str = "") -> dict[str, 
             key not in known and isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
         )
         if isinstance(value, dict) and value and (section or unknown):
-            flat |= _flat(value, path, f"{key}.")
+            inner = _flat(value, path, f"{key}.")
         else:
-            flat[key] = value
+            inner = {key: value}
+        if twice := flat.keys() & inner:
+            raise UserError(f"{path}: {min(twice)}: expected once, found twice (in a section and with dots)")
+        flat |= inner
     return flat
 
 

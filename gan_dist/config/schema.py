@@ -293,6 +293,11 @@ class CheckpointConfig(Section):
     """Save at each epoch's end and keep those for good."""
 
 
+FEWEST_SAMPLES, FEWEST_FOR_ENCODER = 100, 256
+"""Samples below which figures say nothing about a distribution; and below which the covariance of an encoder's 128
+features is an accident of the sample."""
+
+
 class EvaluateConfig(Section):
     every_steps: NonNegative = 0
     """Steps between evaluations during training; 0 evaluates never."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,28 +59,32 @@ class Classes:
 
     def find(self, name: str, option: str = "--class") -> int:
         """Returns the class called `name`, however its letters' case. Raises UserError, which names the nearest."""
-        folded: dict[str, list[str]] = {}
-        for known in (*self.names, *(() if UNLABELLED in self.names else (UNLABELLED,))):
-            folded.setdefault(known.casefold(), []).append(known)
         if name in self.names:
             return 1 + self.names.index(name)
-        if len(same := folded.get(name.strip().casefold(), [])) == 1:
+        folded = self._folded()
+        if len(same := folded.get(_fold(name), [])) == 1:
             return 0 if same[0] not in self.names else 1 + self.names.index(same[0])
-        close = same or [folded[key][0] for key in difflib.get_close_matches(name.casefold(), folded, 3, 0.5)]
+        close = same or [folded[key][0] for key in difflib.get_close_matches(_fold(name), folded, 3, 0.5)]
         known_as = f"there are {_some(self.names)} (of styles with model.classes_min_images images or more)"
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else known_as
         raise UserError(f"{option}: no class {name!r}; {hint}")
 
     def parse(self, text: str, option: str = "--classes") -> list[int]:
         """Returns the classes in a list with commas between them, which names may have in them, too."""
-        words, found = text.split(","), list[int]()
+        words, found, known = text.split(","), list[int](), self._folded()
         while words:
-            ends = range(len(words), 0, -1)
-            joined = [",".join(words[:end]).strip() for end in ends]
-            end = next((end for end, name in zip(ends, joined, strict=True) if end > 1 and name in self.names), 1)
+            ends = (end for end in range(len(words), 1, -1) if _fold(",".join(words[:end])) in known)
+            end = next(ends, 1)
             found.append(self.find(",".join(words[:end]).strip(), option))
             words = words[end:]
         return found
+
+    def _folded(self) -> dict[str, list[str]]:
+        """Returns the names, "unlabelled" among them, by what they have in common however they are written."""
+        folded: dict[str, list[str]] = {}
+        for known in (*self.names, *(() if UNLABELLED in self.names else (UNLABELLED,))):
+            folded.setdefault(_fold(known), []).append(known)
+        return folded
 
     def draw(self, count: int, seed: int) -> Tensor:
         """Returns int64 [count]: classes as frequent as in the dataset, keyed by `seed`; independent of its latents."""
@@ -103,6 +108,10 @@ class Classes:
 
 
 NO_CLASSES = Classes()
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().casefold()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gan_dist.config.schema import FEWEST_FOR_ENCODER
 from gan_dist.data.dataset import Dataset, gather
 from gan_dist.data.order import Order
 from gan_dist.utils.errors import UserError, first_line
@@ -30,8 +31,8 @@ FILE = "encoder.safetensors"
 FORMAT = "gan_dist encoder 1"
 WIDTHS = (32, 64, 128)
 FEATURES = WIDTHS[-1]
-FEWEST = 2 * FEATURES
-"""Images from which the covariance of the features is no accident of the sample."""
+FEWEST = FEWEST_FOR_ENCODER
+assert FEWEST == 2 * FEATURES
 PROJECTED = 64
 BATCH, RATE, DECAY = 256, 2e-3, 1e-4
 TEMPERATURE = 0.2

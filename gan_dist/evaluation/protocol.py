@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from gan_dist.config.schema import FEWEST_SAMPLES
 from gan_dist.data.classes import NO_CLASSES, Classes, Labels
 from gan_dist.data.dataset import Dataset, gather
 from gan_dist.data.order import Order, rank_slice
@@ -39,8 +40,7 @@ from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import write_atomically
 from gan_dist.utils.tensors import float32_products
 
-FEWEST = 100
-"""Samples below which figures say nothing about a distribution."""
+FEWEST = FEWEST_SAMPLES
 YOUNG_IMAGES = 200_000
 """Until D has seen so many, samples are alike because little is learned, not because it collapsed: on 20,000 photos, at
 a quarter of the width, diversity was 0.32 after 38,000 images and 0.81 after 192,000, growing all the while."""

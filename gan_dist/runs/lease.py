@@ -237,6 +237,7 @@ def claim(
     `check` runs before anything is written, and again once the directory is ours: it may have moved in between.
     """
     leases: list[Lease] = []
+    created = not run_dir.exists()
 
     def take() -> T:
         check()
@@ -252,3 +253,6 @@ def claim(
     finally:
         for lease in leases:
             lease.release()
+            if created:  # and still empty: the start was refused
+                with suppress(OSError):
+                    run_dir.rmdir()

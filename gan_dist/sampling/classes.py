@@ -73,6 +73,7 @@ def arrange(
     size, side = generator.latent_dim, math.ceil(math.sqrt(count))
     several = len(asked.labels) > 1
     if several and walk:
+        side = max(side, len(asked.labels))  # none is left out
         rows = math.ceil(count / side)
         latents = draw_latents(size, rows, seed, truncation=truncation)
         way = _through(generator.vectors_of(torch.tensor(asked.labels), asked.strength), side)

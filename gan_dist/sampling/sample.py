@@ -146,6 +146,11 @@ def sample_run(
                 f"{reals.root} holds {reals.resolution}; give the dataset it was trained on"
             )
     files = [out, walk, export, animation, neighbours, *([Path(individual, "0.png")] if individual else [])]
+    named = [
+        expand(file).resolve() for file in (out, walk, export, animation, neighbours, individual) if file is not None
+    ]
+    if twice := next((file for file in named if named.count(file) > 1), None):
+        raise UserError(f"{twice} is to be written twice: give each of the files another name")
     for file in files:
         if file is not None and (fault := why_not_writable(expand(file))):
             raise UserError(f"cannot write {file}: {fault}")

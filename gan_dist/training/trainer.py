@@ -108,11 +108,11 @@ def play(run: Run) -> Outcome:
     stopped = _loop(run) if run.step < run.end else None
 
     seconds = time.monotonic() - began
+    if stopped is None and first_step < run.step and run.step % run.samples_every:  # else the loop has drawn them
+        _draw_samples(run)
     if run.checkpointer.saved_step == run.step:
         run.checkpointer.wait()
     else:
-        if stopped is None:
-            _draw_samples(run)
         _save(run, wait=True)
     run.telemetry.event("stop" if stopped else "end", run.step, reason=stopped)
     run.telemetry.flush()

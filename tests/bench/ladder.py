@@ -7,7 +7,8 @@
 
 `run` trains every recipe with every seed, the first seed of all first, and evaluates each checkpoint on two held-out
 datasets: recipes and checkpoints are chosen by the figures on A, and the figures on B are those to quote. A run that is
-done adds a line to HOME/ladder.jsonl; started again, it goes on where it stopped. `cost` times the recipes' steps in
+done adds a line to HOME/ladder.jsonl; started again, it goes on where it stopped, and with another number of --images
+it climbs anew beside the other. `cost` times the recipes' steps in
 turn, for equal time cannot be read from runs that shared a machine. Nothing is left out of the table.
 """
 
@@ -60,15 +61,15 @@ class Ladder:
 
     def climb(self) -> None:
         """Trains and measures all that is not yet done, `jobs` runs at a time."""
-        done = {(line["recipe"], line["seed"]) for line in read_lines(self.lines)}
-        names = self.args.only or list(self.recipes["recipes"])
-        wanted = [(name, seed) for seed in self.args.seeds for name in names if (name, seed) not in done]
+        done = {key_of(line) for line in read_lines(self.lines)}
+        names, images = self.args.only or list(self.recipes["recipes"]), self.args.images
+        wanted = [(name, seed) for seed in self.args.seeds for name in names if (name, seed, images) not in done]
         with ThreadPoolExecutor(self.args.jobs) as pool:
             for line in pool.map(lambda one: self._run(*one), wanted):
                 print(line, flush=True)
 
     def _run(self, name: str, seed: int) -> str:
-        run, steps = self.home / "runs" / f"{name}-s{seed}", self._steps(name)
+        run, steps = self.home / "runs" / f"{name}-s{seed}-{self.args.images}", self._steps(name)
         words = [f"seed={seed}", f"data.shards={self.args.data}", f"train.epochs={self._epochs()}"]
         every = max(1, steps // self.args.points)
         words += ["checkpoint.keep_epochs=false", f"checkpoint.every_steps={every}", "checkpoint.every_minutes=0"]
@@ -78,6 +79,7 @@ class Ladder:
             self._call(run, "train", self.recipes["base"], *words, *words_of(self.recipes, name), "--run-dir", str(run))
         line = {
             "recipe": name,
+            "run": run.name,
             "seed": seed,
             "overrides": words_of(self.recipes, name),
             "images": self.args.images,
@@ -106,12 +108,17 @@ class Ladder:
         return [{key: row[key] for key in ("step", "images_seen", *FIGURES) if key in row} for row in rows]
 
     def _call(self, run: Path, *words: str) -> str:
-        """Returns what a command of gan-dist printed; its log is beside the run. Raises where it failed."""
+        """Returns what a command of gan-dist printed; its log is beside the run. Ends the ladder where it failed."""
         run.parent.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "gan_dist", *words]
-        with (run.parent / f"{run.name}.log").open("ab") as log:
-            return subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=log, check=True, text=True).stdout
+        path = run.parent / f"{run.name}.log"
+        with path.open("ab") as log:
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=log, check=False, text=True)
+        if done.returncode:
+            said = path.read_text(errors="replace").splitlines()[-1:]
+            raise SystemExit(f"{run.name}: {words[0]} failed ({path}): {' '.join(said)}")
+        return done.stdout
 
     def cost(self) -> None:
         """Writes the seconds an image of each recipe, measured in turn by one process on one thread."""
@@ -138,8 +145,14 @@ def images_of_a_step(config: Config) -> int:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of finished runs, in the order in which they ended."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the lines of finished runs, in the order in which they ended; of one that was run twice, the last."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list({key_of(line): line for line in lines}.values())
+
+
+def key_of(line: dict[str, Any]) -> tuple[str, int, int]:
+    """Returns what tells a run from the others: recipe, seed, images."""
+    return line["recipe"], line["seed"], line["images"]
 
 
 def best_row(line: dict[str, Any], limit: float = math.inf) -> dict[str, Any]:
@@ -151,15 +164,17 @@ def best_row(line: dict[str, Any], limit: float = math.inf) -> dict[str, Any]:
 
 
 def summaries(home: Path) -> Iterator[dict[str, Any]]:
-    """Yields, a recipe at a time, its cost and the figures of its runs: at the last, at the best and in equal time."""
+    """Yields, a recipe and a number of images at a time, its cost and the figures of its runs: at the last, at the best
+    and in equal time."""
     lines = read_lines(home / "ladder.jsonl")
     costs = json.loads((home / "cost.json").read_text()) if (home / "cost.json").exists() else {}
-    for name in dict.fromkeys(line["recipe"] for line in lines):
-        runs = [line for line in lines if line["recipe"] == name]
+    several = len({line["images"] for line in lines}) > 1
+    for name, images in dict.fromkeys((line["recipe"], line["images"]) for line in lines):
+        runs = [line for line in lines if (line["recipe"], line["images"]) == (name, images)]
         ratio = costs[name] / costs[BASELINE] if name in costs else None
         most = min(run["report"][-1]["images_seen"] for run in runs)
         yield {
-            "recipe": name,
+            "recipe": f"{name}, {images:,} images" if several else name,
             "runs": runs,
             "cost": ratio,
             "end": [run["report"][-1] for run in runs],
@@ -210,7 +225,7 @@ def page(home: Path, out: Path) -> None:
     rows = []
     for one in summaries(home):
         for run in one["runs"]:
-            grids = dict(read_run(home / "runs" / f"{run['recipe']}-s{run['seed']}").samples)
+            grids = dict(read_run(home / "runs" / run.get("run", f"{run['recipe']}-s{run['seed']}")).samples)
             last, steps = run["report"][-1], [row["step"] for row in run["report"]]
             equal = nearest_row(run, last["images_seen"] / max(one["cost"] or 1, 1))["step"]
             wanted = [
@@ -222,7 +237,7 @@ def page(home: Path, out: Path) -> None:
                 for title, step in wanted
                 if step in grids
             ]
-            rows.append({"name": f"{run['recipe']}, seed {run['seed']}", "pictures": pictures})
+            rows.append({"name": f"{one['recipe']}, seed {run['seed']}", "pictures": pictures})
     out.write_text(jinja2.Environment(autoescape=True).from_string(PAGE).render(rows=rows))
 
 
@@ -248,7 +263,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     if args.what == "run":
-        Ladder(args).climb()
+        ladder = Ladder(args)
+        if unknown := set(args.only or ()) - set(ladder.recipes["recipes"]):
+            parser.error(f"--only: no recipe {min(unknown)!r} in {args.recipes}")
+        if missing := [option for option in ("data", "select", "report") if not getattr(args, option)]:
+            parser.error(f"run needs --{missing[0]}")
+        ladder.climb()
     elif args.what == "cost":
         Ladder(args).cost()
     elif args.what == "table":

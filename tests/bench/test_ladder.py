@@ -10,6 +10,7 @@ import yaml
 
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.data.prepare.synthetic import paint_folder
+from gan_dist.utils.errors import GanDistError
 from tests.bench.ladder import best_row, main, nearest_row, read_lines
 from tests.helpers.training import small
 
@@ -58,8 +59,31 @@ def test_two_recipes_from_training_to_the_page(
     ladder("cost", "--rounds", "1")
     table = ladder("table")
     assert "| thesis | 1 | 1.00 |" in table and "| nearest | 1 |" in table
+    ladder("run", *sets, "--images", "32", "--points", "2", "--seeds", "0", "--only", "thesis")
+    with (home / "ladder.jsonl").open("a") as file:  # as two ladders in one home would leave it
+        file.write((home / "ladder.jsonl").read_text())
+    table = ladder("table")
+    assert [line.split("|")[1:3] for line in table.splitlines()[2:]] == [
+        [" thesis, 64 images ", " 1 "],
+        [" nearest, 64 images ", " 1 "],
+        [" thesis, 32 images ", " 1 "],
+    ]
     ladder("page", "--out", str(home / "page.html"))
     assert (home / "page.html").read_text().count("data:image/png;base64,") >= 6
+
+
+def test_what_cannot_be_run_is_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["ladder", "run", str(home), "--recipes", str(home / "recipes.yaml")]
+    monkeypatch.setattr("sys.argv", [*words, "--only", "nope"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "no recipe 'nope'" in capsys.readouterr().err
+    sets = [word for name in ("data", "select", "report") for word in (f"--{name}", str(home / "nowhere"))]
+    monkeypatch.setattr("sys.argv", [*words, *sets, "--images", "16", "--seeds", "0"])
+    with pytest.raises((SystemExit, GanDistError), match="nowhere"):
+        main()
 
 
 def test_checkpoints_are_chosen_by_one_half_and_told_by_the_other() -> None:

@@ -99,6 +99,12 @@ def test_a_class_is_asked_for_by_name(asked: str, found: int) -> None:
     assert STYLES.find(asked) == found
 
 
+def test_an_accent_is_the_same_however_it_is_composed() -> None:
+    styles = Classes(("Gr\u00fcn", "E\u0301cole"))
+    assert styles.find("gru\u0308n") == 1 and styles.find("\u00e9cole") == 2
+    assert styles.parse("\u00c9COLE,Gru\u0308n") == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
@@ -115,6 +121,7 @@ def test_an_unknown_class_brings_the_nearest_names(asked: str, words: str) -> No
 
 def test_a_list_may_have_names_with_commas() -> None:
     assert STYLES.parse("rococo,Cubism, late, baroque") == [4, 2, 1]
+    assert STYLES.parse("BAROQUE,cubism, LATE,unlabelled") == [1, 2, 0]
     with pytest.raises(UserError, match="--classes: no class 'Cubism'"):
         STYLES.parse("Baroque,Cubism")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,14 +54,23 @@ def test_a_dataset_is_looked_at_before_the_queue_wherever_it_is(
     assert "the nodes will try again" in capsys.readouterr().err
 
 
-def test_a_dataset_has_what_a_run_asks_of_it(dataset: Path) -> None:
-    held = checks.find_manifest(settings(dataset))
-    assert held is not None
-    number = held.num_samples
-    checks.check_dataset(settings(dataset, "evaluate.every_steps=5", f"evaluate.samples={number}"))
-    checks.check_dataset(settings(dataset, f"evaluate.samples={number + 1}"))  # nothing is evaluated
-    with pytest.raises(UserError, match=rf"evaluate\.samples: expected {number} or fewer, .*, found {number + 1}"):
-        checks.check_dataset(settings(dataset, "evaluate.every_steps=5", f"evaluate.samples={number + 1}"))
+def test_a_dataset_has_what_a_run_asks_of_it(dataset: Path, tmp_path: Path) -> None:
+    few = checks.find_manifest(settings(dataset))
+    assert few is not None
+    held = replace(few, shards=tuple(replace(shard, samples=10 * shard.samples) for shard in few.shards))
+    number, fits = held.num_samples, partial(settings, dataset, "evaluate.every_steps=5")
+    checks.check_fit(fits(f"evaluate.samples={number}"), held)
+    checks.check_fit(settings(dataset, f"evaluate.samples={number + 1}"), few)  # nothing is evaluated
+    for manifest, words, line in (
+        (held, [f"evaluate.samples={number + 1}"], rf"evaluate\.samples: expected {number} or fewer, .* {number + 1}$"),
+        (held, ["evaluate.samples=99"], r"^evaluate\.samples: expected 100 or more for these metrics, found 99$"),
+        (few, ["evaluate.samples=100"], rf"holds {few.num_samples} images; these metrics need 100 or more"),
+        (held, ["evaluate.encoder=/nope"], r"^evaluate\.encoder: /nope is no file; `gan-dist encoder"),
+        (held, [f"evaluate.encoder={__file__}", "evaluate.samples=100"], r"^evaluate\.samples: expected 256 or more"),
+        (held, [f"evaluate.held_out={tmp_path}", "evaluate.samples=100"], re.escape(str(tmp_path))),
+    ):
+        with pytest.raises(UserError, match=line):
+            checks.check_fit(fits(*words), manifest)
     with pytest.raises(UserError, match="has no labels: prepare it with --labels"):
         checks.check_fit(settings(dataset, "model.classes=dataset"), replace(held, classes=(), totals={}))
     labelled = replace(held, classes=("a", "b"), totals={"classes": {"a": 3, "b": 5}})

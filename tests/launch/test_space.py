@@ -56,6 +56,7 @@ def space(tmp_path: Path, text: str, *words: str, ranks: int = 1) -> Space:
         ("train.global_batch: {int: [1.5, 64]}", "train.global_batch: expected int: whole numbers"),
         ("evaluate.samples: {int: [10, 20]}", "evaluate.samples: trials are compared by what it decides"),
         ("data.shards: {choice: [/a, /b]}", "data.shards: trials are compared by what it decides"),
+        ("optim.g_lr: {log: [1e-5, 1]}\noptim: {g_lr: {log: [1e-4, 1]}}", "optim.g_lr: expected once, found twice"),
         ("{}", "expected one key or more to search, found none"),
         ("- optim.g_lr", "expected sections with keys"),
     ],

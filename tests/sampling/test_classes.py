@@ -80,6 +80,13 @@ def test_a_walk_goes_from_class_to_class_in_one_latent(generator: Generator) -> 
     torch.testing.assert_close(middle[2], generator.vectors_of(torch.tensor([3]))[0])
 
 
+def test_a_walk_leaves_no_class_out(generator: Generator) -> None:
+    asked = Asked((1, 3, 2, 1, 2))
+    plan = arrange(generator, asked, 4, 0, walk=True)
+    assert plan.columns == 5 and plan.vectors is not None
+    assert torch.allclose(plan.vectors[:4], generator.vectors_of(torch.tensor(asked.labels))[:4], atol=1e-5)
+
+
 def test_a_walk_between_latents_keeps_its_class(generator: Generator) -> None:
     for asked in (Asked((2,)), Asked()):
         plan = arrange(generator, asked, 9, 0, walk=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,14 @@ def test_bad_options_are_refused_before_anything_is_written(run: Path, dataset: 
     out = tmp_path / "x.png"
     with pytest.raises(UserError, match="--count"):
         sample_run(run, count=0, out=out)
+    same: Any
+    for same in (
+        {"individual": out},
+        {"neighbours": out},
+        {"walk": tmp_path / "a.gif", "animation": tmp_path / "a.gif"},
+    ):
+        with pytest.raises(UserError, match="is to be written twice"):
+            sample_run(run, count=1, out=tmp_path / "nowhere" / ".." / "x.png", **same)
     with pytest.raises(UserError, match="--seed: expected a whole number from 0 to 9223372036854775807, found -1"):
         sample_run(run, seed=-1, out=out)
     with pytest.raises(UserError, match="has no training to show"):

@@ -46,6 +46,19 @@ def test_a_run_leaves_what_the_design_says(dataset: Path, tmp_path: Path) -> Non
     assert "lease" not in {path.name for path in run.iterdir()}
 
 
+@pytest.mark.parametrize(("steps", "words"), [(3, []), (6, []), (5, ["checkpoint.every_steps=5"]), (4, []), (2, [])])
+def test_the_last_step_has_its_samples_whatever_saved_it(
+    dataset: Path, tmp_path: Path, steps: int, words: list[str]
+) -> None:
+    """Of steps 3 and 6 there is a checkpoint already, of step 4 there are samples."""
+    run = tmp_path / "run"
+    train(small(dataset), words, run_dir=run, max_steps=steps, console=False)
+    drawn = [int(path.stem[5:]) for path in sorted((run / "samples").glob("step-*.png"))]
+    assert drawn == sorted({0, *range(4, steps + 1, 4), steps})
+    train(small(dataset), words, run_dir=run, max_steps=steps, console=False)  # nothing is left to do
+    assert len(list((run / "samples").glob("step-*.png"))) == len(drawn)
+
+
 def test_it_says_who_computes_batch_norm(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +249,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(dataset: Path, tmp_path: Path)
     assert "model.resolution is 64" in refusal("model.resolution=64")
     assert "nowhere" in refusal(f"data.shards={tmp_path / 'nowhere'}")
     assert "--max-steps" in refusal(max_steps=0)
+    assert "these metrics need 100 or more" in refusal("evaluate.every_steps=5", "evaluate.samples=100")
     assert "no run at" in refusal(from_run="nobody")
     (tmp_path / "file").write_text("")
     assert "is a file" in refusal(run_dir=tmp_path / "file")
