@@ -87,9 +87,8 @@ def prepare(
                 keep_truncated=keep_truncated,
                 full_decode=full_decode,
                 fast_checks=fast_checks,
-                progress=partial(show, "preparing"),
-                listed=lambda files: show("listing", files, 0),
-                matched=lambda paths: show("matching paths", paths, 0),
+                show=show,
+                log=partial(console.print, markup=False),
             )
     except TooManyRejects as error:
         account = error.account

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Event, Thread
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -73,3 +75,40 @@ class _Lines:
         if self._in_bytes:
             line = f"{verb}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB" + (f" in {seconds:.0f} s" * (tenth == 10))
         self._out.print(line, markup=False)
+
+
+Show = Callable[[str, int, int], None]
+"""Shows how far the work of a verb has come: (verb, done, total); total 0: unknown."""
+
+
+def silent(verb: str, done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+class Ticks:
+    """Adds up what it is called with. As a context, it has a thread that shows the sum, in units, five times a second:
+    also while one long call is under way."""
+
+    def __init__(self, show: Show, verb: str, unit: int = 1) -> None:
+        self._show: Callable[[int], None] = lambda count: show(verb, count // unit, 0)
+        self._count, self._done = 0, Event()
+        self._thread = Thread(target=self._run, name="progress", daemon=True)
+
+    def __call__(self, amount: int = 1) -> None:
+        self._count += amount
+
+    def _run(self) -> None:
+        with suppress(OSError):  # whoever reads it has gone, as the main thread will find
+            while not self._done.wait(0.2):
+                self._show(self._count)
+
+    def __enter__(self) -> Self:
+        self._show(0)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if kind is None:
+            self._show(self._count)

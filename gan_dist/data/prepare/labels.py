@@ -147,6 +147,11 @@ def _read_table(spec: str, entries: Sequence[Entry]) -> tuple[dict[str, set[str]
                             f"--labels {spec}: {path} has a cell in line {began} that swallows whole rows: close its "
                             "quote, or write the cell in one line"
                         )
+                if any(cell.strip() for cell in row[len(columns) :]):
+                    raise UserError(
+                        f"--labels {spec}: {path} has {len(row)} fields in line {line} and {len(columns)} in its head: "
+                        f"put cells that have a {mark!r} in them into quotes"
+                    )
                 file, name = (row[place].strip() if place < len(row) else "" for place in places)
                 if "\ufffd" in file + name:
                     raise UserError(f"--labels {spec}: {path} is not UTF-8 (line {line}): convert it")
@@ -180,7 +185,8 @@ def _column(spec: str, path: Path, columns: Sequence[str], name: str) -> int:
         raise UserError(
             f"--labels {spec}: {path} has the column {name!r} {'twice' if count == 2 else f'{count} times'}"
         )
-    raise UserError(f"--labels {spec}: no column {name!r} in {path}; it has {', '.join(columns)}")
+    there = ", ".join(" ".join(column.split()) for column in columns) or "none"
+    raise UserError(f"--labels {spec}: no column {name!r} in {path}; it has {there}")
 
 
 def _swallows_rows(row: Sequence[str], columns: int, mark: str, places: Sequence[int], images: set[str]) -> bool:

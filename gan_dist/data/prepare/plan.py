@@ -14,12 +14,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, Self
+from typing import Any
 
 import PIL
 from PIL import features
@@ -32,8 +31,9 @@ from gan_dist.data.prepare.reading import Reader, SourceChanged, content_digest
 from gan_dist.data.prepare.sources import Entry, Listing, Source, list_source, open_source
 from gan_dist.data.shards import shard_name
 from gan_dist.utils.errors import GanDistError, UserError
-from gan_dist.utils.files import clear_temporaries, expand, read_record, write_atomically
+from gan_dist.utils.files import clear_temporaries, read_record, write_atomically
 from gan_dist.utils.locks import Locks
+from gan_dist.utils.progress import Show, Ticks, silent
 
 FOLDER = ".prepare"
 """The folder in OUT that keeps the plan and the records of finished shards."""
@@ -97,23 +97,20 @@ def make_plan(
     paths: Sequence[tuple[Path, str]],
     options: Options,
     out: Path,
-    listed: Callable[[int], None] = lambda files: None,
-    matched: Callable[[int], None] = lambda paths: None,
+    show: Show = silent,
+    replacements: Sequence[tuple[Path, str]] = (),
 ) -> Plan:
-    """Returns the plan for the sources at `paths`, each a path and a name. `listed` is called with the number of files
-    found so far, a few times a second, then `matched` with the number of paths that were looked up for labels and
-    replacements; from another thread, so that neither falls silent while one big directory is read.
+    """Returns the plan for the sources at `paths`, and for `replacements`, each a path and a name. `show` is told a few
+    times a second how many files were found, paths looked up and files compared; from another thread, so that it does
+    not fall silent while one big directory is read.
 
     Raises:
         UserError: a source that is missing, damaged or without images; labels that do not fit.
     """
     # open the sources, the replacements last
-    if options.replacements:
-        extra = expand(options.replacements)
-        paths = [*paths, (extra, extra.name)]
     uses: Counter[str] = Counter()
     sources: list[Source] = []
-    for path, name in paths:
+    for path, name in (*paths, *replacements):
         uses[name] += 1
         sources.append(open_source(path, f"{name}#{uses[name]}" if uses[name] > 1 else name))
     _check_distinct(sources)
@@ -121,28 +118,30 @@ def make_plan(
         if source.kind == "folder" and (out == Path(source.path) or out in Path(source.path).parents):
             raise UserError(f"source {source.path} is inside OUT ({out}): choose another folder for the dataset")
     # list their entries, settle replacements and duplicates
-    with _Ticks(listed) as tick:
+    with Ticks(show, "listing") as tick:
         listings = [list_source(source, number, exclude=out, tick=tick) for number, source in enumerate(sources)]
     skipped: Counter[str] = sum((listing.skipped for listing in listings), Counter())
     seen = sum(len(listing.entries) for listing in listings) + skipped.total()
-    if options.replacements:
-        with _Ticks(matched) as tick:
-            entries, replaced = _replace(listings, sources, skipped, tick)
+    notes = [note for listing in listings for note in listing.notes]
+    if replacements:
+        with Ticks(show, "matching paths") as tick:
+            entries, replaced = _replace(listings, len(replacements), sources, skipped, notes, tick)
     else:
         entries, replaced = [entry for listing in listings for entry in listing.entries], 0
     duplicates: list[dict[str, str]] = []
     if options.dedupe:
-        entries, duplicates = _dedupe(entries, sources)
+        with Ticks(show, "comparing files") as tick:
+            entries, duplicates = _dedupe(entries, sources, tick)
         skipped["duplicate"] += len(duplicates)
     # label the entries, describe it all
     cls = {(i, path): name for i, listing in enumerate(listings) for path, name in listing.classes.items()}
-    with _Ticks(matched if options.labels else lambda paths: None) as tick:
+    with Ticks(show if options.labels else silent, "matching paths") as tick:
         labels = label(options.labels, entries, sources, cls, tick)
     recipe = _of_image(options.image) | {
         "background": list(BACKGROUND),
         "shard_samples": options.shard_samples,
         "labels": labels.origin,
-        "replacements": sources[-1].name if options.replacements else None,
+        "replacements": ", ".join(source.name for source in sources[len(paths) :]) or None,
         "dedupe": options.dedupe,
         "sources": [
             {
@@ -157,7 +156,7 @@ def make_plan(
         "decoders": _decoders(),
     }
     counts = {"seen": seen, "replaced": replaced, "skipped": dict(sorted((+skipped).items())), "labels": labels.counts}
-    notes = [note for listing in listings for note in listing.notes] + labels.notes
+    notes += labels.notes
     if nested := skipped["nested archive"]:
         notes.append(
             f"{nested:,} archives inside the sources were not opened: name them as sources to include their images"
@@ -190,33 +189,6 @@ def _of_image(image: Recipe) -> dict[str, Any]:
     return values
 
 
-class _Ticks:
-    """Counts its calls. As a context, it has a thread that passes the count on five times a second."""
-
-    def __init__(self, show: Callable[[int], None]) -> None:
-        self._show, self._count, self._done = show, 0, Event()
-        self._thread = Thread(target=self._run, name="progress", daemon=True)
-
-    def __call__(self) -> None:
-        self._count += 1
-
-    def _run(self) -> None:
-        with suppress(OSError):  # whoever reads it has gone, as the main thread will find
-            while not self._done.wait(0.2):
-                self._show(self._count)
-
-    def __enter__(self) -> Self:
-        self._show(0)
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        if kind is None:
-            self._show(self._count)
-
-
 def _check_distinct(sources: Sequence[Source]) -> None:
     """Raises UserError when a source is given twice, or a folder inside another: its images would be taken twice. (An
     archive inside a folder is no problem: it is not opened there.)"""
@@ -247,22 +219,30 @@ def _digest(entries: Sequence[Entry], stamps: bool = True) -> str:
 
 
 def _replace(
-    listings: Sequence[Listing], sources: Sequence[Source], skipped: Counter[str], tick: Callable[[], None]
+    listings: Sequence[Listing],
+    number: int,
+    sources: Sequence[Source],
+    skipped: Counter[str],
+    notes: list[str],
+    tick: Callable[[], None],
 ) -> tuple[list[Entry], int]:
-    """Returns the entries, with originals replaced by entries of the last listing, and the number replaced.
+    """Returns the entries, with originals replaced by entries of the last `number` listings, and how many were.
 
     A replacement is matched to its original by path (`train/1.jpg` in the zip replaces `1.jpg` of the source `train`);
     where that leaves a choice, nothing is replaced. Replacements that are not used are counted in `skipped`.
     """
-    *originals, replacements = listings
-    entries = [entry for listing in originals for entry in listing.entries]
-    new = replacements.entries
+    entries, new = (
+        [entry for listing in part for entry in listing.entries] for part in (listings[:-number], listings[-number:])
+    )
     targets = [_place(entry, sources) for entry in entries]
     matches = match([_place(entry, sources) for entry in new], targets, tick=tick)
     used = {key for key in matches.keys if key is not None}
     for number in range(len(new)):
         if number not in used:
             skipped["ambiguous replacement" if number in matches.ambiguous_keys else "replacement of nothing"] += 1
+    if not used and entries:
+        first = f"the first is {new[0].path!r}, the first image {entries[0].path!r}"
+        notes.append(f"no replacement has the path of an image: {first}")
     taken = [
         entry if key is None else replace(new[key], stands_for=entry.place)
         for entry, key in zip(entries, matches.keys, strict=True)
@@ -274,7 +254,9 @@ def _place(entry: Entry, sources: Sequence[Source]) -> str:
     return f"{sources[entry.source].stem}/{entry.path}"
 
 
-def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry], list[dict[str, str]]]:
+def _dedupe(
+    entries: list[Entry], sources: Sequence[Source], tick: Callable[[], None]
+) -> tuple[list[Entry], list[dict[str, str]]]:
     """Returns the entries without later copies of equal content, and a record of each copy. Only files of equal size
     (in zips, of equal size and checksum) are read."""
     groups: dict[tuple[int, str], list[int]] = {}
@@ -287,6 +269,7 @@ def _dedupe(entries: list[Entry], sources: Sequence[Source]) -> tuple[list[Entry
         reader, copies = Reader(sources), []
         known: dict[bytes, int] = {}
         for index in group:
+            tick()
             try:
                 content = hashlib.sha256(reader.read(entries[index])).digest()
             except (Rejected, SourceChanged):
@@ -325,7 +308,7 @@ def claim(out: Path) -> Locks:
         raise UserError(f"cannot write to OUT {out}: {error.strerror}") from None
 
 
-def settle(plan: Plan, out: Path) -> None:
+def settle(plan: Plan, out: Path, show: Show = silent) -> None:
     """Writes the plan into `out`, or checks that it makes what the one there makes, and takes that one's account of
     sources and decoders over. What only looks different becomes a note.
 
@@ -341,7 +324,8 @@ def settle(plan: Plan, out: Path) -> None:
             stored = json.loads((folder / "plan.json").read_bytes())
             lines = gzip.decompress((folder / "entries.jsonl.gz").read_bytes()).splitlines()
             before = {(source, path): (size, stamp) for source, path, size, stamp in map(json.loads, lines)}
-            _continue(plan, stored, before, out)
+            with Ticks(show, "comparing files") as tick:
+                _continue(plan, stored, before, out, tick)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
             raise UserError(f"{folder} is damaged ({error}): remove {out} and prepare again") from None
         return
@@ -356,7 +340,13 @@ def _labels_digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps([plan.classes, plan.ids]).encode()).hexdigest()
 
 
-def _continue(plan: Plan, stored: dict[str, Any], before: dict[tuple[int, str], tuple[int, str]], out: Path) -> None:
+def _continue(
+    plan: Plan,
+    stored: dict[str, Any],
+    before: dict[tuple[int, str], tuple[int, str]],
+    out: Path,
+    tick: Callable[[], None],
+) -> None:
     """Takes over what the stored plan says of the sources, unless the new one would make something else."""
     _compare_recipes(plan, stored["recipe"], out)
     after = {entry.place: entry for entry in plan.entries}
@@ -373,7 +363,7 @@ def _continue(plan: Plan, stored: dict[str, Any], before: dict[tuple[int, str], 
     ]
     touched = set(other) - set(changed)
     plan.accepted = frozenset({plan.digest, stored["digest"]})
-    changed += _rewritten(plan, touched, list(before), out)
+    changed += _rewritten(plan, touched, list(before), out, tick)
     changes = {
         "added": [place for place in after if place not in before],
         "removed": [place for place in before if place not in after],
@@ -428,7 +418,7 @@ def _compare_recipes(plan: Plan, recipe: dict[str, Any], out: Path) -> None:
 
 
 def _rewritten(
-    plan: Plan, touched: set[tuple[int, str]], before: Sequence[tuple[int, str]], out: Path
+    plan: Plan, touched: set[tuple[int, str]], before: Sequence[tuple[int, str]], out: Path, tick: Callable[[], None]
 ) -> list[tuple[int, str]]:
     """Returns those of the `touched` files that are in finished shards and whose content is not what went there.
 
@@ -447,6 +437,7 @@ def _rewritten(
             places = before[start : start + plan.shard_samples]
             contents = part.get("contents") or [""] * len(places)
             for place, content in zip(places, contents, strict=True):
+                tick()
                 if place in touched and _content(reader, entries[place]) != content:
                     changed.append(place)
     return changed

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -39,6 +40,7 @@ from gan_dist.utils.files import (
     write_record,
 )
 from gan_dist.utils.locks import Locks
+from gan_dist.utils.progress import Show, Ticks, silent
 from gan_dist.utils.system import default_workers
 
 REJECTS, DUPLICATES, TIMINGS, SHEET = "rejects.jsonl", "duplicates.jsonl", "timings.json", "contact_sheet.png"
@@ -50,7 +52,6 @@ _UNHEARD = "Pillow's {} cannot be called here: damage of {}s was looked for in p
 _NOT_ALL = "the dataset is complete when all shards are done: by the other tasks, or by this command without --task"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-Progress = Callable[[int, int], None]
 Part = dict[str, Any]
 
 
@@ -71,9 +72,8 @@ def prepare(
     keep_truncated: bool = False,
     full_decode: bool = False,
     fast_checks: bool = False,
-    progress: Progress | None = None,
-    listed: Callable[[int], None] = lambda files: None,
-    matched: Callable[[int], None] = lambda paths: None,
+    show: Show = silent,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Account:
     """Returns the account of preparing `sources` into the dataset `out`.
 
@@ -82,10 +82,9 @@ def prepare(
 
     Run again after an interruption, it continues; run again on a complete dataset, it rewrites shards that are missing
     or damaged, and nothing else. `task` (i, n) does every n-th shard from i on; the task that ends last writes the
-    manifest. `workers`: processes (default: one a CPU; 0: in this process). `listed` is called with the number of files
-    found so far, `matched` with the number of paths looked up for labels and replacements, then `progress` with the
-    number of entries done and in all. The other options are those of
-    `gan-dist prepare`.
+    manifest. `workers`: processes (default: one a CPU; 0: in this process). `show` is told how far fetching, listing,
+    matching, comparing and preparing have come, `log` of what is tried again. The other options are those of `gan-dist
+    prepare`; `replacements` may be whatever a source may be.
 
     Raises:
         UserError: bad options, sources or `out`, or not one readable image. Nothing partial is left.
@@ -95,8 +94,10 @@ def prepare(
     began = perf_counter()
     # check the arguments
     recipe = Recipe(resolution, resample, min_side, keep_truncated, full_decode, fast_checks)
-    extra = str(expand(replacements)) if replacements else None
-    options = Options(recipe, extra, _absolute(labels), dedupe, shard_samples)
+    if replacements and not is_address(str(replacements)):
+        replacements = expand(replacements)
+    more = spread([replacements]) if replacements else []
+    options = Options(recipe, str(replacements) if replacements else None, _absolute(labels), dedupe, shard_samples)
     processes = default_workers() if workers is None else workers
     _check(options, task, processes, max_reject_fraction)
     target = expand_directory(out)
@@ -106,30 +107,31 @@ def prepare(
     created = not present(target)
     _check_target(target)
     arguments = {**options.non_defaults(), "max_reject_fraction": max_reject_fraction}
-    staged, inputs = any(map(needs_staging, texts)), _inputs(texts, options)
+    every = [*texts, *more]
+    staged, inputs = any(map(needs_staging, every)), _inputs(every, options.labels)
     if staged and inputs is not None and was_made_by(target, texts, arguments, inputs) and (done := _finished(target)):
         return done
     try:
         with write_failure(target), ExitStack() as stack:
             # plan
             locks = stack.enter_context(closing(claim(target))) if staged else None
-            paths, notes = _local(texts, target, locks)
+            paths, notes = _local(every, target, locks, show, log)
             try:
-                plan = make_plan(paths, options, target, listed, matched)
+                plan = make_plan(paths[: len(texts)], options, target, show, paths[len(texts) :])
             except UserError as error:
-                raise _with_addresses(error, texts, paths) from None
+                raise _with_addresses(error, every, paths) from None
             plan.notes += notes
             locks = locks or stack.enter_context(closing(claim(target)))
             with locks.hold(_PLAN_LOCK):
                 try:
-                    settle(plan, target)
+                    settle(plan, target, show)
                 except GanDistError:
                     if present(target / MANIFEST):  # it is complete: nothing will continue from the copies
                         shutil.rmtree(target / FOLDER / STAGED, ignore_errors=True)
                     raise
                 store_command(target, texts, arguments, inputs)
             # work, and finish once all shards are done
-            run = _Run(plan, target, locks, progress)
+            run = _Run(plan, target, locks, show)
             first, step = task or (0, 1)
             run.work(range(first, plan.num_shards, step), processes)
             account = run.account(perf_counter() - began)
@@ -145,14 +147,16 @@ def prepare(
     return account
 
 
-def _local(texts: Sequence[str], out: Path, locks: Locks | None) -> tuple[list[tuple[Path, str]], list[str]]:
+def _local(
+    texts: Sequence[str], out: Path, locks: Locks | None, show: Show, log: Callable[[str], None]
+) -> tuple[list[tuple[Path, str]], list[str]]:
     """Returns the path and name of each source, and notes. One process stages those that need it, the others wait."""
     paths, notes, began = [], [], time.time()
     for text in texts:
         path = Path(text)
         if locks and needs_staging(text):
-            with locks.hold(_STAGE_LOCK):
-                path = stage(text, out / FOLDER / STAGED)
+            with locks.hold(_STAGE_LOCK), Ticks(show, "fetching and unpacking, MB", 10**6) as tick:
+                path = stage(text, out / FOLDER / STAGED, not locks.missing, tick, log)
             if is_address(text) and (fetched := path.stat().st_mtime) < began:
                 when = time.strftime("%Y-%m-%d %H:%M", time.localtime(fetched))
                 notes.append(f"{masked(text)} is as it was fetched on {when}: remove {path} to fetch it again")
@@ -170,12 +174,12 @@ def _with_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tupl
     return UserError(message)
 
 
-def _inputs(texts: Sequence[str], options: Options) -> dict[str, list[int]] | None:
+def _inputs(texts: Sequence[str], labels: str | None) -> dict[str, list[int]] | None:
     """Returns size and modification time of each local file that the dataset is made of; None if one is a folder, in
     which files may change unseen, or cannot be looked at."""
-    table = options.labels.rsplit(":", 2)[0] if options.labels and options.labels.count(":") >= 2 else None
+    table = [labels.rsplit(":", 2)[0]] if labels and labels.count(":") >= 2 else []
     found = {}
-    for text in (*texts, *filter(None, (options.replacements, table))):
+    for text in (*texts, *table):
         if not is_address(text):
             try:
                 status = Path(text).stat()
@@ -255,9 +259,10 @@ def write_failure(out: Path) -> Iterator[None]:
 class _Run:
     """One run over the shards of a plan."""
 
-    def __init__(self, plan: Plan, out: Path, locks: Locks, progress: Progress | None) -> None:
+    def __init__(self, plan: Plan, out: Path, locks: Locks, show: Show) -> None:
         self.plan, self.out, self.locks = plan, out, locks
-        self._progress = progress or (lambda done, total: None)
+        self._show = show
+        self._progress = partial(show, "preparing")
         self._stages: dict[str, float] = {}
         self._entries = self._bytes = self._peak = self._workers = self._last = 0
 
@@ -272,8 +277,11 @@ class _Run:
             raise GanDistError(
                 f"another gan-dist prepare is writing {len(taken)} of the shards in {self.out}: wait until it ends"
             )
-        with ThreadPoolExecutor(min(8, max(1, workers))) as pool:
-            sound = list(pool.map(self._is_sound, shards))
+        with ThreadPoolExecutor(min(8, max(1, workers))) as pool, Ticks(self._show, "checking shards") as tick:
+            sound = []
+            for is_sound in pool.map(self._is_sound, shards):
+                sound.append(is_sound)
+                tick()
         todo = [shard for shard, is_sound in zip(shards, sound, strict=True) if not is_sound]
         total = sum(len(self.plan.keys(shard)) for shard in shards)
         done = total - sum(len(self.plan.keys(shard)) for shard in todo)

@@ -140,9 +140,10 @@ def open_source(path: Path, name: str) -> Source:
         with path.open("rb") as stream:
             head = stream.read(512)
             end = zips.find_end(stream)
-        _refuse(path, head)
+        if not is_header(head):  # a tar's first name may begin like anything
+            _refuse(path, head)
         # tar first: it has a zip's end, too, if its last member is a zip
-        if head[257:262] == b"ustar" or _is_header(head):
+        if head[257:262] == b"ustar" or is_header(head):
             return Source(name, "tar", str(path))
         if end is not None:
             if end.split:
@@ -169,7 +170,7 @@ def _refuse(path: Path, head: bytes) -> None:
             raise UserError(f"source {path} is {what}")
 
 
-def _is_header(block: bytes) -> bool:
+def is_header(block: bytes) -> bool:
     """Returns whether a tar's member begins with these 512 bytes: those of the oldest kind have no signature."""
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -566,7 +567,7 @@ def _may_be_archive(raw: IO[bytes], start: int) -> bool:
     first = raw.read(512)
     if first.lstrip(b"\0").startswith((b"PK\3\4", *_PACKED, *_NOT_READ)):
         return True
-    if _is_header(first):
+    if is_header(first):
         return True
     raw.seek(start)
     tail = b""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from gan_dist.data.prepare.sources import is_header
 from gan_dist.data.remote.fetch import fetch, masked
 from gan_dist.utils.errors import UserError
 from gan_dist.utils.files import expand_source, is_address, present, temporary_name
@@ -23,7 +24,7 @@ _MOST_STRAY = 2**16
 """Bytes after a compressed tar that are passed over: a signature, a line end. More may be a part that is damaged."""
 _DECODERS: dict[bytes, Callable[[], Any]] = {
     b"\x1f\x8b": lambda: zlib.decompressobj(31),
-    b"BZh": bz2.BZ2Decompressor,
+    b"BZh[1-9]": bz2.BZ2Decompressor,
     b"\xfd7zXZ\0": lzma.LZMADecompressor,
     rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": lambda: _zstd().ZstdDecompressor(),
 }
@@ -64,8 +65,10 @@ def _compression(path: Path) -> bytes | None:
         if not path.is_file():  # opening a pipe would block
             return None
         with path.open("rb") as stream:
-            head = stream.read(_LONGEST_MAGIC)
+            head = stream.read(512)
     except OSError:
+        return None
+    if is_header(head):  # a tar, whose first member's name may begin like anything
         return None
     return next((magic for magic in _DECODERS if re.match(magic, head)), None)
 
@@ -74,12 +77,21 @@ def source_name(text: str) -> str:
     """Returns the name of a source in the account: its last part, without user, password and query."""
     if not is_address(text):
         return Path(text).name
-    return re.sub(r"(?<=//)[^/]*@", "", re.split("[?#;]", text.split()[-1])[0]).rstrip("/").rpartition("/")[2]
+    address = text.split()[-1] if text.startswith("pipe:") else text
+    return re.sub(r"(?<=//)[^/]*@", "", re.split("[?#;]", address)[0]).rstrip("/").rpartition("/")[2]
 
 
-def stage(text: str, folder: Path) -> Path:
+def stage(
+    text: str,
+    folder: Path,
+    alone: bool = False,
+    tick: Callable[[int], None] = lambda size: None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Returns the path of an uncompressed local copy of a source in `folder`, which is made unless it exists: of a
-    local file, a copy of what it is now, which has its modification time.
+    local file, a copy of what it is now, which has its modification time. `alone`: nobody else can be making one, and
+    what a killed process left is removed; `tick` is called with the bytes of each piece, `log` with what is tried
+    again.
 
     Raises:
         GanDistError: it cannot be fetched.
@@ -90,18 +102,18 @@ def stage(text: str, folder: Path) -> Path:
     target = folder / (f"{name}-{_digest(f'{status.st_size} {status.st_mtime_ns}')}" if status else name)
     if target.exists():
         return target
-    for older in folder.glob(f"{name}-*"):
+    for older in [*folder.glob(f"{name}-*"), *(folder.glob(f"{name}.*.tmp") if alone else ())]:
         older.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     fetched = temporary_name(target)
     unpacked = temporary_name(target.with_suffix(".unpacked"))
     try:
         if source is None:
-            _fetch(text, fetched)
+            _fetch(text, fetched, tick, log)
         packed = source or fetched
         if magic := _compression(packed):
             with packed.open("rb") as stream:
-                _copy(_unpacked(stream, magic), unpacked, text)
+                _copy(_unpacked(stream, magic), unpacked, text, tick)
             unpacked.replace(fetched)
         if status:
             os.utime(fetched, ns=(status.st_mtime_ns, status.st_mtime_ns))
@@ -116,17 +128,18 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _fetch(address: str, target: Path) -> None:
+def _fetch(address: str, target: Path, tick: Callable[[int], None], log: Callable[[str], None]) -> None:
     """Writes the bytes at `address` to `target`, with retries."""
 
     def receive(chunks: Iterator[bytes]) -> str | None:
         with target.open("wb") as out:
-            out.writelines(chunks)
+            for data in chunks:
+                tick(out.write(data))
             out.flush()
             os.fsync(out.fileno())
         return None if target.stat().st_size else "is empty"
 
-    fetch(address, receive)
+    fetch(address, receive, log=log)
 
 
 def _unpacked(packed: IO[bytes], magic: bytes) -> Iterator[bytes]:
@@ -160,7 +173,7 @@ def _pieces(decoder: Any, data: bytes) -> Iterator[bytes]:
         more = len(piece) == _BLOCK or not getattr(decoder, "needs_input", True)
 
 
-def _copy(chunks: Iterator[bytes], target: Path, text: str) -> None:
+def _copy(chunks: Iterator[bytes], target: Path, text: str, tick: Callable[[int], None]) -> None:
     """Writes what is unpacked from the source `text` to `target`. Raises UserError when it is damaged."""
     with target.open("wb") as out:
         while True:
@@ -177,6 +190,6 @@ def _copy(chunks: Iterator[bytes], target: Path, text: str) -> None:
                 raise UserError(f"source {masked(text)} is damaged or cut short ({error}): fetch it again") from None
             if data is None:
                 break
-            out.write(data)
+            tick(out.write(data))
         out.flush()
         os.fsync(out.fileno())

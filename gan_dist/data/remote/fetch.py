@@ -32,6 +32,8 @@ from gan_dist.utils.stop import never_cancelled, raise_if_cancelled
 
 SLOWEST = 1024
 """Bytes a second below which a response counts as stalled: some servers send a byte now and then, for ever."""
+_COMMANDS = {"s3": "aws s3 cp --only-show-errors {} -", "gs": "gsutil cat {}"}
+"""Programs for addresses that webdataset has no opener for, or one whose own processes would outlive it."""
 _PROGRESS = 2**16
 """Bytes that a transfer must have gained not to count as one of the failed attempts."""
 
@@ -169,8 +171,8 @@ def _process(address: str, stall_s: float, cancelled: Callable[[], bool]) -> Ite
     from webdataset.gopen import Pipe, gopen
 
     command = address.removeprefix("pipe:") if address.startswith("pipe:") else None
-    if address.startswith("s3://"):  # webdataset has no opener of its own for it
-        command = f"aws s3 cp --only-show-errors {shlex.quote(address)} -"
+    if made := _COMMANDS.get(address.partition("://")[0]):
+        command = made.format(shlex.quote(address))
     try:
         # In its own session: a stalled command is ended together with everything that its shell has started.
         pipe: Any = (

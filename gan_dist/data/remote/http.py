@@ -30,6 +30,7 @@ _SECRET = re.compile(
     r"(?:(?<=[/:])[^/?#@\s]+(?=@)|(?<==)[^&#;\s]*)",
     re.IGNORECASE,
 )
+_LONE_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _SAFE = "/%:=&?~+!$,;'@()*[]"
 
 
@@ -91,7 +92,7 @@ def _without_password(address: str) -> tuple[str, str]:
     parts = urlsplit(address)
     user, _, host = parts.netloc.rpartition("@")
     password = "Basic " + base64.b64encode(unquote(user).encode()).decode() if user else ""
-    path, query = (quote(part, safe=_SAFE) for part in (parts.path, parts.query))
+    path, query = (quote(_LONE_PERCENT.sub("%25", part), safe=_SAFE) for part in (parts.path, parts.query))
     return urlunsplit((parts.scheme, host, path, query, "")), password
 
 
@@ -126,6 +127,9 @@ def read(address: str, stall_s: float, transfer: Transfer) -> Iterator[bytes]:
                     data, overlap = data[common:], overlap[common:]
                     if not data:
                         continue
+                if transfer.total is not None and transfer.received + len(data) > transfer.total:
+                    transfer.ranges = False
+                    raise AttemptFailed(f"the server sends more than the {transfer.total} bytes that it told")
                 transfer.received += len(data)
                 transfer.tail = (transfer.tail + data)[-_OVERLAP:]
                 yield data
@@ -193,7 +197,7 @@ def _check_start(response: Any, transfer: Transfer, start: int) -> None:
     same = place is not None and int(place[1]) == start
     if place is not None and place[2] != "*" and transfer.total is not None:
         same = same and int(place[2]) == transfer.total
-    if transfer.version and _version(headers):  # some servers pass over the condition
+    if transfer.version:  # some servers pass over the condition
         same = same and _version(headers) == transfer.version
     if response.status != 206 or not same:
         transfer.ranges = False

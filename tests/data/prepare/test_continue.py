@@ -16,7 +16,7 @@ import pytest
 
 from gan_dist.data.prepare.account import Account, TooManyRejects
 from gan_dist.data.prepare.prepare import prepare
-from gan_dist.data.prepare.staging import source_name
+from gan_dist.data.prepare.staging import source_name, stage
 from gan_dist.data.prepare.verify import repair_command, verify
 from gan_dist.utils.errors import GanDistError, UserError
 from tests.conftest import RunHere
@@ -265,10 +265,78 @@ def test_a_copy_that_was_fetched_before_is_said_to_be_one(tmp_path: Path) -> Non
         assert server.requests["in.tar"] == 1
 
 
+@pytest.mark.parametrize("kind", ["tar.gz", "address", "pattern"])
+def test_replacements_may_be_whatever_a_source_may_be(tmp_path: Path, kind: str) -> None:
+    source, web = pack("folder", tmp_path / "in", range(4)), tmp_path / "web"
+    web.mkdir()
+    expected = prepare(source, tmp_path / "expected", workers=0, replacements=pack("zip", tmp_path / "new.zip", [7, 8]))
+    with Server(web) as server:
+        match kind:
+            case "pattern":
+                pack("tar", web / "a.tar", [7])
+                pack("tar", web / "b.tar", [7, 8])
+                with tarfile.open(web / "b.tar", "w") as archive:
+                    data = encode(8, (8, 8), "BMP")
+                    info = tarfile.TarInfo("001.bmp")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+                new: str | Path = f"{web}/{{a,b}}.tar"
+            case "address":
+                pack("tar", web / "new.tar", [7, 8])
+                new = f"{server.address}/new.tar"
+            case _:
+                new = pack("tar.gz", web / "new.tar.gz", [7, 8])
+        account = prepare(source, tmp_path / "out", workers=0, replacements=new)
+        assert account.replaced == expected.replaced == 2
+        assert prepare(source, tmp_path / "out", workers=0, replacements=new).replaced == 2
+    for name in ("shard-00000.tar", "rejects.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+def test_replacements_of_nothing_are_told_by_an_example(tmp_path: Path) -> None:
+    source = pack("folder", tmp_path / "in", range(2))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/other.png").write_bytes(encode(1))
+    notes = prepare(source, tmp_path / "out", workers=0, replacements=tmp_path / "new").notes
+    assert any("the first is 'other.png', the first image '000.bmp'" in note for note in notes)
+
+
+def test_fetching_shows_progress_and_leaves_nothing_of_a_killed_one(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    pack("tar.gz", tmp_path / "web/in.tar.gz", range(4))
+    shown, said = list[tuple[str, int]](), list[str]()
+    with Server(tmp_path / "web", lambda name, nth: "cut_at_once" if nth == 0 else None) as server:
+        source, out = f"{server.address}/in.tar.gz", tmp_path / "out"
+        staged = out / ".prepare/staged"
+        staged.mkdir(parents=True)
+        name = stage(source, tmp_path / "elsewhere").name
+        for left in (f"{name}.abc.tmp", f"{name}.unpacked.abc.tmp"):
+            (staged / left).write_bytes(b"half")
+        (tmp_path / "web/in.tar.gz").write_bytes(b"no tar")
+        with pytest.raises(UserError):
+            prepare(source, out, workers=0, show=lambda verb, done, total: shown.append((verb, done)), log=said.append)
+        assert not list(staged.glob("*.tmp"))
+        pack("tar.gz", tmp_path / "web/in.tar.gz", range(4))
+        server.requests.clear()  # the first request fails again
+        prepare(source, out, workers=0, show=lambda verb, done, total: shown.append((verb, done)), log=said.append)
+    assert shown[0] == ("fetching and unpacking, MB", 0) and ("preparing", 4) in shown
+    assert any("trying again" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["BZh9", "PAR1", "LZIP", "Rar!\x1a"])
+def test_a_tars_first_name_may_begin_like_anything(tmp_path: Path, name: str) -> None:
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        info, data = tarfile.TarInfo(f"{name}/a.png"), encode(1)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    assert prepare(tmp_path / "in.tar", tmp_path / "out", workers=0).written == 1
+
+
 def test_a_source_is_not_named_by_a_password() -> None:
     for text in ("http://me:hidden@host", "http://hidden@host/", "pipe:curl http://me:hidden@host/?a=hidden"):
         assert source_name(text) == "host"
     assert source_name("http://me:hidden@host/d/a@2.tar;token=hidden") == "a@2.tar"
+    assert source_name("http://host/my pictures.tar?x=1") == "my pictures.tar"
 
 
 @pytest.mark.parametrize("target", ["loop.png", "loop", "x" * 300, "nowhere"])

@@ -92,6 +92,10 @@ def label(tmp_path: Path, files: list[str], table: str, name: str = "out") -> di
     return {r["path"]: classes[r["label"]] if "label" in r else None for r in dataset.records(0)}
 
 
+def test_empty_fields_at_the_end_of_a_row_are_none(tmp_path: Path) -> None:
+    assert label(tmp_path, ["0.png", "1.png"], "file,style\n0.png,a,\n1.png,b,, \n") == {"0.png": "a", "1.png": "b"}
+
+
 def test_tables_as_they_come(tmp_path: Path) -> None:
     files = ["Cubism/1.JPG", "Cubism/2.JPG", "Realism/1.JPG", "Realism/Mu\u0308hle.JPG"]
     table = 'file,style,notes\ncubism\\1,c\ndata/wikiart/Cubism/2.jpg,c\nRealism/1.JPG,r,"two\nlines"\n'
@@ -111,6 +115,10 @@ def test_tables_as_they_come(tmp_path: Path) -> None:
         ('style,file\na,2.png\n"b,0.png\nc",1.png\n', "line 3 that swallows whole rows"),
         ('file,style,t\n0,"a\n1,b",x\n2,a,y\n', "swallows whole rows"),
         ('file,style,t\n0,a,"x\n1,b,y\n\n2,a,"\n', "swallows whole rows"),
+        (
+            "file,title,style\n0.png,Sea,a\n1.png,Sea, stormy,a\n",
+            "has 4 fields in line 3 and 3 in its head: put cells that have a ',' in them into quotes",
+        ),
         ("file,style,style\n0.png,a,b\n", "the column 'style' twice"),
         ('file,style\n"0.png"x,a\n', "is not a CSV file"),
         ("file,style\n0.png,a\n0.png,b\n", "not one has a row of its own with one class: .* first row says '0.png'"),

@@ -24,10 +24,11 @@ import sys
 from gan_dist.data.prepare.prepare import prepare
 from gan_dist.utils.errors import GanDistError
 source, out, task = sys.argv[1:]
-def progress(done, total):
-    print(done, flush=True)
+def show(verb, done, total):
+    if verb == "preparing":
+        print(done, flush=True)
 try:
-    prepare(source, out, shard_samples=8, workers=2, max_reject_fraction=1, progress=progress,
+    prepare(source, out, shard_samples=8, workers=2, max_reject_fraction=1, show=show,
             task=tuple(map(int, task.split("/"))) if task else None)
 except GanDistError as error:
     print(error, file=sys.stderr)
@@ -118,8 +119,10 @@ def test_a_worker_that_is_killed_costs_nothing(source: Path, undisturbed: Whole,
     """As the kernel does it when memory runs out: one of the workers, at any moment."""
     killed = 0
 
-    def kill(done: int, total: int) -> None:
+    def kill(verb: str, done: int, total: int) -> None:
         nonlocal killed
+        if verb != "preparing":
+            return
         pids = subprocess.run(
             ["pgrep", "-P", str(os.getpid()), "-f", "prepare.workers"], capture_output=True, text=True
         )
@@ -127,7 +130,7 @@ def test_a_worker_that_is_killed_costs_nothing(source: Path, undisturbed: Whole,
             os.kill(int(pids.stdout.split()[killed % 2 - 1]), signal.SIGKILL)
             killed += 1
 
-    prepare(source, tmp_path / "out", shard_samples=8, workers=2, max_reject_fraction=1, progress=kill)
+    prepare(source, tmp_path / "out", shard_samples=8, workers=2, max_reject_fraction=1, show=kill)
     assert killed >= 2
     assert contents(tmp_path / "out") == undisturbed.contents
 
@@ -175,12 +178,12 @@ def test_a_second_writer_is_refused(source: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_workers_and_leaves_no_shard_half_written(source: Path, tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        if done > 20:
+    def stop(verb: str, done: int, total: int) -> None:
+        if verb == "preparing" and done > 20:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "out", shard_samples=8, workers=2, progress=stop)
+        prepare(source, tmp_path / "out", shard_samples=8, workers=2, show=stop)
     assert not list((tmp_path / "out").glob("*.tmp"))
     account = prepare(source, tmp_path / "out", shard_samples=8, workers=2, max_reject_fraction=1)
     assert account.complete and account.entries < 122
@@ -189,8 +192,9 @@ def test_an_interrupt_ends_workers_and_leaves_no_shard_half_written(source: Path
 def test_a_file_that_changes_under_the_work_is_named(source: Path, tmp_path: Path) -> None:
     folder = fill(tmp_path / "in", 40)
 
-    def change(done: int, total: int) -> None:
-        (folder / "b/039.jpg").write_bytes(b"something else")
+    def change(verb: str, done: int, total: int) -> None:
+        if verb == "preparing":
+            (folder / "b/039.jpg").write_bytes(b"something else")
 
     with pytest.raises(GanDistError, match=r"'b/039\.jpg' changed"):
-        prepare(folder, tmp_path / "out", shard_samples=8, workers=0, progress=change)
+        prepare(folder, tmp_path / "out", shard_samples=8, workers=0, show=change)

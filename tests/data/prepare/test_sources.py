@@ -190,7 +190,12 @@ def test_listing_tells_how_many_files_there_are(tmp_path: Path, kind: str) -> No
                 archive.write(path, path.relative_to(source))
     seen: list[int] = []
     path = source if kind == "folder" else tmp_path / f"in.{kind}"
-    prepare(path, tmp_path / "out", workers=0, listed=seen.append)
+    prepare(
+        path,
+        tmp_path / "out",
+        workers=0,
+        show=lambda verb, done, total: seen.append(done) if verb == "listing" else None,
+    )
     assert seen[0] == 0 and seen[-1] >= 304 and seen == sorted(seen)
 
 
@@ -220,9 +225,8 @@ def test_listing_and_matching_show_progress_while_one_directory_is_read(
         [(tmp_path / "in.zip", "in.zip")],
         Options(Recipe(16), labels=table),
         tmp_path / "out",
-        listed=lambda files: calls.append("listed"),
-        matched=lambda paths: calls.append("matched"),
+        show=lambda verb, done, total: calls.append(verb),
     )
-    assert calls[:3] == ["listed"] * 3  # before the directory was read
-    assert calls.count("matched") >= 3
+    assert calls[:3] == ["listing"] * 3  # before the directory was read
+    assert calls.count("matching paths") >= 3
     assert plan.ids == [0, 1, None]

@@ -234,6 +234,51 @@ def test_a_password_in_a_redirect_is_used_there() -> None:
     assert seen == ["Basic bWU6bWluZQ=="]
 
 
+def test_a_part_that_is_longer_than_it_says_does_not_go_on_for_ever() -> None:
+    """As of a server that says 206 and sends all."""
+    count = 0
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        nonlocal count
+        count += 1
+        asked = request.headers.get("Range")
+        request.send_response(206 if asked else 200)
+        request.send_header("Accept-Ranges", "bytes")
+        request.send_header("ETag", '"v"')
+        if asked:
+            request.send_header("Content-Range", f"{asked.replace('=', ' ')}{len(DATA) - 1}/{len(DATA)}")
+        request.send_header("Content-Length", str(len(DATA)))
+        request.end_headers()
+        request.wfile.write(DATA if asked else DATA[: 200_000 if count < 4 else None])
+
+    with server(handle) as address:
+        assert get(address) == DATA
+    assert count <= 6
+
+
+def test_an_answer_that_lost_its_version_is_not_gone_on_with() -> None:
+    other = bytes(reversed(DATA))
+    cut = Cut([DATA, other], 170_000, RANGES, ['"v1"', ""])
+    cut.ignores_conditions = True
+    with server(cut) as address:
+        assert get(f"{address}/a.tar") == other
+
+
+def test_a_percent_sign_may_mean_itself() -> None:
+    asked: list[str] = []
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        asked.append(request.path)
+        request.send_response(200)
+        request.end_headers()
+        request.wfile.write(b"x")
+
+    with server(handle) as address:
+        for name in ("100%.tar", "a%20b.tar", "50% off.tar"):
+            get(f"{address}/{name}")
+    assert [path.rpartition("/")[2] for path in asked] == ["100%25.tar", "a%20b.tar", "50%25%20off.tar"]
+
+
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip"])
 def test_what_a_server_compresses_unasked_is_unpacked(coding: str) -> None:
     """Also where the connection breaks in the middle."""
