@@ -1,6 +1,6 @@
 """How much damage preparation finds: a table of formats and kinds of damage, and what looking for it costs.
 
-`python -m tests.bench.damage [--count 50] [--seed 0] [--markdown]`
+`python -m tests.bench.damage [--count 50] [--seed 0] [--only "WebP with alpha" ...]`
 
 Every picture is encoded in every format and damaged in every way, `count` times each, from a seed. A damage is harmful
 if plain Pillow fails on the file, or gives a square that differs by more than 2 of 255 on average from that of the
@@ -15,7 +15,7 @@ import io
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import process_time
 from typing import Any
 
@@ -41,6 +41,7 @@ FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "PNG, palette": ("PNG", "P", {}),
     "GIF": ("GIF", "P", {}),
     "WebP": ("WEBP", "RGB", {"quality": 90}),
+    "WebP with alpha": ("WEBP", "RGBA", {"quality": 90}),
     "WebP, lossless": ("WEBP", "RGB", {"lossless": True}),
     "AVIF": ("AVIF", "RGB", {"quality": 80}),
     "JPEG 2000": ("JPEG2000", "RGB", {"quality_mode": "rates", "quality_layers": [8]}),
@@ -49,7 +50,9 @@ FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "TIFF, JPEG": ("TIFF", "RGB", {"compression": "jpeg"}),
     "QOI": ("QOI", "RGB", {}),
     "TGA, RLE": ("TGA", "RGB", {"compression": "tga_rle"}),
-    "BMP, TIFF, PPM without compression": ("BMP", "RGB", {}),
+    "BMP without compression": ("BMP", "RGB", {}),
+    "PPM without compression": ("PPM", "RGB", {}),
+    "TIFF without compression": ("TIFF", "RGB", {}),
 }
 Damage = Callable[[bytes, int, np.random.Generator], bytes]
 
@@ -76,6 +79,9 @@ def picture(seed: int, mode: str) -> Image.Image:
     image = np.asarray(paint(seed, 0, (320, 240)).convert("RGB"))
     grain = np.random.default_rng(seed).normal(0, 4, (*image.shape[:2], 1))
     made = Image.fromarray((image + grain).clip(0, 255).astype(np.uint8))
+    if mode == "RGBA":
+        y, x = np.mgrid[0:240, 0:320]
+        made.putalpha(Image.fromarray((300 - 1.6 * np.hypot(x - 160, y - 120)).clip(0, 255).astype(np.uint8)))
     return made.quantize(200) if mode == "P" else made.convert(mode)
 
 
@@ -90,7 +96,10 @@ def encode(seed: int, name: str) -> bytes:
 def pillow(data: bytes) -> NDArray[np.int64] | None:
     """Returns what plain Pillow makes of a file, about as a square, or None where it fails."""
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB").resize((85, 64), Image.Resampling.BOX)
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB").resize((85, 64), Image.Resampling.BOX)
     except Exception:
         return None
     return np.asarray(image).astype(np.int64)
@@ -104,11 +113,11 @@ def outcome(data: bytes) -> str:
         return rejected.reason
 
 
-def table(count: int, seed: int = 0) -> dict[str, dict[str, Counter[str]]]:
+def table(count: int, seed: int = 0, names: Sequence[str] = tuple(FORMATS)) -> dict[str, dict[str, Counter[str]]]:
     """Returns, by format and damage, how many damages were made, were harmful, were found, and were harmless but
     rejected or flagged; under the damage `sound`, how many sound files were flagged."""
     rows: dict[str, dict[str, Counter[str]]] = {}
-    for name in FORMATS:
+    for name in names:
         files = [encode(i, name) for i in range(5)]
         sound = [pillow(data) for data in files]
         row = rows[name] = {damage: Counter() for damage in ("sound", *DAMAGES)}
@@ -150,9 +159,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=FORMATS, default=list(FORMATS), help="some of the formats")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = table(options.count, options.seed)
+    rows = table(options.count, options.seed, options.only)
     print("| format | " + " | ".join(DAMAGES) + " |")
     print("|---|" + "---|" * len(DAMAGES))
     for name, row in rows.items():

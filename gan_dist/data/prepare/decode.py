@@ -39,6 +39,7 @@ _BYTES_PER_PIXEL = {"PNG": 5, "TIFF": 8, "AVIF": 12, "WEBP": 17, "JPEG2000": 25}
 _OTHER_BYTES_PER_PIXEL = 8
 
 # No EPS (it would start ghostscript), no stubs that need a handler, no formats that accept any bytes.
+_QOI_END = bytes(7) + b"\1"
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "DDS", "PCX")
 _RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XPM", "XBM")
 _KNOWN_BUT_UNREAD = {b"ftyp": 4, b"JXL ": 4, b"\xff\x0a": 0, b"%!PS": 0, b"GRIB": 0, b"II*\0": 0, b"MM\0*": 0}
@@ -127,7 +128,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
                 png.check_rows(data, image)
             if format == "AVIF" and not fast:
                 avif.check(data, width * height)
-            if structure.odd(data, format) and "odd_structure" not in flags:
+            if structure.odd(data, format, getattr(header, "tag_v2", None)) and "odd_structure" not in flags:
                 flags.append("odd_structure")
         if format == "PNG" and "transparency" in image.info:
             if png.is_deep(data) and mode != "P":
@@ -190,7 +191,8 @@ def _load(header: Image.Image, data: bytes, patient: bool, fast: bool, flags: li
         header.format == "QOI"
         and not patient
         and stream
-        and not (bytes(7) + b"\1").startswith(rest := data[stream.tell() :])
+        and not _QOI_END.startswith(rest := data[stream.tell() :])
+        and (not rest.startswith(_QOI_END) or rest[len(_QOI_END) :].strip(b"\0\r\n\t "))  # what fills a file up
     ):
         raise Rejected("corrupt", f"QOI: {len(rest)} bytes are left when the picture is complete")
     if watched and watched.is_early:

@@ -53,6 +53,8 @@ def corrected(
     match format:
         case "XBM":
             image = ImageChops.invert(image)  # a bit that is set is ink
+        case "PSD" if not _psd_has_picture(data):
+            raise Rejected("unsupported", "PSD: saved without the whole picture that its layers make")
         case "PSD" if image.mode == "1":
             image = ImageChops.invert(image)  # the same
         case "PSD" if image.mode in ("RGBA", "LA") and not _psd_has_transparency(data):
@@ -70,6 +72,21 @@ def corrected(
             image = shown.convert(shown.mode[:-1])
             flags.append("alpha_ignored")
     return image, white
+
+
+def _psd_has_picture(data: bytes) -> bool:
+    """Returns whether a PSD has its merged picture, and no blank one instead: resource 1057 says so (Adobe's
+    specification, "Version Info")."""
+    place = 30 + int.from_bytes(data[26:30], "big")
+    end, place = place + 4 + int.from_bytes(data[place : place + 4], "big"), place + 4
+    while place < end and data[place : place + 4] == b"8BIM":
+        name = place + 6
+        size = name + (data[name] // 2 + 1) * 2  # a name of even length, its own length included
+        if data[place + 4 : place + 6] == b"\x04\x21":
+            return data[size + 8] != 0
+        length = int.from_bytes(data[size : size + 4], "big")
+        place = size + 4 + length + length % 2
+    return True
 
 
 def _psd_has_transparency(data: bytes) -> bool:

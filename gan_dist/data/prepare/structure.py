@@ -65,9 +65,16 @@ def filled_up(data: bytes) -> bytes:
     return data + bytes(end - len(data)) + last if len(data) < end < _MOST_FILLED else data
 
 
-def odd(data: bytes, format: str) -> str | None:
+_MORE_DIRECTORIES = {330, 34665, 34853, 40965}
+"""Tags of a TIFF that name further directories, whose content may lie anywhere."""
+_FEW = 32
+"""Bytes after all others that a sound TIFF may have."""
+
+
+def odd(data: bytes, format: str, tags: Any = None) -> str | None:
     """Returns what in a file that could be decoded does not fit its own account, or None. It is not for certain damage:
-    bytes beyond the end that the file states may have been added, or pushed there by others that were inserted."""
+    bytes beyond the end that the file states may have been added, or pushed there by others that were inserted. `tags`:
+    those of a TIFF."""
     end = len(data)
     match format:
         case "WEBP":
@@ -78,6 +85,8 @@ def odd(data: bytes, format: str) -> str | None:
         case "BMP":
             stated = int.from_bytes(data[2:6], "little")
             end = stated if stated == int.from_bytes(data[10:14], "little") + _bmp_pixels(data) else end
+        case "TIFF" if tags and tags.get(259, 1) == 1 and not tags.keys() & _MORE_DIRECTORIES and _is_alone(data):
+            end = _tiff_end(data, tags) + _FEW
         case "GIF":
             return None if _gif_is_whole(data) else "its blocks do not end where the next begins"
         case "JPEG2000":
@@ -150,6 +159,14 @@ def riff_chunks(data: bytes, place: int = 12) -> Iterator[tuple[bytes, int, int]
         size = int.from_bytes(data[place + 4 : place + 8], "little")
         yield data[place : place + 4], place + 8, size
         place += 8 + size + size % 2
+
+
+def _is_alone(data: bytes) -> bool:
+    """Returns whether a TIFF has one directory, as far as its first says."""
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    start = int.from_bytes(data[4:8], order)
+    after = start + 2 + 12 * int.from_bytes(data[start : start + 2], order)
+    return data[2:4] in (b"\x2a\0", b"\0\x2a") and data[after : after + 4] == bytes(4)
 
 
 def _tiff_end(data: bytes, tags: Any) -> int:

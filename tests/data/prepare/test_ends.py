@@ -512,6 +512,25 @@ def test_marker_segments_between_packets_are_sound_where_they_are_announced(in_a
         structure.odd(stream(6, packets)[:cut], "JPEG2000")  # raises nothing
 
 
+def test_bytes_that_were_inserted_into_a_plain_tiff_are_seen() -> None:
+    picture = damage.picture(3, "RGB")
+    data, exif = encode(picture, "TIFF"), Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"x" * 100
+    with_exif = encode(picture, "TIFF", exif=exif)
+    pages = encode(picture, "TIFF", save_all=True, append_images=[picture])
+    for sound in (data, data + b"\n", data + bytes(1000), with_exif, pages):
+        assert damage.outcome(sound) == ""
+    for place in (len(data) // 4, len(data) // 2, len(data) * 3 // 4):
+        assert damage.outcome(data[:place] + data[place - 512 :]) == "odd_structure"
+
+
+@pytest.mark.parametrize("fill", [b"\n", b"\r\n", bytes(100)])
+def test_what_fills_a_qoi_up_is_nothing(fill: bytes) -> None:
+    data = encode(damage.picture(3, "RGB"), "QOI")
+    assert damage.outcome(data + fill) == ""
+    assert damage.outcome(data + b"x") == damage.outcome(data[: len(data) // 2] + bytes(len(data) // 2)) == "corrupt"
+
+
 def test_a_cut_qoi_is_filled_with_little_and_black() -> None:
     """Pillow decodes it in Python, a pixel at a time."""
     data = encode(damage.picture(3, "RGB"), "QOI")

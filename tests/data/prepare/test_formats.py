@@ -314,6 +314,19 @@ def test_the_values_of_a_fits_are_as_its_header_scales_them(bits: int, zero: flo
     assert same(head.ljust(2880).encode() + body + bytes(-len(body) % 2880), gray())
 
 
+@pytest.mark.parametrize("name", [b"", b"a", b"ab"])
+@pytest.mark.parametrize("whole", [None, True, False])
+def test_a_psd_without_its_merged_picture_is_not_a_white_one(whole: bool | None, name: bytes) -> None:
+    padded = bytes([len(name)]) + name + bytes((len(name) + 1) % 2)
+    other = b"8BIM" + struct.pack(">H", 1000) + padded + struct.pack(">I", 3) + b"abc\0"
+    told = b"8BIM\x04\x21" + padded + struct.pack(">II?", 5, 1, bool(whole)) + b"\0"
+    resources = other + (b"" if whole is None else told)
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, SIZE, SIZE, 8, 3) + bytes(4)
+    planes = b"".join(np.ascontiguousarray(plane).tobytes() for plane in colours().transpose(2, 0, 1))
+    data = head + struct.pack(">I", len(resources)) + resources + bytes(4) + b"\0\0" + planes
+    assert rejected_as(data) == "unsupported" if whole is False else same(data, colours())
+
+
 def test_what_two_formats_claim_may_be_kinds_of_one() -> None:
     for data in (b"8BPS\0\2" + bytes(60), b"8BPS\0\2"):
         with pytest.raises(Rejected, match="unsupported"):
