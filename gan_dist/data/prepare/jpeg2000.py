@@ -94,7 +94,7 @@ def corrected(image: Image.Image, data: bytes, patient: bool) -> Image.Image:
         return image
     if (library := _library()) is None:
         raise Rejected("unsupported", "JPEG2000: of other than 8 bits, and openjpeg cannot be called here")
-    with _decoded(library, data, patient) as picture:
+    with _decoded(library, data, image.size, patient) as picture:
         components = [picture.components[i] for i in range(picture.number)]
         planes = [Image.fromarray(_plane(component, image.size)) for component in components]
         alphas = [component.alpha for component in components]
@@ -136,8 +136,8 @@ def _is_unusual(data: bytes, channels: int) -> bool:
 
 
 @contextmanager
-def _decoded(library: Any, data: bytes, patient: bool) -> Iterator[_Picture]:
-    """A context with what openjpeg decodes."""
+def _decoded(library: Any, data: bytes, size: tuple[int, int], patient: bool) -> Iterator[_Picture]:
+    """A context with what openjpeg decodes of a picture of `size`."""
     source = io.BytesIO(data)
 
     def read(buffer: int, size: int, _: object) -> int:
@@ -165,6 +165,7 @@ def _decoded(library: Any, data: bytes, patient: bool) -> Iterator[_Picture]:
             library.opj_setup_decoder(codec, parameters)
             and library.opj_decoder_set_strict_mode(codec, not patient)
             and library.opj_read_header(stream, codec, ctypes.byref(picture))
+            and _size(picture.contents) == size
             and library.opj_decode(codec, stream, picture)
         )
         if not done:
@@ -177,10 +178,15 @@ def _decoded(library: Any, data: bytes, patient: bool) -> Iterator[_Picture]:
             library.opj_image_destroy(picture)
 
 
+def _size(picture: _Picture) -> tuple[int, int]:
+    return picture.right - picture.left, picture.bottom - picture.top
+
+
 def _plane(component: _Component, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Returns a channel of a picture of `size` as [H, W], with its largest value at 255."""
     shape = component.height, component.width
-    values = np.ctypeslib.as_array(component.data, shape).astype(np.float32)
+    across, down = -(-size[0] // component.dx), -(-size[1] // component.dy)
+    values = np.ctypeslib.as_array(component.data, shape)[:down, :across].astype(np.float32)
     if component.signed:
         values += 2.0 ** (component.depth - 1)
     scaled = np.rint(values * np.float32(255 / (2.0**component.depth - 1))).clip(0, 255).astype(np.uint8)
