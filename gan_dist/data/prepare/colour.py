@@ -15,6 +15,8 @@ from PIL import Image, ImageCms
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.structure import boxes
 
+_USUAL, _SAME = 0.02, 6.0
+"""How far a gamma may be from that of sRGB, and colours, of 255, from what a profile called sRGB makes of them."""
 _GIF_PROFILE = b"\x21\xff\x0bICCRGBG1012"
 
 Converter = Callable[[Image.Image], Image.Image]
@@ -98,17 +100,20 @@ def profile_of(data: bytes, format: str) -> bytes | None:
             start, size = struct.unpack("<2I", data[126:134])
             return data[14 + start : 14 + start + size]
         case "GIF" if (place := data.find(_GIF_PROFILE)) >= 0:
-            place, profile = place + len(_GIF_PROFILE), b""
+            place, pieces = place + len(_GIF_PROFILE), []
             while size := data[place]:
-                profile += data[place + 1 : place + 1 + size]
+                pieces.append(data[place + 1 : place + 1 + size])
                 place += 1 + size
-            return profile
+            return b"".join(pieces)
     return None
 
 
 def to_srgb(picture: Image.Image, image: Image.Image, flags: list[str]) -> Image.Image:
     """Returns `picture` in sRGB. Colours are converted after resampling: S x S pixels instead of millions."""
-    profile = image.info.get("icc_profile")
+    profile, gamma = image.info.get("icc_profile"), image.info.get("gamma")
+    if not profile and gamma and "srgb" not in image.info and 0.1 < gamma < 2 and abs(gamma - 1 / 2.2) > _USUAL:
+        flags.append("profile")
+        return (picture if picture.mode == "RGB" else picture.convert("RGB")).point(3 * _curve(gamma))
     if profile and image.mode != "LAB":
         try:
             transform = _transform(profile, picture.mode)
@@ -123,12 +128,26 @@ def to_srgb(picture: Image.Image, image: Image.Image, flags: list[str]) -> Image
 
 
 @lru_cache(maxsize=32)
+def _curve(gamma: float) -> list[int]:
+    """Returns, by a PNG's value, the sRGB value of the same light: gAMA says that a value is light to that power (PNG
+    specification, 11.3.2.2)."""
+    light = (np.arange(256) / 255) ** (1 / gamma)
+    values = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return [round(255 * value) for value in values.tolist()]
+
+
+@lru_cache(maxsize=32)
 def _transform(profile: bytes | None, mode: str) -> Any:
     """Returns the transform from a profile (None: CIE Lab) to sRGB, or None when the profile is sRGB already."""
     srgb = ImageCms.createProfile("sRGB")
     if profile is None:
         return ImageCms.buildTransform(ImageCms.createProfile("LAB"), srgb, "LAB", "RGB")
     opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(opened, srgb, mode, "RGB")
     if mode == "RGB" and "sRGB" in (opened.profile.profile_description or ""):
-        return None
-    return ImageCms.buildTransform(opened, srgb, mode, "RGB")
+        levels = np.arange(0, 256, 51, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), transform))
+        if np.abs(converted.astype(int) - colours).mean() < _SAME:  # there is a linear sRGB, too
+            return None
+    return transform

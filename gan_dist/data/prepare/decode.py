@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
-from gan_dist.data.prepare import avif, bmp, ends, icons, jpeg, png, rare, structure, tiff, webp
+from gan_dist.data.prepare import avif, bmp, ends, icons, jpeg, jpeg2000, png, rare, structure, tiff, webp
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.colour import profile_of
 
@@ -35,11 +35,13 @@ _LONGEST_TEXT = 2**26
 
 # Bytes a pixel that decoding takes at its peak, rounded up: measured on 4000x4000 RGB(A) pictures with Pillow 13 (PNG
 # 4.1, AVIF 9.6, WEBP 16.1, JPEG2000 19.6-24.7); TIFF has 4.1, and as much again where it is a single strip.
+_DECODED_AGAIN = 15
+"""Bytes a pixel by which the same picture takes more if openjpeg decodes it once more (30 to 39 in all)."""
 _BYTES_PER_PIXEL = {"PNG": 5, "TIFF": 8, "AVIF": 12, "WEBP": 17, "JPEG2000": 25}
 _OTHER_BYTES_PER_PIXEL = 8
 
-# No EPS (it would start ghostscript), no stubs that need a handler, no formats that accept any bytes.
 _QOI_END = bytes(7) + b"\1"
+# No EPS (it would start ghostscript), no stubs that need a handler, no formats that accept any bytes.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "QOI", "DDS", "PCX")
 _RARE_FORMATS = ("SGI", "SUN", "DIB", "ICNS", "FITS", "XPM", "XBM")
 _KNOWN_BUT_UNREAD = {b"ftyp": 4, b"JXL ": 4, b"\xff\x0a": 0, b"%!PS": 0, b"GRIB": 0, b"II*\0": 0, b"MM\0*": 0}
@@ -104,6 +106,7 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
     if data.startswith(png.SIGNATURE):
         data = png.checked(data, patient)
     header = _open(data)
+    _without_xmp(header)
     format = header.format or "?"
     with named_failures(format, data, header):
         width, height, mode = *header.size, header.mode
@@ -116,7 +119,8 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
         if isinstance(header, JpegImagePlugin.JpegImageFile) and edge is not None:
             scaled = header.draft(None, (edge, edge))
             extent = scaled[1][2:] if scaled else extent
-        _refuse_large(header, len(data), width * height)
+        again = format == "JPEG2000" and jpeg2000.is_unusual(header, data)
+        _refuse_large(header, len(data), width * height, _DECODED_AGAIN if again else 0)
         told = tiff.facts(header)
         # The pixels first: Pillow loads them to read EXIF, too, and what fails there would not be heard of.
         flags = ["oriented"] if told.turned else []
@@ -322,9 +326,11 @@ def _switched(module: ModuleType, name: str, value: object) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def _refuse_large(image: Image.Image, encoded: int, pixels: int) -> None:
-    """Raises Rejected if decoding `image` at its current scale would take more than MEMORY_LIMIT."""
-    need = encoded + _BYTES_PER_PIXEL.get(image.format or "", _OTHER_BYTES_PER_PIXEL) * image.size[0] * image.size[1]
+def _refuse_large(image: Image.Image, encoded: int, pixels: int, more: int = 0) -> None:
+    """Raises Rejected if decoding `image` at its current scale would take more than MEMORY_LIMIT. `more`: bytes a pixel
+    that it takes besides those of its format."""
+    each = _BYTES_PER_PIXEL.get(image.format or "", _OTHER_BYTES_PER_PIXEL) + more
+    need = encoded + each * image.size[0] * image.size[1]
     if image.info.get("progressive") and isinstance(image, JpegImagePlugin.JpegImageFile):
         # libjpeg keeps every coefficient (2 bytes) of a progressive picture in memory, at any scale
         need += 2 * pixels * len(image.getbands())
@@ -333,9 +339,16 @@ def _refuse_large(image: Image.Image, encoded: int, pixels: int) -> None:
         raise Rejected("too_large", f"{image.format}: {pixels} pixels would take about {need // 2**20} MiB, {limit}")
 
 
+def _without_xmp(image: Image.Image) -> None:
+    """Lets what XMP says of orientation count for nothing, as elsewhere: Pillow would take it where EXIF says none."""
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        image.info.pop(key, None)
+
+
 def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation that a loaded picture still has, 1 to 8; 1 when there is none or it is invalid.
     (Pillow turns a TIFF itself.)"""
+    _without_xmp(image)
     if "exif" not in image.info and image.format not in ("PNG", "WEBP", "MPO", "AVIF"):
         return 1
     try:

@@ -89,11 +89,20 @@ def corrected(image: Image.Image, data: bytes, patient: bool) -> Image.Image:
     """Returns a picture that Pillow has loaded as its file means it. `patient`: what can be decoded of a cut one.
 
     Raises Rejected where openjpeg is needed and cannot be called, or cannot decode it."""
-    mode = image.mode
-    if mode not in _MODES or not _is_unusual(data, len(image.getbands())):
+    if not is_unusual(image, data):
         return image
     if (library := _library()) is None:
         raise Rejected("unsupported", "JPEG2000: of other than 8 bits, and openjpeg cannot be called here")
+    try:
+        return _corrected(library, image, data, patient)
+    except Rejected:
+        if patient:  # Pillow has made something of what there is
+            return image
+        raise
+
+
+def _corrected(library: Any, image: Image.Image, data: bytes, patient: bool) -> Image.Image:
+    mode = image.mode
     with _decoded(library, data, image.size, patient) as picture:
         components = [picture.components[i] for i in range(picture.number)]
         planes = [Image.fromarray(_plane(component, image.size)) for component in components]
@@ -119,9 +128,12 @@ def _has_palette(data: bytes) -> bool:
     return b"pclr" in data[: max(0, data.find(_SIZ))]
 
 
-def _is_unusual(data: bytes, channels: int) -> bool:
+def is_unusual(image: Image.Image, data: bytes) -> bool:
     """Returns whether there is a palette, a channel has other than 8 bits or a sign, or a box says of channels what is
-    not usual."""
+    not usual, and more than grey is in it."""
+    channels = len(image.getbands())
+    if image.mode not in _MODES:
+        return False
     if _has_palette(data):  # of which Pillow takes equal colours for one
         return True
     place = data.find(_SIZ)

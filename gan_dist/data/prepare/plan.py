@@ -128,13 +128,14 @@ def make_plan(
             entries, replaced = _replace(listings, len(replacements), sources, skipped, notes, tick)
     else:
         entries, replaced = [entry for listing in listings for entry in listing.entries], 0
+    cls = {(i, path): name for i, listing in enumerate(listings) for path, name in listing.classes.items()}
     duplicates: list[dict[str, str]] = []
     if options.dedupe:
+        told = label(options.labels, entries, sources, cls).ids
         with Ticks(show, "comparing files") as tick:
-            entries, duplicates = _dedupe(entries, sources, tick)
+            entries, duplicates = _dedupe(entries, told, sources, tick)
         skipped["duplicate"] += len(duplicates)
     # label the entries, describe it all
-    cls = {(i, path): name for i, listing in enumerate(listings) for path, name in listing.classes.items()}
     with Ticks(show if options.labels else silent, "matching paths") as tick:
         labels = label(options.labels, entries, sources, cls, tick)
     recipe = _of_image(options.image) | {
@@ -237,9 +238,9 @@ def _replace(
     targets = [_place(entry, sources) for entry in entries]
     matches = match([_place(entry, sources) for entry in new], targets, tick=tick)
     used = {key for key in matches.keys if key is not None}
-    for number in range(len(new)):
-        if number not in used:
-            skipped["ambiguous replacement" if number in matches.ambiguous_keys else "replacement of nothing"] += 1
+    for key in range(len(new)):
+        if key not in used:
+            skipped["ambiguous replacement" if key in matches.ambiguous_keys else "replacement of nothing"] += 1
     if not used and entries:
         first = f"the first is {new[0].path!r}, the first image {entries[0].path!r}"
         notes.append(f"no replacement has the path of an image: {first}")
@@ -255,10 +256,10 @@ def _place(entry: Entry, sources: Sequence[Source]) -> str:
 
 
 def _dedupe(
-    entries: list[Entry], sources: Sequence[Source], tick: Callable[[], None]
+    entries: list[Entry], told: Sequence[int | None], sources: Sequence[Source], tick: Callable[[], None]
 ) -> tuple[list[Entry], list[dict[str, str]]]:
-    """Returns the entries without later copies of equal content, and a record of each copy. Only files of equal size
-    (in zips, of equal size and checksum) are read."""
+    """Returns the entries without copies of equal content, and a record of each copy. The first that has a class, by
+    `told`, is kept, or else the first. Only files of equal size (in zips, of equal size and checksum) are read."""
     groups: dict[tuple[int, str], list[int]] = {}
     zipped = all(sources[entry.source].has_checksums for entry in entries)
     for index, entry in enumerate(entries):
@@ -266,17 +267,19 @@ def _dedupe(
             groups.setdefault((entry.size, entry.stamp if zipped else ""), []).append(index)
 
     def first_of_each(group: list[int]) -> list[tuple[int, int]]:
-        reader, copies = Reader(sources), []
-        known: dict[bytes, int] = {}
+        reader, known = Reader(sources), dict[bytes, list[int]]()
         for index in group:
             tick()
             try:
                 content = hashlib.sha256(reader.read(entries[index])).digest()
             except (Rejected, SourceChanged):
                 continue  # decoding it will fail too, and be recorded
-            if (first := known.setdefault(content, index)) != index:
-                copies.append((index, first))
+            known.setdefault(content, []).append(index)
         reader.close()
+        copies = []
+        for equal in known.values():
+            kept = next((index for index in equal if told[index] is not None), equal[0])
+            copies += [(index, kept) for index in equal if index != kept]
         return copies
 
     with ThreadPoolExecutor(4) as pool:

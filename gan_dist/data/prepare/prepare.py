@@ -24,7 +24,7 @@ from gan_dist.data.prepare.account import Account, TooManyRejects, contact_sheet
 from gan_dist.data.prepare.images import RESAMPLE, Recipe
 from gan_dist.data.prepare.plan import FOLDER, Options, Plan, claim, make_plan, settle
 from gan_dist.data.prepare.staging import needs_staging, source_name, spread, stage
-from gan_dist.data.prepare.verify import store_command, verify, was_made_by
+from gan_dist.data.prepare.verify import store_command, stored_command, verify, was_made_by
 from gan_dist.data.prepare.workers import Done, make_jobs, run_jobs
 from gan_dist.data.remote.fetch import masked
 from gan_dist.data.shards import FORMAT, MANIFEST, Manifest, ShardInfo, ShardWriter, read_manifest, shard_name
@@ -123,12 +123,11 @@ def prepare(
             plan.notes += notes
             locks = locks or stack.enter_context(closing(claim(target)))
             with locks.hold(_PLAN_LOCK):
-                try:
+                with _copies_dropped(target):
                     settle(plan, target, show)
-                except GanDistError:
-                    if present(target / MANIFEST):  # it is complete: nothing will continue from the copies
-                        shutil.rmtree(target / FOLDER / STAGED, ignore_errors=True)
-                    raise
+                if present(target / MANIFEST) and (before := stored_command(target)):  # accepted with that limit
+                    limit = before[1].get("max_reject_fraction", max_reject_fraction)
+                    arguments["max_reject_fraction"] = max(max_reject_fraction, limit)
                 store_command(target, texts, arguments, inputs)
             # work, and finish once all shards are done
             run = _Run(plan, target, locks, show)
@@ -137,6 +136,7 @@ def prepare(
             account = run.account(perf_counter() - began)
             if account.complete:
                 run.finish(account, max_reject_fraction)
+                account.notes = [note for note in account.notes if note not in notes]  # the copies are gone
     except UserError:
         if created and not present(target / FOLDER / "plan.json"):
             shutil.rmtree(target, ignore_errors=True)
@@ -147,21 +147,40 @@ def prepare(
     return account
 
 
+@contextmanager
+def _copies_dropped(out: Path) -> Iterator[None]:
+    """A context that, where a complete dataset is not gone on with, removes the copies of its sources."""
+    try:
+        yield
+    except GanDistError:
+        if present(out / MANIFEST):
+            shutil.rmtree(out / FOLDER / STAGED, ignore_errors=True)
+        raise
+
+
 def _local(
     texts: Sequence[str], out: Path, locks: Locks | None, show: Show, log: Callable[[str], None]
 ) -> tuple[list[tuple[Path, str]], list[str]]:
     """Returns the path and name of each source, and notes. One process stages those that need it, the others wait."""
-    paths, notes, began = [], [], time.time()
+    paths, early, began = [], list[tuple[float, str]](), time.time()
+    folder = out / FOLDER / STAGED
+    if locks and not locks.missing:
+        with locks.hold(_STAGE_LOCK):  # so that whoever was fetching has ended
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
     for text in texts:
         path = Path(text)
         if locks and needs_staging(text):
             with locks.hold(_STAGE_LOCK), Ticks(show, "fetching and unpacking, MB", 10**6) as tick:
-                path = stage(text, out / FOLDER / STAGED, not locks.missing, tick, log)
-            if is_address(text) and (fetched := path.stat().st_mtime) < began:
-                when = time.strftime("%Y-%m-%d %H:%M", time.localtime(fetched))
-                notes.append(f"{masked(text)} is as it was fetched on {when}: remove {path} to fetch it again")
+                path = stage(text, folder, tick, log)
+            if is_address(text) and (fetched := path.stat().st_ctime) < began:
+                early.append((fetched, text))
         paths.append((path, source_name(text)))
-    return paths, notes
+    if not early:
+        return paths, []
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(min(early)[0]))
+    what = f"{len(early):,} addresses are as they were fetched from {when} on (first {masked(early[0][1])})"
+    return paths, [f"{what}: remove {folder} to fetch them again"]
 
 
 def _with_addresses(error: UserError, texts: Sequence[str], paths: Sequence[tuple[Path, str]]) -> UserError:
@@ -341,9 +360,13 @@ class _Run:
         self._stages[stage] = self._stages.get(stage, 0.0) + seconds
 
     def _part(self, shard: int) -> Part | None:
-        """Returns the record of a finished shard of this plan, or None."""
+        """Returns the record of a finished shard of this plan that is there, or None."""
         part = read_record(self.out / FOLDER / f"{shard_name(shard)}.json")
-        return part if part and part["plan"] in self.plan.accepted else None
+        if not part or part["plan"] not in self.plan.accepted:
+            return None
+        info = ShardInfo(**part["shard"]) if part["shard"] else None
+        there = info is None or ((self.out / info.file).exists() and (self.out / info.sidecar).exists())
+        return part if there else None
 
     def _is_sound(self, shard: int) -> bool:
         part = self._part(shard)
@@ -422,8 +445,7 @@ class _Run:
                 write_atomically(self.out / DUPLICATES, _lines(self.plan.duplicates))
             if account.entries or not (self.out / TIMINGS).exists():
                 write_atomically(self.out / TIMINGS, json.dumps(account.timings(), indent=1).encode() + b"\n")
-            if account.reject_fraction > max_reject_fraction:
-                (self.out / MANIFEST).unlink(missing_ok=True)
+            if account.reject_fraction > max_reject_fraction and not present(self.out / MANIFEST):
                 raise TooManyRejects(
                     f"{account.reject_fraction:.1%} of the images were rejected, {max_reject_fraction:.1%} is allowed: "
                     f"see {self.out / REJECTS}; the same command with a higher --max-reject-fraction ends at once",

@@ -35,7 +35,13 @@ def check_xpm(data: bytes) -> None:
 
 
 def prepared(header: Image.Image, data: bytes) -> None:
-    """Lets an opened BMP of 16 bits a pixel that gives one of them to alpha be loaded with it."""
+    """Lets an opened BMP of 16 bits a pixel that gives one of them to alpha be loaded with it, and a packed PSD with
+    more channels than are shown from where its pixels begin: after the lengths of the rows of all of them."""
+    if header.format == "PSD" and isinstance(header, ImageFile.ImageFile):
+        more = 2 * header.height * (int.from_bytes(data[12:14], "big") - len(header.tile))
+        header.tile = [
+            tile._replace(offset=tile.offset + more) if tile.codec_name == "packbits" else tile for tile in header.tile
+        ]
     if header.format != "BMP" or header.mode != "RGB" or data[14] < 56 or data[54:70] != _MASKS_OF_1555:
         return
     assert isinstance(header, ImageFile.ImageFile)

@@ -84,14 +84,13 @@ def source_name(text: str) -> str:
 def stage(
     text: str,
     folder: Path,
-    alone: bool = False,
     tick: Callable[[int], None] = lambda size: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Returns the path of an uncompressed local copy of a source in `folder`, which is made unless it exists: of a
-    local file, a copy of what it is now, which has its modification time. `alone`: nobody else can be making one, and
-    what a killed process left is removed; `tick` is called with the bytes of each piece, `log` with what is tried
-    again.
+    """Returns the path of an uncompressed local copy of a source in `folder`, which is made unless it exists.
+
+    Of a local file it is a copy of what it is now, and has its modification time; of an address, a time that its
+    content has. `tick` is called with the bytes of each piece, `log` with what is tried again.
 
     Raises:
         GanDistError: it cannot be fetched.
@@ -102,8 +101,6 @@ def stage(
     target = folder / (f"{name}-{_digest(f'{status.st_size} {status.st_mtime_ns}')}" if status else name)
     if target.exists():
         return target
-    for older in [*folder.glob(f"{name}-*"), *(folder.glob(f"{name}.*.tmp") if alone else ())]:
-        older.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     fetched = temporary_name(target)
     unpacked = temporary_name(target.with_suffix(".unpacked"))
@@ -115,13 +112,18 @@ def stage(
             with packed.open("rb") as stream:
                 _copy(_unpacked(stream, magic), unpacked, text, tick)
             unpacked.replace(fetched)
-        if status:
-            os.utime(fetched, ns=(status.st_mtime_ns, status.st_mtime_ns))
+        os.utime(fetched, ns=2 * (status.st_mtime_ns if status else _time_of_content(fetched),))
         fetched.replace(target)
     finally:
         fetched.unlink(missing_ok=True)
         unpacked.unlink(missing_ok=True)
     return target
+
+
+def _time_of_content(path: Path) -> int:
+    """Returns a modification time, in ns, that another copy of the same bytes has, too."""
+    with path.open("rb") as stream:
+        return 10**9 * int(hashlib.file_digest(stream, "sha256").hexdigest()[:7], 16)
 
 
 def _digest(text: str) -> str:

@@ -85,7 +85,7 @@ def odd(data: bytes, format: str, tags: Any = None) -> str | None:
         case "BMP":
             stated = int.from_bytes(data[2:6], "little")
             end = stated if stated == int.from_bytes(data[10:14], "little") + _bmp_pixels(data) else end
-        case "TIFF" if tags and tags.get(259, 1) == 1 and not tags.keys() & _MORE_DIRECTORIES and _is_alone(data):
+        case "TIFF" if tags and tags.get(259, 1) == 1 and _is_alone(data, tags):
             end = _tiff_end(data, tags) + _FEW
         case "GIF":
             return None if _gif_is_whole(data) else "its blocks do not end where the next begins"
@@ -161,8 +161,10 @@ def riff_chunks(data: bytes, place: int = 12) -> Iterator[tuple[bytes, int, int]
         place += 8 + size + size % 2
 
 
-def _is_alone(data: bytes) -> bool:
-    """Returns whether a TIFF has one directory, as far as its first says."""
+def _is_alone(data: bytes, tags: Any) -> bool:
+    """Returns whether a TIFF has one directory and one picture, as far as its first says."""
+    if tags.keys() & _MORE_DIRECTORIES or str(tags.get(270, "")).startswith("ImageJ="):  # whose slices follow
+        return False
     order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
     start = int.from_bytes(data[4:8], order)
     after = start + 2 + 12 * int.from_bytes(data[start : start + 2], order)

@@ -23,6 +23,7 @@ COMMAND = "command.json"
 
 
 Inputs = dict[str, list[int]]
+"""Size and modification time, in ns, of each local file that a dataset is made of."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def was_made_by(root: Path, sources: Sequence[str], options: dict[str, Any], inp
     """Returns whether the last `prepare` into `root` had these sources and options, whatever their secrets, and read
     these files."""
     try:
-        read = json.loads((root / FOLDER / COMMAND).read_bytes()).get("inputs")
+        read = json.loads((root / FOLDER / COMMAND).read_bytes()).get("inputs", {})
     except (OSError, ValueError, AttributeError):
         return False
     return stored_command(root) == _without_secrets(sources, options) and read == inputs

@@ -24,10 +24,10 @@ TRANSIENT = {408, 425, 429}
 """HTTP statuses below 500 after which another attempt may succeed."""
 _OVERLAP = 2**16
 """Bytes that are asked for again where the server names no version of the file: they prove that it is the same."""
+_PASSWORD = re.compile(r"(?<=//)([^/?#:\s]*:)?[^/?#\s]+(?=@)")
 _SECRET = re.compile(
-    r"((?<=//)(?:[^/?#@:\s]*:)?|[?&#;][^=&#;\s]*(?:token|sig|secret|passw|pwd|auth|credential|"
-    r"(?:api|access)_?-?key)[^=&#;\s]*=|[?&#;]\w*key=(?=[^&#;./\s]+(?:[&#;\s]|$)))"
-    r"(?:(?<=[/:])[^/?#@\s]+(?=@)|(?<==)[^&#;\s]*)",
+    r"([?&#;][^=&#;\s]*(?:token|sig|secret|passw|pwd|auth|credential|rlkey|resourcekey|(?:api|access)_?-?key)"
+    r"[^=&#;\s]*=|[?&#;]key=(?=[\w-]{16,}(?:[&#;\s]|$)))[^&#;\s]*",  # a short `key` may be a file's name
     re.IGNORECASE,
 )
 _LONE_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
@@ -48,7 +48,7 @@ def redacted(address: str) -> str:
 def masked(text: str) -> str:
     """Returns a text, such as an address or a command with some, as it may be kept: with *** for each password, token
     and signature in an address."""
-    return _SECRET.sub(r"\1***", text)
+    return _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1***", text))
 
 
 @dataclass
@@ -197,7 +197,8 @@ def _check_start(response: Any, transfer: Transfer, start: int) -> None:
     same = place is not None and int(place[1]) == start
     if place is not None and place[2] != "*" and transfer.total is not None:
         same = same and int(place[2]) == transfer.total
-    if transfer.version:  # some servers pass over the condition
+    # some servers pass over the condition; a time need not be repeated, a tag must be (RFC 9110, 15.3.7)
+    if transfer.version and (_version(headers) or transfer.version.startswith('"')):
         same = same and _version(headers) == transfer.version
     if response.status != 206 or not same:
         transfer.ranges = False

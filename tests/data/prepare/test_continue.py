@@ -261,7 +261,7 @@ def test_a_copy_that_was_fetched_before_is_said_to_be_one(tmp_path: Path) -> Non
         for notes in (0, 1):
             with pytest.raises(TooManyRejects) as caught:
                 prepare(source, out, workers=0)
-            assert sum("remove" in note and "to fetch it again" in note for note in caught.value.account.notes) == notes
+            assert sum("to fetch them again" in note for note in caught.value.account.notes) == notes
         assert server.requests["in.tar"] == 1
 
 
@@ -321,6 +321,77 @@ def test_fetching_shows_progress_and_leaves_nothing_of_a_killed_one(tmp_path: Pa
         prepare(source, out, workers=0, show=lambda verb, done, total: shown.append((verb, done)), log=said.append)
     assert shown[0] == ("fetching and unpacking, MB", 0) and ("preparing", 4) in shown
     assert any("trying again" in line for line in said)
+
+
+def test_what_is_fetched_again_and_is_the_same_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    pack("tar", tmp_path / "web/in.tar", range(6))
+    out = tmp_path / "out"
+    with Server(tmp_path / "web") as server:
+        source = f"{server.address}/in.tar"
+        prepare(source, out, workers=0, shard_samples=2)
+        whole = contents(out)
+        (out / "shard-00001.tar").unlink()
+        assert prepare(source, out, workers=0, shard_samples=2).notes == []
+        assert contents(out) == whole
+        pack("tar", tmp_path / "web/in.tar", [9, *range(1, 6)])
+        (out / "shard-00001.tar").unlink()
+        with pytest.raises(GanDistError, match="1 changed"):
+            prepare(source, out, workers=0, shard_samples=2)
+
+
+def test_a_complete_set_of_an_earlier_release_is_not_fetched_again(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    pack("tar", tmp_path / "web/in.tar", range(2))
+    out = tmp_path / "out"
+    with Server(tmp_path / "web") as server:
+        for _ in range(2):
+            prepare(f"{server.address}/in.tar", out, workers=0)
+            command = json.loads((out / ".prepare/command.json").read_text())
+            command.pop("inputs", None)
+            (out / ".prepare/command.json").write_text(json.dumps(command))
+        assert server.requests["in.tar"] == 1
+
+
+def test_a_changed_archive_leaves_the_copy_that_others_may_read(tmp_path: Path) -> None:
+    source = pack("tar.gz", tmp_path / "in.tar.gz", range(2))
+    folder = tmp_path / "staged"
+    copy = stage(str(source), folder)
+    (folder / f"{copy.name}.other.tmp").write_bytes(b"being written")
+    pack("tar.gz", source, range(3), seconds=2000)
+    assert stage(str(source), folder) != copy and copy.exists()
+    assert (folder / f"{copy.name}.other.tmp").exists()
+
+
+def test_a_set_that_was_accepted_stays_so(tmp_path: Path, run_here: RunHere) -> None:
+    """A lower limit of rejects takes nothing away, and the command to repair it keeps the limit it was accepted with."""
+    source, out = fill(tmp_path / "in", 6, broken=4), tmp_path / "out"
+    prepare(source, out, workers=0, max_reject_fraction=0.5)
+    whole = contents(out)
+    assert prepare(source, out, workers=0).written == 6
+    assert contents(out) == whole
+    (out / "manifest.json").unlink()
+    done = run_here(*shlex.split(repair_command(out))[1:])
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == whole
+
+
+def test_a_shard_that_another_task_lost_is_missing_and_no_failed_write(tmp_path: Path) -> None:
+    source, out = fill(tmp_path / "in", 8), tmp_path / "out"
+    prepare(source, out, workers=0, shard_samples=4, task=(0, 2))
+    (out / "shard-00000.tar").unlink()
+    account = prepare(source, out, workers=0, shard_samples=4, task=(1, 2))
+    assert not account.complete and any("by this command without --task" in note for note in account.notes)
+    assert prepare(source, out, workers=0, shard_samples=4).complete and verify(out) == []
+
+
+def test_of_equal_files_one_that_has_a_class_is_kept(tmp_path: Path) -> None:
+    for name in ("a.png", "b/1.png", "c/2.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(encode(1))
+    (tmp_path / "in/b/other.png").write_bytes(encode(2))
+    account = prepare(tmp_path / "in", tmp_path / "out", workers=0, dedupe=True, labels="folders")
+    assert account.classes == {"b": 2} and account.unlabelled == 0 and account.duplicates == 2
 
 
 @pytest.mark.parametrize("name", ["BZh9", "PAR1", "LZIP", "Rar!\x1a"])

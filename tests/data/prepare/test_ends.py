@@ -518,7 +518,8 @@ def test_bytes_that_were_inserted_into_a_plain_tiff_are_seen() -> None:
     exif.get_ifd(0x8769)[0x9286] = b"x" * 100
     with_exif = encode(picture, "TIFF", exif=exif)
     pages = encode(picture, "TIFF", save_all=True, append_images=[picture])
-    for sound in (data, data + b"\n", data + bytes(1000), with_exif, pages):
+    stack = encode(picture, "TIFF", description="ImageJ=1.53\nimages=2") + b"x" * 1000
+    for sound in (data, data + b"\n", data + bytes(1000), with_exif, pages, stack):
         assert damage.outcome(sound) == ""
     for place in (len(data) // 4, len(data) // 2, len(data) * 3 // 4):
         assert damage.outcome(data[:place] + data[place - 512 :]) == "odd_structure"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from gan_dist.data.prepare import tiff as tiff_module
 from gan_dist.data.prepare.account import Rejected
@@ -327,6 +327,60 @@ def test_a_psd_without_its_merged_picture_is_not_a_white_one(whole: bool | None,
     assert rejected_as(data) == "unsupported" if whole is False else same(data, colours())
 
 
+def row_of_packbits(row: NDArray[np.uint8]) -> bytes:
+    return b"".join(bytes([len(part) - 1]) + part for part in (row.tobytes()[i : i + 128] for i in range(0, SIZE, 128)))
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+@pytest.mark.parametrize(("mode", "number"), [(1, 1), (3, 3), (4, 4)])
+def test_a_packed_psd_may_have_more_channels_than_are_shown(mode: int, number: int, more: int) -> None:
+    """Selections and spot colours: the lengths of their rows stand before the pixels, too."""
+    planes = {1: [gray()], 3: [*colours().transpose(2, 0, 1)], 4: [*colours().transpose(2, 0, 1), gray() * 0 + 255]}[
+        mode
+    ]
+    selection = np.where(gray() > 80, 255, 0).astype(np.uint8)
+    rows = [row_of_packbits(row) for plane in (*planes, *more * [selection]) for row in plane]
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, number + more, SIZE, SIZE, 8, mode) + bytes(12) + b"\0\1"
+    data = head + b"".join(struct.pack(">H", len(row)) for row in rows) + b"".join(rows)
+    assert same(data, gray() if mode == 1 else colours())
+
+
+@pytest.mark.parametrize("format", ["TIFF", "PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_what_xmp_says_of_orientation_counts_for_nothing(format: str, orientation: int) -> None:
+    """As in other programs; EXIF, or a TIFF's own tag, tells."""
+    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    whole = Image.fromarray(colours(96, SIZE))
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    options: dict[str, Any] = {
+        "TIFF": {"tiffinfo": {700: xmp.encode()}},
+        "PNG": {"pnginfo": info, "exif": exif},
+        "WEBP": {"xmp": xmp.encode(), "lossless": True},
+        "JPEG": {"xmp": xmp.encode(), "exif": exif, "quality": 95},
+    }[format]
+    data = encode(whole, format, **options)
+    assert same(data, colours(96, SIZE)[:, 16:80]) and "oriented" not in square(data, RECIPE).flags
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+@pytest.mark.parametrize("gamma", [1 / 2.2, 1 / 1.8, 1.0])
+def test_a_pngs_gamma_counts_unless_it_is_srgb(mode: str, gamma: float) -> None:
+    picture = Image.fromarray(colours()).convert(mode)
+    data, plain = encode(picture, "PNG"), np.asarray(picture.convert("RGB")) / 255
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    told = chunk(b"gAMA", struct.pack(">I", round(1e5 * gamma)))
+    light = plain ** (1 / gamma)
+    shown = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert same(data[:33] + told + data[33:], shown if gamma > 0.5 else 255 * plain)
+    assert same(data[:33] + chunk(b"sRGB", b"\0") + told + data[33:], 255 * plain)
+
+
 def test_what_two_formats_claim_may_be_kinds_of_one() -> None:
     for data in (b"8BPS\0\2" + bytes(60), b"8BPS\0\2"):
         with pytest.raises(Rejected, match="unsupported"):
@@ -579,6 +633,14 @@ def test_equal_colours_in_a_palette_of_a_jp2_are_two() -> None:
     changed = data[head + 4 : colour] + data[colour : colour + 11] + struct.pack(">I", 16)  # sRGB, not grey
     boxed = changed + data[colour + 15 : head + size] + boxes
     assert same(data[:head] + struct.pack(">I", size + len(boxes)) + boxed + data[head + size :], table[numbers])
+
+
+def test_what_there_is_of_a_cut_deep_jpeg_2000_can_be_kept() -> None:
+    data = with_depth(encode(Image.fromarray(colours()), "JPEG2000", irreversible=True, no_jp2=True), 12)
+    keep = Recipe(SIZE, full_decode=True, keep_truncated=True)
+    with pytest.raises(Rejected, match="truncated"):
+        square(data[:150], keep)
+    assert "truncated" in square(data[: len(data) * 2 // 3], keep).flags
 
 
 def test_signs_in_a_jpeg_2000_are_understood() -> None:

@@ -139,6 +139,12 @@ def in_gif(profile: bytes, image: Image.Image) -> bytes:
     return data[:at] + b"\x21\xff\x0bICCRGBG1012" + blocks + b"\0" + data[at:]
 
 
+def test_a_profile_that_is_called_srgb_may_be_another() -> None:
+    """Such as the linear one of GIMP and Krita."""
+    swapped = swapped_profile().replace(b"swapped\0", b"a sRGB \0")
+    assert mean(encode(plain((255, 0, 0)), icc_profile=swapped)) == pytest.approx(np.array((0, 0, 255)), abs=1.6)
+
+
 @pytest.mark.parametrize("within", [in_jp2, in_bmp, in_gif])
 def test_profiles_that_pillow_does_not_look_for(within: Callable[[bytes, Image.Image], bytes]) -> None:
     data = within(swapped_profile(), plain((255, 0, 0)))

@@ -256,6 +256,29 @@ def test_a_part_that_is_longer_than_it_says_does_not_go_on_for_ever() -> None:
     assert count <= 6
 
 
+def test_a_time_that_an_answer_does_not_repeat_is_no_other_file() -> None:
+    count = 0
+
+    def handle(request: BaseHTTPRequestHandler) -> None:
+        nonlocal count
+        count += 1
+        asked = request.headers.get("Range")
+        start = int(asked.split("=")[1].rstrip("-")) if asked else 0
+        request.send_response(206 if asked else 200)
+        request.send_header("Accept-Ranges", "bytes")
+        if asked:
+            request.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
+        else:
+            request.send_header("Last-Modified", "Fri, 27 Nov 2026 12:00:00 GMT")
+        request.send_header("Content-Length", str(len(DATA) - start))
+        request.end_headers()
+        request.wfile.write(DATA[start : start + 170_000])
+
+    with server(handle) as address:
+        assert get(address) == DATA
+    assert count == 3
+
+
 def test_an_answer_that_lost_its_version_is_not_gone_on_with() -> None:
     other = bytes(reversed(DATA))
     cut = Cut([DATA, other], 170_000, RANGES, ['"v1"', ""])
@@ -359,8 +382,11 @@ def test_a_redirect_that_goes_round_is_one_line() -> None:
         ("https://host/a?sv=3&SIG=s%3D&api_key=k&accessKey=k", "https://host/a?sv=3&SIG=***&api_key=***&accessKey=***"),
         ("pipe:curl https://a:b@h/{}?token=c | cat", "pipe:curl https://a:***@h/{}?token=*** | cat"),
         ("https://abc@host/a.tar#token=x", "https://***@host/a.tar#token=***"),
-        ("https://host/a.tar?key=x1-2&rlkey=y;token=z&pwd=", "https://host/a.tar?key=***&rlkey=***;token=***&pwd=***"),
-        *((text, text) for text in ("http://host:80/a@b.tar", "https://h/?key=a/b.tar", "/a:b@c")),
+        ("https://u:p@ss@host/a.tar", "https://u:***@host/a.tar"),
+        ("https://me@x.org:pw@host:80/a.tar", "https://me@x.org:***@host:80/a.tar"),
+        ("https://host/a.tar?rlkey=y;token=z&pwd=", "https://host/a.tar?rlkey=***;token=***&pwd=***"),
+        (f"https://host/a.tar?key={'x1-' * 9}&v=1", "https://host/a.tar?key=***&v=1"),
+        *((text, text) for text in ("http://host:80/a@b.tar", "https://h/?key=a/b.tar", "https://h/?key=A", "/a:b@c")),
     ],
 )
 def test_secrets_are_not_kept(text: str, kept: str) -> None:
