@@ -15,8 +15,8 @@ from PIL import Image, ImageCms
 from gan_dist.data.prepare.account import Rejected
 from gan_dist.data.prepare.structure import boxes
 
-_USUAL, _SAME = 0.02, 6.0
-"""How far a gamma may be from that of sRGB, and colours, of 255, from what a profile called sRGB makes of them."""
+_SAME = 6.0
+"""How far, of 255, a profile called sRGB may move colours that are taken as they are, in the mean."""
 _GIF_PROFILE = b"\x21\xff\x0bICCRGBG1012"
 
 Converter = Callable[[Image.Image], Image.Image]
@@ -110,10 +110,7 @@ def profile_of(data: bytes, format: str) -> bytes | None:
 
 def to_srgb(picture: Image.Image, image: Image.Image, flags: list[str]) -> Image.Image:
     """Returns `picture` in sRGB. Colours are converted after resampling: S x S pixels instead of millions."""
-    profile, gamma = image.info.get("icc_profile"), image.info.get("gamma")
-    if not profile and gamma and "srgb" not in image.info and 0.1 < gamma < 2 and abs(gamma - 1 / 2.2) > _USUAL:
-        flags.append("profile")
-        return (picture if picture.mode == "RGB" else picture.convert("RGB")).point(3 * _curve(gamma))
+    profile = image.info.get("icc_profile")
     if profile and image.mode != "LAB":
         try:
             transform = _transform(profile, picture.mode)
@@ -125,15 +122,6 @@ def to_srgb(picture: Image.Image, image: Image.Image, flags: list[str]) -> Image
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             flags.append("profile_ignored")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-@lru_cache(maxsize=32)
-def _curve(gamma: float) -> list[int]:
-    """Returns, by a PNG's value, the sRGB value of the same light: gAMA says that a value is light to that power (PNG
-    specification, 11.3.2.2)."""
-    light = (np.arange(256) / 255) ** (1 / gamma)
-    values = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return [round(255 * value) for value in values.tolist()]
 
 
 @lru_cache(maxsize=32)

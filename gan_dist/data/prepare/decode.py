@@ -119,6 +119,8 @@ def _decode(data: bytes, edge: int | None, min_side: int, patient: bool, fast: b
         if isinstance(header, JpegImagePlugin.JpegImageFile) and edge is not None:
             scaled = header.draft(None, (edge, edge))
             extent = scaled[1][2:] if scaled else extent
+        if format == "JPEG2000":
+            jpeg2000.check_space(data)
         again = format == "JPEG2000" and jpeg2000.is_unusual(header, data)
         _refuse_large(header, len(data), width * height, _DECODED_AGAIN if again else 0)
         told = tiff.facts(header)
@@ -353,7 +355,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         exif = image.getexif()
-        if image.format == "AVIF":  # by its own properties, which Pillow puts there; what XMP says does not count
+        if "exif" in image.info:  # (an AVIF's own properties, too); what Pillow found before may be of XMP
             exif = Image.Exif()
             exif.load(image.info["exif"])
         value = exif.get(0x0112, 1)

@@ -1,7 +1,7 @@
 """Any image bytes -> one square uint8 RGB picture, or a reject with its reason.
 
-The steps: decode (decode.py; JPEG at a reduced scale), orient by EXIF, normalise the mode, composite transparency,
-shrink the short edge to S, crop the centre, convert colours to sRGB.
+The steps: decode (decode.py; JPEG at a reduced scale), orient by EXIF, normalise the mode, shrink
+the short edge to S, crop the centre, convert colours to sRGB, composite transparency.
 """
 
 from __future__ import annotations
@@ -80,7 +80,15 @@ def square(data: bytes, recipe: Recipe) -> Square:
     decoded = perf_counter()
     flags = opened.flags
     with opened.image, named_failures(opened.format):
-        picture = to_srgb(_shrink(opened, recipe), opened.image, flags)
+        picture = _shrink(opened, recipe)
+        if picture.mode == "RGBA":  # alpha is of light, not of a profile's values
+            colours = to_srgb(picture.convert("RGB"), opened.image, flags)
+            colours.putalpha(picture.getchannel("A"))
+            paper = Image.new("RGBA", picture.size, (*BACKGROUND, 255))
+            paper.alpha_composite(colours)
+            picture = paper.convert("RGB")
+        else:
+            picture = to_srgb(picture, opened.image, flags)
         pixels = np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
     if opened.orientation > 1:
         flags.append("oriented")
@@ -124,11 +132,7 @@ def _shrink(opened: Decoded, recipe: Recipe) -> Image.Image:
     if target != (size, size):
         left, top = round((target[0] - size) / 2.0), round((target[1] - size) / 2.0)
         resized = resized.crop((left, top, left + size, top + size))
-    if resized.mode == "RGBa":
-        paper = Image.new("RGBA", resized.size, (*BACKGROUND, 255))
-        paper.alpha_composite(resized.convert("RGBA"))
-        return paper.convert("RGB")
-    return resized
+    return resized.convert("RGBA") if resized.mode == "RGBa" else resized
 
 
 def _middle(image: Image.Image, widest: int) -> tuple[Image.Image, tuple[float, float]]:

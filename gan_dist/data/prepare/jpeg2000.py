@@ -17,16 +17,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, _imaging
+from PIL import Image, ImageChops, _imaging
 
 from gan_dist.data.prepare.account import Rejected
+from gan_dist.data.prepare.structure import boxes
 
 _SIZ = b"\xff\x4f\xff\x51"
 _CODESTREAM, _JP2 = 0, 2
 _SYCC, _CMYK = (3, 4), 5
 _BY_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _MODES = {*_BY_CHANNELS.values(), "CMYK", "P", "PA"}
-_PREMULTIPLIED = 2
+_ALPHA, _PREMULTIPLIED, _UNSPECIFIED = (1, 2), 2, 65535
+_WHITE_IS_ZERO, _YCBCR, _READ_RIGHT = 0, (1, 3, 4), (12, 15, 16, 17, 18)
+"""Numbers of colour spaces (ISO/IEC 15444-1, table I.10, and 15444-2, table M.25)."""
 _BLOCK = 2**20
 _LONGEST_PARAMETERS = 2**14
 """Bytes, more than openjpeg's opj_dparameters_t has."""
@@ -89,6 +92,7 @@ def corrected(image: Image.Image, data: bytes, patient: bool) -> Image.Image:
     """Returns a picture that Pillow has loaded as its file means it. `patient`: what can be decoded of a cut one.
 
     Raises Rejected where openjpeg is needed and cannot be called, or cannot decode it."""
+    image = _of_space(image, data)
     if not is_unusual(image, data):
         return image
     if (library := _library()) is None:
@@ -99,6 +103,30 @@ def corrected(image: Image.Image, data: bytes, patient: bool) -> Image.Image:
         if patient:  # Pillow has made something of what there is
             return image
         raise
+
+
+def check_space(data: bytes) -> None:
+    """Raises Rejected for a JP2 of colours that nothing here can read."""
+    space = _space(data)
+    if space is not None and space < 256 and space not in (_WHITE_IS_ZERO, *_YCBCR, *_READ_RIGHT):
+        raise Rejected("unsupported", f"JPEG2000: the colour space {space}")
+
+
+def _space(data: bytes) -> int | None:
+    """Returns the number of the colour space that a JP2 names, if it does."""
+    header = next((data[start:end] for kind, start, end in boxes(data) if kind == b"jp2h"), b"")
+    colours = next((header[start:end] for kind, start, end in boxes(header) if kind == b"colr"), b"")
+    return int.from_bytes(colours[3:7], "big") if colours[:1] == b"\1" and len(colours) >= 7 else None
+
+
+def _of_space(image: Image.Image, data: bytes) -> Image.Image:
+    """Returns a JP2 in a colour space that Pillow does not look at in one that it has."""
+    space = _space(data)
+    if space == _WHITE_IS_ZERO and image.mode == "L":
+        return ImageChops.invert(image)
+    if space in _YCBCR and image.mode == "RGB":
+        return Image.merge("YCbCr", image.split()).convert("RGB")
+    return image
 
 
 def _corrected(library: Any, image: Image.Image, data: bytes, patient: bool) -> Image.Image:
@@ -113,7 +141,9 @@ def _corrected(library: Any, image: Image.Image, data: bytes, patient: bool) -> 
         is_sycc = picture.space in _SYCC or (picture.space < 1 and len(steps) > 1)
     # colours are in order by now; without a box that says so, the second or fourth channel is alpha
     colours = [plane for plane, alpha in zip(planes, alphas, strict=True) if not alpha]
-    bands = [*colours, *(plane for plane, alpha in zip(planes, alphas, strict=True) if alpha)]
+    bands = [*colours, *(plane for plane, alpha in zip(planes, alphas, strict=True) if alpha in _ALPHA)]
+    if _UNSPECIFIED in alphas and not set(_ALPHA) & set(alphas):
+        mode = {"RGBA": "RGB", "LA": "L"}.get(mode, mode)
     if mode not in _MODES or len(bands) < (number := Image.getmodebands(mode)):
         raise Rejected("unsupported", f"JPEG2000: {len(bands)} channels for {mode}")
     bands = bands[:number]

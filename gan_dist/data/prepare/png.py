@@ -18,7 +18,6 @@ from gan_dist.data.prepare.account import Rejected
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"IEND")
 _TEXTS = (b"iTXt", b"tEXt", b"zTXt")
-_COLOURS, _LENGTHS = (b"iCCP", b"gAMA", b"sRGB"), {b"gAMA": 4, b"sRGB": 1}
 _ORIENTING_TEXT = b"Raw profile type exif\0"
 _LONGEST = 2**22
 """Bytes of a text that may hold an orientation, and of a profile."""
@@ -61,7 +60,7 @@ def checked(data: bytes, keep_truncated: bool = False) -> bytes:
         elif kind[:1].isupper():
             reason = "unsupported" if sound else "corrupt"
             raise Rejected(reason, f"PNG: a chunk {kind.decode()} without which it cannot be shown")
-        elif kind in _COLOURS and (colours or begun):
+        elif kind == b"iCCP" and (colours or begun):
             pass  # as libpng does, whose programs show such a picture without its profile
         elif sound and _needed(kind, view[place + 8 : end - 4]):
             kept.append(view[place:end])
@@ -159,8 +158,6 @@ def _may_be_transparent(kind: bytes, length: int, colours: int) -> bool:
 
 def _needed(kind: bytes, content: memoryview) -> bool:
     """Returns whether a chunk beside the pixels decides how they are shown, and can be read."""
-    if kind in _LENGTHS:
-        return len(content) == _LENGTHS[kind]
     if kind == b"eXIf":
         return True
     if kind in _TEXTS:

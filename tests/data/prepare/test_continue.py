@@ -364,7 +364,7 @@ def test_a_changed_archive_leaves_the_copy_that_others_may_read(tmp_path: Path) 
 
 
 def test_a_set_that_was_accepted_stays_so(tmp_path: Path, run_here: RunHere) -> None:
-    """A lower limit of rejects takes nothing away, and the command to repair it keeps the limit it was accepted with."""
+    """A lower limit of rejects takes nothing away, and the command to repair it keeps the earlier one."""
     source, out = fill(tmp_path / "in", 6, broken=4), tmp_path / "out"
     prepare(source, out, workers=0, max_reject_fraction=0.5)
     whole = contents(out)

@@ -335,9 +335,8 @@ def row_of_packbits(row: NDArray[np.uint8]) -> bytes:
 @pytest.mark.parametrize(("mode", "number"), [(1, 1), (3, 3), (4, 4)])
 def test_a_packed_psd_may_have_more_channels_than_are_shown(mode: int, number: int, more: int) -> None:
     """Selections and spot colours: the lengths of their rows stand before the pixels, too."""
-    planes = {1: [gray()], 3: [*colours().transpose(2, 0, 1)], 4: [*colours().transpose(2, 0, 1), gray() * 0 + 255]}[
-        mode
-    ]
+    channels = [*colours().transpose(2, 0, 1)]
+    planes = {1: [gray()], 3: channels, 4: [*channels, gray() * 0 + 255]}[mode]
     selection = np.where(gray() > 80, 255, 0).astype(np.uint8)
     rows = [row_of_packbits(row) for plane in (*planes, *more * [selection]) for row in plane]
     head = b"8BPS" + struct.pack(">H6xHIIHH", 1, number + more, SIZE, SIZE, 8, mode) + bytes(12) + b"\0\1"
@@ -355,30 +354,14 @@ def test_what_xmp_says_of_orientation_counts_for_nothing(format: str, orientatio
     info.add_itxt("XML:com.adobe.xmp", xmp)
     exif = Image.Exif()
     exif[0x010F] = "a camera"
-    options: dict[str, Any] = {
+    choices: dict[str, dict[str, Any]] = {
         "TIFF": {"tiffinfo": {700: xmp.encode()}},
         "PNG": {"pnginfo": info, "exif": exif},
         "WEBP": {"xmp": xmp.encode(), "lossless": True},
-        "JPEG": {"xmp": xmp.encode(), "exif": exif, "quality": 95},
-    }[format]
-    data = encode(whole, format, **options)
+        "JPEG": {"xmp": xmp.encode(), "exif": exif, "quality": 100, "subsampling": 0},
+    }
+    data = encode(whole, format, **choices[format])
     assert same(data, colours(96, SIZE)[:, 16:80]) and "oriented" not in square(data, RECIPE).flags
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-@pytest.mark.parametrize("gamma", [1 / 2.2, 1 / 1.8, 1.0])
-def test_a_pngs_gamma_counts_unless_it_is_srgb(mode: str, gamma: float) -> None:
-    picture = Image.fromarray(colours()).convert(mode)
-    data, plain = encode(picture, "PNG"), np.asarray(picture.convert("RGB")) / 255
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    told = chunk(b"gAMA", struct.pack(">I", round(1e5 * gamma)))
-    light = plain ** (1 / gamma)
-    shown = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    assert same(data[:33] + told + data[33:], shown if gamma > 0.5 else 255 * plain)
-    assert same(data[:33] + chunk(b"sRGB", b"\0") + told + data[33:], 255 * plain)
 
 
 def test_what_two_formats_claim_may_be_kinds_of_one() -> None:
@@ -641,6 +624,34 @@ def test_what_there_is_of_a_cut_deep_jpeg_2000_can_be_kept() -> None:
     with pytest.raises(Rejected, match="truncated"):
         square(data[:150], keep)
     assert "truncated" in square(data[: len(data) * 2 // 3], keep).flags
+
+
+@pytest.mark.parametrize(
+    ("space", "read"), [(0, "negative"), (1, "YCbCr"), (4, "YCbCr"), (14, None), (16, "RGB"), (24, None)]
+)
+def test_the_space_of_a_jp2_is_the_one_that_it_names(space: int, read: str | None) -> None:
+    picture = Image.fromarray(255 - gray()) if read == "negative" else Image.fromarray(colours())
+    stored = Image.merge("RGB", picture.convert("YCbCr").split()) if read == "YCbCr" else picture
+    data = encode(stored, "JPEG2000")
+    at = data.find(b"colr") + 7
+    data = data[:at] + struct.pack(">I", space) + data[at + 4 :]
+    if read is None:
+        assert rejected_as(data) == "unsupported"
+    else:
+        assert same(data, gray() if read == "negative" else colours(), limit=1.5)
+
+
+def test_a_channel_of_a_jp2_that_is_not_specified_is_no_alpha() -> None:
+    data = encode(Image.fromarray(np.dstack([colours(), gray()])), "JPEG2000")
+    told = b"".join(struct.pack(">3H", i, 0, i + 1) for i in range(3)) + struct.pack(">3H", 3, 65535, 65535)
+    head = data.find(b"jp2h") - 4
+    size, at = int.from_bytes(data[head : head + 4], "big"), data.find(b"cdef") - 4
+    box = struct.pack(">I4sH", 34, b"cdef", 4) + told
+    if at > 0:
+        data = data[:at] + box + data[at + int.from_bytes(data[at : at + 4], "big") :]
+    else:
+        data = data[:head] + struct.pack(">I", size + 34) + data[head + 4 : head + size] + box + data[head + size :]
+    assert same(data, colours())
 
 
 def test_signs_in_a_jpeg_2000_are_understood() -> None:

@@ -139,6 +139,11 @@ def in_gif(profile: bytes, image: Image.Image) -> bytes:
     return data[:at] + b"\x21\xff\x0bICCRGBG1012" + blocks + b"\0" + data[at:]
 
 
+def test_colours_are_converted_before_they_are_laid_over_white() -> None:
+    half = encode(plain((255, 0, 0, 128), "RGBA"), icc_profile=swapped_profile())
+    assert mean(half) == pytest.approx(np.array((127, 127, 255)), abs=2)
+
+
 def test_a_profile_that_is_called_srgb_may_be_another() -> None:
     """Such as the linear one of GIMP and Krita."""
     swapped = swapped_profile().replace(b"swapped\0", b"a sRGB \0")
