@@ -92,13 +92,12 @@ def corrected(image: Image.Image, data: bytes, patient: bool) -> Image.Image:
     """Returns a picture that Pillow has loaded as its file means it. `patient`: what can be decoded of a cut one.
 
     Raises Rejected where openjpeg is needed and cannot be called, or cannot decode it."""
-    image = _of_space(image, data)
     if not is_unusual(image, data):
-        return image
+        return _of_space(image, data)
     if (library := _library()) is None:
         raise Rejected("unsupported", "JPEG2000: of other than 8 bits, and openjpeg cannot be called here")
     try:
-        return _corrected(library, image, data, patient)
+        return _of_space(_corrected(library, image, data, patient), data)
     except Rejected:
         if patient:  # Pillow has made something of what there is
             return image
@@ -124,12 +123,20 @@ def _of_space(image: Image.Image, data: bytes) -> Image.Image:
     space = _space(data)
     if space == _WHITE_IS_ZERO and image.mode == "L":
         return ImageChops.invert(image)
-    if space in _YCBCR and image.mode == "RGB":
+    if space in _YCBCR and image.mode == "RGB" and not _is_subsampled(data):  # which tells by itself
         return Image.merge("YCbCr", image.split()).convert("RGB")
     return image
 
 
+def _is_subsampled(data: bytes) -> bool:
+    """Returns whether a channel has fewer samples than the first."""
+    place = data.find(_SIZ) + 40
+    steps = data[place + 3 : place + 2 + 3 * int.from_bytes(data[place : place + 2], "big")]
+    return len(set(steps[::3])) > 1 or len(set(steps[1::3])) > 1
+
+
 def _corrected(library: Any, image: Image.Image, data: bytes, patient: bool) -> Image.Image:
+    """Returns a picture as openjpeg decodes it."""
     mode = image.mode
     with _decoded(library, data, image.size, patient) as picture:
         components = [picture.components[i] for i in range(picture.number)]

@@ -639,6 +639,10 @@ def test_the_space_of_a_jp2_is_the_one_that_it_names(space: int, read: str | Non
         assert rejected_as(data) == "unsupported"
     else:
         assert same(data, gray() if read == "negative" else colours(), limit=1.5)
+        deep = encode(stored, "JPEG2000", irreversible=True)
+        at = deep.find(b"colr") + 7
+        deep = with_depth(deep[:at] + struct.pack(">I", space) + deep[at + 4 :], 12)
+        assert read == "negative" or same(deep, colours(), limit=2)
 
 
 def test_a_channel_of_a_jp2_that_is_not_specified_is_no_alpha() -> None:
