@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from gan_dist.data.prepare.account import Rejected
-from gan_dist.data.prepare.structure import boxes
+from gan_dist.data.prepare.structure import jp2_colours
 
 _SAME = 6.0
 """How far, of 255, a profile called sRGB may move colours that are taken as they are, in the mean."""
@@ -93,9 +93,8 @@ def profile_of(data: bytes, format: str) -> bytes | None:
     """Returns the colour profile of a file of a format in which Pillow looks for none."""
     match format:
         case "JPEG2000":
-            header = next((data[start:end] for kind, start, end in boxes(data) if kind == b"jp2h"), b"")
-            colours = [header[start:end] for kind, start, end in boxes(header) if kind == b"colr"]
-            return colours[0][3:] if colours and colours[0][:1] in (b"\2", b"\3") else None
+            colours = jp2_colours(data)
+            return colours[3:] if colours[:1] in (b"\2", b"\3") else None
         case "BMP" if data[70:74] == b"DEBM" and int.from_bytes(data[14:18], "little") >= 124:
             start, size = struct.unpack("<2I", data[126:134])
             return data[14 + start : 14 + start + size]

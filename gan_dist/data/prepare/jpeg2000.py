@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, _imaging
 
 from gan_dist.data.prepare.account import Rejected
-from gan_dist.data.prepare.structure import boxes
+from gan_dist.data.prepare.structure import jp2_colours
 
 _SIZ = b"\xff\x4f\xff\x51"
 _CODESTREAM, _JP2 = 0, 2
@@ -113,8 +113,7 @@ def check_space(data: bytes) -> None:
 
 def _space(data: bytes) -> int | None:
     """Returns the number of the colour space that a JP2 names, if it does."""
-    header = next((data[start:end] for kind, start, end in boxes(data) if kind == b"jp2h"), b"")
-    colours = next((header[start:end] for kind, start, end in boxes(header) if kind == b"colr"), b"")
+    colours = jp2_colours(data)
     return int.from_bytes(colours[3:7], "big") if colours[:1] == b"\1" and len(colours) >= 7 else None
 
 

@@ -217,6 +217,13 @@ def boxes(data: bytes, place: int = 0) -> Iterator[tuple[bytes, int, int]]:
         place = end
 
 
+def jp2_colours(data: bytes) -> bytes:
+    """Returns the content of a JP2's first box of colours, which names a space or holds a profile; nothing where there
+    is none."""
+    header = next((data[start:end] for kind, start, end in boxes(data) if kind == b"jp2h"), b"")
+    return next((header[start:end] for kind, start, end in boxes(header) if kind == b"colr"), b"")
+
+
 def _last_box_end(data: bytes) -> int:
     """Returns where the last box ends; a file without any box that can hold pixels is taken to go on."""
     ends = {kind: end for kind, _, end in boxes(data)}

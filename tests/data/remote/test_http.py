@@ -234,49 +234,46 @@ def test_a_password_in_a_redirect_is_used_there() -> None:
     assert seen == ["Basic bWU6bWluZQ=="]
 
 
+class Parts:
+    """Answers with `first` bytes of DATA, and to what asks for a part with what `rest` makes of its start. `whole` and
+    `part`: headers of the two."""
+
+    def __init__(self, first: int, rest: Callable[[int], bytes], whole: dict[str, str], part: dict[str, str]) -> None:
+        self.first, self.rest, self.whole, self.part = first, rest, whole, part
+        self.count = 0
+
+    def __call__(self, request: BaseHTTPRequestHandler) -> None:
+        self.count += 1
+        asked = request.headers.get("Range")
+        start = int(asked.split("=")[1].rstrip("-")) if asked else 0
+        headers = {"Accept-Ranges": "bytes", "Content-Length": str(len(DATA) - start), **self.whole}
+        sent = DATA[: self.first if self.count < 4 else None]
+        if asked:
+            sent = self.rest(start)
+            headers = {"Accept-Ranges": "bytes", "Content-Length": str(max(len(sent), len(DATA) - start)), **self.part}
+            headers["Content-Range"] = f"bytes {start}-{len(DATA) - 1}/{len(DATA)}"
+        request.send_response(206 if asked else 200)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(sent)
+
+
 def test_a_part_that_is_longer_than_it_says_does_not_go_on_for_ever() -> None:
     """As of a server that says 206 and sends all."""
-    count = 0
-
-    def handle(request: BaseHTTPRequestHandler) -> None:
-        nonlocal count
-        count += 1
-        asked = request.headers.get("Range")
-        request.send_response(206 if asked else 200)
-        request.send_header("Accept-Ranges", "bytes")
-        request.send_header("ETag", '"v"')
-        if asked:
-            request.send_header("Content-Range", f"{asked.replace('=', ' ')}{len(DATA) - 1}/{len(DATA)}")
-        request.send_header("Content-Length", str(len(DATA)))
-        request.end_headers()
-        request.wfile.write(DATA if asked else DATA[: 200_000 if count < 4 else None])
-
-    with server(handle) as address:
+    version = {"ETag": '"v"'}
+    parts = Parts(200_000, lambda start: DATA, version, version)
+    with server(parts) as address:
         assert get(address) == DATA
-    assert count <= 6
+    assert parts.count <= 6
 
 
 def test_a_time_that_an_answer_does_not_repeat_is_no_other_file() -> None:
-    count = 0
-
-    def handle(request: BaseHTTPRequestHandler) -> None:
-        nonlocal count
-        count += 1
-        asked = request.headers.get("Range")
-        start = int(asked.split("=")[1].rstrip("-")) if asked else 0
-        request.send_response(206 if asked else 200)
-        request.send_header("Accept-Ranges", "bytes")
-        if asked:
-            request.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
-        else:
-            request.send_header("Last-Modified", "Fri, 27 Nov 2026 12:00:00 GMT")
-        request.send_header("Content-Length", str(len(DATA) - start))
-        request.end_headers()
-        request.wfile.write(DATA[start : start + 170_000])
-
-    with server(handle) as address:
+    when = {"Last-Modified": "Fri, 27 Nov 2026 12:00:00 GMT"}
+    parts = Parts(170_000, lambda start: DATA[start : start + 170_000], when, {})
+    with server(parts) as address:
         assert get(address) == DATA
-    assert count == 3
+    assert parts.count == 3
 
 
 def test_an_answer_that_lost_its_version_is_not_gone_on_with() -> None:
